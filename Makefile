@@ -1,0 +1,47 @@
+# make demo | test | lint | bench | venv      needs only python3 (3.11 or newer, with venv) and make
+# make demo FILES="a.h5ad b.h5ad"             the demo on your own files
+# make test TESTS=tests/cli                   some of the tests
+# make venv PYTHON=python3.12                 another interpreter (make clean first)
+
+PYTHON ?= python3
+VENV   ?= .venv
+FILES  ?=
+TESTS  ?= tests
+SHARED ?= ../shared
+ATLAS  ?=
+ANNBATCH_PYTHON ?=
+BENCH_ARGS ?=
+
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo lint test bench clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+venv: $(STAMP)
+
+# --group needs pip 25.1; the one that comes with Python 3.11 is older.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --editable . --group test
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python pipelines/demo.py $(FILES)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest $(TESTS)
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/bench.py --shared "$(SHARED)" --atlas "$(ATLAS)" --annbatch-python "$(ANNBATCH_PYTHON)" $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) demo_data .mypy_cache .pytest_cache .ruff_cache
