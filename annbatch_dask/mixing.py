@@ -1,7 +1,7 @@
 """How well batches are mixed: the entropy of their classes against that of a uniformly random batch.
 
-Drawing ``n`` rows without replacement from ``N`` rows of which ``K_c`` are of class ``c`` gives a multivariate
-hypergeometric count vector. The entropy of the batch's class shares, in bits, is
+Drawing ``n`` rows without replacement from ``N`` rows, of which ``K_c`` are of class ``c``, gives counts
+``k_c`` that are multivariate hypergeometric. The entropy of the batch's class shares, in bits, is
 
     H = log2(n) - (1 / n) * sum_c k_c * log2(k_c)
 

@@ -1,0 +1,77 @@
+"""Imports point downwards (CONTRIBUTING.md, layers), and only the programs print."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import annbatch_dask.errors
+
+PACKAGE = Path(annbatch_dask.errors.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+NAMES = [path.relative_to(PACKAGE).as_posix() for path in MODULES]
+
+# What each layer may import of ours: the second part of `annbatch_dask.<part>`. Its own part is implied.
+ALLOWED = {
+    "errors": set(),
+    "events": set(),
+    "kernels": {"errors"},
+    "plan": {"errors", "kernels"},
+    "manifest": {"errors"},
+    "storage": {"errors", "kernels", "plan"},
+    "mixing": set(),
+    "progress": {"events"},
+    "types": {"errors"},
+    "abc": {"errors", "types"},
+    "samplers": {"abc", "errors", "types", "loader"},
+    "loader": {"abc", "errors", "kernels", "manifest", "samplers", "storage", "types"},
+    "lazy": {"errors", "manifest", "storage"},
+    "etl": {"errors", "events", "kernels", "manifest", "plan", "storage"},
+}
+MAY_IMPORT_DISTRIBUTED = {"collection.py", "etl/run.py", "etl/cluster.py", "cli.py"}
+PURE_FORBIDS = {"anndata", "dask", "distributed", "fsspec", "h5py", "xarray", "zarr"}
+MAY_PRINT = {"cli.py"}
+
+
+def imports_of(path):
+    """Yield every dotted name a module imports, wherever it does so, also for types only."""
+    package = ("annbatch_dask", *path.relative_to(PACKAGE).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) + "." if node.level else ""
+            module = (base + (node.module or "")).rstrip(".")
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def layer(name):
+    return name.split("/")[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if layer(n) in ALLOWED])
+def test_imports_point_downwards(name):
+    parts = {i.split(".")[1] for i in imports_of(PACKAGE / name) if i.startswith("annbatch_dask.")}
+    assert parts <= ALLOWED[layer(name)] | {layer(name)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_few_modules_import_distributed(name):
+    found = [i for i in imports_of(PACKAGE / name) if i.split(".")[0] == "distributed"]
+    assert name in MAY_IMPORT_DISTRIBUTED or not found
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if layer(n) in {"plan", "kernels"}])
+def test_pure_layers_open_nothing(name):
+    assert not {i.split(".")[0] for i in imports_of(PACKAGE / name)} & PURE_FORBIDS
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in MAY_PRINT])
+def test_the_library_does_not_print(name):
+    calls = [n for n in ast.walk(ast.parse((PACKAGE / name).read_text())) if isinstance(n, ast.Call)]
+    assert not [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
+
+
+def test_every_layer_is_listed():
+    top = {layer(n) for n in NAMES}
+    assert top <= set(ALLOWED) | {"__init__", "cli", "collection"}
