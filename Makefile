@@ -1,6 +1,7 @@
 # make demo | test | lint | bench | venv      needs only python3 (3.11 or newer, with venv) and make
 # make demo FILES="a.h5ad b.h5ad"             the demo on your own files
 # make test TESTS=tests/cli                   some of the tests
+# make bench ANNBATCH_PYTHON=path/to/python   the figures of README.md, beside annbatch where that Python has it
 # make venv PYTHON=python3.12                 another interpreter (make clean first)
 
 PYTHON ?= python3
@@ -9,6 +10,7 @@ FILES  ?=
 TESTS  ?= tests
 SHARED ?= ../shared
 ATLAS  ?=
+ATLAS_SMALL ?=
 ANNBATCH_PYTHON ?=
 BENCH_ARGS ?=
 
@@ -41,7 +43,8 @@ test: lint
 	$(BIN)/python -m pytest $(TESTS)
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/bench.py --shared "$(SHARED)" --atlas "$(ATLAS)" --annbatch-python "$(ANNBATCH_PYTHON)" $(BENCH_ARGS)
+	$(BIN)/python benchmarks/bench.py --shared "$(SHARED)" --atlas "$(ATLAS)" --atlas-small "$(ATLAS_SMALL)" \
+		--annbatch-python "$(ANNBATCH_PYTHON)" $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) demo_data .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,391 @@
+"""The command line: ``annbatch-dask shuffle | plan | info | stream``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import annbatch_dask
+from annbatch_dask.errors import AnnbatchDaskError
+from annbatch_dask.progress import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import zarr
+    from numpy.typing import NDArray
+
+    from annbatch_dask.collection import DatasetCollection
+    from annbatch_dask.mixing import Mixing
+
+__all__ = ["main"]
+
+DESCRIPTION = (
+    "Shuffle AnnData files into one sharded zarr collection with Dask, and stream mini-batches from it."
+)
+EXAMPLES = {
+    "": """\
+examples:
+  annbatch-dask plan a.h5ad b.h5ad                    what a shuffle would do; runs nothing
+  annbatch-dask shuffle a.h5ad b.h5ad -o atlas.zarr   on all cores of this machine
+  annbatch-dask info atlas.zarr
+  annbatch-dask stream atlas.zarr --by cell_type      speed, and how well batches are mixed
+""",
+    "shuffle": """\
+examples:
+  annbatch-dask shuffle *.h5ad -o atlas.zarr
+  annbatch-dask shuffle *.h5ad -o atlas.zarr --dataset-size 100_000 --seed 1
+  annbatch-dask shuffle *.h5ad -o atlas.zarr --var-subset genes.txt --scratch /fast/disk
+  annbatch-dask shuffle *.h5ad -o /shared/atlas.zarr --scheduler tcp://head-node:8786
+
+A run that was interrupted goes on where it stopped when the same command is given again.
+""",
+    "plan": """\
+example:
+  annbatch-dask plan *.h5ad --dataset-size 2GB
+""",
+    "info": """\
+example:
+  annbatch-dask info atlas.zarr
+""",
+    "stream": """\
+examples:
+  annbatch-dask stream atlas.zarr
+  annbatch-dask stream atlas.zarr --by donor --dense --batch-size 1024
+
+The share of the ideal entropy is 1 where batches are mixed like uniformly random ones, and near 0 where each
+batch holds one class.
+""",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Parameters
+    ----------
+    argv
+        Arguments; those of the process if None.
+
+    Returns
+    -------
+    0 on success, 1 on an error (one line on standard error), 130 after Ctrl-C. Wrong usage exits with 2.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        return _fail("interrupted", code=130)
+    except (AnnbatchDaskError, OSError) as error:
+        if args.debug:
+            raise
+        return _fail(_one_line(error), code=1)
+    return 0
+
+
+def _shuffle(args: argparse.Namespace) -> None:
+    from annbatch_dask import DatasetCollection
+
+    start = time.perf_counter()
+    with _client(args) as client:
+        collection = DatasetCollection(args.output).add_adatas(
+            args.files,
+            **_layout(args),
+            client=client,
+            scratch=args.scratch,
+            progress=args.progress,
+        )
+    shape = f"{collection.n_obs:,} cells x {collection.n_var:,} genes"
+    print(f"{args.output}: {shape} in {len(collection)} datasets, {time.perf_counter() - start:.1f} s")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    import zarr
+
+    from annbatch_dask import DatasetCollection
+
+    # In memory: a plan leaves nothing behind.
+    target = zarr.open_group(zarr.storage.MemoryStore(), mode="w")
+    print(DatasetCollection(target).plan_adatas(args.files, **_layout(args)).summary())
+
+
+def _info(args: argparse.Namespace) -> None:
+    for name, value in _facts(_open(args.collection)):
+        print(f"{name + ':':<13} {value}")
+
+
+def _stream(args: argparse.Namespace) -> None:
+    from annbatch_dask.mixing import measure_mixing
+
+    collection = _open(args.collection)
+    column, codes = _classes(collection, args.by)
+    loader = _loader(collection, args)
+    for epoch in range(args.epochs):
+        start = time.perf_counter()
+        rows = [batch["index"] for batch in loader]
+        seconds = time.perf_counter() - start
+        mixing = measure_mixing(codes[r] for r in rows)
+        print(f"epoch {epoch}: {_epoch_line(sum(map(len, rows)), seconds, column, mixing)}")
+
+
+def _loader(collection: DatasetCollection, args: argparse.Namespace) -> Any:
+    from annbatch_dask import Loader
+
+    loader: Any = Loader(
+        batch_size=args.batch_size,
+        chunk_size=args.chunk_size,
+        preload_nchunks=args.preload_nchunks,
+        shuffle=True,
+        return_index=True,
+        rng=np.random.default_rng(args.seed),
+    )
+    return loader.use_collection(collection)
+
+
+def _epoch_line(n_obs: int, seconds: float, column: str, mixing: Mixing) -> str:
+    return (
+        f"{n_obs:,} cells in {seconds:.1f} s, {n_obs / seconds:,.0f} cells/s; "
+        f"{mixing.n_batches} batches with {mixing.mean_classes:.1f} distinct {column} on average, "
+        f"{mixing.share:.3f} of the ideal batch entropy"
+    )
+
+
+def _classes(collection: DatasetCollection, column: str | None) -> tuple[str, NDArray[np.int64]]:
+    """Return the column to judge mixing by, and each row's class in it, missing values being one class."""
+    import pandas as pd
+
+    obs = collection.obs(columns=None if column is None else [column])
+    if column is None:
+        found = [c for c in obs.columns if isinstance(obs[c].dtype, pd.CategoricalDtype)]
+        column = next((c for c in ("cell_type", *found) if c in obs.columns and c != "src_path"), "src_path")
+    if column not in obs.columns:
+        names = ", ".join(collection.obs().columns)
+        msg = f"{collection.path}: obs has no column {column!r}; give --by one of: {names}"
+        raise AnnbatchDaskError(msg)
+    return column, pd.factorize(obs[column], use_na_sentinel=False)[0].astype(np.int64)
+
+
+def _facts(collection: DatasetCollection) -> Iterator[tuple[str, object]]:
+    groups = list(collection)
+    yield "collection", collection.path
+    yield "datasets", len(groups)
+    yield "cells", f"{collection.n_obs:,}"
+    yield "genes", f"{collection.n_var:,}"
+    for name in _element_names(groups[0]):
+        yield name, _describe(groups[0], name)
+    yield "on disk", format_bytes(_bytes_on_disk(collection.path))
+    manifest = collection.manifest
+    if manifest is None:
+        yield "shuffle", "not recorded (not written by annbatch-dask)"
+        return
+    yield "shuffle", manifest.permutation
+    yield "seed", manifest.seed
+    for source in manifest.sources:
+        yield "source", f"{source.path} ({source.n_obs:,} cells)"
+
+
+def _element_names(group: zarr.Group) -> list[str]:
+    nested = [f"{kind}/{name}" for kind in ("layers", "obsm") if kind in group for name in group[kind]]  # type: ignore[union-attr]
+    return [name for name in ("X", *sorted(nested), "raw/X") if name in group]
+
+
+def _describe(group: zarr.Group, name: str) -> str:
+    element: Any = group[name]
+    kind = element.attrs.get("encoding-type", "array")
+    arrays = (
+        {"": element}
+        if hasattr(element, "dtype")
+        else {k: element[k] for k in ("data", "indices") if k in element}
+    )
+    dtypes = ", ".join(f"{array.dtype} {key}".strip() for key, array in arrays.items())
+    source = element.attrs.get("source-dtype")
+    return f"{kind}, {dtypes}" + (f" (sources: {source})" if source else "")
+
+
+def _bytes_on_disk(path: str) -> int:
+    return sum(p.stat().st_size for p in Path(path).rglob("*") if p.is_file())
+
+
+def _open(path: str) -> DatasetCollection:
+    from annbatch_dask import DatasetCollection
+
+    collection = DatasetCollection(path, mode="r")
+    if collection.is_empty:
+        msg = f"{path} is not a collection, or an empty one; write one with `annbatch-dask shuffle`"
+        raise AnnbatchDaskError(msg)
+    return collection
+
+
+@contextlib.contextmanager
+def _client(args: argparse.Namespace) -> Iterator[Any]:
+    """The cluster the options ask for; None leaves the choice to the library."""
+    yield None
+
+
+def _layout(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "dataset_size": args.dataset_size,
+        "n_obs_per_chunk": args.n_obs_per_chunk,
+        "shard_size": args.shard_size,
+        "seed": args.seed,
+        "shuffle": args.shuffle,
+        "var_subset": None if args.var_subset is None else _read_names(args.var_subset),
+        "memory_limit": args.memory_limit,
+    }
+
+
+def _read_names(path: Path) -> list[str]:
+    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="annbatch-dask",
+        description=DESCRIPTION,
+        epilog=EXAMPLES[""],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"annbatch-dask {annbatch_dask.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_shuffle(commands)
+    _add_plan(commands)
+    _add_info(commands)
+    _add_stream(commands)
+    return parser
+
+
+def _add_command(commands: Any, name: str, run: Callable[..., None], text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=EXAMPLES[name],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_shuffle(commands: Any) -> None:
+    parser = _add_command(commands, "shuffle", _shuffle, "shuffle AnnData files into a collection")
+    _add_layout_options(parser)
+    parser.add_argument("-o", "--output", required=True, metavar="OUT.zarr", help="the collection to write")
+    parser.add_argument(
+        "--scratch", metavar="DIR", help="folder for spill files (default: beside the output)"
+    )
+    parser.add_argument(
+        "--no-progress", dest="progress", action="store_false", default=None, help="show no progress bars"
+    )
+    engine = parser.add_mutually_exclusive_group()
+    engine.add_argument(
+        "--scheduler", metavar="ADDRESS", help="run on this Dask cluster, e.g. tcp://head-node:8786"
+    )
+    engine.add_argument("--n-workers", type=_positive, metavar="N", help="worker processes on this machine")
+
+
+def _add_plan(commands: Any) -> None:
+    parser = _add_command(commands, "plan", _plan, "print what a shuffle would do, and run nothing")
+    _add_layout_options(parser)
+
+
+def _add_info(commands: Any) -> None:
+    parser = _add_command(commands, "info", _info, "print what a collection holds")
+    parser.add_argument("collection", metavar="OUT.zarr")
+
+
+def _add_stream(commands: Any) -> None:
+    parser = _add_command(
+        commands, "stream", _stream, "stream epochs: cells per second, and how mixed batches are"
+    )
+    parser.add_argument("collection", metavar="OUT.zarr")
+    parser.add_argument(
+        "--batch-size", type=_positive, default=4096, metavar="N", help="cells (default: 4096)"
+    )
+    parser.add_argument(
+        "--chunk-size",
+        type=_positive,
+        default=512,
+        metavar="N",
+        help="neighbouring cells read together (default: 512)",
+    )
+    parser.add_argument(
+        "--preload-nchunks",
+        type=_positive,
+        default=32,
+        metavar="N",
+        help="chunks mixed in memory (default: 32)",
+    )
+    parser.add_argument(
+        "--by", metavar="COLUMN", help="obs column to judge mixing by (default: cell_type, or the first)"
+    )
+    parser.add_argument("--dense", action="store_true", help="dense float32 batches instead of sparse ones")
+    parser.add_argument("--epochs", type=_positive, default=1, metavar="N", help="(default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of batches (default: 0)")
+
+
+def _add_layout_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILES", help=".h5ad or .zarr AnnData files")
+    parser.add_argument(
+        "--dataset-size",
+        type=_size,
+        default="2GB",
+        metavar="SIZE",
+        help="rows or bytes of a dataset (default: 2GB)",
+    )
+    parser.add_argument(
+        "--n-obs-per-chunk",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="rows of a zarr chunk (default: 64)",
+    )
+    parser.add_argument(
+        "--shard-size",
+        type=_size,
+        default="1GB",
+        metavar="SIZE",
+        help="rows or bytes of a shard (default: 1GB)",
+    )
+    parser.add_argument("--seed", type=int, help="seed of the shuffle; the same seed gives the same bytes")
+    parser.add_argument(
+        "--no-shuffle", dest="shuffle", action="store_false", help="keep the order of the inputs"
+    )
+    parser.add_argument(
+        "--var-subset", type=Path, metavar="FILE", help="keep these genes only: one name a line"
+    )
+    parser.add_argument("--memory-limit", metavar="SIZE", help="memory of one worker process, e.g. 4GB")
+
+
+def _size(text: str) -> int | str:
+    """Read ``100_000`` as rows; leave ``2GB`` to the library, which knows the units."""
+    plain = text.replace("_", "").replace(",", "")
+    return int(plain) if plain.isdigit() else text
+
+
+def _positive(text: str) -> int:
+    value = int(text.replace("_", ""))
+    if value < 1:
+        msg = f"must be 1 or more, not {value}"
+        raise argparse.ArgumentTypeError(msg)
+    return value
+
+
+def _one_line(error: BaseException) -> str:
+    parts = [str(error) or type(error).__name__, *getattr(error, "__notes__", [])]
+    return "; ".join(" ".join(part.split()) for part in parts)
+
+
+def _fail(message: str, *, code: int) -> int:
+    print(f"annbatch-dask: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+#!/usr/bin/env python3
+"""Compare annbatch_dask with annbatch on the synthetic atlas, in turn on this machine, and print a table.
+
+`make bench` runs this. Each measurement is a process of its own; A B A B, so that a change in the machine's mood
+hits both. Peak memory is the largest resident set (VmHWM) that any one process of the run reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+HERE = Path(__file__).parent
+SAMPLE_S = 0.02
+OURS, THEIRS = "annbatch_dask", "annbatch"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where things are, and how often to measure."""
+
+    shared: Path
+    work: Path
+    annbatch_python: str | None
+    repeats: int
+    epochs: int
+    dataset_size: int
+
+
+@dataclass
+class PeakSampler:
+    """Watches a process and its descendants until closed; `peak` is in bytes."""
+
+    pid: int
+    peak: int = 0
+    _done: threading.Event = field(default_factory=threading.Event)
+
+    def watch(self) -> None:
+        """Sample until closed or the process is gone."""
+        root = psutil.Process(self.pid)
+        while not self._done.wait(SAMPLE_S):
+            try:
+                tree = [root, *root.children(recursive=True)]
+            except psutil.Error:
+                return
+            self.peak = max([self.peak, *map(high_water, tree)])
+
+    def close(self) -> None:
+        """Stop."""
+        self._done.set()
+
+
+def high_water(process: psutil.Process) -> int:
+    """Return the largest resident set a process has had, in bytes; 0 once it is gone."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
+
+
+def run(command: list[str]) -> tuple[list[dict[str, float]], int]:
+    """Run one measurement; return its JSON lines and the peak of any one process in bytes."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    sampler = PeakSampler(process.pid)
+    thread = threading.Thread(target=sampler.watch)
+    thread.start()
+    out, _ = process.communicate()
+    sampler.close()
+    thread.join()
+    if process.returncode:
+        sys.exit(f"bench: exit code {process.returncode} from: {' '.join(command)}")
+    return [json.loads(line) for line in out.splitlines() if line.startswith("{")], sampler.peak
+
+
+def ours(*args: str | Path) -> list[str]:
+    """Return the command of one of our jobs."""
+    return [sys.executable, str(HERE / "jobs.py"), *map(str, args)]
+
+
+def theirs(setup: Setup, *args: str | Path) -> list[str]:
+    """Return the command of one of annbatch's jobs."""
+    return [str(setup.annbatch_python), str(setup.shared / "bench/peer_annbatch.py"), *map(str, args)]
+
+
+def atlas(setup: Setup, scale: float, given: str) -> Path:
+    """Return the folder of the files at this scale; make them where none are given."""
+    if given:
+        return Path(given)
+    folder = setup.work / f"atlas_{scale}"
+    if not list(folder.glob("*.h5ad")):
+        generator = setup.shared / "bench/make_atlas.py"
+        if not generator.exists():
+            sys.exit(f"bench: no atlas: {generator} is missing; give ATLAS=folder or SHARED=folder")
+        subprocess.run([sys.executable, str(generator), str(folder), "--scale", str(scale)], check=True)
+    return folder
+
+
+def find_annbatch(given: str) -> str | None:
+    """Return a Python that can import annbatch, or None."""
+    python = given or sys.executable
+    probe = subprocess.run([python, "-c", "import annbatch, zarrs"], capture_output=True, check=False)
+    return python if probe.returncode == 0 else None
+
+
+def fresh(path: Path) -> Path:
+    """Return the path with nothing there."""
+    shutil.rmtree(path, ignore_errors=True)
+    return path
+
+
+def stores(setup: Setup) -> dict[str, Path]:
+    """Return where each side's collection goes."""
+    names = [OURS, THEIRS] if setup.annbatch_python else [OURS]
+    return {name: setup.work / f"{name}.zarr" for name in names}
+
+
+def bench_shuffle(setup: Setup, folder: Path) -> dict[str, dict[str, list[float]]]:
+    """Shuffle in turn; return seconds and peaks of each side."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for _ in range(setup.repeats):
+        for name, path in stores(setup).items():
+            args = ("shuffle", folder, fresh(path), "--dataset-size", str(setup.dataset_size))
+            lines, peak = run(ours(*args) if name == OURS else theirs(setup, *args))
+            add(found, name, "shuffle, s", lines[0]["seconds"])
+            add(found, name, "peak RSS of any process, GB", peak / 1e9)
+    return found
+
+
+def bench_load(setup: Setup) -> dict[str, dict[str, list[float]]]:
+    """Stream in turn, each side its own collection; return cells per second."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for output in ("csr", "dense"):
+        for _ in range(setup.repeats):
+            for name, path in stores(setup).items():
+                args = ("load", path, "--output", output, "--epochs", str(setup.epochs))
+                lines, _ = run(ours(*args) if name == OURS else theirs(setup, *args))
+                for line in lines:
+                    add(found, name, f"{output} batches, cells/s", line["cells_per_s"])
+    return found
+
+
+def add(found: dict[str, dict[str, list[float]]], name: str, what: str, value: float) -> None:
+    """Keep one measurement."""
+    found.setdefault(name, {}).setdefault(what, []).append(value)
+
+
+def print_table(found: dict[str, dict[str, list[float]]]) -> None:
+    """Print medians, ranges and ratios (theirs / ours for seconds and bytes, ours / theirs for rates)."""
+    print(f"\n| median (min-max) | {OURS} | {THEIRS} | times better |\n|---|---|---|---|")
+    for what, values in found[OURS].items():
+        other = found.get(THEIRS, {}).get(what)
+        print(
+            f"| {what} | {spread(values)} | {spread(other) if other else '-'} | {ratio(what, values, other)} |"
+        )
+
+
+def spread(values: list[float]) -> str:
+    """Show median, minimum and maximum."""
+    return f"{number(statistics.median(values))} ({number(min(values))}-{number(max(values))})"
+
+
+def number(value: float) -> str:
+    """Show three digits or thousands."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def ratio(what: str, mine: list[float], other: list[float] | None) -> str:
+    """Show how many times better we are."""
+    if not other:
+        return "-"
+    quotient = statistics.median(mine) / statistics.median(other)
+    return f"{quotient if what.endswith('cells/s') else 1 / quotient:.2f}"
+
+
+def print_scaling(setup: Setup, folders: dict[float, Path]) -> None:
+    """Print our peak at each scale, at the same dataset size."""
+    print("\n| scale | seconds | peak RSS of any process, GB |\n|---|---|---|")
+    for scale, folder in folders.items():
+        out = fresh(setup.work / "scaling.zarr")
+        lines, peak = run(ours("shuffle", folder, out, "--dataset-size", str(setup.dataset_size)))
+        print(f"| {scale} | {lines[0]['seconds']:.1f} | {peak / 1e9:.2f} |", flush=True)
+        fresh(out)
+
+
+def print_bounds(setup: Setup, folder: Path) -> None:
+    """Print what cannot be avoided."""
+    lines, _ = run(ours("bounds", folder, setup.work / f"{OURS}.zarr"))
+    print("\n| bound | seconds | GB | GB/s |\n|---|---|---|---|")
+    for line in lines:
+        gb = line["n_bytes"] / 1e9
+        print(f"| {line['what']} | {line['seconds']:.2f} | {gb:.2f} | {gb / line['seconds']:.2f} |")
+
+
+def main() -> int:
+    """Read the command line, measure, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shared", type=Path, default=Path("../shared"), help="folder with bench/make_atlas.py"
+    )
+    parser.add_argument("--atlas", default="", help="folder of files at the full scale; made if not given")
+    parser.add_argument("--atlas-small", default="", help="the same at a quarter of it")
+    parser.add_argument("--scale", type=float, default=1.0, help="cells of the made atlas (1.0: 171,792)")
+    parser.add_argument("--annbatch-python", default="", help="a Python that can import annbatch")
+    parser.add_argument("--work", type=Path, default=Path("bench_data"), help="folder for everything written")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2, help="epochs per loader run")
+    parser.add_argument("--dataset-size", type=int, default=100_000)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    python = find_annbatch(args.annbatch_python)
+    setup = Setup(args.shared, args.work, python, args.repeats, args.epochs, args.dataset_size)
+    if python is None:
+        print(
+            f"annbatch is not importable in {args.annbatch_python or 'this Python'}: measuring {OURS} alone"
+        )
+    small, full = args.scale / 4, args.scale
+    folders = {small: atlas(setup, small, args.atlas_small), full: atlas(setup, full, args.atlas)}
+    found = bench_shuffle(setup, folders[full])
+    for name, values in bench_load(setup).items():
+        found[name] |= values
+    print_table(found)
+    print_scaling(setup, folders)
+    print_bounds(setup, folders[full])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
