@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compare annbatch_dask with annbatch on the synthetic atlas, in turn on this machine, and print a table.
 
-`make bench` runs this. Each measurement is a process of its own; A B A B, so that a change in the machine's mood
-hits both. Peak memory is the largest resident set (VmHWM) that any one process of the run reached.
+`make bench` runs this. Each measurement is a process of its own; A B A B, so that a change in the machine's
+mood hits both. Peak memory is the largest resident set (VmHWM) that any one process of the run reached.
 """
 
 from __future__ import annotations
@@ -159,9 +159,8 @@ def print_table(found: dict[str, dict[str, list[float]]]) -> None:
     print(f"\n| median (min-max) | {OURS} | {THEIRS} | times better |\n|---|---|---|---|")
     for what, values in found[OURS].items():
         other = found.get(THEIRS, {}).get(what)
-        print(
-            f"| {what} | {spread(values)} | {spread(other) if other else '-'} | {ratio(what, values, other)} |"
-        )
+        cells = (what, spread(values), spread(other) if other else "-", ratio(what, values, other))
+        print(f"| {' | '.join(cells)} |")
 
 
 def spread(values: list[float]) -> str:
