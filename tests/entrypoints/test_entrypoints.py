@@ -23,7 +23,8 @@ def load_adata(path):
     adata.obs["read_by"] = "load_adata of the caller"
     return adata
 
-collection = DatasetCollection({target!r}).add_adatas({files!r}, load_adata=load_adata, dataset_size=200, seed=0)
+collection = DatasetCollection({target!r})
+collection.add_adatas({files!r}, load_adata=load_adata, dataset_size=200, seed=0)
 print(f"{{collection.n_obs}} cells")
 """
 
