@@ -184,7 +184,7 @@ def _facts(collection: DatasetCollection) -> Iterator[tuple[str, object]]:
     if manifest is None:
         yield "shuffle", "not recorded (not written by annbatch-dask)"
         return
-    yield "shuffle", manifest.permutation
+    yield "shuffle", "{name}, version {version}".format(**manifest.permutation)
     yield "seed", manifest.seed
     for source in manifest.sources:
         yield "source", f"{source.path} ({source.n_obs:,} cells)"

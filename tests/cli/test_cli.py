@@ -1,0 +1,221 @@
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import dask
+import pytest
+from distributed import LocalCluster
+
+from annbatch_dask import DatasetCollection, __version__
+from annbatch_dask.cli import main
+
+COMMANDS = ["shuffle", "plan", "info", "stream"]
+
+
+@pytest.fixture(scope="module")
+def collection(h5ad_pair, tmp_path_factory):
+    """One collection, made by the command line in this process."""
+    path = tmp_path_factory.mktemp("cli") / "atlas.zarr"
+    with dask.config.set(scheduler="synchronous"):
+        assert (
+            run("shuffle", *h5ad_pair, "-o", path, "--dataset-size", "200", "--seed", 3, "--no-progress") == 0
+        )
+    return path
+
+
+def run(*args):
+    return main([str(a) for a in args])
+
+
+def error_line(capsys):
+    """The one line an error is."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("annbatch-dask: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_shuffle_writes_a_collection(collection):
+    found = DatasetCollection(collection, mode="r")
+    assert (len(found), found.n_obs, found.manifest.seed) == (3, 500, 3)
+
+
+def test_shuffle_says_what_it_wrote_and_shows_progress(h5ad_pair, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with dask.config.set(scheduler="synchronous"):
+        assert run("shuffle", *h5ad_pair, "-o", tmp_path / "out.zarr") == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"out\.zarr: 500 cells x \d+ genes in 1 datasets, [\d.]+ s\n$", out)
+    assert "scatter" in err
+    assert "gather" in err
+
+
+def test_no_shuffle_keeps_the_order(h5ad_pair, tmp_path):
+    target = tmp_path / "out.zarr"
+    with dask.config.set(scheduler="synchronous"):
+        assert run("shuffle", *h5ad_pair, "-o", target, "--no-shuffle", "--no-progress") == 0
+    names = list(DatasetCollection(target, mode="r").obs().index)
+    assert names[:300] == [f"s0_{i}" for i in range(300)]
+
+
+def test_var_subset_is_a_file_of_names(h5ad_pair, tmp_path):
+    genes = tmp_path / "genes.txt"
+    genes.write_text("gene_1\ngene_2\n\ngene_3 \n")
+    target = tmp_path / "out.zarr"
+    with dask.config.set(scheduler="synchronous"):
+        assert run("shuffle", *h5ad_pair, "-o", target, "--var-subset", genes, "--no-progress") == 0
+    assert set(DatasetCollection(target, mode="r").var.index) <= {"gene_1", "gene_2", "gene_3"}
+
+
+def test_shuffle_on_a_scheduler(h5ad_pair, tmp_path, collection):
+    target = tmp_path / "out.zarr"
+    with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster:
+        address = cluster.scheduler_address
+        if address.startswith("inproc"):
+            pytest.fail("the address must be one another process could use")
+        options = ("--dataset-size", 200, "--seed", 3, "--scheduler", address, "--no-progress")
+        assert run("shuffle", *h5ad_pair, "-o", target, *options) == 0
+    assert contents(target) == contents(collection)
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_shuffle_with_a_number_of_workers(h5ad_pair, tmp_path, collection):
+    """The installed way: a process of its own, with a cluster of its own."""
+    target = tmp_path / "out.zarr"
+    command = [sys.executable, "-m", "annbatch_dask.cli", "shuffle", *map(str, h5ad_pair), "-o", str(target)]
+    options = ["--dataset-size", "200", "--seed", "3", "--n-workers", "1", "--memory-limit", "1GB"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "500 cells" in done.stdout
+    assert contents(target) == contents(collection)
+
+
+def test_plan_prints_and_leaves_nothing(h5ad_pair, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("plan", *h5ad_pair, "--dataset-size", "200", "--seed", 0) == 0
+    out = capsys.readouterr().out
+    assert "scatter" in out
+    assert "gather" in out
+    assert "500" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_info(collection, h5ad_pair, capsys):
+    assert run("info", collection) == 0
+    lines = dict(re.split(r":\s+", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["datasets"] == "3"
+    assert lines["cells"] == "500"
+    assert lines["seed"] == "3"
+    assert "csr_matrix, uint8 data" in lines["X"]
+    assert "(sources: float32)" in lines["X"]
+    assert lines["source"] == f"{h5ad_pair[1]} (200 cells)"
+    assert re.fullmatch(r"[\d.]+ kB", lines["on disk"])
+
+
+@pytest.mark.parametrize("dense", [[], ["--dense"]], ids=["csr", "dense"])
+def test_stream(collection, capsys, dense):
+    sizes = ["--batch-size", 50, "--chunk-size", 10, "--preload-nchunks", 10]
+    assert run("stream", collection, *sizes, "--by", "cell_type", "--epochs", 2, *dense) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert "500 cells in" in line
+        assert "10 batches with 4.0 distinct cell_type" in line
+        share = float(re.search(r"([\d.]+) of the ideal", line)[1])
+        assert 0.95 < share < 1.05
+
+
+def test_stream_chooses_a_column(collection, capsys):
+    assert run("stream", collection, "--batch-size", 32, "--chunk-size", 16, "--preload-nchunks", 8) == 0
+    assert "distinct cell_type" in capsys.readouterr().out
+
+
+def test_stream_refuses_an_unknown_column(collection, capsys):
+    assert run("stream", collection, "--by", "nonsense") == 1
+    line = error_line(capsys)
+    assert "nonsense" in line
+    assert "cell_type" in line
+
+
+def test_a_missing_file(tmp_path, capsys):
+    target = tmp_path / "out.zarr"
+    with dask.config.set(scheduler="synchronous"):
+        assert run("shuffle", tmp_path / "absent.h5ad", "-o", target) == 1
+    assert "absent.h5ad" in error_line(capsys)
+
+
+def test_a_missing_gene_list(h5ad_pair, tmp_path, capsys):
+    assert run("plan", *h5ad_pair, "--var-subset", tmp_path / "absent.txt") == 1
+    assert "absent.txt" in error_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["info", "stream"])
+def test_no_collection_there(command, tmp_path, capsys):
+    assert run(command, tmp_path / "absent.zarr") == 1
+    assert "absent.zarr" in error_line(capsys)
+    assert not (tmp_path / "absent.zarr").exists()
+
+
+def test_an_output_that_is_no_collection_is_left_alone(h5ad_pair, tmp_path, capsys):
+    target = tmp_path / "precious.zarr"
+    shutil.copytree(h5ad_pair[0].parent, target)
+    before = contents(target)
+    with dask.config.set(scheduler="synchronous"):
+        assert run("shuffle", *h5ad_pair, "-o", target) == 1
+    assert "precious.zarr" in error_line(capsys)
+    assert contents(target) == before
+
+
+def test_a_scheduler_that_does_not_answer(h5ad_pair, tmp_path, capsys):
+    with dask.config.set({"distributed.comm.timeouts.connect": "500ms"}):
+        assert (
+            run("shuffle", *h5ad_pair, "-o", tmp_path / "out.zarr", "--scheduler", "tcp://127.0.0.1:9") == 1
+        )
+    assert "tcp://127.0.0.1:9" in error_line(capsys)
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        run("info", tmp_path / "absent.zarr", "--debug")
+
+
+@pytest.mark.parametrize(
+    "args", [[], ["nonsense"], ["shuffle", "a.h5ad"], ["stream", "x.zarr", "--batch-size", "0"]]
+)
+def test_wrong_usage_exits_with_2(args, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    assert caught.value.code == 2
+    assert "usage: annbatch-dask" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"annbatch-dask {command} " in capsys.readouterr().out.partition("example")[2]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"annbatch-dask {__version__}\n"
+
+
+def test_ctrl_c_exits_with_130(collection, capsys, monkeypatch):
+    def interrupted(*_args):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("annbatch_dask.cli._facts", interrupted)
+    with contextlib.suppress(KeyboardInterrupt):
+        assert run("info", collection) == 130
+    assert "interrupted" in error_line(capsys)
