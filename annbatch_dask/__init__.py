@@ -1,0 +1,34 @@
+"""Shuffle many AnnData files into one sharded zarr collection with Dask, and stream it as mini-batches.
+
+The public names are resolved at first use, so that importing the package is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from annbatch_dask import abc, errors, events, samplers, types
+    from annbatch_dask.collection import DatasetCollection
+    from annbatch_dask.loader import Loader
+
+__all__ = ["DatasetCollection", "Loader", "__version__", "abc", "errors", "events", "samplers", "types"]
+
+__version__ = "0.1.0"
+
+_HOMES = {"DatasetCollection": "annbatch_dask.collection", "Loader": "annbatch_dask.loader"}
+_MODULES = ("abc", "errors", "events", "samplers", "types")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"annbatch_dask.{name}")
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

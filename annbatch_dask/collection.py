@@ -1,0 +1,494 @@
+"""DatasetCollection: what a user holds of a collection on disk, to build it and to read it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import zarr
+from humanfriendly import InvalidSize, parse_size
+
+from annbatch_dask.errors import CollectionError, LayoutError, SourceError
+from annbatch_dask.manifest import ANNBATCH_ENCODING, DATASET_PREFIX, MANIFEST_KEY, Manifest
+from annbatch_dask.plan.build import Options, Plan, build_plan
+from annbatch_dask.storage.publish import Folder, folder_of
+from annbatch_dask.storage.shards import compressor_json
+from annbatch_dask.storage.sources import SourceRef
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from annbatch_dask.etl.run import Engine, EngineRoom
+    from annbatch_dask.events import Callback
+
+__all__ = ["DatasetCollection"]
+
+logger = logging.getLogger(__name__)
+
+_DATASET = re.compile(rf"{DATASET_PREFIX}_(\d+)")
+_DEFAULT_COMPRESSOR = (zarr.codecs.BloscCodec(cname="lz4", clevel=3, shuffle="shuffle"),)
+
+
+class DatasetCollection:
+    """A folder of shuffled, sharded AnnData datasets, as annbatch has it.
+
+    Parameters
+    ----------
+    group
+        Path, URL or zarr group of the collection. Nothing is written until :meth:`add_adatas` commits.
+    mode
+        As zarr's: ``"a"`` (default) opens or will create, ``"r"`` needs an existing collection, ``"w"`` removes an
+        existing one.
+    is_collection_h5ad
+        A folder of ``dataset_<i>.h5ad``, of which only obs can be read.
+
+    Raises
+    ------
+    CollectionError
+        If something else than a collection lies there.
+
+    Examples
+    --------
+    >>> collection = DatasetCollection("atlas.zarr")  # doctest: +SKIP
+    >>> collection.add_adatas(["a.h5ad", "b.h5ad"], seed=0)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, group: zarr.Group | str | os.PathLike[str], *, mode: str = "a", is_collection_h5ad: bool = False
+    ) -> None:
+        self._h5ad = is_collection_h5ad
+        if isinstance(group, zarr.Group):
+            if is_collection_h5ad:
+                msg = "Do not set `is_collection_h5ad` to True with a zarr group: give the folder's path"
+                raise ValueError(msg)
+            self._group: zarr.Group | None = group
+            return
+        if not isinstance(group, str | os.PathLike):
+            msg = f"a collection is a path or a zarr.Group, not {type(group).__name__}"
+            raise TypeError(msg)
+        self._folder = Folder(os.fspath(group))
+        if is_collection_h5ad:
+            warnings.warn("Loading h5ad is currently not supported: only obs can be read", UserWarning, stacklevel=2)
+            self._group = None
+            return
+        if not self._folder.url.rstrip("/").endswith(".zarr"):
+            warnings.warn("It is customary that collections have the `.zarr` suffix", UserWarning, stacklevel=2)
+        self._group = _open(self._folder, mode)
+
+    def __repr__(self) -> str:
+        """Where, and how much."""
+        if self._h5ad or self.is_empty:
+            return f"DatasetCollection({self.path!r}, empty)" if self.is_empty else f"DatasetCollection({self.path!r})"
+        return f"DatasetCollection({self.path!r}, {len(self)} datasets, {self.n_obs:,} cells x {self.n_var:,} genes)"
+
+    @cached_property
+    def _folder(self) -> Folder:
+        assert self._group is not None  # set at construction, or _folder is
+        return folder_of(self._group)
+
+    @property
+    def path(self) -> str:
+        """Path or URL of the collection."""
+        try:
+            return self._folder.url
+        except CollectionError:
+            return str(self._group)
+
+    @property
+    def is_empty(self) -> bool:
+        """True unless the collection's attributes are there and at least one dataset."""
+        if self._h5ad:
+            return not any(n.endswith(".h5ad") for n in self._folder.names())
+        if self._group is None:
+            return True
+        return not (ANNBATCH_ENCODING.items() <= dict(self._group.attrs).items() and self._names())
+
+    def _names(self) -> list[str]:
+        if self._group is None:
+            return []
+        return sorted(filter(_DATASET.fullmatch, self._group.group_keys()), key=lambda n: int(n.rsplit("_", 1)[1]))
+
+    def __len__(self) -> int:
+        """Number of datasets."""
+        return 0 if self.is_empty else len(self._names())
+
+    def __iter__(self) -> Iterator[zarr.Group]:
+        """The datasets as zarr groups, in numeric order."""
+        if self._h5ad:
+            msg = "Cannot iterate through a folder of h5ad files: shuffle them into a zarr collection"
+            raise ValueError(msg)
+        if not self.is_empty:
+            assert self._group is not None  # not empty
+            for name in self._names():
+                yield self._group[name]  # type: ignore[misc]
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What the build recorded; None for an empty collection and for one that annbatch wrote."""
+        if self.is_empty or self._group is None or MANIFEST_KEY not in self._group.attrs:
+            return None
+        return Manifest.from_json(self._group.attrs[MANIFEST_KEY])  # type: ignore[arg-type]
+
+    @property
+    def n_obs(self) -> int:
+        """Cells in all datasets."""
+        if (manifest := self.manifest) is not None:
+            return manifest.n_obs
+        return sum(len(g["obs"][str(g["obs"].attrs["_index"])]) for g in self)  # type: ignore[index, arg-type]
+
+    @property
+    def var(self) -> pd.DataFrame:
+        """Frame of the genes, the same for all datasets."""
+        for group in self:
+            return ad.io.read_elem(group["var"])
+        return pd.DataFrame()
+
+    @property
+    def n_var(self) -> int:
+        """Genes."""
+        if (manifest := self.manifest) is not None:
+            return manifest.n_vars
+        return len(self.var)
+
+    def obs(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """Obs of all datasets, in their order.
+
+        Parameters
+        ----------
+        columns
+            Which to read; None reads all, names that do not exist are ignored.
+
+        Returns
+        -------
+        (n_obs, n_columns) frame, indexed by obs names.
+        """
+        if self.is_empty or (columns is not None and not len(columns)):
+            return pd.DataFrame()
+        frames = [_read_obs(elem, columns) for elem in self._obs_elems()]
+        out = pd.concat(frames)
+        for name in out.columns:  # pd.concat keeps a categorical only where all categories agree
+            if all(isinstance(f[name].dtype, pd.CategoricalDtype) for f in frames if name in f):
+                united = pd.api.types.union_categoricals([f[name] for f in frames])
+                out[name] = pd.Series(united, index=out.index)
+        return out
+
+    def _obs_elems(self) -> Iterator[Any]:
+        if not self._h5ad:
+            yield from (g["obs"] for g in self)
+            return
+        import h5py  # noqa: PLC0415 - this variant alone
+
+        names = [n for n in self._folder.names() if n.endswith(".h5ad")]
+        for name in sorted(names, key=lambda n: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", n)]):
+            with h5py.File(f"{self._folder.path}/{name}") as f:
+                yield f["obs"]
+
+    # --- building ----------------------------------------------------------------------------------------------
+
+    def plan_adatas(
+        self,
+        adata_paths: Iterable[Any],
+        *,
+        load_adata: Callable[[Any], ad.AnnData] | None = None,
+        var_subset: Iterable[str] | None = None,
+        n_obs_per_chunk: int = 64,
+        shard_size: int | str = "1GB",
+        zarr_compressor: Any = _DEFAULT_COMPRESSOR,
+        dataset_size: int | str = "2GB",
+        shuffle: bool = True,
+        merge: str | None = None,
+        seed: int | None = None,
+        rng: np.random.Generator | None = None,
+        memory_limit: int | str | None = None,
+        client: Client | None = None,
+    ) -> Plan:
+        """Scan the inputs and say what :meth:`add_adatas` with the same arguments would do, without doing it.
+
+        Parameters are those of :meth:`add_adatas`.
+
+        Returns
+        -------
+        The plan; its repr says tasks, bytes and peak memory.
+        """
+        from annbatch_dask.etl.run import choose_engine  # noqa: PLC0415 - imports distributed, which readers do not need
+
+        refs = _references(adata_paths, load_adata)
+        options = _options(
+            var_subset, n_obs_per_chunk, shard_size, zarr_compressor, dataset_size, shuffle=shuffle, seed=_seed(seed, rng)
+        )
+        return _scan_and_plan(refs, options, merge, choose_engine(client, memory_limit))
+
+    def add_adatas(
+        self,
+        adata_paths: Iterable[Any],
+        *,
+        load_adata: Callable[[Any], ad.AnnData] | None = None,
+        var_subset: Iterable[str] | None = None,
+        n_obs_per_chunk: int = 64,
+        shard_size: int | str = "1GB",
+        zarr_compressor: Any = _DEFAULT_COMPRESSOR,
+        dataset_size: int | str = "2GB",
+        shuffle: bool = True,
+        merge: str | None = None,
+        seed: int | None = None,
+        rng: np.random.Generator | None = None,
+        memory_limit: int | str | None = None,
+        client: Client | None = None,
+        scratch: str | os.PathLike[str] | None = None,
+        callbacks: Iterable[Callback] | None = None,
+        progress: bool | None = None,
+    ) -> DatasetCollection:
+        """Shuffle the cells of many AnnData files into this collection.
+
+        Every cell of every input gets a place drawn uniformly over the whole collection. The work is done by Dask, in
+        bounded memory, and leaves the collection as it was until the last step publishes the new one. A build that was
+        interrupted goes on where it stopped when it is called again with the same arguments, ``seed`` included.
+
+        Parameters
+        ----------
+        adata_paths
+            Paths or URLs of ``.h5ad`` files and ``.zarr`` stores, or zarr and h5py groups in files.
+        load_adata
+            ``path -> AnnData`` instead of the default, which reads X, layers, obsm, obs and var from the file. What it
+            returns may be in memory, backed or lazy; it is called on the workers, several times for an input.
+        var_subset
+            Keep only these genes.
+        n_obs_per_chunk
+            Cells of a zarr chunk (for sparse matrices: as many entries as that many cells have on average).
+        shard_size
+            Size of a shard: cells, or uncompressed bytes as a string.
+        zarr_compressor
+            A zarr codec (blosc, zstd or gzip), or () for none.
+        dataset_size
+            Size of a dataset: cells, or uncompressed bytes (as in the inputs) as a string. The last one is smaller.
+        shuffle
+            False keeps the order of the inputs.
+        merge
+            Which var columns to keep of several inputs, as in :func:`anndata.concat`; None keeps none.
+        seed, rng
+            Of the shuffle: a non-negative integer, or a generator to draw one from. Neither draws a fresh seed,
+            which the manifest records. The same seed and inputs give the same bytes on any cluster.
+        memory_limit
+            Memory a worker may use, bytes or a string; None uses what the workers have. The plan must fit.
+        client
+            A client of the Dask cluster to use. None uses the scheduler set in dask's configuration, or the current
+            client, or starts a cluster of subprocesses on this machine and closes it afterwards.
+        scratch
+            Folder for spill files, which all workers can write; default beside the collection. Removed after success.
+        callbacks
+            Listeners for the build's events, see :mod:`annbatch_dask.events`.
+        progress
+            Show progress bars. None shows them on a terminal and in notebooks.
+
+        Returns
+        -------
+        The collection itself.
+
+        Raises
+        ------
+        SourceError, SchemaError, LayoutError, MemoryBudgetError
+            Before any work, where an input cannot be read, inputs contradict each other, or sizes cannot be met.
+        CollectionError
+            If the collection already holds data.
+        IntegrityError
+            If what was written is not what was read; nothing is published.
+        """
+        from annbatch_dask.etl.run import choose_engine  # noqa: PLC0415 - imports distributed, which readers do not need
+        from annbatch_dask.events import Callbacks  # noqa: PLC0415
+        from annbatch_dask.progress import default_callbacks  # noqa: PLC0415
+
+        self._check_target()
+        refs = _references(adata_paths, load_adata)
+        options = _options(
+            var_subset, n_obs_per_chunk, shard_size, zarr_compressor, dataset_size, shuffle=shuffle, seed=_seed(seed, rng)
+        )
+        callback = Callbacks([*default_callbacks(progress=progress), *(callbacks or ())])
+        room = choose_engine(client, memory_limit)
+        plan = _scan_and_plan(refs, options, merge, room)
+        for element, paths in plan.left_out.items():
+            logger.warning("%s is left out: in %d of %d inputs", element, len(paths), len(refs))
+        with room.start() as engine:
+            self._build(plan, refs, engine, callback, scratch)
+        return self
+
+    def _build(
+        self,
+        plan: Plan,
+        refs: tuple[SourceRef, ...],
+        engine: Engine,
+        callback: Callback,
+        scratch: str | os.PathLike[str] | None,
+    ) -> None:
+        from annbatch_dask.etl.job import Job  # noqa: PLC0415
+        from annbatch_dask.etl.run import build  # noqa: PLC0415
+
+        base = Folder(os.fspath(scratch)) if scratch is not None else Folder(self._folder.url.rstrip("/") + ".scratch")
+        target = Folder(os.path.abspath(self._folder.path)) if self._folder.is_local else self._folder
+        base = Folder(os.path.abspath(base.path)) if base.is_local else base
+        build(Job(plan, refs, base / plan.work_key, target), engine, callback)
+        if not base.names():
+            base.remove()
+        self._group = zarr.open_group(target.zarr_store(), mode="r+")
+
+    def _check_target(self) -> None:
+        if self._h5ad:
+            msg = "a folder of h5ad files cannot be built; give a path that ends in .zarr"
+            raise CollectionError(msg)
+        if not self.is_empty:
+            msg = f"{self.path} already holds {len(self)} datasets; give a new path, or remove it first"
+            raise CollectionError(msg)
+        self._folder  # noqa: B018 - raises for stores that workers cannot open
+
+
+def _open(folder: Folder, mode: str) -> zarr.Group | None:
+    """The group at a path, None where there is none yet; an error where something else is there."""
+    if mode not in ("r", "r+", "a", "w", "w-"):
+        msg = f"mode is {mode!r}; it must be one of 'r', 'r+', 'a', 'w', 'w-'"
+        raise ValueError(msg)
+    if folder.fs.isfile(folder.path):
+        msg = f"{folder.url} is a file, not a collection; give another path"
+        raise CollectionError(msg)
+    names = folder.names()
+    if not names or all(_DATASET.fullmatch(n) for n in names):  # nothing, or an unfinished build
+        if mode in ("r", "r+"):
+            msg = f"there is no collection at {folder.url}; check the path, or build one with add_adatas"
+            raise _CollectionNotFoundError(msg)
+        return None
+    if "zarr.json" not in names:
+        msg = f"{folder.url} exists and is not a collection: it holds {names[:3]}; give another path"
+        raise CollectionError(msg)
+    group = zarr.open_group(folder.zarr_store(), mode="r" if mode == "r" else "r+")
+    encoding = group.attrs.get("encoding-type")
+    if encoding != ANNBATCH_ENCODING["encoding-type"] and (encoding or any(True for _ in group.keys())):
+        msg = f"{folder.url} exists and is not a collection but {encoding or 'another zarr group'}; give another path"
+        raise CollectionError(msg)
+    if mode == "w-":
+        msg = f"{folder.url} exists; give another path, or mode='w' to replace it"
+        raise CollectionError(msg)
+    if mode == "w":
+        folder.remove()
+        return None
+    return group
+
+
+class _CollectionNotFoundError(CollectionError, FileNotFoundError):
+    """There is nothing at the path."""
+
+
+def _references(paths: Iterable[Any], load_adata: Callable[[Any], ad.AnnData] | None) -> tuple[SourceRef, ...]:
+    if isinstance(paths, str | os.PathLike):
+        msg = f"adata_paths is one path, {os.fspath(paths)!r}; give a list of paths"
+        raise TypeError(msg)
+    refs = tuple(_reference(p, load_adata) for p in paths)
+    if not refs:
+        msg = "adata_paths is empty; give at least one AnnData file"
+        raise SourceError(msg)
+    labels = [r.label for r in refs]
+    if len(set(labels)) < len(labels):
+        twice = next(x for x in labels if labels.count(x) > 1)
+        msg = f"{twice} is given {labels.count(twice)} times; give each input once"
+        raise SourceError(msg)
+    return refs
+
+
+def _reference(item: Any, load_adata: Callable[[Any], ad.AnnData] | None) -> SourceRef:
+    if isinstance(item, str | os.PathLike):
+        label = os.fspath(item)
+        local = Folder(label).is_local
+        return SourceRef(label, os.path.abspath(Folder(label).path) if local else label, load_adata)
+    if isinstance(item, zarr.Group) and load_adata is None:
+        return SourceRef(str(item), folder_of(item).url)
+    if load_adata is not None:
+        return SourceRef(str(item), item, load_adata)
+    msg = f"an input is a path, a URL or a zarr.Group, not {type(item).__name__}; write it to a file first"
+    raise TypeError(msg)
+
+
+def _seed(seed: int | None, rng: np.random.Generator | None) -> int:
+    if seed is not None and rng is not None:
+        msg = f"seed={seed} and rng are both given; give one"
+        raise ValueError(msg)
+    if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
+        return int(rng)
+    if rng is not None and not isinstance(rng, np.random.Generator):
+        msg = f"rng must be a numpy.random.Generator, not {type(rng).__name__}"
+        raise TypeError(msg)
+    if rng is not None:
+        return int(rng.integers(2**63))
+    return secrets.randbits(63) if seed is None else int(seed)
+
+
+def _options(
+    var_subset: Iterable[str] | None,
+    n_obs_per_chunk: int,
+    shard_size: int | str,
+    zarr_compressor: Any,
+    dataset_size: int | str,
+    *,
+    shuffle: bool,
+    seed: int,
+) -> Options:
+    if n_obs_per_chunk < 1:
+        msg = f"n_obs_per_chunk is {n_obs_per_chunk}; it must be 1 or more"
+        raise LayoutError(msg)
+    dataset_rows, dataset_nbytes = _size("dataset_size", dataset_size)
+    shard_rows, shard_nbytes = _size("shard_size", shard_size)
+    return Options(
+        seed=seed,
+        shuffle=shuffle,
+        dataset_rows=dataset_rows,
+        dataset_nbytes=dataset_nbytes,
+        n_obs_per_chunk=n_obs_per_chunk,
+        shard_rows=shard_rows,
+        shard_nbytes=shard_nbytes,
+        compressor=compressor_json(zarr_compressor),
+        var_subset=None if var_subset is None else tuple(map(str, var_subset)),
+    )
+
+
+def _size(name: str, value: int | str) -> tuple[int | None, int | None]:
+    """Rows, or bytes of a string in annbatch's units: powers of 1024."""
+    if isinstance(value, str):
+        try:
+            return None, int(parse_size(value, binary=True))
+        except InvalidSize as e:
+            msg = f"{name} is {value!r}; give a number of cells, or a size such as '2GB'"
+            raise LayoutError(msg) from e
+    if value < 1:
+        msg = f"{name} is {value}; it must be 1 or more"
+        raise LayoutError(msg)
+    return int(value), None
+
+
+def _scan_and_plan(refs: tuple[SourceRef, ...], options: Options, merge: str | None, room: EngineRoom) -> Plan:
+    from annbatch_dask.etl.scan import merge_var, scan  # noqa: PLC0415
+
+    want_var = len(refs) == 1 or merge is not None
+    scanned = room.scanner.run("scan", scan, [(ref, want_var) for ref in refs], lambda *_: None)
+    frames = [s.var for s in scanned if s.var is not None]
+    for s in scanned:
+        if s.var is not None and not s.var.index.is_unique:
+            build_plan([s.schema], options, budget=room.budget)  # raises, with the names
+    var = merge_var(frames, merge) if want_var else None
+    return build_plan([s.schema for s in scanned], options, budget=room.budget, var=var)
+
+
+def _read_obs(elem: Any, columns: Sequence[str] | None) -> pd.DataFrame:
+    if columns is None:
+        return ad.io.read_elem(elem)
+    index = str(elem.attrs["_index"])
+    wanted = [c for c in elem.attrs["column-order"] if c in set(columns)]
+    frame = pd.DataFrame({c: ad.io.read_elem(elem[c]) for c in wanted}, index=ad.io.read_elem(elem[index]))
+    frame.index.name = None if index == "_index" else index
+    return frame
+
+

@@ -1,0 +1,47 @@
+"""The errors a user can meet: one small tree, each also the built-in a caller would expect.
+
+A message says what, where, the two numbers or values that clash, and the remedy.
+"""
+
+__all__ = [
+    "AnnbatchDaskError",
+    "CollectionError",
+    "IntegrityError",
+    "LayoutError",
+    "MemoryBudgetError",
+    "SchemaError",
+    "SourceError",
+    "SourceNotFoundError",
+]
+
+
+class AnnbatchDaskError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class SourceError(AnnbatchDaskError, ValueError):
+    """An input file cannot be read, or is not an AnnData file."""
+
+
+class SourceNotFoundError(SourceError, FileNotFoundError):
+    """An input path does not exist."""
+
+
+class SchemaError(AnnbatchDaskError, ValueError):
+    """Inputs contradict each other or themselves: genes, categories, dtypes, shapes."""
+
+
+class LayoutError(AnnbatchDaskError, ValueError):
+    """Sizes that cannot be laid out on disk: dataset, chunk or shard size, compressor."""
+
+
+class MemoryBudgetError(AnnbatchDaskError, MemoryError):
+    """A task would need more memory than a worker thread has."""
+
+
+class CollectionError(AnnbatchDaskError, ValueError):
+    """The target path is not a collection, or not one this call can work on."""
+
+
+class IntegrityError(AnnbatchDaskError, RuntimeError):
+    """What was written is not what was read."""

@@ -1,0 +1,1 @@
+"""scan, plan, scatter, gather, commit: the build, as idempotent tasks that Dask runs."""

@@ -1,0 +1,351 @@
+"""gather: read a dataset's part of every spill file, put its rows in their final order, write one sharded AnnData."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import zarr
+from numpy.typing import NDArray
+
+from annbatch_dask.errors import IntegrityError
+from annbatch_dask.etl.job import Job, load_job
+from annbatch_dask.etl.rows import bounds_of, decode_strings, head, row_hashes, sum_hashes
+from annbatch_dask.etl.scatter import PLACE, Flats, Heads, all_columns
+from annbatch_dask.kernels.rows import copy_runs
+from annbatch_dask.manifest import DATASET_PREFIX, SOURCE_DTYPE
+from annbatch_dask.plan.build import Options, Plan
+from annbatch_dask.plan.dtypes import index_dtype
+from annbatch_dask.plan.schema import ColumnSpec, MatrixSpec
+from annbatch_dask.storage.columns import to_pandas
+from annbatch_dask.storage.metadata import consolidate, metadata_below
+from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.shards import ShardWriter
+from annbatch_dask.storage.spill import SpillReader, find_receipt, write_receipt
+
+__all__ = ["GatherTask", "gather"]
+
+
+@dataclass(frozen=True)
+class GatherTask:
+    """What scatter found out that writing a dataset needs.
+
+    Attributes
+    ----------
+    dataset
+        Which.
+    dtypes
+        Stored dtype of each matrix, the same in all datasets.
+    nnz
+        Stored values of each sparse matrix in this dataset.
+    fingerprint
+        Of the rows as they were read.
+    """
+
+    dataset: int
+    dtypes: Mapping[str, str]
+    nnz: Mapping[str, int]
+    fingerprint: int
+
+
+def gather(scratch: Folder, task: GatherTask) -> dict[str, Any]:
+    """Run one gather task, unless it was run before.
+
+    Returns
+    -------
+    The task's receipt: ``name``, ``n_rows``, ``nnz`` of X, ``fingerprint``, ``n_bytes`` (uncompressed, written).
+
+    Raises
+    ------
+    IntegrityError
+        If the rows written are not the rows read.
+    """
+    name = f"gather-{task.dataset:06d}"
+    if (done := find_receipt(scratch, name)) is not None:
+        return done | {"reused": True}
+    job = load_job(scratch)
+    dataset = f"{DATASET_PREFIX}_{task.dataset}"
+    try:
+        receipt = _write_dataset(job, task, dataset)
+    except Exception as e:
+        e.add_note(f"while writing {job.target.url}/{dataset}")
+        raise
+    write_receipt(scratch, name, receipt)
+    return receipt
+
+
+def _write_dataset(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
+    plan, folder = job.plan, job.target / dataset
+    folder.remove()  # of an attempt that did not finish
+    group = zarr.create_group(folder.zarr_store(), attributes={"encoding-type": "anndata", "encoding-version": "0.1.0"})
+    start, stop = plan.layout.dataset_bounds(task.dataset)
+    obs = _ObsColumns(all_columns(plan), stop - start)
+    total, n_bytes = 0, 0
+    with contextlib.ExitStack() as files:
+        writers = [_matrix_writer(m, plan.options, stop - start, task, folder, group) for m in plan.matrices]
+        for w in writers:
+            files.enter_context(w)
+        for heads, flats in _parts(job, task):
+            hashes = row_hashes(len(heads[PLACE]), plan.matrices, all_columns(plan), heads, flats)
+            total = (total + sum_hashes(hashes)) % 2**64
+            for w in writers:
+                n_bytes += w.append(heads, flats)
+            obs.append(heads, flats)
+    if total != task.fingerprint:
+        msg = (
+            f"{dataset}: the rows written have fingerprint {total:016x} and those read {task.fingerprint:016x}; "
+            "scratch files were damaged: remove the scratch folder and build again"
+        )
+        raise IntegrityError(msg)
+    _write_frames(group, obs.frame(plan.index_name), plan, folder)
+    return {
+        "name": dataset,
+        "n_rows": stop - start,
+        "nnz": task.nnz.get("X", 0),
+        "fingerprint": f"{total:016x}",
+        "n_bytes": n_bytes,
+    }
+
+
+# --- read ----------------------------------------------------------------------------------------------------------
+
+
+def _parts(job: Job, task: GatherTask) -> Iterator[tuple[Heads, Flats]]:
+    """The dataset's rows in their final order, part by part; the arrays are reused for the next part."""
+    plan = job.plan
+    parts = plan.layout.parts_of(task.dataset)
+    readers = [SpillReader(job.scratch, b, parts) for b in range(len(plan.blocks))]
+    buffers: dict[str, NDArray] = {}
+    for part in parts:
+        n_rows = int(plan.layout.part_starts[part + 1] - plan.layout.part_starts[part])
+        segments = [(r, r.read_heads(part)) for r in readers if r.n_rows(part)]
+        _check_places(segments, n_rows)
+        yield _gather_heads(segments, n_rows, task), _gather_flats(segments, n_rows, part, plan, task, buffers)
+
+
+def _check_places(segments: Sequence[tuple[SpillReader, Heads]], n_rows: int) -> None:
+    """Every row of the part must be there exactly once."""
+    seen = np.zeros(n_rows, np.uint8)
+    for _, heads in segments:
+        np.add.at(seen, heads[PLACE], 1)
+    if not (seen == 1).all():
+        msg = f"{int((seen == 0).sum()):,} of {n_rows:,} rows are missing from the spill files, {int((seen > 1).sum()):,} are there twice"
+        raise IntegrityError(msg)
+
+
+def _gather_heads(segments: Sequence[tuple[SpillReader, Heads]], n_rows: int, task: GatherTask) -> Heads:
+    out: Heads = {}
+    for name, like in segments[0][1].items():
+        dtype = task.dtypes.get(name.removesuffix("#dense"), like.dtype) if name.endswith("#dense") else like.dtype
+        values = np.empty((n_rows, *like.shape[1:]), dtype)
+        for _, heads in segments:
+            values[heads[PLACE]] = heads[name]
+        out[name] = values
+    return out
+
+
+def _gather_flats(
+    segments: Sequence[tuple[SpillReader, Heads]],
+    n_rows: int,
+    part: int,
+    plan: Plan,
+    task: GatherTask,
+    buffers: dict[str, NDArray],
+) -> Flats:
+    out: Flats = {}
+    for name, dtype, length in _flat_arrays(plan, task):
+        counts = np.empty(n_rows, np.int64)
+        for _, heads in segments:
+            counts[heads[PLACE]] = heads[length]
+        bounds = bounds_of(counts)
+        values = _buffer(buffers, name, int(bounds[-1]), dtype)
+        for reader, heads in segments:
+            found = reader.read_flat(part, name).astype(dtype, copy=False)
+            lengths = heads[length].astype(np.int64)
+            copy_runs(found, bounds_of(lengths)[:-1], values, bounds[heads[PLACE]], lengths)
+        out[name] = values, bounds
+    return out
+
+
+def _flat_arrays(plan: Plan, task: GatherTask) -> Iterator[tuple[str, np.dtype, str]]:
+    """Name, dtype and counting head of every flat array."""
+    for m in plan.matrices:
+        if m.kind == "csr":
+            yield f"{m.name}#indices", index_dtype(m.n_cols), f"{m.name}#length"
+            yield f"{m.name}#values", np.dtype(task.dtypes[m.name]), f"{m.name}#length"
+    for c in all_columns(plan):
+        if c.kind == "string":
+            yield head(c, "bytes"), np.dtype(np.uint8), head(c, "length")
+
+
+def _buffer(buffers: dict[str, NDArray], name: str, size: int, dtype: np.dtype) -> NDArray:
+    """A reused buffer: fresh pages for every part would cost as much as filling them."""
+    if name not in buffers or len(buffers[name]) < size:
+        buffers[name] = np.empty(size + size // 16, dtype)
+    return buffers[name][:size]
+
+
+# --- write ---------------------------------------------------------------------------------------------------------
+
+
+def _matrix_writer(
+    spec: MatrixSpec, options: Options, n_obs: int, task: GatherTask, folder: Folder, group: zarr.Group
+) -> _SparseWriter | _DenseWriter:
+    for parent in spec.name.split("/")[:-1]:
+        ad.io.write_elem(group, parent, {})
+    kind = _SparseWriter if spec.kind == "csr" else _DenseWriter
+    return kind(spec, options, n_obs, task, folder, group)
+
+
+class _SparseWriter(contextlib.ExitStack):
+    """Writes a CSR group: data, indices and indptr, each sharded, with chunks of about ``n_obs_per_chunk`` rows."""
+
+    def __init__(
+        self, spec: MatrixSpec, options: Options, n_obs: int, task: GatherTask, folder: Folder, group: zarr.Group
+    ) -> None:
+        super().__init__()
+        nnz = task.nnz[spec.name]
+        attributes = {
+            "encoding-type": "csr_matrix",
+            "encoding-version": "0.1.0",
+            "shape": [n_obs, spec.n_cols],
+            SOURCE_DTYPE: spec.source_dtype,
+        }
+        group.create_group(spec.name, attributes=attributes)
+        chunk = max(1, round(options.n_obs_per_chunk * nnz / n_obs))
+        arrays = {
+            "data": (nnz, np.dtype(task.dtypes[spec.name])),
+            "indices": (nnz, index_dtype(spec.n_cols)),
+            "indptr": (n_obs + 1, np.dtype(np.int64)),
+        }
+        row_nbytes = max(1, nnz) / n_obs * max(d.itemsize for _, d in arrays.values())
+        self._name, self._at = spec.name, 0
+        self._writers = {
+            name: self.enter_context(
+                ShardWriter(
+                    folder,
+                    f"{spec.name}/{name}",
+                    shape=(length,),
+                    dtype=dtype,
+                    chunk_rows=chunk,
+                    shard_rows=_shard_rows(options, row_nbytes, chunk, length, scale=max(1, nnz) / n_obs),
+                    compressor=options.compressor,
+                    attributes={},
+                )
+            )
+            for name, (length, dtype) in arrays.items()
+        }
+        self._writers["indptr"].append(np.zeros(1, np.int64))
+
+    def append(self, heads: Heads, flats: Flats) -> int:
+        """Append rows; returns their bytes."""
+        indices, bounds = flats[f"{self._name}#indices"]
+        values, _ = flats[f"{self._name}#values"]
+        self._writers["indices"].append(indices)
+        self._writers["data"].append(values)
+        self._writers["indptr"].append(bounds[1:] + self._at)
+        self._at += int(bounds[-1])
+        return int(indices.nbytes + values.nbytes + bounds.nbytes)
+
+
+class _DenseWriter(contextlib.ExitStack):
+    """Writes a dense array, sharded along its rows."""
+
+    def __init__(
+        self, spec: MatrixSpec, options: Options, n_obs: int, task: GatherTask, folder: Folder, group: zarr.Group
+    ) -> None:
+        super().__init__()
+        dtype = np.dtype(task.dtypes[spec.name])
+        chunk = min(options.n_obs_per_chunk, n_obs)
+        self._name = spec.name
+        self._writer = self.enter_context(
+            ShardWriter(
+                folder,
+                spec.name,
+                shape=(n_obs, spec.n_cols),
+                dtype=dtype,
+                chunk_rows=chunk,
+                shard_rows=_shard_rows(options, max(1, spec.n_cols) * dtype.itemsize, chunk, n_obs, scale=1),
+                compressor=options.compressor,
+                attributes={"encoding-type": "array", "encoding-version": "0.2.0", SOURCE_DTYPE: spec.source_dtype},
+            )
+        )
+
+    def append(self, heads: Heads, flats: Flats) -> int:
+        """Append rows; returns their bytes."""
+        values = heads[f"{self._name}#dense"]
+        self._writer.append(values)
+        return int(values.nbytes)
+
+
+def _shard_rows(options: Options, row_nbytes: float, chunk: int, length: int, *, scale: float) -> int:
+    """Entries of a shard: the size asked for, rounded down to whole chunks, and no more than the array holds.
+
+    ``scale`` is the number of array entries a cell, ``row_nbytes`` the bytes of a cell.
+    """
+    rows = options.shard_rows if options.shard_rows is not None else (options.shard_nbytes or 2**30) / row_nbytes
+    chunks = int(rows * scale) // chunk
+    return chunk * max(1, min(chunks, -(-length // chunk)))
+
+
+class _ObsColumns:
+    """The dataset's obs, filled part by part."""
+
+    def __init__(self, columns: Sequence[ColumnSpec], n_rows: int) -> None:
+        self._columns, self._n_rows, self._at = columns, n_rows, 0
+        self._arrays: dict[str, NDArray] = {}
+
+    def append(self, heads: Heads, flats: Flats) -> None:
+        for c in self._columns:
+            if c.kind == "string":
+                data, bounds = flats[head(c, "bytes")]
+                self._put(head(c), decode_strings(bounds, data))
+            else:
+                self._put(head(c), heads[head(c)])
+            if c.nullable:
+                self._put(head(c, "mask"), heads[head(c, "mask")])
+        self._at += len(heads[PLACE])
+
+    def _put(self, name: str, rows: NDArray) -> None:
+        if name not in self._arrays:
+            self._arrays[name] = np.empty(self._n_rows, rows.dtype)
+        self._arrays[name][self._at : self._at + len(rows)] = rows
+
+    def frame(self, index_name: str | None) -> pd.DataFrame:
+        names, *columns = self._columns
+        data = {
+            c.name: to_pandas(c, self._arrays.pop(head(c)), self._arrays.pop(head(c, "mask"), None)) for c in columns
+        }
+        index = pd.Index(self._arrays.pop(head(names)), dtype=object, name=index_name)
+        frame = pd.DataFrame(index=index)
+        for name, values in data.items():
+            frame[name] = pd.Series(values, index=index, dtype=object) if _is_object(values) else values
+        return frame
+
+
+def _is_object(values: Any) -> bool:
+    return isinstance(values, np.ndarray) and values.dtype == object
+
+
+_settings_lock = threading.Lock()
+
+
+def _write_frames(group: zarr.Group, obs: pd.DataFrame, plan: Plan, folder: Folder) -> None:
+    """Write what is not sharded, with anndata itself.
+
+    anndata's settings are the process's, so threads take turns: two that overlap would undo each other's.
+    """
+    with _settings_lock, ad.settings.override(allow_write_nullable_strings=True, auto_shard_zarr_v3=False):
+        ad.io.write_elem(group, "obs", obs)
+        ad.io.write_elem(group, "var", plan.var)
+        for name in ("layers", "obsm", "obsp", "varm", "varp", "uns"):
+            if name not in group:
+                ad.io.write_elem(group, name, {})
+    nodes = metadata_below(folder)
+    consolidate(folder, nodes[""]["attributes"], nodes)

@@ -1,0 +1,74 @@
+"""What every task of a build shares. It lies in the scratch folder, so tasks are a few bytes and graphs stay small."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import cloudpickle
+
+from annbatch_dask.plan.build import Plan
+from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.sources import Source, SourceRef, open_source
+
+__all__ = ["Job", "load_job", "save_job"]
+
+_FILE = "job.pkl"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A plan with the places it works on.
+
+    Attributes
+    ----------
+    refs
+        The inputs, one for each source of the plan.
+    scratch
+        Folder of spill files and receipts, for this plan alone.
+    target
+        Folder of the collection.
+    """
+
+    plan: Plan
+    refs: tuple[SourceRef, ...]
+    scratch: Folder
+    target: Folder
+
+    @contextmanager
+    def open_source(self, index: int) -> Iterator[Source]:
+        """Open an input. What ``load_adata`` returned is kept for the next block of the same input in this thread."""
+        ref = self.refs[index]
+        if ref.load_adata is None:
+            with open_source(ref) as source:
+                yield source
+            return
+        key = (self.plan.work_key, index)
+        if getattr(_kept, "key", None) != key:
+            _kept.__dict__.clear()
+            with ExitStack() as files:
+                _kept.source, _kept.key = files.enter_context(open_source(ref)), key
+                files.pop_all()  # what a user's function opened stays open with what it returned
+        yield _kept.source
+
+
+_kept = threading.local()
+
+
+def save_job(job: Job) -> None:
+    """Write the job where its tasks find it."""
+    job.scratch.write(_FILE, cloudpickle.dumps(job))
+
+
+def load_job(scratch: Folder) -> Job:
+    """The job of a scratch folder; kept for the next task, as the folder's name holds the plan's work key."""
+    return _load(scratch.url, tuple(sorted(scratch.options.items())))
+
+
+@lru_cache(maxsize=1)
+def _load(url: str, options: tuple[tuple[str, object], ...]) -> Job:
+    job: Job = cloudpickle.loads(Folder(url, dict(options)).read(_FILE))
+    return job

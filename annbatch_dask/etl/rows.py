@@ -1,0 +1,100 @@
+"""Row-aligned elements as they travel from scatter to gather: head arrays and flat arrays with their names.
+
+A head has one entry (or one row) a cell: category codes, numbers, dense matrices, and how many flat entries the cell
+has. A flat has any number a cell: sparse indices and values, the bytes of strings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from annbatch_dask.kernels.fingerprint import (
+    add_dense,
+    add_sparse,
+    add_strings,
+    field_salt,
+    finish_rows,
+)
+from annbatch_dask.plan.schema import ColumnSpec, MatrixSpec
+from annbatch_dask.storage.columns import ColumnRows
+
+__all__ = ["NAMES", "bounds_of", "decode_strings", "encode_strings", "head", "row_hashes", "sum_hashes", "write_column"]
+
+NAMES = ColumnSpec("", "string")
+"""The obs names, which travel like a column of strings."""
+
+
+def head(spec: ColumnSpec, what: str = "values") -> str:
+    """Name of a column's head array: its ``values``, ``mask`` or string ``length``."""
+    return f"obs/{spec.name}#{what}"
+
+
+def bounds_of(counts: NDArray) -> NDArray[np.int64]:
+    """(n + 1,) running bounds, from 0, of (n,) counts."""
+    out = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=out[1:])
+    return out
+
+
+def encode_strings(strings: NDArray[np.object_]) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
+    """Length in bytes of each string, and the UTF-8 bytes of all."""
+    encoded = [s.encode("utf-8", "surrogatepass") for s in strings]
+    counts = np.fromiter(map(len, encoded), np.uint32, len(encoded))
+    return counts, np.frombuffer(b"".join(encoded), np.uint8)
+
+
+def decode_strings(bounds: NDArray[np.int64], data: NDArray[np.uint8]) -> NDArray[np.object_]:
+    """The strings again."""
+    raw = data.tobytes()
+    out = np.empty(len(bounds) - 1, object)
+    edges = bounds.tolist()
+    out[:] = [raw[a:b].decode("utf-8", "surrogatepass") for a, b in zip(edges, edges[1:], strict=False)]
+    return out
+
+
+def write_column(
+    spec: ColumnSpec, rows: ColumnRows, heads: dict[str, NDArray], flats: dict[str, tuple[NDArray, NDArray[np.int64]]]
+) -> None:
+    """Add a column's rows, in the collection's dtype and codes, to the arrays of a block."""
+    if spec.kind == "string":
+        counts, data = encode_strings(rows.values)
+        heads[head(spec, "length")] = counts
+        flats[head(spec, "bytes")] = data, bounds_of(counts)
+    else:
+        heads[head(spec)] = rows.values
+    if spec.nullable:
+        heads[head(spec, "mask")] = np.zeros(len(rows.values), bool) if rows.mask is None else rows.mask
+
+
+def row_hashes(
+    n_rows: int,
+    matrices: Sequence[MatrixSpec],
+    columns: Sequence[ColumnSpec],
+    heads: Mapping[str, NDArray],
+    flats: Mapping[str, tuple[NDArray, NDArray[np.int64]]],
+) -> NDArray[np.uint64]:
+    """(n_rows,) hashes of whole rows; see :mod:`annbatch_dask.kernels.fingerprint`."""
+    hashes = np.zeros(n_rows, np.uint64)
+    for m in matrices:
+        if m.kind == "csr":
+            indices, bounds = flats[f"{m.name}#indices"]
+            add_sparse(hashes, bounds, indices, flats[f"{m.name}#values"][0], field_salt(m.name))
+        else:
+            add_dense(hashes, heads[f"{m.name}#dense"], field_salt(m.name))
+    for c in columns:
+        if c.kind == "string":
+            data, bounds = flats[head(c, "bytes")]
+            add_strings(hashes, bounds, data, field_salt(head(c)))
+        else:
+            add_dense(hashes, heads[head(c)].reshape(n_rows, 1), field_salt(head(c)))
+        if c.nullable:
+            add_dense(hashes, heads[head(c, "mask")].reshape(n_rows, 1), field_salt(head(c, "mask")))
+    return hashes
+
+
+def sum_hashes(hashes: NDArray[np.uint64]) -> int:
+    """Order-independent fingerprint of some rows: the sum of their finished hashes modulo 2**64."""
+    return int(finish_rows(hashes))

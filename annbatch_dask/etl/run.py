@@ -1,0 +1,318 @@
+"""The build as Dask runs it: two stages of independent tasks with a small barrier between them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import dask
+import dask.system
+import numpy as np
+from dask.callbacks import Callback as DaskCallback
+from dask.utils import parse_bytes
+from distributed import Client, as_completed
+from distributed.deploy.utils import nprocesses_nthreads
+from distributed.system import MEMORY_LIMIT
+
+from annbatch_dask.etl.cluster import local_client
+from annbatch_dask.etl.commit import commit
+from annbatch_dask.etl.gather import GatherTask, gather
+from annbatch_dask.etl.job import Job, save_job
+from annbatch_dask.etl.scatter import scatter
+from annbatch_dask.events import BuildEnd, BuildStart, Callback, StageEnd, StageStart, TaskEnd
+from annbatch_dask.manifest import DatasetRecord, Manifest, SourceRecord
+from annbatch_dask.plan.build import Plan
+from annbatch_dask.plan.dtypes import ValueRange, index_dtype, merge_ranges, smallest_dtype
+from annbatch_dask.plan.memory import Budget
+
+__all__ = ["Engine", "EngineRoom", "build", "choose_engine", "run_stage"]
+
+logger = logging.getLogger(__name__)
+
+_LOCAL = ("synchronous", "sync", "single-threaded", "threads", "threading", "threaded")
+RETRIES = 2
+"""How often Dask repeats a task that failed or whose worker was lost."""
+OnResult = Callable[[int, Any], None]
+
+
+class Engine(Protocol):
+    """Something that runs independent tasks."""
+
+    name: str
+    dashboard: str | None
+    budget: Budget
+
+    def run(self, name: str, fn: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], on_result: OnResult) -> list[Any]:
+        """Call ``fn(*args)`` for each; results in order. ``on_result(i, result)`` is called as each is done."""
+
+
+def _delayed(name: str, fn: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
+    call = dask.delayed(fn, pure=False)
+    token = dask.base.tokenize(name, time.time_ns())
+    return [call(*args, dask_key_name=f"{name}-{token}-{i}") for i, args in enumerate(tasks)]
+
+
+@dataclass(frozen=True)
+class LocalEngine:
+    """Dask's threaded or synchronous scheduler, in this process."""
+
+    scheduler: str
+    budget: Budget
+    dashboard: str | None = None
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return f"dask's {self.scheduler} scheduler"
+
+    def run(self, name: str, fn: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], on_result: OnResult) -> list[Any]:
+        """Run the tasks in this process."""
+        graph = _delayed(name, fn, tasks)
+        index = {t.key: i for i, t in enumerate(graph)}
+
+        def posttask(key: str, result: Any, *_: Any) -> None:
+            if key in index:
+                on_result(index[key], result)
+
+        with DaskCallback(posttask=posttask):
+            return list(dask.compute(*graph, scheduler=self.scheduler, optimize_graph=False))
+
+
+@dataclass(frozen=True)
+class ClusterEngine:
+    """A Dask cluster."""
+
+    client: Client
+    budget: Budget
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        info = self.client.scheduler_info(n_workers=-1)
+        workers = info["workers"].values()
+        return f"{info['address']}, {len(workers)} workers, {sum(w['nthreads'] for w in workers)} threads"
+
+    @property
+    def dashboard(self) -> str | None:
+        """Address of the dashboard."""
+        return self.client.dashboard_link or None
+
+    def run(self, name: str, fn: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], on_result: OnResult) -> list[Any]:
+        """Run the tasks on the cluster; on any error, cancel what is left."""
+        futures = self.client.compute(_delayed(name, fn, tasks), retries=RETRIES, optimize_graph=False)
+        index = {f.key: i for i, f in enumerate(futures)}
+        results: list[Any] = [None] * len(futures)
+        try:
+            for future, result in as_completed(futures, loop=self.client.loop, with_results=True):
+                results[index[future.key]] = result
+                on_result(index[future.key], result)
+        except BaseException:
+            self.client.cancel(futures)
+            raise
+        return results
+
+
+@dataclass(frozen=True)
+class EngineRoom:
+    """An engine that may still have to be started.
+
+    Attributes
+    ----------
+    scanner
+        Runs the scan: the cluster where there is one, else threads of this process, so that bad input is
+        found before a cluster is started.
+    budget
+        Memory of a worker.
+    start
+        The engine for the build, as a context manager.
+    """
+
+    scanner: Engine
+    budget: Budget
+    start: Callable[[], contextlib.AbstractContextManager[Engine]]
+
+
+def choose_engine(client: Client | None, memory_limit: int | str | None) -> EngineRoom:
+    """The engine to use: the client given, dask's configured scheduler, the current client, or a new local cluster."""
+    scheduler = dask.config.get("scheduler", None)
+    if client is None and isinstance(scheduler, str) and scheduler in _LOCAL:
+        n_threads = 1 if scheduler.startswith("s") else dask.system.CPU_COUNT
+        local = LocalEngine(scheduler, Budget(_nbytes(memory_limit, n_workers=1), n_threads))
+        return EngineRoom(local, local.budget, lambda: contextlib.nullcontext(local))
+    if client is None:
+        with contextlib.suppress(ValueError):
+            client = Client.current(allow_global=True)
+    if client is not None:
+        cluster = ClusterEngine(client, _cluster_budget(client, memory_limit))
+        return EngineRoom(cluster, cluster.budget, lambda: contextlib.nullcontext(cluster))
+    n_workers, n_threads = nprocesses_nthreads()
+    budget = Budget(_nbytes(memory_limit, n_workers=n_workers), n_threads)
+    return EngineRoom(LocalEngine("threads", budget), budget, lambda: _own_cluster(n_workers, budget))
+
+
+@contextlib.contextmanager
+def _own_cluster(n_workers: int, budget: Budget) -> Iterator[Engine]:
+    with local_client(
+        n_workers=n_workers, threads_per_worker=budget.n_threads, memory_limit=budget.worker_nbytes
+    ) as client:
+        yield ClusterEngine(client, budget)
+
+
+def _nbytes(memory_limit: int | str | None, *, n_workers: int) -> int:
+    """Memory of each of ``n_workers`` on this machine: what was asked for, or an equal share."""
+    if memory_limit is not None:
+        return int(parse_bytes(memory_limit))
+    return int(MEMORY_LIMIT) // n_workers
+
+
+def _cluster_budget(client: Client, memory_limit: int | str | None) -> Budget:
+    """What the smallest worker of a cluster can give."""
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    limits = [w["memory_limit"] for w in workers if w["memory_limit"]]
+    limit = min(limits) if limits else _nbytes(None, n_workers=1)
+    if memory_limit is not None:
+        limit = min(limit, int(parse_bytes(memory_limit)))
+    return Budget(limit, max((w["nthreads"] for w in workers), default=1))
+
+
+def run_stage(
+    engine: Engine,
+    stage: str,
+    fn: Callable[..., Any],
+    tasks: Sequence[tuple[Any, ...]],
+    callback: Callback,
+    *,
+    size: tuple[int, int],
+    measure: Callable[[int, Any], tuple[int, int]],
+) -> list[Any]:
+    """Run one stage and emit its events.
+
+    Parameters
+    ----------
+    size
+        Rows and bytes of the whole stage.
+    measure
+        Rows and bytes of task ``i``, given its result.
+    """
+    start = time.perf_counter()
+    callback.on_stage_start(StageStart(stage, len(tasks), *size))
+
+    def on_result(i: int, result: Any) -> None:
+        reused = isinstance(result, Mapping) and bool(result.get("reused"))
+        callback.on_task_end(TaskEnd(stage, i, *measure(i, result), reused=reused))
+
+    results = engine.run(stage, fn, tasks, on_result)
+    seconds = time.perf_counter() - start
+    callback.on_stage_end(StageEnd(stage, seconds))
+    logger.info("%s: %d tasks in %.1f s", stage, len(tasks), seconds)
+    return results
+
+
+def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
+    """Run a plan and commit its result.
+
+    Each task leaves a receipt in the scratch folder, so a build that was interrupted goes on where it stopped when it is
+    called again with the same plan. The scratch folder is removed after the commit.
+    """
+    plan = job.plan
+    callback.on_build_start(BuildStart(job.target.url, engine.name, engine.dashboard))
+    error: BaseException | None = None
+    try:
+        save_job(job)
+        scattered = run_stage(
+            engine,
+            "scatter",
+            scatter,
+            [(job.scratch, i) for i in range(len(plan.blocks))],
+            callback,
+            size=(plan.n_obs, plan.n_bytes_read),
+            measure=lambda _, r: (r["n_rows"], r["n_bytes"]),
+        )
+        tasks = gather_tasks(plan, scattered)
+        gathered = run_stage(
+            engine,
+            "gather",
+            gather,
+            [(job.scratch, t) for t in tasks],
+            callback,
+            size=(plan.n_obs, _gather_nbytes(plan, tasks)),
+            measure=lambda _, r: (r["n_rows"], r["n_bytes"]),
+        )
+        manifest = _manifest(plan, scattered, gathered, tasks)
+        run_stage(
+            LocalEngine("synchronous", engine.budget),
+            "commit",
+            commit,
+            [(job.target, manifest)],
+            callback,
+            size=(plan.n_obs, 0),
+            measure=lambda *_: (plan.n_obs, 0),
+        )
+        job.scratch.remove()
+    except BaseException as e:
+        error = e
+        raise
+    else:
+        return manifest
+    finally:
+        callback.on_build_end(BuildEnd(error))
+
+
+def gather_tasks(plan: Plan, scattered: Sequence[Mapping[str, Any]]) -> list[GatherTask]:
+    """The barrier: what all scatter tasks together say about dtypes, sizes and fingerprints."""
+    dtypes = {}
+    for m in plan.matrices:
+        found = merge_ranges(ValueRange(**r["ranges"][m.name]) for r in scattered)
+        dtypes[m.name] = smallest_dtype(found, np.dtype(m.source_dtype)).name
+    sparse = [m.name for m in plan.matrices if m.kind == "csr"]
+    nnz = {name: np.sum([r["nnz"][name] for r in scattered], axis=0) for name in sparse}
+    return [
+        GatherTask(
+            dataset=k,
+            dtypes=dtypes,
+            nnz={name: int(n[k]) for name, n in nnz.items()},
+            fingerprint=sum(int(r["fingerprint"][k], 16) for r in scattered) % 2**64,
+        )
+        for k in range(plan.n_datasets)
+    ]
+
+
+def _gather_nbytes(plan: Plan, tasks: Sequence[GatherTask]) -> int:
+    """What the gather tasks will report as written, to the byte: the length of the progress bar."""
+    total = 0
+    for m in plan.matrices:
+        item = np.dtype(tasks[0].dtypes[m.name]).itemsize
+        if m.kind == "dense":
+            total += plan.n_obs * m.n_cols * item
+        else:
+            nnz = sum(t.nnz[m.name] for t in tasks)
+            total += nnz * (item + index_dtype(m.n_cols).itemsize) + 8 * plan.n_obs
+    return total
+
+
+def _manifest(
+    plan: Plan,
+    scattered: Sequence[Mapping[str, Any]],
+    gathered: Sequence[Mapping[str, Any]],
+    tasks: Sequence[GatherTask],
+) -> Manifest:
+    nnz = np.zeros(len(plan.sources), np.int64)
+    for block, receipt in zip(plan.blocks, scattered, strict=True):
+        nnz[block.source] += sum(receipt["nnz"].get("X", ()))
+    return Manifest(
+        seed=plan.seed,
+        permutation={"name": plan.permutation.name, "version": plan.permutation.version},
+        plan=plan.fingerprint,
+        n_obs=plan.n_obs,
+        n_vars=plan.n_vars,
+        matrices={
+            m.name: {"kind": m.kind, "dtype": tasks[0].dtypes[m.name], "source_dtype": m.source_dtype}
+            for m in plan.matrices
+        },
+        datasets=tuple(DatasetRecord(r["name"], r["n_rows"], r["nnz"], r["fingerprint"]) for r in gathered),
+        sources=tuple(SourceRecord(s.path, s.n_obs, int(n)) for s, n in zip(plan.sources, nnz, strict=True)),
+    )

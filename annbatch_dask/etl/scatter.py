@@ -1,0 +1,265 @@
+"""scatter: read one row block, map its genes, put its rows in the order of their destination, write one spill file."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from annbatch_dask.errors import SchemaError
+from annbatch_dask.etl.job import load_job
+from annbatch_dask.etl.rows import NAMES, bounds_of, row_hashes, sum_hashes, write_column
+from annbatch_dask.kernels.rows import copy_runs, map_indices, sort_rows
+from annbatch_dask.kernels.values import range_of
+from annbatch_dask.plan.build import Plan
+from annbatch_dask.plan.dtypes import ValueRange, index_dtype, merge_ranges, signed_dtype, smallest_dtype
+from annbatch_dask.plan.layout import Block
+from annbatch_dask.plan.schema import SRC_PATH, Categories, ColumnSpec, MatrixSchema, MatrixSpec, SourceSchema
+from annbatch_dask.storage.columns import ColumnRows
+from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.sources import CsrRows, Source
+from annbatch_dask.storage.spill import find_receipt, write_receipt, write_spill
+
+__all__ = ["PLACE", "all_columns", "scatter"]
+
+PLACE = "#place"
+"""Head array: a row's position within its part."""
+
+Heads = dict[str, NDArray]
+Flats = dict[str, tuple[NDArray, NDArray[np.int64]]]
+
+
+@dataclass
+class _Rows:
+    """A block's rows in the source's order, and what was noticed while reading them."""
+
+    heads: Heads = field(default_factory=dict)
+    flats: Flats = field(default_factory=dict)
+    exact: dict[str, NDArray] = field(default_factory=dict)
+    """Values in the source's dtype, of the arrays whose spilled form is smaller: what the fingerprint is taken of."""
+    ranges: dict[str, ValueRange] = field(default_factory=dict)
+
+
+def scatter(scratch: Folder, index: int) -> dict[str, Any]:
+    """Run one scatter task, unless it was run before.
+
+    Returns
+    -------
+    The task's receipt: per dataset the rows' ``fingerprint`` and each sparse matrix's ``nnz``; the ``ranges`` of values;
+    ``n_rows``, ``n_bytes`` (uncompressed, read) and ``spilled``.
+    """
+    task = f"scatter-{index:06d}"
+    if (done := find_receipt(scratch, task)) is not None:
+        return done | {"reused": True}
+    job = load_job(scratch)
+    plan, block = job.plan, job.plan.blocks[index]
+    source = plan.sources[block.source]
+    try:
+        with job.open_source(block.source) as opened:
+            rows = _read_block(plan, block, source, opened)
+    except Exception as e:
+        e.add_note(f"while reading {source.path}, rows {block.start:,} to {block.stop:,}")
+        raise
+    receipt = _spill(plan, block, index, rows, scratch)
+    write_receipt(scratch, task, receipt)
+    return receipt
+
+
+def all_columns(plan: Plan) -> tuple[ColumnSpec, ...]:
+    """obs names, the columns, and the source of each row: what travels beside the matrices."""
+    paths = tuple(dict.fromkeys(s.path for s in plan.sources))
+    source = ColumnSpec(SRC_PATH, "categorical", categories=Categories(paths, "str"))
+    return (NAMES, *plan.columns, source)
+
+
+# --- read ----------------------------------------------------------------------------------------------------------
+
+
+def _read_block(plan: Plan, block: Block, source: SourceSchema, opened: Source) -> _Rows:
+    rows = _Rows()
+    schemas = {m.name: m for m in source.matrices}
+    for spec in plan.matrices:
+        found = opened.matrix(schemas[spec.name], block.start, block.stop)
+        gene_map = plan.gene_maps[plan.gene_map_of[block.source]] if spec.mapped else None
+        if spec.kind == "csr":
+            csr = found if isinstance(found, CsrRows) else _dense_to_csr(found)
+            _read_sparse(rows, spec, schemas[spec.name], csr, gene_map)
+        else:
+            _read_dense(rows, spec, np.asarray(found), gene_map)
+    names = opened.names(block.start, block.stop)
+    write_column(NAMES, ColumnRows(names), rows.heads, rows.flats)
+    for column in plan.columns:
+        write_column(column, _read_column(column, block, source, opened), rows.heads, rows.flats)
+    *_, tag = all_columns(plan)
+    code = tag.categories.values.index(source.path)  # type: ignore[union-attr]
+    codes = np.full(block.n_rows, code, signed_dtype(len(tag.categories.values)))  # type: ignore[union-attr]
+    write_column(tag, ColumnRows(codes), rows.heads, rows.flats)
+    return rows
+
+
+def _dense_to_csr(values: NDArray) -> CsrRows:
+    """A dense source among sparse ones: its non-zeros (a NaN is not zero, a negative zero is)."""
+    at, cols = np.nonzero(values)
+    bounds = bounds_of(np.bincount(at, minlength=len(values)))
+    stored = values[at, cols]
+    return CsrRows(bounds, lambda visit: visit(0, cols.astype(np.int32)), lambda visit: visit(0, stored))
+
+
+def _read_sparse(
+    rows: _Rows, spec: MatrixSpec, schema: MatrixSchema, csr: CsrRows, gene_map: NDArray[np.int32] | None
+) -> None:
+    bounds, nnz = csr.bounds, int(csr.bounds[-1])
+    if gene_map is None:
+        gene_map = np.arange(spec.n_cols, dtype=np.int32)
+    drops = bool((gene_map < 0).any())
+    target = np.dtype(np.int32) if drops else index_dtype(spec.n_cols)
+    indices = _collect_indices(csr, nnz, gene_map.astype(target), n_cols=schema.n_cols)
+    exact, values_range = _collect_values(csr, nnz, np.dtype(schema.dtype))
+    if drops:
+        keep = indices >= 0
+        kept = np.add.reduceat(np.append(keep, [False]), bounds[:-1], dtype=np.int64)  # wrong for empty rows
+        bounds = bounds_of(kept * (np.diff(bounds) > 0))
+        indices, exact = indices[keep].astype(index_dtype(spec.n_cols)), exact[keep]
+        values_range = ValueRange(*range_of(exact))
+    if (np.diff(gene_map[gene_map >= 0]) < 0).any():
+        order = np.empty(len(indices), np.int64)
+        sort_rows(bounds, indices, order)
+        indices, exact = indices[order], exact[order]
+    rows.heads[f"{spec.name}#length"] = np.diff(bounds).astype(np.uint32)
+    rows.flats[f"{spec.name}#indices"] = indices, bounds
+    rows.flats[f"{spec.name}#values"] = exact.astype(smallest_dtype(values_range, exact.dtype), copy=False), bounds
+    rows.exact[f"{spec.name}#values"] = exact
+    rows.ranges[spec.name] = values_range
+
+
+def _collect_indices(csr: CsrRows, nnz: int, gene_map: NDArray, *, n_cols: int) -> NDArray:
+    """Column indices in the collection's gene space; each piece is mapped while it is hot in its thread's cache."""
+    out = np.empty(nnz, gene_map.dtype)
+    bad: list[int] = []
+
+    def visit(first: int, piece: NDArray) -> None:
+        bad.append(map_indices(piece, gene_map, out[first : first + len(piece)]))
+
+    csr.indices(visit)
+    if sum(bad):
+        msg = f"{sum(bad):,} of {nnz:,} column indices lie outside the matrix's {n_cols:,} columns; write the file anew"
+        raise SchemaError(msg)
+    return out
+
+
+def _collect_values(csr: CsrRows, nnz: int, dtype: np.dtype) -> tuple[NDArray, ValueRange]:
+    out = np.empty(nnz, dtype)
+    ranges: list[ValueRange] = []
+    lock = threading.Lock()
+
+    def visit(first: int, piece: NDArray) -> None:
+        out[first : first + len(piece)] = piece
+        found = ValueRange(*range_of(out[first : first + len(piece)]))
+        with lock:
+            ranges.append(found)
+
+    csr.values(visit)
+    return out, merge_ranges(ranges)
+
+
+def _read_dense(rows: _Rows, spec: MatrixSpec, values: NDArray, gene_map: NDArray[np.int32] | None) -> None:
+    values = values.astype(np.promote_types(values.dtype, spec.source_dtype), copy=False)
+    if gene_map is not None and not np.array_equal(gene_map, np.arange(spec.n_cols)):
+        joined = np.full((len(values), spec.n_cols), np.nan if values.dtype.kind == "f" else 0, values.dtype)
+        joined[:, gene_map[gene_map >= 0]] = values[:, gene_map >= 0]
+        values = joined
+    found = ValueRange(*range_of(values))
+    name = f"{spec.name}#dense"
+    rows.heads[name] = values.astype(smallest_dtype(found, values.dtype), copy=False)
+    rows.exact[name] = values
+    rows.ranges[spec.name] = found
+
+
+def _read_column(column: ColumnSpec, block: Block, source: SourceSchema, opened: Source) -> ColumnRows:
+    """A column's rows as the collection holds them: codes mapped, dtypes promoted, gaps filled."""
+    schema = next((c for c in source.columns if c.name == column.name), None)
+    n = block.n_rows
+    if schema is None:
+        return _missing(column, n)
+    found = opened.column(schema, block.start, block.stop)
+    if column.categories is not None:
+        code_map = column.code_maps[block.source]
+        dtype = signed_dtype(len(column.categories.values))
+        mapped = np.append(code_map, -1)[found.values]  # code -1 takes the last entry
+        return ColumnRows(mapped.astype(dtype))
+    if schema.categories is not None:  # a categorical that becomes plain because another file has it plain
+        missing = found.values < 0
+        fill = "" if column.kind == "string" else 0
+        values = np.append(schema.categories.index().to_numpy(), [fill])[found.values]
+        found = ColumnRows(values.astype(object if column.kind == "string" else column.dtype), missing)
+    if column.kind == "string":
+        return found
+    values = found.values.astype(column.dtype, copy=False)
+    if found.mask is not None:
+        values = np.where(found.mask, np.asarray(np.nan if values.dtype.kind == "f" and not column.nullable else 0, values.dtype), values)
+    return ColumnRows(values, found.mask)
+
+
+def _missing(column: ColumnSpec, n: int) -> ColumnRows:
+    if column.categories is not None:
+        return ColumnRows(np.full(n, -1, signed_dtype(len(column.categories.values))))
+    if column.kind == "string":
+        return ColumnRows(np.full(n, "", object), np.ones(n, bool))
+    if column.nullable:
+        return ColumnRows(np.zeros(n, column.dtype), np.ones(n, bool))
+    return ColumnRows(np.full(n, np.nan, column.dtype))
+
+
+# --- partition and write -------------------------------------------------------------------------------------------
+
+
+def _spill(plan: Plan, block: Block, index: int, rows: _Rows, scratch: Folder) -> dict[str, Any]:
+    layout = plan.layout
+    dest = plan.permutation.forward(np.arange(block.first, block.first + block.n_rows))
+    part = layout.part_of(dest)
+    order = np.argsort(part, kind="stable")
+    part_rows = np.searchsorted(part[order], np.arange(len(layout.part_starts)))
+    dataset_rows = part_rows[layout.first_part]
+    hashes = row_hashes(
+        block.n_rows, plan.matrices, all_columns(plan), rows.heads | _of(rows.exact, rows.heads), _exact_flats(rows)
+    )
+    rows.exact.clear()
+    place = (dest - layout.part_starts[part]).astype(np.uint32)
+    heads = {PLACE: place[order]} | {name: values[order] for name, values in rows.heads.items()}
+    flats = {}
+    for name in list(rows.flats):
+        flats[name] = _reorder(*rows.flats.pop(name), order)
+    spilled = write_spill(scratch, index, rows=part_rows, heads=heads, flats=flats)
+    nnz = {
+        m.name: np.diff(flats[f"{m.name}#indices"][1][dataset_rows]).tolist() for m in plan.matrices if m.kind == "csr"
+    }
+    ordered = hashes[order]
+    pairs = zip(dataset_rows[:-1], dataset_rows[1:], strict=True)
+    return {
+        "n_rows": block.n_rows,
+        "n_bytes": block.n_bytes,
+        "spilled": spilled,
+        "nnz": nnz,
+        "ranges": {name: asdict(r) for name, r in rows.ranges.items()},
+        "fingerprint": [f"{sum_hashes(ordered[a:b]):016x}" for a, b in pairs],
+    }
+
+
+def _of(some: dict[str, NDArray], heads: Heads) -> Heads:
+    return {name: values for name, values in some.items() if name in heads}
+
+
+def _exact_flats(rows: _Rows) -> Flats:
+    return {name: (rows.exact.get(name, values), bounds) for name, (values, bounds) in rows.flats.items()}
+
+
+def _reorder(values: NDArray, bounds: NDArray[np.int64], order: NDArray[np.int64]) -> tuple[NDArray, NDArray[np.int64]]:
+    """Rows of a flat array in another order."""
+    counts = np.diff(bounds)[order]
+    new_bounds = bounds_of(counts)
+    out = np.empty_like(values)
+    copy_runs(values, bounds[:-1][order], out, new_bounds[:-1], counts)
+    return out, new_bounds

@@ -1,0 +1,42 @@
+"""One pass over values: what dtype could hold them."""
+
+import numba as nb
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["float_range", "range_of"]
+
+
+@nb.njit(nogil=True, cache=True)
+def float_range(values):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """(integral, low, high, single, n_nan, n_inf) of a 1-D float array; see ``plan.dtypes.ValueRange``."""
+    low, high = 0.0, 0.0
+    not_whole, not_single, n_nan, n_inf = 0, 0, 0, 0
+    for k in range(values.shape[0]):
+        v = np.float64(values[k])
+        low = min(low, v)
+        high = max(high, v)
+        # a negative zero is whole, but an integer would lose its sign
+        not_whole += (v != np.floor(v)) | ((v == 0.0) & np.signbit(v))
+        not_single += (np.float64(np.float32(v)) != v) & (v == v)  # noqa: PLR0124
+        n_nan += v != v  # noqa: PLR0124
+        n_inf += (v == np.inf) | (v == -np.inf)
+    return not_whole + n_nan + n_inf == 0, low, high, not_single == 0, n_nan, n_inf
+
+
+def range_of(values: NDArray) -> tuple[bool, int, int, bool, int, int]:
+    """The same for any real dtype, with exact integers; 0 counts among the values.
+
+    Whole numbers from 2**63 on are not called integral, as they fit no signed integer.
+    """
+    if values.size == 0:
+        return True, 0, 0, True, 0, 0
+    flat = values.reshape(-1)
+    if flat.dtype.kind in "bui":
+        low, high = min(0, int(flat.min())), max(0, int(flat.max()))
+        return True, low, high, -(2**24) <= low and high <= 2**24, 0, 0
+    if flat.dtype.itemsize < 4:  # noqa: PLR2004
+        flat = flat.astype(np.float32)
+    whole, low_f, high_f, single, n_nan, n_inf = float_range(flat)
+    whole = whole and -(2.0**63) < low_f and high_f < 2.0**63
+    return whole, int(low_f) if whole else 0, int(high_f) if whole else 0, single, n_nan, n_inf

@@ -1,0 +1,331 @@
+"""From what the scan found to a frozen plan. Pure: the same schemas and options give the same plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, reduce
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from annbatch_dask.errors import LayoutError, SchemaError
+from annbatch_dask.plan.columns import unite_columns
+from annbatch_dask.plan.genes import check_unique, gene_maps, join_genes
+from annbatch_dask.plan.layout import Block, Layout, cut_blocks
+from annbatch_dask.plan.memory import MIB, Budget, format_nbytes, gather_peak_nbytes, scatter_peak_nbytes
+from annbatch_dask.plan.permutation import IDENTITY, SWAP_OR_NOT, Permutation
+from annbatch_dask.plan.schema import SRC_PATH, ColumnSpec, MatrixSpec, SourceSchema
+
+__all__ = ["Options", "Plan", "build_plan"]
+
+_BLOCK_NBYTES = 128 * MIB
+"""Default size of a row block: far above the cost of a task, small beside a worker's memory."""
+_MAX_TASKS = 4096
+"""Blocks grow, as far as memory allows, so that a stage stays below about so many tasks."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user asked for, resolved to numbers.
+
+    Attributes
+    ----------
+    dataset_size
+        Rows of a dataset, or bytes of one uncompressed: exactly one of ``dataset_rows`` and ``dataset_nbytes`` is set.
+    shard_rows, shard_nbytes
+        Size of a shard, likewise.
+    compressor
+        Zarr v3 metadata of the bytes-to-bytes codec of the sharded arrays, None for none.
+    """
+
+    seed: int
+    shuffle: bool = True
+    dataset_rows: int | None = None
+    dataset_nbytes: int | None = None
+    n_obs_per_chunk: int = 64
+    shard_rows: int | None = None
+    shard_nbytes: int | None = None
+    compressor: str | None = None
+    var_subset: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """A build, decided but not begun. Its repr says tasks, bytes and peak memory.
+
+    Attributes
+    ----------
+    sources
+        What the scan found, in the order given.
+    blocks
+        Row blocks of the sources: one scatter task each.
+    layout
+        Datasets of the output: one gather task each.
+    permutation
+        Output position of every input row.
+    var
+        (n_vars, n_columns) frame of the collection's genes.
+    gene_maps, gene_map_of
+        Distinct maps from source genes to the collection's, and which one each source uses.
+    matrices, columns
+        Row-aligned elements of the collection.
+    """
+
+    options: Options
+    sources: tuple[SourceSchema, ...]
+    blocks: tuple[Block, ...]
+    layout: Layout
+    permutation: Permutation
+    var: pd.DataFrame = field(repr=False)
+    gene_maps: tuple[NDArray[np.int32], ...] = field(repr=False)
+    gene_map_of: tuple[int, ...] = field(repr=False)
+    matrices: tuple[MatrixSpec, ...]
+    columns: tuple[ColumnSpec, ...]
+    index_name: str | None
+    peak_nbytes: tuple[int, int]
+    budget: Budget
+
+    @property
+    def n_obs(self) -> int:
+        """Rows."""
+        return self.layout.n_obs
+
+    @property
+    def n_vars(self) -> int:
+        """Genes."""
+        return len(self.var)
+
+    @property
+    def n_datasets(self) -> int:
+        """Datasets of the output, which is the number of gather tasks."""
+        return self.layout.n_datasets
+
+    @property
+    def seed(self) -> int:
+        """Seed of the permutation."""
+        return self.options.seed
+
+    @property
+    def n_bytes_read(self) -> int:
+        """Uncompressed bytes the scatter tasks read."""
+        return sum(b.n_bytes for b in self.blocks)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the result: builds with equal fingerprints write equal collections."""
+        sources = [
+            {"path": s.path, "n_obs": s.n_obs, "matrices": repr(s.matrices), "columns": repr(s.columns)}
+            for s in self.sources
+        ]
+        var = pd.util.hash_pandas_object(self.var.astype(str)).to_numpy().tobytes()
+        payload = {
+            "options": asdict(self.options) | {"var_subset": None},
+            "layout": [self.layout.n_obs, self.layout.dataset_rows],
+            "permutation": repr(self.permutation),
+            "index_name": self.index_name,
+            "sources": sources,
+        }
+        return _digest(json.dumps(payload, sort_keys=True).encode(), var)
+
+    @cached_property
+    def work_key(self) -> str:
+        """Identity of the work: a resume takes up scratch files with this key and no other."""
+        payload = [self.fingerprint, repr(self.layout), repr(self.blocks), [s.identity for s in self.sources]]
+        return _digest(json.dumps(payload).encode())
+
+    @property
+    def left_out(self) -> dict[str, list[str]]:
+        """Elements the build does not carry, and the sources that have them."""
+        out: dict[str, list[str]] = {}
+        for s in self.sources:
+            for name in s.left_out:
+                out.setdefault(name, []).append(s.path)
+        return out
+
+    def summary(self) -> str:
+        """The plan in words: tasks, bytes and peak memory."""
+        scatter, gather = self.peak_nbytes
+        exact = all(m.exact for s in self.sources for m in s.matrices)
+        about = "" if exact else "about "
+        n = len(self.blocks) + self.n_datasets
+        rows = self.layout.dataset_rows
+        lines = [
+            f"Plan {self.fingerprint[:12]}: {self.n_obs:,} cells x {self.n_vars:,} genes "
+            f"from {len(self.sources):,} sources into {self.n_datasets:,} datasets of up to {min(rows, self.n_obs):,} cells",
+            f"  order    {self.permutation.name}, seed {self.seed}",
+            f"  carried  {', '.join([m.name for m in self.matrices] + [f'obs ({len(self.columns) + 1} columns)'])}",
+        ]
+        if self.left_out:
+            lines.append(f"  left out {', '.join(f'{k} ({len(v)} sources)' for k, v in self.left_out.items())}")
+        lines += [
+            f"  tasks    {n:,}: {len(self.blocks):,} scatter + {self.n_datasets:,} gather",
+            f"  bytes    {about}{format_nbytes(self.n_bytes_read)} to read (uncompressed); "
+            f"at most as much to spill and to write, less with smaller dtypes",
+            f"  peak     {format_nbytes(scatter)} a scatter task, {format_nbytes(gather)} a gather task; "
+            f"{format_nbytes(self.budget.task_nbytes)} available to each",
+        ]
+        return "\n".join(lines)
+
+    __repr__ = summary
+
+
+def _digest(*parts: bytes) -> str:
+    h = blake2b(digest_size=16)
+    for part in parts:
+        h.update(part)
+    return h.hexdigest()
+
+
+def build_plan(
+    sources: Sequence[SourceSchema], options: Options, *, budget: Budget, var: pd.DataFrame | None = None
+) -> Plan:
+    """Decide a build.
+
+    Parameters
+    ----------
+    sources
+        One schema per input, in the user's order.
+    options
+        Sizes, seed and switches.
+    budget
+        Memory of a worker; sizes blocks and parts, and is enforced.
+    var
+        Columns to keep for the genes, indexed by every gene of the join; None keeps none.
+
+    Returns
+    -------
+    The frozen plan.
+
+    Raises
+    ------
+    SchemaError
+        Where sources contradict each other.
+    MemoryBudgetError
+        Where a task cannot fit a worker.
+    """
+    if not any(s.n_obs for s in sources):
+        msg = f"the {len(sources)} inputs hold 0 cells in all; give at least one file that has cells"
+        raise SchemaError(msg)
+    for source in sources:
+        check_unique(source)
+    genes = join_genes([s.var_names for s in sources], options.var_subset)
+    maps, which = gene_maps([s.var_names for s in sources], genes)
+    matrices = _unite_matrices(sources, n_vars=len(genes))
+    sources = tuple(_drop_uncarried(s, matrices) for s in sources)
+    columns = tuple(c for c in unite_columns(sources) if c.name != SRC_PATH)
+    n_obs = sum(s.n_obs for s in sources)
+    obs_nbytes = 8 * (len(columns) + 2) + 24  # numbers and codes, the name, the place
+    total = sum(b.n_bytes for b in cut_blocks(sources, block_nbytes=2**62, csc_nbytes=2**62, obs_nbytes=obs_nbytes))
+    row_nbytes = max(1.0, total / n_obs, _dense_row_nbytes(matrices))
+    blocks = cut_blocks(
+        sources,
+        block_nbytes=_piece_nbytes(total, budget),
+        csc_nbytes=max(_BLOCK_NBYTES, (budget.task_nbytes - 48 * MIB) // 2),
+        obs_nbytes=obs_nbytes,
+    )
+    layout = _lay_out(options, n_obs=n_obs, row_nbytes=row_nbytes, part_nbytes=_piece_nbytes(total, budget))
+    peak = _peaks(blocks, layout, row_nbytes=row_nbytes, obs_nbytes=obs_nbytes)
+    budget.check("the largest scatter task", peak[0], "start workers with more memory or fewer threads")
+    budget.check(
+        f"gathering a dataset of {min(n_obs, layout.dataset_rows):,} cells",
+        peak[1],
+        "lower dataset_size, or start workers with more memory or fewer threads",
+    )
+    index_names = {s.index_name for s in sources}
+    return Plan(
+        options=options,
+        sources=sources,
+        blocks=blocks,
+        layout=layout,
+        permutation=Permutation(n_obs, options.seed, SWAP_OR_NOT if options.shuffle else IDENTITY),
+        var=pd.DataFrame(index=genes) if var is None else var.loc[genes],
+        gene_maps=maps,
+        gene_map_of=which,
+        matrices=matrices,
+        columns=columns,
+        index_name=index_names.pop() if len(index_names) == 1 else None,
+        peak_nbytes=peak,
+        budget=budget,
+    )
+
+
+def _unite_matrices(sources: Sequence[SourceSchema], *, n_vars: int) -> tuple[MatrixSpec, ...]:
+    """Matrices that every source has. X must be one of them; what only some have is reported as left out."""
+    for s in sources:
+        if not any(m.name == "X" for m in s.matrices):
+            msg = f"{s.path} has no X; put the matrix to shuffle into X with load_adata"
+            raise SchemaError(msg)
+    names = [m.name for m in sources[0].matrices]
+    out = []
+    for name in names:
+        found = [m for s in sources for m in s.matrices if m.name == name]
+        if len(found) < len(sources):
+            continue
+        mapped = not name.startswith("obsm/")
+        dtype = reduce(np.promote_types, (np.dtype(m.dtype) for m in found))
+        dense = all(m.kind == "dense" for m in found)
+        width = {m.n_cols for m in found}
+        if not mapped and len(width) > 1:
+            a, b = sorted(width)[:2]
+            msg = f"{name} has {a} columns in one source and {b} in another; make them equal or drop it in load_adata"
+            raise SchemaError(msg)
+        if mapped and dense and dtype.kind != "f" and any(m.n_cols < n_vars for m in found):
+            dtype = np.promote_types(dtype, np.float32)  # absent genes are NaN in a dense join
+        out.append(MatrixSpec(name, "dense" if dense else "csr", dtype.name, n_vars if mapped else width.pop(), mapped))
+    return tuple(out)
+
+
+def _drop_uncarried(source: SourceSchema, matrices: Sequence[MatrixSpec]) -> SourceSchema:
+    carried = {m.name for m in matrices}
+    extra = tuple(m.name for m in source.matrices if m.name not in carried)
+    if not extra:
+        return source
+    fields = {f: getattr(source, f) for f in source.__dataclass_fields__}
+    kept = tuple(m for m in source.matrices if m.name in carried)
+    return SourceSchema(**fields | {"matrices": kept, "left_out": source.left_out + extra})
+
+
+def _dense_row_nbytes(matrices: Sequence[MatrixSpec]) -> float:
+    """Bytes of an output row's dense matrices, which an outer join can make wider than any source's."""
+    return sum(m.n_cols * np.dtype(m.source_dtype).itemsize for m in matrices if m.kind == "dense")
+
+
+def _piece_nbytes(total: int, budget: Budget) -> int:
+    """Size of a block or part: the default, more where that means too many tasks, less where memory is short."""
+    room = (budget.task_nbytes - 48 * MIB) // 2
+    return max(1, min(max(_BLOCK_NBYTES, total // _MAX_TASKS), room))
+
+
+def _lay_out(options: Options, *, n_obs: int, row_nbytes: float, part_nbytes: int) -> Layout:
+    if options.dataset_rows is not None:
+        rows = options.dataset_rows
+    elif options.dataset_nbytes is not None:
+        rows = int(options.dataset_nbytes / row_nbytes)
+    else:
+        rows = n_obs
+    if rows < 1:
+        msg = (
+            f"dataset_size holds {options.dataset_nbytes or options.dataset_rows:,} and a cell takes "
+            f"{row_nbytes:,.0f} bytes, so not one fits; raise dataset_size"
+        )
+        raise LayoutError(msg)
+    return Layout(n_obs, min(rows, n_obs), max(1, min(int(part_nbytes / row_nbytes), rows, n_obs)))
+
+
+def _peaks(blocks: Sequence[Block], layout: Layout, *, row_nbytes: float, obs_nbytes: int) -> tuple[int, int]:
+    largest = max(b.n_bytes for b in blocks)
+    gather = gather_peak_nbytes(
+        part_nbytes=int(layout.part_rows * row_nbytes),
+        segment_nbytes=min(largest, int(layout.part_rows * row_nbytes)),
+        obs_nbytes=min(layout.n_obs, layout.dataset_rows) * obs_nbytes,
+    )
+    return scatter_peak_nbytes(largest), gather
+
+
+def _json_default(value: Any) -> Any:
+    return str(value)

@@ -1,0 +1,159 @@
+"""One spec for an obs column that many sources have: dtypes promoted, categories united, nothing guessed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+from graphlib import CycleError, TopologicalSorter
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from annbatch_dask.errors import SchemaError
+from annbatch_dask.plan.schema import Categories, ColumnSchema, ColumnSpec, SourceSchema
+
+__all__ = ["unite_columns"]
+
+
+def unite_columns(sources: Sequence[SourceSchema]) -> tuple[ColumnSpec, ...]:
+    """Columns of the collection's obs: every column of any source, in order of first appearance.
+
+    A column that some sources lack is missing there: no category, NaN in floats, and a mask (pandas'
+    nullable dtypes) in integers, booleans and strings.
+
+    Raises
+    ------
+    SchemaError
+        Where sources disagree so that no dtype holds all values.
+    """
+    names = list(dict.fromkeys(c.name for s in sources for c in s.columns))
+    by_source = [{c.name: c for c in s.columns} for s in sources]
+    return tuple(
+        _unite(name, [(s.path, cols.get(name)) for s, cols in zip(sources, by_source, strict=True)])
+        for name in names
+    )
+
+
+def _unite(name: str, found: Sequence[tuple[str, ColumnSchema | None]]) -> ColumnSpec:
+    columns = [(path, c) for path, c in found if c is not None]
+    present = tuple(c is not None for _, c in found)
+    kinds = {c.kind for _, c in columns}
+    if kinds == {"categorical"}:
+        return _unite_categories(name, found, columns, present)
+    if kinds <= {"numeric", "categorical"} and _all_numeric(columns):
+        return _unite_numbers(name, found, columns, present)
+    if kinds <= {"string", "categorical"} and _all_strings(columns):
+        nullable = not all(present) or any(c.nullable or c.kind == "categorical" for _, c in columns)
+        return ColumnSpec(name, "string", nullable=nullable, present=present, code_maps=(None,) * len(found))
+    a, b = next(
+        (x, y) for x in columns for y in columns if _family(x[1]) != _family(y[1])
+    )
+    msg = (
+        f"obs column {name!r} holds {_words(a[1])} in {a[0]} and {_words(b[1])} in {b[0]}; "
+        "make them one kind in load_adata"
+    )
+    raise SchemaError(msg)
+
+
+def _family(c: ColumnSchema) -> str:
+    if c.categories is not None:
+        return "string" if c.categories.dtype == "str" else "numeric"
+    return c.kind
+
+
+def _words(c: ColumnSchema) -> str:
+    if c.categories is not None:
+        return f"categories of dtype {c.categories.dtype}"
+    return c.dtype if c.kind == "numeric" else "strings"
+
+
+def _all_numeric(columns: Sequence[tuple[str, ColumnSchema]]) -> bool:
+    return all(_family(c) == "numeric" for _, c in columns)
+
+
+def _all_strings(columns: Sequence[tuple[str, ColumnSchema]]) -> bool:
+    return all(_family(c) == "string" for _, c in columns)
+
+
+def _unite_numbers(
+    name: str,
+    found: Sequence[tuple[str, ColumnSchema | None]],
+    columns: Sequence[tuple[str, ColumnSchema]],
+    present: tuple[bool, ...],
+) -> ColumnSpec:
+    dtypes = [np.dtype(c.categories.dtype if c.categories else c.dtype) for _, c in columns]
+    dtype = reduce(np.promote_types, dtypes)
+    gaps = not all(present) or any(c.nullable or c.kind == "categorical" for _, c in columns)
+    nullable = gaps and dtype.kind in "biu"  # a float says "missing" with NaN
+    return ColumnSpec(
+        name, "numeric", dtype=dtype.name, nullable=nullable, present=present, code_maps=(None,) * len(found)
+    )
+
+
+def _unite_categories(
+    name: str,
+    found: Sequence[tuple[str, ColumnSchema | None]],
+    columns: Sequence[tuple[str, ColumnSchema]],
+    present: tuple[bool, ...],
+) -> ColumnSpec:
+    sets = [(path, c.categories) for path, c in columns if c.categories is not None]
+    families = {_family(c) for _, c in columns}
+    if len(families) > 1:
+        shown = "; ".join(f"{path}: {c.dtype}" for path, c in sets)
+        msg = f"obs column {name!r} has categories of clashing kinds ({shown}); make them one kind in load_adata"
+        raise SchemaError(msg)
+    if len({c.ordered for _, c in sets}) > 1:
+        yes, no = next(p for p, c in sets if c.ordered), next(p for p, c in sets if not c.ordered)
+        msg = (
+            f"obs column {name!r} is ordered in {yes} and unordered in {no}; "
+            "call .cat.as_ordered() or .cat.as_unordered() in load_adata"
+        )
+        raise SchemaError(msg)
+    united = _merge_orders(name, sets) if sets[0][1].ordered else _union(sets)
+    index = united.index()
+    maps = tuple(None if c is None or c.categories is None else _code_map(c.categories, index) for _, c in found)
+    return ColumnSpec(name, "categorical", categories=united, present=present, code_maps=maps)
+
+
+def _union(sets: Sequence[tuple[str, Categories]]) -> Categories:
+    joined = reduce(lambda a, b: a.union(b), (c.index() for _, c in sets))
+    dtype = "str" if sets[0][1].dtype == "str" else joined.dtype.name
+    return Categories(tuple(joined.tolist()), dtype)
+
+
+def _merge_orders(name: str, sets: Sequence[tuple[str, Categories]]) -> Categories:
+    """The one order that all sources agree with; an error where there is none, or more than one."""
+    graph: TopologicalSorter[object] = TopologicalSorter()
+    for _, c in sets:
+        for value in c.values:
+            graph.add(value)
+        for low, high in zip(c.values, c.values[1:], strict=False):
+            graph.add(high, low)
+    shown = "; ".join(f"{path}: {' < '.join(map(str, c.values))}" for path, c in sets)
+    remedy = "set the same ordered categories in all files with load_adata, or make the column unordered"
+    try:
+        graph.prepare()
+    except CycleError:
+        msg = f"obs column {name!r} is ordered in clashing ways ({shown}); {remedy}"
+        raise SchemaError(msg) from None
+    values: list[object] = []
+    while graph.is_active():
+        ready = graph.get_ready()
+        if len(ready) > 1:
+            msg = f"obs column {name!r}: the orders ({shown}) do not say how {ready[0]!r} and {ready[1]!r} compare; {remedy}"
+            raise SchemaError(msg)
+        values.extend(ready)
+        graph.done(*ready)
+    dtype = "str" if sets[0][1].dtype == "str" else np.result_type(*(np.dtype(c.dtype) for _, c in sets)).name
+    return Categories(tuple(values), dtype, ordered=True)
+
+
+def _code_map(categories: Categories, united: pd.Index) -> NDArray[np.int64]:
+    """(n_categories,) united code of each code. NaN never is a category, so every one is found."""
+    codes = united.get_indexer(categories.index())
+    if (codes < 0).any() or any(isinstance(v, float) and math.isnan(v) for v in categories.values):
+        msg = f"categories {categories.values!r} hold a missing value; drop it from the categories"
+        raise SchemaError(msg)
+    return np.asarray(codes, np.int64)

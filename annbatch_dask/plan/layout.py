@@ -1,0 +1,135 @@
+"""Which rows go where: row blocks of the sources, datasets and parts of the output. Ranges are half-open."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from annbatch_dask.errors import LayoutError
+from annbatch_dask.plan.schema import SourceSchema
+
+__all__ = ["Block", "Layout", "cut_blocks"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows [start, stop) of a source: the work of one scatter task.
+
+    ``first`` is the global input row of its first row; ``n_bytes`` what its matrices and obs take
+    uncompressed, as the source stores them.
+    """
+
+    source: int
+    start: int
+    stop: int
+    first: int
+    n_bytes: int
+
+    @property
+    def n_rows(self) -> int:
+        """Rows in the block."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The output rows [0, n_obs): cut into datasets, and each dataset into parts that fit memory.
+
+    Datasets are what users see. Parts are what a gather task holds at once; they leave no trace in the result.
+
+    Parameters
+    ----------
+    n_obs
+        Rows of this build.
+    dataset_rows
+        Rows of each dataset but the last.
+    part_rows
+        Rows of each part but the last of a dataset.
+    """
+
+    n_obs: int
+    dataset_rows: int
+    part_rows: int
+
+    def __post_init__(self) -> None:
+        """Refuse sizes below one row."""
+        if self.dataset_rows < 1 or self.part_rows < 1:
+            msg = f"dataset_size is {self.dataset_rows} rows in parts of {self.part_rows}; both must be 1 or more"
+            raise LayoutError(msg)
+
+    @property
+    def n_datasets(self) -> int:
+        """Number of datasets."""
+        return -(-self.n_obs // self.dataset_rows)
+
+    def dataset_bounds(self, dataset: int) -> tuple[int, int]:
+        """Output rows [start, stop) of a dataset."""
+        start = dataset * self.dataset_rows
+        return start, min(start + self.dataset_rows, self.n_obs)
+
+    @cached_property
+    def part_starts(self) -> NDArray[np.int64]:
+        """(n_parts + 1,) first output row of each part, and the end; no part crosses a dataset's border."""
+        starts = [
+            np.arange(*self.dataset_bounds(k), self.part_rows, dtype=np.int64) for k in range(self.n_datasets)
+        ]
+        return np.concatenate([*starts, [self.n_obs]]).astype(np.int64)
+
+    @cached_property
+    def first_part(self) -> NDArray[np.int64]:
+        """(n_datasets + 1,) first part of each dataset, and the number of parts."""
+        borders = np.minimum(np.arange(self.n_datasets + 1) * self.dataset_rows, self.n_obs)
+        return np.searchsorted(self.part_starts, borders)
+
+    def parts_of(self, dataset: int) -> range:
+        """Parts of a dataset."""
+        return range(int(self.first_part[dataset]), int(self.first_part[dataset + 1]))
+
+    def part_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Part of each output row."""
+        return np.searchsorted(self.part_starts, rows, side="right") - 1
+
+
+def cut_blocks(
+    sources: Sequence[SourceSchema], *, block_nbytes: int, csc_nbytes: int, obs_nbytes: int
+) -> tuple[Block, ...]:
+    """Cut every source into row blocks of about ``block_nbytes``, at the steps at which its bytes are known.
+
+    A block holds at least one step; an empty source has none. A source with a CSC matrix is read whole for each
+    of its blocks, so it is cut into blocks of ``csc_nbytes``, as few as memory allows.
+    """
+    blocks: list[Block] = []
+    first = 0
+    for s, source in enumerate(sources):
+        csc = any(m.kind == "csc" for m in source.matrices)
+        edges, total = _cumulative_nbytes(source, obs_nbytes=obs_nbytes)
+        at = 0
+        while at < len(edges) - 1:
+            limit = total[at] + (csc_nbytes if csc else block_nbytes)
+            end = max(int(np.searchsorted(total, limit, side="right")) - 1, at + 1)
+            start, stop = int(edges[at]), int(edges[end])
+            blocks.append(Block(s, start, stop, first + start, int(total[end] - total[at])))
+            at = end
+        first += source.n_obs
+    return tuple(blocks)
+
+
+def _cumulative_nbytes(
+    source: SourceSchema, *, obs_nbytes: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Rows at which a source may be cut, and the uncompressed bytes of matrices and obs before each."""
+    step = max((m.row_step for m in source.matrices if len(m.nnz)), default=64)
+    edges = np.minimum(np.arange(-(-source.n_obs // step) + 1) * step, source.n_obs)
+    total = edges.astype(np.float64) * obs_nbytes
+    for m in source.matrices:
+        item = np.dtype(m.dtype).itemsize
+        if m.kind == "dense":
+            total += edges * float(m.n_cols * item)
+        else:
+            knots = np.minimum(np.arange(len(m.nnz)) * m.row_step, source.n_obs)
+            total += np.interp(edges, knots, m.nnz) * (item + np.dtype(m.index_dtype).itemsize) + edges * 8.0
+    return edges, total

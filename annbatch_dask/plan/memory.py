@@ -1,0 +1,79 @@
+"""Peak bytes of a task, from the plan. The same figures are printed, checked against workers, and measured in tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from annbatch_dask.errors import MemoryBudgetError
+
+__all__ = ["MIB", "Budget", "format_nbytes", "gather_peak_nbytes", "scatter_peak_nbytes"]
+
+MIB = 2**20
+RESERVED_NBYTES = 420 * MIB
+"""A worker process before its first task: interpreter, imports, compiled kernels (measured 330-400 MiB)."""
+
+
+def format_nbytes(n: float) -> str:
+    """Bytes for people: ``format_nbytes(3 * 2**30) == '3.0 GiB'``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024:  # noqa: PLR2004
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} TiB"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory of one worker process and the threads that share it.
+
+    Parameters
+    ----------
+    worker_nbytes
+        Memory limit of a worker process, bytes.
+    n_threads
+        Tasks that run in it at once.
+    """
+
+    worker_nbytes: int
+    n_threads: int = 1
+
+    @property
+    def task_nbytes(self) -> int:
+        """What one task may use at its peak."""
+        return max(0, self.worker_nbytes - RESERVED_NBYTES) // max(1, self.n_threads)
+
+    def check(self, what: str, peak_nbytes: int, remedy: str) -> None:
+        """Refuse a task whose peak does not fit.
+
+        Raises
+        ------
+        MemoryBudgetError
+            With both numbers and the remedy.
+        """
+        if peak_nbytes > self.task_nbytes:
+            msg = (
+                f"{what} needs {format_nbytes(peak_nbytes)} and a worker thread has "
+                f"{format_nbytes(self.task_nbytes)} ({format_nbytes(self.worker_nbytes)} a worker, less "
+                f"{format_nbytes(RESERVED_NBYTES)} for the process, over {self.n_threads} threads); {remedy}"
+            )
+            raise MemoryBudgetError(msg)
+
+
+def scatter_peak_nbytes(block_nbytes: int) -> int:
+    """Peak of a scatter task: what it read, and at most as much again while rows are put in order."""
+    return 2 * block_nbytes + 48 * MIB
+
+
+def gather_peak_nbytes(*, part_nbytes: int, segment_nbytes: int, obs_nbytes: int) -> int:
+    """Peak of a gather task.
+
+    Parameters
+    ----------
+    part_nbytes
+        Matrices of the part being put in order; it is cut into chunks and encoded in place of the next.
+    segment_nbytes
+        The largest piece of a spill file read at once.
+    obs_nbytes
+        obs of the whole dataset, held until it is written: its arrays, the frame, and one column's copy.
+    """
+    return int(1.3 * part_nbytes) + segment_nbytes + 3 * obs_nbytes + 48 * MIB

@@ -1,0 +1,1 @@
+"""The only code that touches bytes: sources, spill files, shards, and how things are published."""

@@ -1,0 +1,141 @@
+"""obs columns: slices of stored or in-memory columns as plain arrays, and frames made of such arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from annbatch_dask.errors import SchemaError
+from annbatch_dask.plan.schema import Categories, ColumnSchema, ColumnSpec
+
+__all__ = ["ColumnRows", "describe_elem", "describe_series", "elem_rows", "series_rows", "to_pandas"]
+
+
+@dataclass(frozen=True)
+class ColumnRows:
+    """Some rows of a column.
+
+    Attributes
+    ----------
+    values
+        (n,) numbers, category codes (-1 for missing), or an object array of strings ("" where masked).
+    mask
+        (n,) bool, True where missing; None where nothing can be.
+    """
+
+    values: NDArray
+    mask: NDArray[np.bool_] | None = None
+
+
+def _encoding(elem: Any) -> str:
+    return str(elem.attrs.get("encoding-type", "array"))
+
+
+def describe_elem(name: str, elem: Any) -> ColumnSchema | None:
+    """Schema of a stored column; None for an encoding this package does not know."""
+    encoding = _encoding(elem)
+    if encoding == "categorical":
+        return ColumnSchema(name, "categorical", categories=_stored_categories(elem))
+    if encoding in ("nullable-integer", "nullable-boolean"):
+        return ColumnSchema(name, "numeric", dtype=elem["values"].dtype.name, nullable=True)
+    if encoding == "nullable-string-array":
+        return ColumnSchema(name, "string", nullable=True)
+    if encoding == "string-array" or (encoding == "array" and elem.dtype.kind in "OTUS"):
+        return ColumnSchema(name, "string")
+    if encoding == "array" and elem.dtype.kind in "biuf" and elem.ndim == 1:
+        return ColumnSchema(name, "numeric", dtype=elem.dtype.newbyteorder("=").name)
+    return None
+
+
+def _stored_categories(elem: Any) -> Categories:
+    values = elem["categories"]
+    ordered = bool(elem.attrs.get("ordered", False))
+    if _encoding(values) == "nullable-string-array":
+        return Categories(tuple(_strings(values["values"], slice(None))), "str", ordered)
+    if values.dtype.kind in "OTUS":
+        return Categories(tuple(_strings(values, slice(None))), "str", ordered)
+    return Categories(tuple(values[...].tolist()), values.dtype.newbyteorder("=").name, ordered)
+
+
+def _strings(elem: Any, rows: slice) -> NDArray[np.object_]:
+    if isinstance(elem, h5py.Dataset):
+        elem = elem.asstr() if h5py.check_string_dtype(elem.dtype) else elem
+    return np.asarray(elem[rows]).astype(object)
+
+
+def elem_rows(column: ColumnSchema, elem: Any, start: int, stop: int) -> ColumnRows:
+    """Rows [start, stop) of a stored column."""
+    rows = slice(start, stop)
+    if column.kind == "categorical":
+        return ColumnRows(elem["codes"][rows])
+    nullable = _encoding(elem).startswith("nullable")
+    values, mask = (elem["values"], np.asarray(elem["mask"][rows], bool)) if nullable else (elem, None)
+    if column.kind == "numeric":
+        return ColumnRows(np.asarray(values[rows]).astype(column.dtype, copy=False), mask)
+    strings = _strings(values, rows)
+    if mask is not None:
+        strings[mask] = ""
+    return ColumnRows(strings, mask)
+
+
+def describe_series(name: str, series: pd.Series) -> ColumnSchema:
+    """Schema of a column in memory.
+
+    Raises
+    ------
+    SchemaError
+        For dtypes that AnnData files cannot hold either.
+    """
+    dtype = series.dtype
+    if isinstance(dtype, pd.CategoricalDtype):
+        index = dtype.categories
+        strings = index.dtype.kind not in "biuf"
+        values = tuple(map(str, index)) if strings else tuple(index.tolist())
+        return ColumnSchema(
+            name, "categorical", categories=Categories(values, "str" if strings else index.dtype.name, bool(dtype.ordered))
+        )
+    if isinstance(dtype, np.dtype) and dtype.kind in "biuf":
+        return ColumnSchema(name, "numeric", dtype=dtype.name)
+    if pd.api.types.is_bool_dtype(dtype) or pd.api.types.is_numeric_dtype(dtype):
+        plain = str(dtype).lower().replace("boolean", "bool")
+        return ColumnSchema(name, "numeric", dtype=plain, nullable=not plain.startswith("float"))
+    present = series[~series.isna()]
+    if isinstance(dtype, pd.StringDtype) or all(isinstance(v, str) for v in present):
+        return ColumnSchema(name, "string", nullable=bool(series.isna().any()))
+    other = next(type(v).__name__ for v in present if not isinstance(v, str))
+    msg = f"obs column {name!r} of dtype {dtype} holds {other} values; convert it to numbers, strings or a categorical"
+    raise SchemaError(msg)
+
+
+def series_rows(column: ColumnSchema, series: pd.Series) -> ColumnRows:
+    """All rows of a column in memory."""
+    if column.kind == "categorical":
+        return ColumnRows(np.asarray(series.cat.codes))
+    mask = series.isna().to_numpy(bool) if column.nullable else None
+    if column.kind == "string":
+        values = series.to_numpy(object, na_value="") if mask is not None else series.to_numpy(object)
+        return ColumnRows(values, mask)
+    if isinstance(series.dtype, np.dtype):
+        return ColumnRows(series.to_numpy())
+    missing = np.nan if mask is None else np.zeros(1, column.dtype)[0]
+    return ColumnRows(series.to_numpy(column.dtype, na_value=missing), mask)
+
+
+def to_pandas(spec: ColumnSpec, values: NDArray, mask: NDArray[np.bool_] | None) -> Any:
+    """A column of the collection as the array pandas holds for its spec."""
+    if spec.categories is not None:
+        return pd.Categorical.from_codes(values, spec.categories.index(), ordered=spec.categories.ordered)
+    if spec.kind == "string":
+        if mask is None:
+            return values
+        return pd.array(np.where(mask, pd.NA, values), dtype=pd.StringDtype("python"))
+    if mask is None:
+        return values
+    if values.dtype.kind == "b":
+        return pd.arrays.BooleanArray(values, mask)
+    return pd.arrays.IntegerArray(values, mask)

@@ -1,0 +1,131 @@
+"""Rows of an HDF5 dataset, its chunks inflated in threads.
+
+h5py inflates gzip under one global lock. Here only the raw read of a chunk takes that lock; libdeflate then inflates
+in the pool, several chunks at a time. Other filters, and chunks that skip theirs, go through h5py itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import deflate
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from annbatch_dask.storage.threads import map_ordered
+
+__all__ = ["SLAB_NBYTES", "visit_h5"]
+
+Visitor = Callable[[int, NDArray], None]
+SLAB_NBYTES = 2**22
+_SHUFFLE, _DEFLATE = h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE
+
+
+def visit_h5(dataset: h5py.Dataset, start: int, stop: int, visit: Visitor) -> None:
+    """Call ``visit(first_row, rows)`` over pieces that tile rows [start, stop) of a 1-D dataset.
+
+    Pieces come in no order and from several threads at once; ``rows`` is only valid during the call.
+
+    Parameters
+    ----------
+    dataset
+        1-D.
+    start, stop
+        Rows, half-open.
+    visit
+        Takes the first row of a piece, relative to ``start``, and its values.
+    """
+    if start >= stop:
+        return
+    if _fast_filters(dataset) is None:
+        _visit_plain(dataset, start, stop, visit)
+        return
+
+    dtype, chunks, shuffled = dataset.dtype, dataset.chunks, bool(_fast_filters(dataset))
+
+    def work(raw: tuple[tuple[int, ...], bytes | NDArray]) -> None:
+        (first,), payload = raw
+        lo, hi = max(first, start), min(first + chunks[0], stop)
+        visit(lo - start, _decode(dtype, chunks, shuffled, payload)[lo - first : hi - first])
+
+    for _ in map_ordered(work, _raw_chunks(dataset, start, stop)):
+        pass
+
+
+def read_h5_rows(dataset: h5py.Dataset, start: int, stop: int) -> NDArray:
+    """Rows [start, stop) of a dataset of any number of dimensions, as h5py would give them."""
+    out = np.empty((stop - start, *dataset.shape[1:]), dataset.dtype)
+    if dataset.dtype.hasobject or start >= stop or _fast_filters(dataset) is None:
+        return dataset[start:stop]
+    dtype, chunks, shuffled = dataset.dtype, dataset.chunks, bool(_fast_filters(dataset))
+
+    def work(raw: tuple[tuple[int, ...], bytes | NDArray]) -> None:
+        origin, payload = raw
+        values = _decode(dtype, chunks, shuffled, payload)
+        into, of = [], []
+        for axis, (first, size) in enumerate(zip(origin, chunks, strict=True)):
+            low, high = (start, stop) if axis == 0 else (0, dataset_shape[axis])
+            a, b = max(first, low), min(first + size, high)
+            into.append(slice(a - low, b - low))
+            of.append(slice(a - first, b - first))
+        out[tuple(into)] = values[tuple(of)]
+
+    dataset_shape = dataset.shape
+    for _ in map_ordered(work, _raw_chunks(dataset, start, stop)):
+        pass
+    return out
+
+
+def _fast_filters(dataset: h5py.Dataset) -> bool | None:
+    """Whether bytes are shuffled, for a chunked dataset with deflate, or shuffle and deflate; None for any other."""
+    if dataset.chunks is None or dataset.dtype.hasobject:
+        return None
+    plist = dataset.id.get_create_plist()
+    codes = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
+    return {(_DEFLATE,): False, (_SHUFFLE, _DEFLATE): True}.get(tuple(codes))
+
+
+def _visit_plain(dataset: h5py.Dataset, start: int, stop: int, visit: Visitor) -> None:
+    step = max(1, SLAB_NBYTES // max(1, dataset.dtype.itemsize))
+    for a in range(start, stop, step):
+        visit(a - start, dataset[a : min(a + step, stop)])
+
+
+def _raw_chunks(
+    dataset: h5py.Dataset, start: int, stop: int
+) -> Iterator[tuple[tuple[int, ...], bytes | NDArray]]:
+    """Origin and stored bytes of every chunk that holds a row of [start, stop); decoded values where bytes won't do."""
+    chunks = dataset.chunks
+    first = start // chunks[0] * chunks[0]
+    axes = [range(first, stop, chunks[0])]
+    axes += [range(0, n, c) for n, c in zip(dataset.shape[1:], chunks[1:], strict=True)]
+    for origin in product(*axes):
+        try:
+            skipped_filters, stored = dataset.id.read_direct_chunk(origin)
+        except (OSError, RuntimeError):  # never written: h5py knows its fill value, and says so if it is damage
+            skipped_filters, stored = 1, b""
+        yield origin, _plain_chunk(dataset, origin) if skipped_filters else stored
+
+
+def _plain_chunk(dataset: h5py.Dataset, origin: tuple[int, ...]) -> NDArray:
+    """A whole chunk through h5py, padded at the dataset's edges like a stored one."""
+    out = np.zeros(dataset.chunks, dataset.dtype)
+    ends = [min(o + c, n) for o, c, n in zip(origin, dataset.chunks, dataset.shape, strict=True)]
+    values = dataset[tuple(slice(o, e) for o, e in zip(origin, ends, strict=True))]
+    out[tuple(slice(0, n) for n in values.shape)] = values
+    return out
+
+
+def _decode(
+    dtype: np.dtype, chunks: tuple[int, ...], shuffled: bool, payload: bytes | NDArray  # noqa: FBT001
+) -> NDArray:
+    if isinstance(payload, np.ndarray):
+        return payload
+    n_bytes = int(np.prod(chunks)) * dtype.itemsize
+    raw = deflate.zlib_decompress(payload, n_bytes)
+    if shuffled:
+        planes = np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1)
+        raw = np.ascontiguousarray(planes.T)
+    return np.frombuffer(raw, dtype).reshape(chunks)

@@ -1,0 +1,45 @@
+"""Consolidated zarr metadata: one document that holds those of a whole tree, so that opening it is one read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from annbatch_dask.storage.publish import Folder
+
+__all__ = ["METADATA", "consolidate", "metadata_below"]
+
+METADATA = "zarr.json"
+
+
+def metadata_below(folder: Folder) -> dict[str, Any]:
+    """Metadata of every group and array below a folder, by relative path, sorted; itself under the empty path."""
+    root = folder.path.rstrip("/")
+    paths = [p for p in folder.fs.find(root) if p.endswith(f"/{METADATA}")]
+    documents = folder.fs.cat(paths)
+    nodes = {}
+    for path, document in documents.items():
+        node = json.loads(document)
+        node.pop("consolidated_metadata", None)
+        relative = path[path.rindex(root) + len(root) :].strip("/").removesuffix(METADATA).rstrip("/")
+        nodes[relative] = node
+    return dict(sorted(nodes.items()))
+
+
+def consolidate(folder: Folder, attributes: Mapping[str, Any], nodes: Mapping[str, Any]) -> None:
+    """Write, atomically, a folder's group document with the metadata of what lies below it.
+
+    The layout is that of ``zarr.consolidate_metadata``, which cannot write it together with the attributes in one step.
+    """
+    document = {
+        "zarr_format": 3,
+        "node_type": "group",
+        "attributes": dict(attributes),
+        "consolidated_metadata": {
+            "kind": "inline",
+            "must_understand": False,
+            "metadata": {path: node for path, node in nodes.items() if path},
+        },
+    }
+    folder.write(METADATA, json.dumps(document, indent=2).encode())

@@ -1,0 +1,150 @@
+"""A folder at a path or URL, and the one way files appear in it: whole, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import fsspec
+import zarr
+from fsspec.implementations.local import LocalFileSystem
+
+from annbatch_dask.errors import CollectionError
+
+__all__ = ["Folder"]
+
+_TMP = ".tmp-"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder on a local disk or any fsspec file system. Small to pickle; opens nothing until used.
+
+    Parameters
+    ----------
+    url
+        Path or URL.
+    options
+        fsspec's ``storage_options``.
+    """
+
+    url: str
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __truediv__(self, name: str) -> Folder:
+        """A folder inside."""
+        return Folder(f"{self.url.rstrip('/')}/{name}", self.options)
+
+    @property
+    def fs(self) -> fsspec.AbstractFileSystem:
+        """Its file system; fsspec keeps one instance per process."""
+        return fsspec.core.url_to_fs(self.url, **self.options)[0]
+
+    @property
+    def path(self) -> str:
+        """Its path within the file system."""
+        return str(fsspec.core.url_to_fs(self.url, **self.options)[1])
+
+    @property
+    def is_local(self) -> bool:
+        """On a disk that this process can address by path."""
+        return isinstance(self.fs, LocalFileSystem)
+
+    def zarr_store(self, *, read_only: bool = False) -> zarr.abc.store.Store:
+        """The folder as a zarr store."""
+        if self.is_local:
+            return zarr.storage.LocalStore(self.path, read_only=read_only)
+        return zarr.storage.FsspecStore.from_url(
+            self.url, storage_options=self.options or None, read_only=read_only
+        )
+
+    def exists(self, name: str) -> bool:
+        """Whether a file of this name is there."""
+        return bool(self.fs.isfile(f"{self.path}/{name}"))
+
+    def read(self, name: str) -> bytes:
+        """All bytes of a file."""
+        return bytes(self.fs.cat_file(f"{self.path}/{name}"))
+
+    def open(self, name: str) -> IO[bytes]:
+        """A file, for reading."""
+        return self.fs.open(f"{self.path}/{name}", "rb")
+
+    def names(self) -> list[str]:
+        """Names in the folder; none if it does not exist."""
+        self.fs.invalidate_cache(self.path)
+        try:
+            return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in self.fs.ls(self.path, detail=False))
+        except FileNotFoundError:
+            return []
+
+    def remove(self) -> None:
+        """Remove the folder and all in it; no error where it does not exist."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm(self.path, recursive=True)
+
+    @contextlib.contextmanager
+    def create(self, name: str, *, durable: bool = True) -> Iterator[IO[bytes]]:
+        """A file to write, which appears under its name, whole, when the block ends without an error.
+
+        On a local disk it is written beside its place and renamed, after it was synced where ``durable``, so that
+        it outlasts a power cut; an object store publishes at close by itself.
+        """
+        path = f"{self.path}/{name}"
+        if not self.is_local:
+            with self.fs.transaction, self.fs.open(path, "wb") as f:
+                yield f
+            return
+        folder, base = os.path.split(path)
+        os.makedirs(folder, exist_ok=True)
+        tmp = os.path.join(folder, f"{_TMP}{uuid.uuid4().hex[:8]}-{base}")
+        try:
+            with open(tmp, "wb", buffering=2**20) as f:
+                yield f
+                f.flush()
+                if durable:
+                    os.fsync(f.fileno())
+            os.replace(tmp, path)
+            if durable:
+                _sync_folder(folder)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(tmp)
+            raise
+
+    def write(self, name: str, payload: bytes, *, durable: bool = True) -> None:
+        """Write a whole file, atomically."""
+        with self.create(name, durable=durable) as f:
+            f.write(payload)
+
+
+def _sync_folder(path: str) -> None:
+    """Make a rename last through a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def folder_of(group: zarr.Group) -> Folder:
+    """The folder of a zarr group, for stores that other processes can open by path or URL.
+
+    Raises
+    ------
+    CollectionError
+        For stores that live in this process alone.
+    """
+    store, path = group.store, group.path
+    if isinstance(store, zarr.storage.LocalStore):
+        folder = Folder(str(store.root))
+    elif isinstance(store, zarr.storage.FsspecStore) and not isinstance(store.fs, LocalFileSystem):
+        folder = Folder(store.fs.unstrip_protocol(store.path), dict(store.fs.storage_options))
+    else:
+        msg = f"a build needs a path or URL that workers can open, and {type(store).__name__} has none; give a path"
+        raise CollectionError(msg)
+    return folder / path if path else folder

@@ -1,0 +1,217 @@
+"""Writes a sharded zarr v3 array front to back, one chunk in memory at a time.
+
+zarr's own writer needs a shard's uncompressed bytes at once, so a worker's peak would follow ``shard_size``. This one
+encodes chunks in the codec pool and appends them to the shard's file; the result is the format of zarr's sharding codec
+(chunks in order, then the index with its crc32c), which zarr, zarrs and annbatch read. Chunks are always encoded
+outside the main thread: there c-blosc would use its global threads, whose block order varies from run to run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import IO, Any
+
+import google_crc32c
+import numcodecs
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from annbatch_dask.errors import LayoutError
+from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.threads import map_ordered
+
+__all__ = ["ShardWriter", "compressor_json"]
+
+_CODECS = {"blosc": numcodecs.Blosc, "zstd": numcodecs.Zstd, "gzip": numcodecs.GZip}
+_SHUFFLES = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
+
+
+def compressor_json(compressors: Any) -> str | None:
+    """A zarr v3 codec, or a sequence of at most one, as the JSON the plan carries; None for no compression.
+
+    Raises
+    ------
+    LayoutError
+        For codecs the shard writer does not know.
+    """
+    codecs = list(compressors) if isinstance(compressors, list | tuple) else [compressors]
+    codecs = [c for c in codecs if c is not None]
+    if not codecs:
+        return None
+    metadata = [c.to_dict() if hasattr(c, "to_dict") else dict(c) for c in codecs]
+    if len(codecs) > 1 or metadata[0]["name"] not in _CODECS:
+        msg = f"zarr_compressor is {[m['name'] for m in metadata]}; give one of {sorted(_CODECS)}, or () for none"
+        raise LayoutError(msg)
+    return json.dumps(metadata[0], sort_keys=True, default=str)
+
+
+def _zarr_codec(compressor: str | None, dtype: np.dtype) -> list[dict[str, Any]]:
+    if compressor is None:
+        return []
+    metadata = json.loads(compressor)
+    if metadata["name"] == "blosc":
+        metadata["configuration"] = metadata["configuration"] | {"typesize": dtype.itemsize}
+    return [metadata]
+
+
+def _numcodec(compressor: str | None) -> numcodecs.abc.Codec | None:
+    if compressor is None:
+        return None
+    metadata = json.loads(compressor)
+    config = dict(metadata.get("configuration", {}))
+    if metadata["name"] == "blosc":
+        config = {
+            "cname": config["cname"],
+            "clevel": config["clevel"],
+            "shuffle": _SHUFFLES[config["shuffle"]],
+            "blocksize": config.get("blocksize", 0),
+        }
+    return _CODECS[metadata["name"]](**config)
+
+
+class ShardWriter:
+    """Appends rows to a new sharded array; a context manager that finishes the last shard.
+
+    Parameters
+    ----------
+    folder
+        Of the collection's root.
+    key
+        Path of the array within it.
+    shape
+        Of the whole array: rows first.
+    dtype
+        Of the stored values.
+    chunk_rows, shard_rows
+        Rows of a chunk and of a shard; the second a multiple of the first.
+    compressor
+        As :func:`compressor_json` gives it.
+    attributes
+        The array's attributes.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        key: str,
+        *,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        chunk_rows: int,
+        shard_rows: int,
+        compressor: str | None,
+        attributes: dict[str, Any],
+    ) -> None:
+        rest = tuple(max(1, n) for n in shape[1:])
+        self._array = zarr.create_array(
+            folder.zarr_store(),
+            name=key,
+            shape=shape,
+            dtype=dtype,
+            chunks=(chunk_rows, *rest),
+            shards=(shard_rows, *rest),
+            compressors=_zarr_codec(compressor, dtype) or None,
+            fill_value=False if dtype.kind == "b" else 0,
+            attributes=attributes,
+            overwrite=True,
+        )
+        self._folder, self._key = folder / key, key
+        self._codec = _numcodec(compressor)
+        self._chunk_shape, self._shard_chunks = (chunk_rows, *rest), shard_rows // chunk_rows
+        self._dtype, self._rows, self._n_dims = dtype, shape[0], len(shape)
+        self._written = 0
+        self._pending = np.empty((0, *rest), dtype)
+        self._shard: _Shard | None = None
+
+    def __enter__(self) -> ShardWriter:
+        """Nothing to do: the array's metadata are written at construction."""
+        return self
+
+    def append(self, rows: NDArray) -> None:
+        """Append rows of the array's dtype; what does not fill a chunk waits for more."""
+        size = self._chunk_shape[0]
+        if rows.size == 0:  # nothing to store, but a matrix of no columns still has rows
+            self._written += len(rows)
+            return
+        if len(self._pending):
+            take = min(size - len(self._pending), len(rows))
+            self._pending = np.concatenate([self._pending, rows[:take]])
+            rows = rows[take:]
+            if len(self._pending) < size:
+                return
+            self._write_chunks([self._pending])
+        whole = len(rows) // size * size
+        self._write_chunks(rows[a : a + size] for a in range(0, whole, size))
+        self._pending = rows[whole:].copy()
+
+    def __exit__(self, error: object, *_: object) -> None:
+        """Write the last, padded chunk and the last shard's index; on an error, drop the unfinished shard."""
+        if error is not None:
+            self._abandon()
+            return
+        if len(self._pending):
+            padded = np.zeros(self._chunk_shape, self._dtype)
+            padded[: len(self._pending)] = self._pending
+            self._write_chunks([padded], n_rows=len(self._pending))
+        self._finish_shard()
+        if self._written != self._rows:
+            msg = f"array {self._key} has {self._rows:,} rows and {self._written:,} were written"
+            raise LayoutError(msg)
+
+    def _write_chunks(self, chunks: Any, n_rows: int | None = None) -> None:
+        for encoded in map_ordered(self._encode, chunks):
+            if self._shard is None:
+                index = self._written // (self._shard_chunks * self._chunk_shape[0])
+                name = "/".join(["c", str(index), *["0"] * (self._n_dims - 1)])
+                self._shard = _Shard(self._folder, name, self._shard_chunks)
+            self._shard.append(encoded)
+            self._written += self._chunk_shape[0] if n_rows is None else n_rows
+            if self._shard.is_full:
+                self._finish_shard()
+
+    def _encode(self, chunk: NDArray) -> bytes:
+        chunk = np.ascontiguousarray(chunk)
+        return chunk.tobytes() if self._codec is None else self._codec.encode(chunk)
+
+    def _finish_shard(self) -> None:
+        if self._shard is not None:
+            self._shard.close()
+            self._shard = None
+
+    def _abandon(self) -> None:
+        if self._shard is not None:
+            self._shard.abandon()
+            self._shard = None
+
+
+class _Shard:
+    """One shard file being written: chunks, then (offset, length) of each as little-endian uint64, then crc32c."""
+
+    def __init__(self, folder: Folder, name: str, n_chunks: int) -> None:
+        self._context: contextlib.AbstractContextManager[IO[bytes]] = folder.create(name)
+        self._file = self._context.__enter__()
+        self._index = np.full((n_chunks, 2), 2**64 - 1, "<u8")
+        self._n, self._at = 0, 0
+
+    @property
+    def is_full(self) -> bool:
+        return self._n == len(self._index)
+
+    def append(self, encoded: bytes) -> None:
+        self._file.write(encoded)
+        self._index[self._n] = self._at, len(encoded)
+        self._at += len(encoded)
+        self._n += 1
+
+    def close(self) -> None:
+        index = self._index.tobytes()
+        self._file.write(index)
+        self._file.write(np.array([google_crc32c.value(index)], "<u4").tobytes())
+        self._context.__exit__(None, None, None)
+
+    def abandon(self) -> None:
+        error = RuntimeError("abandoned")
+        with contextlib.suppress(RuntimeError):
+            self._context.__exit__(RuntimeError, error, None)

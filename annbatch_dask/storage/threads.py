@@ -1,0 +1,54 @@
+"""One small thread pool a process, for work that releases the GIL: inflate, encode, decode."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+__all__ = ["codec_pool", "map_ordered"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_lock = threading.Lock()
+_pools: dict[int, ThreadPoolExecutor] = {}
+MAX_THREADS = 4
+
+
+def n_cpus() -> int:
+    """Processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def codec_pool() -> ThreadPoolExecutor:
+    """The pool of this process; made at first use, and anew after a fork."""
+    with _lock:
+        pid = os.getpid()
+        if pid not in _pools:
+            _pools.clear()
+            _pools[pid] = ThreadPoolExecutor(min(MAX_THREADS, n_cpus()), thread_name_prefix="annbatch-dask-codec")
+        return _pools[pid]
+
+
+def map_ordered(fn: Callable[[T], R], items: Iterable[T], *, in_flight: int = 2 * MAX_THREADS) -> Iterator[R]:
+    """``map`` in the pool: results in order, ``items`` drawn only ``in_flight`` ahead, so memory stays bounded.
+
+    ``items`` is advanced in the calling thread. The first error is raised in its turn; what was in flight is awaited.
+    """
+    pool = codec_pool()
+    waiting: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(fn, item))
+            if len(waiting) >= in_flight:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            if not future.cancel():
+                future.exception()
