@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import tempfile
 import time
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,12 +108,10 @@ def _shuffle(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    import zarr
-
     from annbatch_dask import DatasetCollection
 
-    # In memory: a plan leaves nothing behind.
-    target = zarr.open_group(zarr.storage.MemoryStore(), mode="w")
+    # A path where nothing is: a plan writes nothing, to it or elsewhere.
+    target = Path(tempfile.gettempdir(), f"annbatch-dask-plan-{uuid.uuid4().hex}.zarr")
     print(DatasetCollection(target).plan_adatas(args.files, **_layout(args)).summary())
 
 
@@ -137,14 +137,20 @@ def _stream(args: argparse.Namespace) -> None:
 def _loader(collection: DatasetCollection, args: argparse.Namespace) -> Any:
     from annbatch_dask import Loader
 
-    loader: Any = Loader(
-        batch_size=args.batch_size,
-        chunk_size=args.chunk_size,
-        preload_nchunks=args.preload_nchunks,
-        shuffle=True,
-        return_index=True,
-        rng=np.random.default_rng(args.seed),
-    )
+    try:
+        loader: Loader[Any, Any] = Loader(
+            batch_size=args.batch_size,
+            chunk_size=args.chunk_size,
+            preload_nchunks=args.preload_nchunks,
+            shuffle=True,
+            return_index=True,
+            preload_to_gpu=False,
+            rng=np.random.default_rng(args.seed),
+            dense=args.dense,
+            dtype=np.float32 if args.dense else None,
+        )
+    except ValueError as error:  # sizes that do not fit together
+        raise AnnbatchDaskError(str(error)) from error
     return loader.use_collection(collection)
 
 
@@ -225,7 +231,26 @@ def _open(path: str) -> DatasetCollection:
 @contextlib.contextmanager
 def _client(args: argparse.Namespace) -> Iterator[Any]:
     """The cluster the options ask for; None leaves the choice to the library."""
-    yield None
+    if args.scheduler is not None:
+        with _connect(args.scheduler) as client:
+            yield client
+    elif args.n_workers is not None:
+        from annbatch_dask.etl.cluster import local_client
+
+        with local_client(n_workers=args.n_workers, memory_limit=args.memory_limit) as client:
+            yield client
+    else:
+        yield None
+
+
+def _connect(address: str) -> Any:
+    from distributed import Client
+
+    try:
+        return Client(address, set_as_default=False)
+    except (OSError, ValueError) as error:
+        msg = f"no Dask scheduler answers at {address} ({error}); start one with `dask scheduler`"
+        raise AnnbatchDaskError(msg) from error
 
 
 def _layout(args: argparse.Namespace) -> dict[str, Any]:

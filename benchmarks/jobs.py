@@ -51,15 +51,15 @@ def load(args: argparse.Namespace) -> None:
     from annbatch_dask import DatasetCollection, Loader
 
     collection = DatasetCollection(args.store, mode="r")
-    dense = {"dense": True} if args.output == "dense" else {}
     for epoch in range(args.epochs):
         loader: Any = Loader(
             batch_size=4096,
             chunk_size=512,
             preload_nchunks=32,
             shuffle=True,
+            preload_to_gpu=False,
             rng=np.random.default_rng(epoch),
-            **dense,
+            dense=args.output == "dense",
         )
         loader.use_collection(collection)
         start, n_obs = time.perf_counter(), 0

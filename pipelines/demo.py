@@ -58,7 +58,7 @@ def make_files(folder: Path) -> list[Path]:
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     space = np.array([f"GENE{i:05d}" for i in range(N_SPACE)])
-    profiles = rng.lognormal(0, 1.8, N_SPACE) * rng.lognormal(0, 0.7, (N_TYPES, N_SPACE))
+    profiles = rng.lognormal(0, 1.8, N_SPACE) * rng.lognormal(0, 0.2, (N_TYPES, N_SPACE))
     paths = []
     for name, (n_obs, n_genes) in PARTS.items():
         genes = np.sort(rng.choice(N_SPACE, n_genes, replace=False))
@@ -93,8 +93,8 @@ def shuffle(files: list[Path], target: Path) -> DatasetCollection:
     """Write the files' cells in random order to a fresh collection of about six datasets."""
     shutil.rmtree(target, ignore_errors=True)
     collection = DatasetCollection(target)
-    n_obs = collection.plan_adatas(files).n_obs
-    size = int(np.clip(n_obs // 6, 1, 50_000))
+    n_obs = sum(ad.read_h5ad(file, backed="r").n_obs for file in files)
+    size = int(np.clip(-(-n_obs // 6), 1, 50_000))
     print(collection.plan_adatas(files, dataset_size=size, seed=0).summary())
     start = time.perf_counter()
     collection.add_adatas(files, dataset_size=size, seed=0, progress=True)
@@ -123,7 +123,9 @@ def sequential_batches(files: list[Path], column: str) -> list[np.ndarray]:
 
 def stream(collection: DatasetCollection, column: str) -> list[np.ndarray]:
     """Stream an epoch; return the classes in each batch."""
-    loader = Loader(batch_size=BATCH_SIZE, chunk_size=32, preload_nchunks=256, shuffle=True)
+    loader = Loader(
+        batch_size=BATCH_SIZE, chunk_size=32, preload_nchunks=256, shuffle=True, rng=np.random.default_rng(0)
+    )
     loader.use_collection(collection)
     start = time.perf_counter()
     batches = [batch["obs"][column].astype(str).to_numpy() for batch in loader]
