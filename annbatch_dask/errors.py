@@ -9,6 +9,7 @@ __all__ = [
     "IntegrityError",
     "LayoutError",
     "MemoryBudgetError",
+    "SchedulerError",
     "SchemaError",
     "SourceError",
     "SourceNotFoundError",
@@ -45,3 +46,7 @@ class CollectionError(AnnbatchDaskError, ValueError):
 
 class IntegrityError(AnnbatchDaskError, RuntimeError):
     """What was written is not what was read."""
+
+
+class SchedulerError(AnnbatchDaskError, ConnectionError):
+    """No Dask scheduler answers at an address."""

@@ -1,27 +1,23 @@
-"""A local cluster of subprocesses, sized to this machine.
+"""Clusters to build on: one of subprocesses on this machine, or a running one by its address.
 
-Workers are started by command line, so they never import the caller's ``__main__``: a script without a main guard,
-``python -c``, standard input and notebooks all work.
+Workers of the local cluster are started by command line, so they never import the caller's ``__main__``: a script
+without a main guard, ``python -c``, standard input and notebooks all work. The scheduler lives in the caller's process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 
-from dask.utils import parse_bytes
-from distributed import Client
-from distributed.deploy.subprocess import SubprocessCluster
+from distributed import Client, Scheduler, SpecCluster
+from distributed.deploy.subprocess import SubprocessWorker
 
-from annbatch_dask.errors import AnnbatchDaskError
+from annbatch_dask.errors import SchedulerError
 
 __all__ = ["connect", "local_client"]
 
 CONNECT_TIMEOUT_S = 10
-
-
-class SchedulerError(AnnbatchDaskError, ConnectionError):
-    """No Dask scheduler answers at an address."""
 
 
 @contextlib.contextmanager
@@ -43,30 +39,37 @@ def connect(address: str) -> Iterator[Client]:
 
 
 @contextlib.contextmanager
-def local_client(
-    *, n_workers: int | None = None, threads_per_worker: int | None = None, memory_limit: int | str | None = None
-) -> Iterator[Client]:
+def local_client(*, n_workers: int, threads_per_worker: int, memory_limit: int) -> Iterator[Client]:
     """A client of a new local cluster; both are closed at the end.
 
     Parameters
     ----------
     n_workers, threads_per_worker
-        As Dask's ``LocalCluster``: by default as many as the machine's processors allow.
+        Worker processes, and tasks that run in each at once.
     memory_limit
-        Of each worker; by default an equal share of the machine's memory.
+        Bytes of each worker.
     """
-    worker_kwargs: dict[str, object] = {"preload": ["annbatch_dask.etl.preload"]}
-    if memory_limit is not None:
-        worker_kwargs["memory_limit"] = parse_bytes(memory_limit)
-    with contextlib.ExitStack() as stack:
-        cluster = stack.enter_context(
-            SubprocessCluster(
-                n_workers=n_workers,
-                threads_per_worker=threads_per_worker,
-                worker_kwargs=worker_kwargs,
-                dashboard_address="127.0.0.1:0",
-            )
-        )
-        client = stack.enter_context(Client(cluster, set_as_default=False))
-        client.wait_for_workers(len(cluster.workers))
+    scheduler = {
+        "cls": Scheduler,
+        "options": {"host": "127.0.0.1", "port": 0, "dashboard": True, "dashboard_address": "127.0.0.1:0"},
+    }
+    options = {
+        "host": "127.0.0.1",
+        "nthreads": threads_per_worker,
+        "memory_limit": memory_limit,
+        "preload": ["annbatch_dask.etl.preload"],
+        "silence_logs": logging.WARNING,
+    }
+    worker = {"cls": SubprocessWorker, "options": {"worker_class": "distributed.Nanny", "worker_kwargs": options}}
+    with (
+        SpecCluster(
+            workers=dict.fromkeys(range(n_workers), worker),
+            scheduler=scheduler,
+            worker=worker,
+            name="annbatch-dask",
+            silence_logs=logging.WARNING,
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        client.wait_for_workers(n_workers)
         yield client

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import zarr
@@ -198,7 +197,7 @@ def _matrix_writer(
     spec: MatrixSpec, options: Options, n_obs: int, task: GatherTask, folder: Folder, group: zarr.Group
 ) -> _SparseWriter | _DenseWriter:
     for parent in spec.name.split("/")[:-1]:
-        ad.io.write_elem(group, parent, {})
+        group.require_group(parent).attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
     kind = _SparseWriter if spec.kind == "csr" else _DenseWriter
     return kind(spec, options, n_obs, task, folder, group)
 
@@ -341,6 +340,8 @@ def _write_frames(group: zarr.Group, obs: pd.DataFrame, plan: Plan, folder: Fold
 
     anndata's settings are the process's, so threads take turns: two that overlap would undo each other's.
     """
+    import anndata as ad  # noqa: PLC0415 - takes seconds; a local worker has it by now, see etl/preload.py
+
     with _settings_lock, ad.settings.override(allow_write_nullable_strings=True, auto_shard_zarr_v3=False):
         ad.io.write_elem(group, "obs", obs)
         ad.io.write_elem(group, "var", plan.var)

@@ -15,7 +15,6 @@ import numpy as np
 from dask.callbacks import Callback as DaskCallback
 from dask.utils import parse_bytes
 from distributed import Client, as_completed
-from distributed.deploy.utils import nprocesses_nthreads
 from distributed.system import MEMORY_LIMIT
 
 from annbatch_dask.etl.cluster import local_client
@@ -36,6 +35,9 @@ logger = logging.getLogger(__name__)
 _LOCAL = ("synchronous", "sync", "single-threaded", "threads", "threading", "threaded")
 RETRIES = 2
 """How often Dask repeats a task that failed or whose worker was lost."""
+THREADS_PER_WORKER = 4
+"""Of the local cluster, at most. Tasks spend their time in code that releases the GIL, and a process costs seconds of
+imports and a third of a gigabyte; a few threads each keep what does hold the GIL from mattering."""
 OnResult = Callable[[int, Any], None]
 
 
@@ -149,7 +151,8 @@ def choose_engine(client: Client | None, memory_limit: int | str | None) -> Engi
     if client is not None:
         cluster = ClusterEngine(client, _cluster_budget(client, memory_limit))
         return EngineRoom(cluster, cluster.budget, lambda: contextlib.nullcontext(cluster))
-    n_workers, n_threads = nprocesses_nthreads()
+    n_threads = min(THREADS_PER_WORKER, dask.system.CPU_COUNT)
+    n_workers = dask.system.CPU_COUNT // n_threads
     budget = Budget(_nbytes(memory_limit, n_workers=n_workers), n_threads)
     return EngineRoom(LocalEngine("threads", budget), budget, lambda: _own_cluster(n_workers, budget))
 

@@ -20,7 +20,8 @@ from annbatch_dask.plan.layout import Block
 from annbatch_dask.plan.schema import SRC_PATH, Categories, ColumnSpec, MatrixSchema, MatrixSpec, SourceSchema
 from annbatch_dask.storage.columns import ColumnRows
 from annbatch_dask.storage.publish import Folder
-from annbatch_dask.storage.sources import CsrRows, Source
+from annbatch_dask.storage.matrices import CsrRows
+from annbatch_dask.storage.sources import Source
 from annbatch_dask.storage.spill import find_receipt, write_receipt, write_spill
 
 __all__ = ["PLACE", "all_columns", "scatter"]
@@ -138,15 +139,16 @@ def _read_sparse(
 def _collect_indices(csr: CsrRows, nnz: int, gene_map: NDArray, *, n_cols: int) -> NDArray:
     """Column indices in the collection's gene space; each piece is mapped while it is hot in its thread's cache."""
     out = np.empty(nnz, gene_map.dtype)
-    bad: list[int] = []
 
     def visit(first: int, piece: NDArray) -> None:
-        bad.append(map_indices(piece, gene_map, out[first : first + len(piece)]))
+        if not map_indices(piece, gene_map, out[first : first + len(piece)]):
+            msg = (
+                f"column indices run from {piece.min():,} to {piece.max():,} in a matrix of {n_cols:,} columns; "
+                "write the file anew"
+            )
+            raise SchemaError(msg)
 
     csr.indices(visit)
-    if sum(bad):
-        msg = f"{sum(bad):,} of {nnz:,} column indices lie outside the matrix's {n_cols:,} columns; write the file anew"
-        raise SchemaError(msg)
     return out
 
 

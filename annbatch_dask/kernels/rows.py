@@ -38,17 +38,15 @@ def copy_runs(
 
 @nb.njit(nogil=True, cache=True)
 def map_indices(indices, gene_map, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
-    """``out[k] = gene_map[indices[k]]``; returns how many were out of range (those become 0)."""
-    bad = 0
-    n = gene_map.shape[0]
+    """``out[k] = gene_map[indices[k]]``; False, and nothing mapped, where an index is out of range."""
+    worst = np.uint32(0)
     for k in range(indices.shape[0]):
-        i = indices[k]
-        if 0 <= i < n:
-            out[k] = gene_map[i]
-        else:
-            out[k] = 0
-            bad += 1
-    return bad
+        worst = max(worst, np.uint32(indices[k]))  # a negative index becomes a large one
+    if worst >= gene_map.shape[0] and indices.shape[0]:
+        return False
+    for k in range(indices.shape[0]):
+        out[k] = gene_map[np.uint32(indices[k])]
+    return True
 
 
 @nb.njit(nogil=True, cache=True)

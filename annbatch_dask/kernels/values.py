@@ -24,6 +24,18 @@ def float_range(values):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     return not_whole + n_nan + n_inf == 0, low, high, not_single == 0, n_nan, n_inf
 
 
+@nb.njit(nogil=True, cache=True)
+def all_whole(values, bits):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """Whether every float is a whole number and none a negative zero, whose sign an integer would lose."""
+    fractions, negative_zeros = 0, 0
+    sign = bits.dtype.type(1) << bits.dtype.type(8 * bits.itemsize - 1)
+    for k in range(values.shape[0]):
+        fractions += np.floor(values[k]) != values[k]
+    for k in range(bits.shape[0]):
+        negative_zeros += bits[k] == sign
+    return fractions + negative_zeros == 0
+
+
 def range_of(values: NDArray) -> tuple[bool, int, int, bool, int, int]:
     """The same for any real dtype, with exact integers; 0 counts among the values.
 
@@ -37,6 +49,11 @@ def range_of(values: NDArray) -> tuple[bool, int, int, bool, int, int]:
         return True, low, high, -(2**24) <= low and high <= 2**24, 0, 0
     if flat.dtype.itemsize < 4:  # noqa: PLR2004
         flat = flat.astype(np.float32)
+    low_f, high_f = float(flat.min()), float(flat.max())
+    limit = 2**24 if flat.dtype.itemsize == 4 else 2**53  # noqa: PLR2004
+    if -limit < low_f and high_f < limit and all_whole(flat, flat.view(f"u{flat.dtype.itemsize}")):  # counts, by far
+        low, high = min(0, int(low_f)), max(0, int(high_f))
+        return True, low, high, -(2**24) <= low and high <= 2**24, 0, 0
     whole, low_f, high_f, single, n_nan, n_inf = float_range(flat)
     whole = whole and -(2.0**63) < low_f and high_f < 2.0**63
     return whole, int(low_f) if whole else 0, int(high_f) if whole else 0, single, n_nan, n_inf

@@ -1,0 +1,153 @@
+"""Matrices of a source: what one holds, and any rows of it; stored and in-memory ones alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from annbatch_dask.errors import SchemaError
+from annbatch_dask.plan.schema import MatrixSchema
+from annbatch_dask.storage.h5ad import SLAB_NBYTES, read_h5_rows, visit_h5
+
+__all__ = ["ROW_STEP", "CsrRows", "check_rows", "describe_matrix", "knots", "matrix_rows", "n_rows_of"]
+
+Visitor = Callable[[int, NDArray], None]
+ROW_STEP = 64
+"""Rows between the points at which the stored values of a source are counted."""
+
+
+@dataclass(frozen=True)
+class CsrRows:
+    """Rows of a sparse matrix, not yet read: visit each array at most once.
+
+    Attributes
+    ----------
+    bounds
+        (n_rows + 1,) int64 first entry of each row, from 0.
+    indices, values
+        Call with a visitor ``(first_entry, entries)``; pieces come in no order and from several threads.
+    """
+
+    bounds: NDArray[np.int64]
+    indices: Callable[[Visitor], None]
+    values: Callable[[Visitor], None]
+
+
+def n_rows_of(elem: Any) -> int:
+    shape = elem.attrs.get("shape", elem.attrs.get("h5sparse_shape")) if hasattr(elem, "keys") else elem.shape
+    return int(shape[0])
+
+
+def check_rows(label: str, matrix: MatrixSchema, n_rows: int, n_obs: int) -> None:
+    if n_rows != n_obs:
+        msg = f"{label}: {matrix.name} has {n_rows:,} rows and obs has {n_obs:,}; the file is damaged, write it anew"
+        raise SchemaError(msg)
+
+
+def describe_matrix(name: str, values: Any) -> MatrixSchema | None:
+    """Schema of a matrix; None for an element that is no numeric matrix."""
+    if hasattr(values, "keys") and hasattr(values, "attrs") and not isinstance(values, pd.DataFrame):
+        return _describe_stored_sparse(name, values)
+    dtype, ndim = getattr(values, "dtype", None), getattr(values, "ndim", 0)
+    if isinstance(values, pd.DataFrame) or dtype is None or dtype.kind not in "biuf" or ndim != 2:  # noqa: PLR2004
+        return None
+    if sp.issparse(values):
+        kind = "csc" if values.format == "csc" else "csr"
+        counts = _row_counts(values)
+        return MatrixSchema(name, kind, dtype.name, "int32", values.shape[1], ROW_STEP, knots(np.cumsum(counts)))
+    return MatrixSchema(name, "dense", dtype.newbyteorder("=").name, "", int(values.shape[1]))
+
+
+def _row_counts(matrix: Any) -> NDArray[np.int64]:
+    return np.bincount(matrix.indices, minlength=matrix.shape[0]) if matrix.format == "csc" else np.diff(matrix.tocsr().indptr)
+
+
+def knots(ends: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Stored values before every ROW_STEP-th row and before the end, from those up to and with each row."""
+    at = np.minimum(np.arange(-(-len(ends) // ROW_STEP) + 1) * ROW_STEP, len(ends))
+    return np.concatenate([[0], ends])[at].astype(np.int64)
+
+
+def _describe_stored_sparse(name: str, group: Any) -> MatrixSchema | None:
+    encoding = str(group.attrs.get("encoding-type", ""))
+    if encoding not in ("csr_matrix", "csc_matrix"):
+        return None
+    n_rows, n_cols = (int(n) for n in group.attrs["shape"])
+    if encoding == "csr_matrix":
+        kind, ends = "csr", group["indptr"][1:]
+    else:
+        kind, counts = "csc", np.zeros(n_rows, np.int64)
+        n = group["indices"].shape[0]
+        for a in range(0, n, SLAB_NBYTES):
+            counts += np.bincount(group["indices"][a : min(a + SLAB_NBYTES, n)], minlength=n_rows)
+        ends = np.cumsum(counts)
+    dtypes = (group["data"].dtype.newbyteorder("=").name, group["indices"].dtype.name)
+    return MatrixSchema(name, kind, *dtypes, n_cols, ROW_STEP, knots(ends))  # type: ignore[arg-type]
+
+
+def matrix_rows(values: Any, matrix: MatrixSchema, start: int, stop: int) -> CsrRows | NDArray:
+    """Rows [start, stop) of a stored or in-memory matrix; dense ones as an array of the schema's dtype."""
+    if hasattr(values, "keys"):
+        return _stored_csr(values, start, stop) if matrix.kind == "csr" else _csc_rows(values, start, stop)
+    elif isinstance(values, h5py.Dataset):
+        values = read_h5_rows(values, start, stop)
+    else:
+        values = values[start:stop]
+    if sp.issparse(values):
+        return _csr_in_memory(values.tocsr())
+    return np.asarray(values).astype(matrix.dtype, copy=False)
+
+
+def _csr_in_memory(rows: Any) -> CsrRows:
+    bounds = rows.indptr.astype(np.int64)
+    return CsrRows(bounds, lambda visit: visit(0, rows.indices), lambda visit: visit(0, rows.data))
+
+
+def _stored_csr(group: Any, start: int, stop: int) -> CsrRows:
+    bounds = np.asarray(group["indptr"][start : stop + 1]).astype(np.int64)
+    if len(bounds) != stop - start + 1:
+        msg = f"indptr ends after {start + len(bounds) - 1:,} rows and shape says at least {stop:,}; write the file anew"
+        raise SchemaError(msg)
+    low, high = int(bounds[0]), int(bounds[-1])
+    return CsrRows(
+        bounds - low,
+        lambda visit: _visit(group["indices"], low, high, visit),
+        lambda visit: _visit(group["data"], low, high, visit),
+    )
+
+
+def _visit(array: Any, start: int, stop: int, visit: Visitor) -> None:
+    if isinstance(array, h5py.Dataset):
+        visit_h5(array, start, stop, visit)
+        return
+    shards = array.shards or array.chunks
+    step = max(1, shards[0], SLAB_NBYTES // array.dtype.itemsize)
+    first = start // step * step
+    for a in range(first, stop, step):
+        lo, hi = max(a, start), min(a + step, stop)
+        visit(lo - start, np.asarray(array[lo:hi]))
+
+
+def _csc_rows(group: Any, start: int, stop: int) -> CsrRows:
+    """Rows of a column-compressed matrix: all of it goes by, in slabs, and what lies in the rows stays."""
+    indptr = np.asarray(group["indptr"][:]).astype(np.int64)
+    kept: list[tuple[NDArray, NDArray, NDArray]] = []
+    for a in range(0, int(indptr[-1]), SLAB_NBYTES):
+        b = min(a + SLAB_NBYTES, int(indptr[-1]))
+        rows, values = np.asarray(group["indices"][a:b]), np.asarray(group["data"][a:b])
+        inside = np.flatnonzero((rows >= start) & (rows < stop))
+        cols = (np.searchsorted(indptr, inside + a, side="right") - 1).astype(np.int32)
+        kept.append((rows[inside] - start, cols, values[inside]))
+    rows, cols, values = (
+        (np.concatenate(x) for x in zip(*kept, strict=True)) if kept else (np.zeros(0, t) for t in ("i4", "i4", "f4"))
+    )
+    order = np.argsort(rows, kind="stable")
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=stop - start))]).astype(np.int64)
+    return CsrRows(bounds, lambda visit: visit(0, cols[order]), lambda visit: visit(0, values[order]))
