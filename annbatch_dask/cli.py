@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
+from dask.utils import parse_bytes
 
 import annbatch_dask
 from annbatch_dask.errors import AnnbatchDaskError
@@ -231,26 +233,28 @@ def _open(path: str) -> DatasetCollection:
 @contextlib.contextmanager
 def _client(args: argparse.Namespace) -> Iterator[Any]:
     """The cluster the options ask for; None leaves the choice to the library."""
+    from annbatch_dask.etl.cluster import connect, local_client
+
     if args.scheduler is not None:
-        with _connect(args.scheduler) as client:
+        with connect(args.scheduler) as client:
             yield client
     elif args.n_workers is not None:
-        from annbatch_dask.etl.cluster import local_client
-
-        with local_client(n_workers=args.n_workers, memory_limit=args.memory_limit) as client:
+        with local_client(**_worker_options(args.n_workers, args.memory_limit)) as client:
             yield client
     else:
         yield None
 
 
-def _connect(address: str) -> Any:
-    from distributed import Client
+def _worker_options(n_workers: int, memory_limit: int | None) -> dict[str, int]:
+    """Return equal shares of this machine's cores and memory."""
+    from dask.system import CPU_COUNT
 
-    try:
-        return Client(address, set_as_default=False)
-    except (OSError, ValueError) as error:
-        msg = f"no Dask scheduler answers at {address} ({error}); start one with `dask scheduler`"
-        raise AnnbatchDaskError(msg) from error
+    memory = psutil.virtual_memory().total // n_workers if memory_limit is None else memory_limit
+    return {
+        "n_workers": n_workers,
+        "threads_per_worker": max(CPU_COUNT // n_workers, 1),
+        "memory_limit": memory,
+    }
 
 
 def _layout(args: argparse.Namespace) -> dict[str, Any]:
@@ -385,13 +389,23 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--var-subset", type=Path, metavar="FILE", help="keep these genes only: one name a line"
     )
-    parser.add_argument("--memory-limit", metavar="SIZE", help="memory of one worker process, e.g. 4GB")
+    parser.add_argument(
+        "--memory-limit", type=_bytes, metavar="SIZE", help="memory of one worker process, e.g. 4GB"
+    )
 
 
 def _size(text: str) -> int | str:
     """Read ``100_000`` as rows; leave ``2GB`` to the library, which knows the units."""
     plain = text.replace("_", "").replace(",", "")
     return int(plain) if plain.isdigit() else text
+
+
+def _bytes(text: str) -> int:
+    try:
+        return int(parse_bytes(text))
+    except ValueError as error:
+        msg = f"{text!r} is not a size such as 4GB"
+        raise argparse.ArgumentTypeError(msg) from error
 
 
 def _positive(text: str) -> int:

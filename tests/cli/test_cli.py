@@ -171,11 +171,9 @@ def test_an_output_that_is_no_collection_is_left_alone(h5ad_pair, tmp_path, caps
     assert contents(target) == before
 
 
-def test_a_scheduler_that_does_not_answer(h5ad_pair, tmp_path, capsys):
-    with dask.config.set({"distributed.comm.timeouts.connect": "500ms"}):
-        assert (
-            run("shuffle", *h5ad_pair, "-o", tmp_path / "out.zarr", "--scheduler", "tcp://127.0.0.1:9") == 1
-        )
+def test_a_scheduler_that_does_not_answer(h5ad_pair, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("annbatch_dask.etl.cluster.CONNECT_TIMEOUT_S", 0.5)
+    assert run("shuffle", *h5ad_pair, "-o", tmp_path / "out.zarr", "--scheduler", "tcp://127.0.0.1:9") == 1
     assert "tcp://127.0.0.1:9" in error_line(capsys)
 
 
@@ -185,7 +183,15 @@ def test_debug_shows_the_traceback(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "args", [[], ["nonsense"], ["shuffle", "a.h5ad"], ["stream", "x.zarr", "--batch-size", "0"]]
+    "args",
+    [
+        [],
+        ["nonsense"],
+        ["shuffle", "a.h5ad"],
+        ["stream", "x.zarr", "--batch-size", "0"],
+        ["plan", "a.h5ad", "--memory-limit", "much"],
+        ["shuffle", "a.h5ad", "-o", "x.zarr", "--n-workers", "2", "--scheduler", "tcp://here:8786"],
+    ],
 )
 def test_wrong_usage_exits_with_2(args, capsys):
     with pytest.raises(SystemExit) as caught:

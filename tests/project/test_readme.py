@@ -22,7 +22,7 @@ def test_the_first_example_runs_as_shown(h5ad_pair, tmp_path):
     for path, name in zip(h5ad_pair, ("a.h5ad", "b.h5ad"), strict=True):
         shutil.copy(path, tmp_path / name)
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PYTHON[0]],
+        [sys.executable, "-c", PYTHON[0]],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -30,6 +30,7 @@ def test_the_first_example_runs_as_shown(h5ad_pair, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
     assert DatasetCollection(tmp_path / "atlas.zarr", mode="r").n_obs == 500
 
 
