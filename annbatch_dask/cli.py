@@ -106,7 +106,9 @@ def _shuffle(args: argparse.Namespace) -> None:
             progress=args.progress,
         )
     shape = f"{collection.n_obs:,} cells x {collection.n_var:,} genes"
-    print(f"{args.output}: {shape} in {len(collection)} datasets, {time.perf_counter() - start:.1f} s")
+    n = len(collection)
+    datasets = f"{n} dataset{'s' if n > 1 else ''}"
+    print(f"{args.output}: {shape} in {datasets}, {time.perf_counter() - start:.1f} s")
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -347,9 +349,8 @@ def _add_stream(commands: Any) -> None:
     parser.add_argument(
         "--preload-nchunks",
         type=_positive,
-        default=32,
         metavar="N",
-        help="chunks mixed in memory (default: 32)",
+        help="chunks mixed in memory (default: about 32, to make whole batches)",
     )
     parser.add_argument(
         "--by", metavar="COLUMN", help="obs column to judge mixing by (default: cell_type, or the first)"
@@ -382,7 +383,9 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="rows or bytes of a shard (default: 1GB)",
     )
-    parser.add_argument("--seed", type=int, help="seed of the shuffle; the same seed gives the same bytes")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the shuffle; the same seed gives the same bytes (default: 0)"
+    )
     parser.add_argument(
         "--no-shuffle", dest="shuffle", action="store_false", help="keep the order of the inputs"
     )

@@ -47,7 +47,7 @@ def test_shuffle_says_what_it_wrote_and_shows_progress(h5ad_pair, tmp_path, caps
     with dask.config.set(scheduler="synchronous"):
         assert run("shuffle", *h5ad_pair, "-o", tmp_path / "out.zarr") == 0
     out, err = capsys.readouterr()
-    assert re.search(r"out\.zarr: 500 cells x \d+ genes in 1 datasets, [\d.]+ s\n$", out)
+    assert re.search(r"out\.zarr: 500 cells x \d+ genes in 1 dataset, [\d.]+ s\n$", out)
     assert "scatter" in err
     assert "gather" in err
 
@@ -133,6 +133,12 @@ def test_stream(collection, capsys, dense):
 def test_stream_chooses_a_column(collection, capsys):
     assert run("stream", collection, "--batch-size", 32, "--chunk-size", 16, "--preload-nchunks", 8) == 0
     assert "distinct cell_type" in capsys.readouterr().out
+
+
+def test_stream_refuses_sizes_that_do_not_fit(collection, capsys):
+    sizes = ["--batch-size", 50, "--chunk-size", 16, "--preload-nchunks", 8]
+    assert run("stream", collection, *sizes) == 1
+    assert "divisible by batch_size" in error_line(capsys)
 
 
 def test_stream_refuses_an_unknown_column(collection, capsys):
