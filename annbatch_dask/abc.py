@@ -1,0 +1,157 @@
+"""What a sampler has to provide."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from annbatch_dask.types import LoadRequest
+
+__all__ = ["Sampler"]
+
+_PACKAGE = str(Path(__file__).parent)
+
+
+def check_mask(mask: slice) -> slice:
+    """The mask with its start filled in; ValueError unless it is a plain ascending range."""
+    if mask.step not in (None, 1):
+        msg = f"mask.step must be 1, but got {mask.step}"
+        raise ValueError(msg)
+    start = 0 if mask.start is None else mask.start
+    if start < 0:
+        msg = f"mask.start must be >= 0, but got {start}"
+        raise ValueError(msg)
+    if mask.stop is not None and start >= mask.stop:
+        msg = f"mask.start must be < mask.stop, but got {start} and {mask.stop}"
+        raise ValueError(msg)
+    return slice(start, mask.stop)
+
+
+def check_rng(rng: np.random.Generator | int | None) -> np.random.Generator | None:
+    """The generator to use; an int seed is taken with a FutureWarning, anything else is a TypeError."""
+    if rng is None or isinstance(rng, np.random.Generator):
+        return rng
+    if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
+        warnings.warn(
+            f"Passing a seed as rng is deprecated, pass numpy.random.default_rng({rng!r})",
+            FutureWarning,
+            stacklevel=_caller_stacklevel(),
+        )
+        return np.random.default_rng(rng)
+    msg = f"rng must be a numpy.random.Generator, got {type(rng).__name__}"
+    raise TypeError(msg)
+
+
+def _caller_stacklevel() -> int:
+    """How far up the first frame outside this package is, seen from the function that warns."""
+    import sys
+
+    level, frame = 0, sys._getframe(1)  # noqa: SLF001
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+    return level + 1
+
+
+class Sampler(ABC):
+    """Decides which rows are loaded together, and which of them make a batch.
+
+    Subclasses implement ``batch_size``, ``shuffle``, ``n_batches``, ``validate`` and ``_sample``; they need
+    not call ``super().__init__()``.
+    """
+
+    # Class attributes, so that a subclass with an __init__ of its own still has them.
+    _mask: slice = slice(0, None)
+    _rng: np.random.Generator | None = None
+
+    @property
+    @abstractmethod
+    def batch_size(self) -> int | None:
+        """Rows in a batch; None only where every request brings its own splits."""
+
+    @property
+    @abstractmethod
+    def shuffle(self) -> bool | None:
+        """Whether rows are mixed within a request; None only where requests bring their own splits."""
+
+    @property
+    def mask(self) -> slice:
+        """The range of rows that may be drawn."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, value: slice) -> None:
+        self._mask = check_mask(value)
+
+    @property
+    def rng(self) -> np.random.Generator | None:
+        """Source of randomness."""
+        return self._rng
+
+    @rng.setter
+    def rng(self, value: np.random.Generator | None) -> None:
+        self._rng = check_rng(value)
+
+    @abstractmethod
+    def n_batches(self, n_obs: int) -> int:
+        """How many batches one pass over ``n_obs`` rows yields."""
+
+    @abstractmethod
+    def validate(self, n_obs: int) -> None:
+        """Raise ValueError where this sampler cannot run over ``n_obs`` rows."""
+
+    @abstractmethod
+    def _sample(self, n_obs: int) -> Iterator[LoadRequest]:
+        """The load requests of one pass; the place to extend."""
+
+    def sample(self, n_obs: int) -> Iterator[LoadRequest]:
+        """The load requests of one pass, checked, each with its splits.
+
+        Parameters
+        ----------
+        n_obs
+            Rows of the loader.
+
+        Yields
+        ------
+        LoadRequest
+            With ``splits`` always present.
+        """
+        self.validate(n_obs)
+        requests = self._sample(n_obs)
+        try:
+            for request in requests:
+                if "splits" in request:
+                    yield request
+                else:
+                    yield {"requests": request["requests"], "splits": self._default_splits(request)}
+        finally:
+            close = getattr(requests, "close", None)
+            if close is not None:
+                close()
+
+    def _default_splits(self, request: LoadRequest) -> list[NDArray[np.int64]]:
+        for name in ("batch_size", "shuffle"):
+            if getattr(self, name) is None:
+                msg = f"{name} must be set when splits are not provided in LoadRequest"
+                raise ValueError(msg)
+        n_rows = count_rows(request["requests"])
+        rng = self.rng or np.random.default_rng()
+        order = rng.permutation(n_rows) if self.shuffle else np.arange(n_rows)
+        return cut(order, self.batch_size or 1)
+
+
+def count_rows(requests: list[slice] | NDArray[np.integer]) -> int:  # type: ignore[type-arg]
+    """Rows asked for, repeats counted."""
+    if isinstance(requests, np.ndarray):
+        return len(requests)
+    return sum(part.stop - (part.start or 0) for part in requests)
+
+
+def cut(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    """``order`` in pieces of ``size``, the last one maybe shorter."""
+    return [order[start : start + size] for start in range(0, len(order), size)]

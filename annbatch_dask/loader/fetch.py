@@ -1,0 +1,315 @@
+"""Loading ahead of the consumer: two coordinating threads and their helpers, for one iteration.
+
+``requests -> [fetch] -> windows -> [assemble] -> batches -> consumer``
+
+Each arrow is a queue. Requests are handed in by the consumer's own thread, so the order of batches, and the
+state of the sampler at each of them, is the same whatever the threads do. The fetching thread reserves a
+window's bytes, then lets its helpers read and decode; the assembling thread does the same for batches. The
+two budgets make up ``prefetch_bytes``; one window and one batch are always allowed, so nothing can get stuck.
+
+An error travels down the queues in its place: batches before it are delivered, then the consumer gets it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from annbatch_dask.loader.batch import BatchBuilder, CsrParts
+from annbatch_dask.loader.pool import BufferPool
+from annbatch_dask.loader.requests import ObsTable, Window, assign, resolve_rows, resolve_splits
+from annbatch_dask.loader.sources import Block, Source
+from annbatch_dask.storage.ranges import Task
+from annbatch_dask.types import LoaderOutput, LoadRequest
+
+__all__ = ["Budget", "Pipeline", "PipelineOptions", "count_threads"]
+
+T = TypeVar("T")
+
+THREAD_PREFIX = "annbatch-dask"
+_MAX_THREADS = 16
+_WINDOW_SHARE = 0.75
+
+
+class Closed(Exception):  # noqa: N818
+    """The iteration is over; a thread that waits for something stops waiting."""
+
+
+class Budget:
+    """Bytes that may exist at a time. Whatever its size, one reservation is always granted."""
+
+    def __init__(self, limit_nbytes: int) -> None:
+        self._limit = limit_nbytes
+        self._used = 0
+        self._n_held = 0
+        self._is_closed = False
+        self._changed = threading.Condition()
+
+    def reserve(self, nbytes: int) -> None:
+        """Wait until ``nbytes`` more fit; raises Closed when the iteration ends meanwhile."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._is_closed or self._n_held == 0 or self._used + nbytes <= self._limit
+            )
+            if self._is_closed:
+                raise Closed
+            self._used += nbytes
+            self._n_held += 1
+
+    def release(self, nbytes: int) -> None:
+        """Give back a reservation."""
+        with self._changed:
+            self._used -= nbytes
+            self._n_held -= 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Wake whoever waits."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: BaseException
+
+
+class _End:
+    """Nothing follows."""
+
+
+_END = _End()
+
+
+@dataclass(frozen=True)
+class _Ready(Generic[T]):
+    value: T
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """How an iteration is run.
+
+    Attributes
+    ----------
+    prefetch_nbytes
+        Bytes of windows and batches that may lie ready or be under way.
+    n_threads
+        Helpers of each of the two stages.
+    return_index
+        Whether batches carry the rows' global positions.
+    """
+
+    prefetch_nbytes: int
+    n_threads: int
+    return_index: bool
+
+
+def count_threads() -> int:
+    """Helper threads of one stage: the cores this process may use, shared among torch workers."""
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch: Any = sys.modules.get("torch")
+    info = None if torch is None else torch.utils.data.get_worker_info()
+    n_workers = 1 if info is None else info.num_workers
+    return max(1, min(n_cores // n_workers, _MAX_THREADS))
+
+
+class Pipeline:
+    """Loads requests in the background; hand them in with :meth:`submit`, take batches with :meth:`get`.
+
+    Parameters
+    ----------
+    sources
+        The datasets.
+    obs
+        Their ``obs``, or None.
+    make_builder
+        Makes the batch builder on the iteration's own buffer pool.
+    deliver
+        From what the builder made to what the user gets.
+    options
+        Threads and bytes.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        obs: ObsTable | None,
+        make_builder: Callable[[BufferPool], BatchBuilder],
+        deliver: Callable[[CsrParts | NDArray[Any]], Any],
+        options: PipelineOptions,
+    ) -> None:
+        self._sources = sources
+        self._bounds = np.cumsum([0, *(source.n_obs for source in sources)]).astype(np.int64)
+        self._obs = obs
+        self._deliver = deliver
+        self._return_index = options.return_index
+        self._pool = BufferPool()
+        self._builder = make_builder(self._pool)
+        window_nbytes = int(options.prefetch_nbytes * _WINDOW_SHARE)
+        self._window_budget = Budget(window_nbytes)
+        self._batch_budget = Budget(options.prefetch_nbytes - window_nbytes)
+        self._is_closed = False
+
+        self._requests: SimpleQueue[LoadRequest | _Failure | _End] = SimpleQueue()
+        self._windows: SimpleQueue[Window | _Failure | _End] = SimpleQueue()
+        self._batches: SimpleQueue[_Ready[LoaderOutput] | _Failure | _End] = SimpleQueue()
+        self._helpers = [
+            ThreadPoolExecutor(options.n_threads, thread_name_prefix=f"{THREAD_PREFIX}-{stage}-helper")
+            for stage in ("fetch", "assemble")
+        ]
+        # Daemons, so that an iterator that is still open when the interpreter ends does not keep it alive.
+        self._threads = [
+            threading.Thread(target=target, name=f"{THREAD_PREFIX}-{stage}", daemon=True)
+            for stage, target in (("fetch", self._fetch_all), ("assemble", self._assemble_all))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # --- the consumer's side
+
+    def submit(self, request: LoadRequest) -> None:
+        """Queue a request for loading."""
+        self._requests.put(request)
+
+    def fail(self, error: BaseException) -> None:
+        """Let the consumer have this error after the batches queued so far."""
+        self._requests.put(_Failure(error))
+
+    def finish(self) -> None:
+        """No more requests will come."""
+        self._requests.put(_END)
+
+    def get(self) -> LoaderOutput | None:
+        """The next batch; None after the last one. Raises what went wrong in the background."""
+        item = self._batches.get()
+        if isinstance(item, _Ready):
+            self._batch_budget.release(item.nbytes)
+            return item.value
+        if isinstance(item, _Failure):
+            raise item.error
+        return None
+
+    def close(self) -> None:
+        """Stop all threads and let go of all memory; waits for work that is under way."""
+        self._is_closed = True
+        self._window_budget.close()
+        self._batch_budget.close()
+        self._requests.put(_END)
+        self._windows.put(_END)
+        for helpers in self._helpers:
+            helpers.shutdown(wait=False, cancel_futures=True)
+        # The garbage collector may run this in one of our own threads, which cannot wait for itself.
+        is_own = threading.current_thread().name.startswith(THREAD_PREFIX)
+        if not is_own:
+            for thread in self._threads:
+                thread.join()
+            for helpers in self._helpers:
+                helpers.shutdown(wait=True)
+        self._pool.close()
+
+    # --- fetching
+
+    def _fetch_all(self) -> None:
+        try:
+            while not isinstance(item := self._requests.get(), _End):
+                if isinstance(item, _Failure):
+                    self._windows.put(item)
+                    return
+                self._windows.put(self._fetch(item))
+            self._windows.put(_END)
+        except Closed:
+            pass
+        except BaseException as error:  # noqa: BLE001
+            self._windows.put(_Failure(error))
+
+    def _fetch(self, request: LoadRequest) -> Window:
+        rows = resolve_rows(request, int(self._bounds[-1]))
+        splits = resolve_splits(request, len(rows))
+        assignments = assign(rows, self._bounds)
+        located = [self._sources[a.dataset].locate(a.rows) for a in assignments]
+        nbytes = sum(part.nbytes for part in located)
+        self._window_budget.reserve(nbytes)
+
+        block, position = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
+        lengths = np.empty(len(rows), np.int64)
+        blocks: list[Block] = []
+        tasks: list[Task] = []
+        for number, (assignment, part) in enumerate(zip(assignments, located, strict=True)):
+            opened, its_tasks = self._sources[assignment.dataset].open(part, self._pool)
+            blocks.append(opened)
+            tasks.extend(its_tasks)
+            block[assignment.places] = number
+            position[assignment.places] = np.arange(len(assignment.places))
+            lengths[assignment.places] = part.lengths
+        futures = self._start(0, tasks)
+        obs = None if self._obs is None else self._obs.take(assignments, len(rows))
+        self._wait(futures)
+        dtype = np.result_type(*(self._sources[a.dataset].dtype for a in assignments or [])) if assignments else (
+            self._sources[0].dtype
+        )
+        return Window(rows, splits, blocks, block, position, lengths, dtype, obs, nbytes)
+
+    # --- assembling
+
+    def _assemble_all(self) -> None:
+        try:
+            while not isinstance(item := self._windows.get(), _End):
+                if isinstance(item, _Failure):
+                    self._batches.put(item)
+                    return
+                for split in item.splits:
+                    self._batches.put(self._assemble(item, split))
+                self._window_budget.release(item.nbytes)
+                # Frees the window's buffers for the next one before waiting for it.
+                del item
+            self._batches.put(_END)
+        except Closed:
+            pass
+        except BaseException as error:  # noqa: BLE001
+            self._batches.put(_Failure(error))
+
+    def _assemble(self, window: Window, split: NDArray[np.int64]) -> _Ready[LoaderOutput]:
+        nbytes = self._builder.nbytes(window, split)
+        self._batch_budget.reserve(nbytes)
+        built = self._builder.build(window, split, lambda tasks: self._wait(self._start(1, tasks)))
+        output: LoaderOutput = {
+            "X": self._deliver(built),
+            "obs": None if window.obs is None else window.obs.iloc[split],
+            "var": None,
+            "index": window.rows[split] if self._return_index else None,
+        }
+        return _Ready(output, nbytes)
+
+    # --- helpers
+
+    def _start(self, stage: int, tasks: list[Task]) -> list[Any]:
+        if len(tasks) == 1 and stage == 1:
+            tasks[0]()  # small batches: not worth waking a thread
+            return []
+        try:
+            return [self._helpers[stage].submit(task) for task in tasks]
+        except RuntimeError:
+            if self._is_closed:
+                raise Closed from None
+            raise
+
+    def _wait(self, futures: list[Any]) -> None:
+        # All of them, even after a failure: a task still running writes into buffers of this window.
+        wait(futures)
+        for future in futures:
+            try:
+                future.result()
+            except CancelledError:
+                raise Closed from None

@@ -1,0 +1,467 @@
+"""The Loader: what a user configures, fills with datasets and iterates over."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import zarr
+from anndata.abc import CSRDataset
+from numpy.typing import DTypeLike
+
+from annbatch_dask.abc import Sampler
+from annbatch_dask.loader.batch import BatchBuilder
+from annbatch_dask.loader.fetch import Pipeline, PipelineOptions, count_threads
+from annbatch_dask.loader.output import Framework, check_framework, make_deliver
+from annbatch_dask.loader.requests import ObsTable
+from annbatch_dask.loader.sources import Source, make_source
+from annbatch_dask.samplers import RandomSampler, SequentialSampler
+from annbatch_dask.types import LoaderOutput, LoadRequest
+
+if TYPE_CHECKING:
+
+    class _Base:
+        """torch's IterableDataset, or nothing."""
+
+else:
+    try:
+        from torch.utils.data import IterableDataset as _Base
+    except ImportError:
+
+        class _Base:
+            """Stands in for torch's IterableDataset."""
+
+
+__all__ = ["Loader", "load_all_aligned"]
+
+BackingArray_T = TypeVar("BackingArray_T")
+OutputInMemoryArray_T = TypeVar("OutputInMemoryArray_T")
+
+_CHUNK_SIZE = 512
+_PRELOAD_NCHUNKS = 32
+_MAX_DEFAULT_PRELOAD = 4 * _PRELOAD_NCHUNKS
+_REQUESTS_AHEAD = 2
+_PREFETCH_NBYTES = 1024**3
+_ACCEPTED = (zarr.Array, CSRDataset, sp.csr_matrix, sp.csr_array, np.ndarray)
+
+
+class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
+    """Mini-batches from one or more datasets, loaded ahead in background threads.
+
+    Iterating yields dictionaries with the keys ``X``, ``obs``, ``var`` and ``index``
+    (:class:`annbatch_dask.types.LoaderOutput`). A batch belongs to the user: its memory is used again only
+    once nothing refers to it any more.
+
+    It is a ``torch.utils.data.IterableDataset`` where torch is installed, and works in a ``DataLoader``
+    (``batch_size=None``) with any number of workers.
+
+    Parameters
+    ----------
+    batch_sampler
+        Decides which rows are loaded together and which make a batch. Excludes ``chunk_size``,
+        ``preload_nchunks``, ``batch_size``, ``shuffle``, ``drop_last`` and ``rng``.
+    chunk_size
+        Rows read together; 512 by default.
+    preload_nchunks
+        Chunks in one load window, whose rows are mixed; by default 32, or the nearest number that makes the
+        window a multiple of ``batch_size``.
+    shuffle
+        Random order instead of the stored one.
+    return_index
+        Whether batches carry the rows' global positions.
+    batch_size
+        Rows in a batch; 1 by default.
+    preload_to_gpu
+        Deliver batches on the GPU; needs cupy, and is on by default where cupy is installed.
+    drop_last
+        Leave out the last batch if it is not full.
+    to
+        ``"torch"`` or ``"jax"``; None delivers scipy and numpy (cupy with ``preload_to_gpu``).
+    rng
+        Source of randomness: a generator, or an int to seed one.
+    dense
+        Deliver sparse data as dense rows, in the same pass that picks them.
+    dtype
+        Deliver values in this dtype. By default the dtype the data had before it was stored compactly.
+    prefetch_bytes
+        How many bytes of loaded windows and finished batches may lie ready or be under way. One of each is
+        always allowed. Batches the user holds, and buffers waiting to be used again, come on top.
+
+    Examples
+    --------
+    >>> loader = Loader(batch_size=4096, shuffle=True).use_collection(collection)  # doctest: +SKIP
+    >>> for batch in loader:  # doctest: +SKIP
+    ...     train(batch["X"], batch["obs"]["cell_type"])
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_sampler: Sampler | None = None,
+        chunk_size: int | None = None,
+        preload_nchunks: int | None = None,
+        shuffle: bool | None = None,
+        return_index: bool = False,
+        batch_size: int | None = None,
+        preload_to_gpu: bool = find_spec("cupy") is not None,
+        drop_last: bool | None = None,
+        to: Framework | None = None,
+        rng: np.random.Generator | int | None = None,
+        dense: bool = False,
+        dtype: DTypeLike | None = None,
+        prefetch_bytes: int = _PREFETCH_NBYTES,
+    ) -> None:
+        given = {
+            "chunk_size": chunk_size,
+            "preload_nchunks": preload_nchunks,
+            "batch_size": batch_size,
+            "drop_last": drop_last,
+            "shuffle": shuffle,
+            "rng": rng,
+        }
+        names = [name for name, value in given.items() if value is not None]
+        if batch_sampler is not None and names:
+            msg = f"Cannot specify {', '.join(names)} when providing a custom sampler: the sampler decides these"
+            raise ValueError(msg)
+        for name in ("chunk_size", "preload_nchunks", "batch_size"):
+            _check_positive(name, given[name])
+        _check_positive("prefetch_bytes", prefetch_bytes)
+        check_framework(to, preload_to_gpu=preload_to_gpu)
+        self._batch_sampler: Sampler = batch_sampler or _default_sampler(
+            chunk_size, preload_nchunks, batch_size or 1, shuffle=bool(shuffle), drop_last=bool(drop_last), rng=rng
+        )
+        self._return_index = return_index
+        self._preload_to_gpu = preload_to_gpu
+        self._to: Framework | None = to
+        self._dense = dense
+        self._dtype = None if dtype is None else np.dtype(dtype)
+        self._prefetch_nbytes = prefetch_bytes
+        # Replaced, never changed in place: a shallow copy keeps what it was copied with.
+        self._sources: tuple[Source, ...] = ()
+        self._dataset_type: type[Any] | None = None
+        self._obs: list[pd.DataFrame] | None = None
+        self._var: pd.DataFrame | None = None
+        self._collection_added = False
+        self._n_open = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has no iteration open, whatever the original is doing.
+        return self.__dict__ | {"_n_open": 0}
+
+    def __len__(self) -> int:
+        return self._batch_sampler.n_batches(self.n_obs)
+
+    # --- properties
+
+    @property
+    def batch_sampler(self) -> Sampler:
+        """The sampler in use."""
+        return self._batch_sampler
+
+    @property
+    def dataset_type(self) -> type[Any]:
+        """Type of the datasets; IndexError before any was added."""
+        if self._dataset_type is None:
+            msg = "No datasets added yet"
+            raise IndexError(msg)
+        return self._dataset_type
+
+    @property
+    def n_obs(self) -> int:
+        """Rows of all datasets."""
+        return sum(source.n_obs for source in self._sources)
+
+    @property
+    def n_var(self) -> int:
+        """Columns of every dataset."""
+        if not self._sources:
+            msg = "No datasets added yet"
+            raise ValueError(msg)
+        return self._sources[0].shape[1]
+
+    @property
+    def var(self) -> pd.DataFrame | None:
+        """What all datasets have as ``var``."""
+        return self._var
+
+    # --- adding data
+
+    def use_collection(
+        self, collection: Any, *, load_adata: Callable[[zarr.Group], ad.AnnData] | None = None
+    ) -> Self:
+        """Add all datasets of a collection, in its order.
+
+        Parameters
+        ----------
+        collection
+            A :class:`annbatch_dask.DatasetCollection` (annbatch's own works too).
+        load_adata
+            From a dataset's group to an AnnData whose ``X`` is backed; by default :func:`load_all_aligned`.
+        """
+        if collection.is_empty:
+            msg = "DatasetCollection is empty"
+            raise ValueError(msg)
+        if self._collection_added:
+            msg = (
+                "You should not add multiple collections: each was shuffled on its own. Shuffle them into one, or "
+                "use add_adatas if rows of different collections need not be mixed"
+            )
+            raise RuntimeError(msg)
+        load = load_all_aligned if load_adata is None else load_adata
+        self.add_adatas([load(group) for group in collection])
+        self._collection_added = True
+        return self
+
+    def add_adatas(self, adatas: Sequence[ad.AnnData]) -> Self:
+        """Add the ``X``, ``obs`` and ``var`` of several AnnData objects."""
+        _check_positive("Number of adatas", len(adatas))
+        for adata in adatas:
+            self._add_adata(adata)
+        return self
+
+    def add_adata(self, adata: ad.AnnData) -> Self:
+        """Add the ``X``, ``obs`` and ``var`` of an AnnData; an ``obs`` without columns counts as none."""
+        return self._add_adata(adata)
+
+    def _add_adata(self, adata: ad.AnnData) -> Self:
+        if not isinstance(adata.X, _ACCEPTED):
+            msg = f"Cannot add an AnnData with X of type {type(adata.X)}; use one of {_names(_ACCEPTED)}"
+            raise TypeError(msg)
+        _warn_left_out(adata)
+        obs = adata.obs if len(adata.obs.columns) else None
+        self._add(adata.X, obs, adata.var)
+        return self
+
+    def add_datasets(
+        self,
+        datasets: Sequence[BackingArray_T],
+        obs: Sequence[pd.DataFrame | None] | None = None,
+        var: Sequence[pd.DataFrame | None] | None = None,
+    ) -> Self:
+        """Add several datasets, with one ``obs`` and ``var`` each or none at all."""
+        _check_positive("Number of datasets", len(datasets))
+        all_obs = [None] * len(datasets) if obs is None else obs
+        all_var = [None] * len(datasets) if var is None else var
+        for dataset, its_obs, its_var in zip(datasets, all_obs, all_var, strict=True):
+            self._add(dataset, its_obs, its_var)
+        return self
+
+    def add_dataset(
+        self, dataset: BackingArray_T, obs: pd.DataFrame | None = None, var: pd.DataFrame | None = None
+    ) -> Self:
+        """Add a dataset: a zarr array or CSR group, or an array or CSR matrix in memory."""
+        self._add(dataset, obs, var)
+        return self
+
+    def _add(self, dataset: Any, obs: pd.DataFrame | None, var: pd.DataFrame | None) -> None:
+        if self._n_open:
+            msg = "Cannot add datasets while the loader is being iterated; finish or close the iterator first"
+            raise RuntimeError(msg)
+        _check_dataset(dataset, obs, var)
+        source = make_source(dataset)
+        if obs is not None and len(obs) != source.n_obs:
+            msg = f"obs has {len(obs)} rows, the dataset has {source.n_obs}"
+            raise ValueError(msg)
+        if self._sources:
+            self._check_fits(dataset, source, obs, var)
+        self._obs = None if obs is None else [*(self._obs or []), obs]
+        if not self._sources:
+            self._dataset_type = _family(dataset)
+            self._var = var
+        self._sources = (*self._sources, source)
+
+    def _check_fits(self, dataset: Any, source: Source, obs: pd.DataFrame | None, var: pd.DataFrame | None) -> None:
+        """A dataset must be like those already there."""
+        if not isinstance(dataset, self.dataset_type):
+            msg = f"All datasets must be of the same type: {self.dataset_type}, got {type(dataset)}"
+            raise ValueError(msg)
+        for name, old, new in (("obs", self._obs, obs), ("var", self._var, var)):
+            if old is None and new is not None:
+                msg = f"Cannot add a dataset with {name} when datasets have already been added without {name}"
+                raise ValueError(msg)
+            if old is not None and new is None:
+                msg = f"Cannot add a dataset without {name} when datasets have already been added with {name}"
+                raise ValueError(msg)
+        if source.shape[1:] != self._sources[0].shape[1:]:
+            msg = (
+                "All datasets must have the same shape along the var axis: "
+                f"{self._sources[0].shape[1:]}, got {source.shape[1:]}"
+            )
+            raise ValueError(msg)
+        if var is not None and self._var is not None and not var.equals(self._var):
+            msg = "All datasets must have identical var DataFrames: that of the new one differs"
+            raise ValueError(msg)
+        if source.dtype != self._sources[0].dtype:
+            warnings.warn(
+                f"Adding dataset with dtype {source.dtype} to a loader whose first has {self._sources[0].dtype}: "
+                "batches get a dtype that holds both; pass dtype= to the Loader to fix one",
+                stacklevel=4,
+            )
+
+    # --- iterating
+
+    def __iter__(self) -> Iterator[LoaderOutput]:
+        """One pass. Close the iterator, or drop it, to stop its threads early."""
+        _check_positive("Number of datasets", len(self._sources))
+        requests = self._batch_sampler.sample(self.n_obs)
+        pipeline: Pipeline | None = None
+        self._n_open += 1
+        try:
+            pipeline = self._start()
+            yield from _batches(pipeline, requests, self._var)
+        finally:
+            self._n_open -= 1
+            if pipeline is not None:
+                pipeline.close()
+            _close(requests)
+
+    def _start(self) -> Pipeline:
+        n_threads = count_threads()
+        return Pipeline(
+            self._sources,
+            None if self._obs is None else ObsTable(self._obs),
+            partial(
+                BatchBuilder,
+                self._sources[0].shape[1:],
+                self._sources[0].is_sparse,
+                self._dense,
+                self._dtype,
+                n_parts=4 * n_threads,
+            ),
+            make_deliver(self._to, on_gpu=self._preload_to_gpu),
+            PipelineOptions(self._prefetch_nbytes, n_threads, self._return_index),
+        )
+
+
+def _batches(
+    pipeline: Pipeline, requests: Iterator[LoadRequest], var: pd.DataFrame | None
+) -> Iterator[LoaderOutput]:
+    """Keep a few requests under way; the sampler runs in this, the consumer's, thread."""
+    pending: deque[int] = deque()
+    is_over = False
+    while True:
+        while not is_over and len(pending) <= _REQUESTS_AHEAD:
+            is_over = not _submit_next(pipeline, requests, pending)
+        batch = pipeline.get()
+        if batch is None:
+            return
+        pending[0] -= 1
+        if pending[0] == 0:
+            pending.popleft()
+        batch["var"] = var
+        yield batch
+
+
+def _submit_next(pipeline: Pipeline, requests: Iterator[LoadRequest], pending: deque[int]) -> bool:
+    """Hand the next request in; False when there is none. An error waits for its turn."""
+    try:
+        request = next(requests, None)
+        if request is None:
+            pipeline.finish()
+            return False
+        n_batches = len(request["splits"])
+    except Exception as error:  # noqa: BLE001
+        pipeline.fail(error)
+        return False
+    if n_batches:
+        pending.append(n_batches)
+        pipeline.submit(request)
+    return True
+
+
+def _close(requests: Iterator[LoadRequest]) -> None:
+    close = getattr(requests, "close", None)
+    if close is not None:
+        close()
+
+
+def _default_sampler(
+    chunk_size: int | None,
+    preload_nchunks: int | None,
+    batch_size: int,
+    *,
+    shuffle: bool,
+    drop_last: bool,
+    rng: np.random.Generator | int | None,
+) -> Sampler:
+    chunk_size = chunk_size or _CHUNK_SIZE
+    preload_nchunks = preload_nchunks or _fitting_preload(chunk_size, batch_size)
+    if not shuffle:
+        return SequentialSampler(chunk_size, preload_nchunks, batch_size, drop_last=drop_last)
+    if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
+        rng = np.random.default_rng(rng)
+    return RandomSampler(chunk_size, preload_nchunks, batch_size, drop_last=drop_last, rng=rng)  # type: ignore[arg-type]
+
+
+def _fitting_preload(chunk_size: int, batch_size: int) -> int:
+    """The number of chunks near the default whose rows make whole batches, unless that needs far more."""
+    step = batch_size // math.gcd(chunk_size, batch_size)
+    if step > _MAX_DEFAULT_PRELOAD:
+        return _PRELOAD_NCHUNKS
+    return max(1, round(_PRELOAD_NCHUNKS / step)) * step
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if value is not None and value < 1:
+        msg = f"{name} must be greater than 1, got {value}"
+        raise ValueError(msg)
+
+
+def _names(types: Iterable[type]) -> str:
+    return ", ".join(kind.__name__ for kind in types)
+
+
+def _family(dataset: Any) -> type[Any]:
+    """The accepted type a dataset belongs to."""
+    return next(kind for kind in _ACCEPTED if isinstance(dataset, kind))
+
+
+def _check_dataset(dataset: Any, obs: Any, var: Any) -> None:
+    if not isinstance(dataset, _ACCEPTED):
+        msg = f"Cannot add dataset of type {type(dataset)}; use one of {_names(_ACCEPTED)}"
+        raise TypeError(msg)
+    if isinstance(dataset, CSRDataset) and not isinstance(dataset.group, zarr.Group):
+        msg = "Cannot add CSRDataset backed by h5ad; shuffle the file into a collection first, or read it into memory"
+        raise TypeError(msg)
+    for name, frame in (("obs", obs), ("var", var)):
+        if frame is not None and not isinstance(frame, pd.DataFrame):
+            msg = f"{name} must be a pandas DataFrame, got {type(frame)}"
+            raise TypeError(msg)
+
+
+def _warn_left_out(adata: ad.AnnData) -> None:
+    """Say by name what of a given AnnData batches will not carry."""
+    for element in ("layers", "obsm"):
+        keys = sorted(getattr(adata, element).keys())
+        if keys:
+            msg = f"Batches do not carry {element} yet; left out: {', '.join(keys)}"
+            # stacklevel: user -> add_adata(s) -> _add_adata -> here
+            warnings.warn(msg, FutureWarning, stacklevel=4)
+
+
+def load_all_aligned(group: zarr.Group) -> ad.AnnData:
+    """A dataset of a collection with ``X`` left on disk, all of ``obs`` in memory, and the index of ``var``.
+
+    TypeError where ``X`` is neither a CSR matrix nor a dense array.
+    """
+    element = group["X"]
+    encoding = element.attrs.get("encoding-type")
+    if isinstance(element, zarr.Group) and encoding == "csr_matrix":
+        x = ad.io.sparse_dataset(element)
+    elif isinstance(element, zarr.Array) and encoding in (None, "array"):
+        x = element
+    else:
+        msg = f"Unrecognized encoding type {encoding} for {element.name}"
+        raise TypeError(msg)
+    obs = ad.io.read_elem(group["obs"])
+    var = ad.io.read_elem(group["var"])
+    return ad.AnnData(X=x, obs=obs, var=pd.DataFrame(index=var.index))

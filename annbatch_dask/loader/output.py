@@ -1,0 +1,95 @@
+"""From assembled arrays to the types a user asked for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from annbatch_dask.loader.batch import CsrParts
+
+__all__ = ["Framework", "check_framework", "make_deliver"]
+
+Framework = Literal["torch", "jax"]
+Array = NDArray[Any]
+
+
+def check_framework(to: Framework | None, *, preload_to_gpu: bool) -> None:
+    """ImportError where what was asked for is not installed; ValueError for an unknown name."""
+    if to not in (None, "torch", "jax"):
+        msg = f"to must be None, 'torch' or 'jax', got {to!r}"
+        raise ValueError(msg)
+    if to is not None and find_spec(to) is None:
+        msg = f"Could not find {to}, which to={to!r} needs; install it, for example with `pip install {to}`"
+        raise ImportError(msg)
+    if preload_to_gpu and find_spec("cupy") is None:
+        msg = "Could not find cupy, which preload_to_gpu=True needs; see https://docs.cupy.dev/en/stable/install.html"
+        raise ImportError(msg)
+
+
+def make_deliver(to: Framework | None, *, on_gpu: bool) -> Callable[[CsrParts | Array], Any]:
+    """The function that turns an assembled batch into what is yielded as ``X``."""
+    if on_gpu:
+        return {None: _to_cupy, "torch": _to_torch_cuda, "jax": _to_jax}[to]
+    return {None: _to_scipy, "torch": _to_torch, "jax": _to_jax}[to]
+
+
+def _to_scipy(batch: CsrParts | Array) -> Any:
+    if isinstance(batch, CsrParts):
+        return sp.csr_matrix((batch.values, batch.columns, batch.indptr), shape=batch.shape, copy=False)
+    return batch
+
+
+def _to_torch(batch: CsrParts | Array) -> Any:
+    torch: Any = _import_torch()
+    if isinstance(batch, CsrParts):
+        parts = [torch.from_numpy(part) for part in (batch.indptr, batch.columns, batch.values)]
+        return torch.sparse_csr_tensor(*parts, size=batch.shape)
+    return torch.from_numpy(batch)
+
+
+@cache
+def _import_torch() -> Any:
+    import torch
+
+    with warnings.catch_warnings():
+        # torch says once per process that sparse CSR is in beta; it is said here, where nobody has to hear it.
+        warnings.simplefilter("ignore", UserWarning)
+        index = torch.zeros(2, dtype=torch.int32)
+        torch.sparse_csr_tensor(index, index[:0], torch.zeros(0), size=(1, 1))
+    return torch
+
+
+def _to_torch_cuda(batch: CsrParts | Array) -> Any:
+    return _to_torch(batch).cuda()
+
+
+def _to_jax(batch: CsrParts | Array) -> Any:
+    import jax.numpy as jnp
+    from jax.experimental import sparse
+
+    # Copies: jax arrays are immutable and may share memory with numpy's, which is used again.
+    if isinstance(batch, CsrParts):
+        parts = tuple(jnp.array(part, copy=True) for part in (batch.values, batch.columns, batch.indptr))
+        return sparse.CSR(parts, shape=batch.shape)
+    return jnp.array(batch, copy=True)
+
+
+def _to_cupy(batch: CsrParts | Array) -> Any:
+    import cupy
+
+    if isinstance(batch, CsrParts):
+        import cupyx.scipy.sparse as cusparse
+
+        if batch.values.dtype not in (np.dtype(t) for t in ("bool", "f4", "f8", "c8", "c16")):
+            msg = f"cupy has no sparse matrices of {batch.values.dtype}; pass dtype='float32' to the Loader"
+            raise TypeError(msg)
+        parts = tuple(cupy.asarray(part) for part in (batch.values, batch.columns, batch.indptr))
+        return cusparse.csr_matrix(parts, shape=batch.shape)
+    return cupy.asarray(batch)

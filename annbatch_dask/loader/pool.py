@@ -1,0 +1,113 @@
+"""Buffers that are used again: on fresh hundreds of megabytes, page faults cost as much as decoding.
+
+An array from the pool is an ordinary numpy array. Its memory returns to the pool when the last array, view or
+tensor on it is gone, wherever that happens; nobody gives anything back by hand, so what a user keeps is never
+overwritten.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+__all__ = ["BufferPool"]
+
+_ALIGNMENT = 64
+_MIN_POOLED_NBYTES = 256 * 1024
+_MAX_IDLE_TAKES = 32
+
+
+class _Home:
+    """Where memory returns to. Appending to a deque needs no lock, so this may run inside a garbage collection."""
+
+    def __init__(self) -> None:
+        self.returned: deque[NDArray[np.uint8]] = deque()
+        self.is_open = True
+
+    def welcome(self, memory: NDArray[np.uint8]) -> None:
+        if self.is_open:
+            self.returned.append(memory)
+
+
+class _Lease:
+    """Owns memory on behalf of all arrays made from it; they keep it alive as their base."""
+
+    __slots__ = ("__array_interface__", "_home", "_memory")
+
+    def __init__(self, memory: NDArray[np.uint8], home: _Home) -> None:
+        self._memory = memory
+        self._home = home
+        self.__array_interface__ = memory.__array_interface__
+
+    def __del__(self) -> None:
+        self._home.welcome(self._memory)
+
+
+class BufferPool:
+    """Hands out uninitialised arrays on memory that was used before, where any fits.
+
+    Memory that was of no use for the last few requests is let go. Safe to use from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._home = _Home()
+        self._lock = threading.Lock()
+        self._idle: list[tuple[int, NDArray[np.uint8]]] = []
+        self._n_takes = 0
+
+    def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """An uninitialised array, C-contiguous."""
+        kind = np.dtype(dtype)
+        shape = (shape,) if isinstance(shape, int) else shape
+        nbytes = math.prod(shape) * kind.itemsize
+        if nbytes < _MIN_POOLED_NBYTES:
+            return np.empty(shape, kind)
+        memory = np.asarray(_Lease(self._take(nbytes), self._home))
+        return memory[:nbytes].view(kind).reshape(shape)
+
+    def close(self) -> None:
+        """Let go of all idle memory, and of the rest as it comes back."""
+        self._home.is_open = False
+        self._home.returned.clear()
+        with self._lock:
+            self._idle.clear()
+
+    @property
+    def idle_nbytes(self) -> int:
+        """Memory waiting to be used again."""
+        with self._lock:
+            self._collect()
+            return sum(memory.nbytes for _, memory in self._idle)
+
+    def _take(self, nbytes: int) -> NDArray[np.uint8]:
+        with self._lock:
+            self._n_takes += 1
+            self._collect()
+            fitting = [i for i, (_, memory) in enumerate(self._idle) if nbytes <= memory.nbytes <= 2 * nbytes]
+            if fitting:
+                best = min(fitting, key=lambda i: self._idle[i][1].nbytes)
+                return self._idle.pop(best)[1]
+        return _allocate(_capacity(nbytes))
+
+    def _collect(self) -> None:
+        """Count what came back as idle, and forget what has been idle for long."""
+        while self._home.returned:
+            self._idle.append((self._n_takes, self._home.returned.popleft()))
+        self._idle = [item for item in self._idle if self._n_takes - item[0] <= _MAX_IDLE_TAKES]
+
+
+def _capacity(nbytes: int) -> int:
+    """``nbytes`` and some slack, so that the next, slightly larger request fits as well."""
+    step = max(1 << (nbytes.bit_length() - 4), _ALIGNMENT)
+    return (nbytes // step + 1) * step
+
+
+def _allocate(nbytes: int) -> NDArray[np.uint8]:
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + nbytes]

@@ -1,0 +1,139 @@
+"""From a load request to rows of datasets, and back to rows of a load window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from annbatch_dask.loader.sources import Block
+from annbatch_dask.types import LoadRequest
+
+__all__ = ["Assignment", "ObsTable", "Window", "assign", "resolve_rows", "resolve_splits"]
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Rows that were loaded together, in request order.
+
+    Attributes
+    ----------
+    rows
+        Their global positions.
+    splits
+        One array of positions in this window per batch.
+    blocks, block, position
+        Row ``j`` is row ``position[j]`` of ``blocks[block[j]]``.
+    lengths
+        Entries of each row; zeros for dense blocks.
+    dtype
+        What the values are delivered in.
+    obs
+        The rows of ``obs``, or None.
+    nbytes
+        Memory reserved for the blocks.
+    """
+
+    rows: Ints
+    splits: list[Ints]
+    blocks: list[Block]
+    block: Ints
+    position: Ints
+    lengths: Ints
+    dtype: np.dtype[Any]
+    obs: pd.DataFrame | None
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The part of a request that one dataset holds: where in the request, and which of its rows."""
+
+    dataset: int
+    places: Ints
+    rows: Ints
+
+
+def resolve_rows(request: LoadRequest, n_obs: int) -> Ints:
+    """The global rows of a request, in its order; KeyError without ``requests``, IndexError out of range."""
+    requests = request["requests"]
+    if isinstance(requests, np.ndarray):
+        if requests.dtype.kind not in "iu" or requests.ndim != 1:
+            msg = f"requests must be slices or a 1-D integer array, got dtype {requests.dtype}, {requests.ndim}-D"
+            raise TypeError(msg)
+        rows = requests.astype(np.int64)
+    else:
+        parts = [np.arange(part.start or 0, part.stop, dtype=np.int64) for part in requests]
+        rows = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+    if len(rows) and (rows.min() < 0 or rows.max() >= n_obs):
+        msg = f"request for rows {rows.min()} to {rows.max()}, the loader has rows 0 to {n_obs - 1}"
+        raise IndexError(msg)
+    return rows
+
+
+def resolve_splits(request: LoadRequest, n_rows: int) -> list[Ints]:
+    """The batches of a request as int64; IndexError where one names a row the request does not have."""
+    splits = [np.asarray(split).astype(np.int64, copy=False) for split in request["splits"]]
+    for split in splits:
+        if len(split) and (split.min() < 0 or split.max() >= n_rows):
+            msg = f"split with positions {split.min()} to {split.max()}, the request has {n_rows} rows"
+            raise IndexError(msg)
+    return splits
+
+
+def assign(rows: Ints, bounds: Ints) -> list[Assignment]:
+    """Deal rows out to the datasets that hold them; dataset ``d`` has rows ``bounds[d]:bounds[d + 1]``."""
+    dataset = np.searchsorted(bounds, rows, side="right") - 1
+    return [
+        Assignment(d, places, rows[places] - bounds[d])
+        for d in np.unique(dataset).tolist()
+        for places in (np.flatnonzero(dataset == d),)
+    ]
+
+
+class ObsTable:
+    """``obs`` of all datasets, taken window by window, with dtypes that do not depend on the window."""
+
+    def __init__(self, frames: Sequence[pd.DataFrame]) -> None:
+        self._frames = _aligned(frames)
+
+    def take(self, assignments: Sequence[Assignment], n_rows: int) -> pd.DataFrame:
+        """The rows of a window, in request order."""
+        if not assignments:
+            return self._frames[0].iloc[:0]
+        parts = [self._frames[a.dataset].iloc[a.rows] for a in assignments]
+        if len(parts) == 1:
+            return parts[0]
+        order = np.empty(n_rows, np.int64)
+        order[np.concatenate([a.places for a in assignments])] = np.arange(n_rows)
+        return pd.concat(parts).iloc[order]
+
+
+def _aligned(frames: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
+    """The frames with the same columns and dtypes; categories are united."""
+    columns = list(dict.fromkeys(name for frame in frames for name in frame.columns))
+    aligned = [frame if list(frame.columns) == columns else frame.reindex(columns=columns) for frame in frames]
+    for name in columns:
+        dtypes = [frame[name].dtype for frame in aligned]
+        if any(dtype != dtypes[0] for dtype in dtypes):
+            common = _common_dtype([frame[name] for frame in aligned])
+            aligned = [frame.assign(**{name: frame[name].astype(common)}) for frame in aligned]
+    return aligned
+
+
+def _common_dtype(columns: Sequence[pd.Series[Any]]) -> Any:
+    if all(isinstance(column.dtype, pd.CategoricalDtype) for column in columns):
+        # An unordered union whose order is that of first appearance: the rows' values stay what they were.
+        categories = dict.fromkeys(value for column in columns for value in column.cat.categories)
+        return pd.CategoricalDtype(list(categories))
+    dtypes = [cast("Any", column.dtype) for column in columns]
+    try:
+        return np.result_type(*dtypes)
+    except TypeError:
+        return np.dtype(object)

@@ -1,0 +1,293 @@
+"""Where rows come from: zarr arrays and CSR groups on disk, arrays and CSR matrices in memory.
+
+A source answers in two steps. :meth:`Source.locate` says what the rows cost, so that bytes can be reserved
+before they exist; :meth:`Source.open` takes buffers and returns a block together with the tasks that fill it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import zarr
+from anndata.abc import CSRDataset
+from numpy.typing import NDArray
+
+from annbatch_dask.errors import SourceError
+from annbatch_dask.loader.pool import BufferPool
+from annbatch_dask.storage.ranges import RangeReader, Task
+
+__all__ = [
+    "ArraySource",
+    "Block",
+    "CsrSource",
+    "DenseBlock",
+    "Located",
+    "Source",
+    "SparseBlock",
+    "ZarrArraySource",
+    "ZarrCsrSource",
+    "make_source",
+]
+
+Array = NDArray[Any]
+Ints = NDArray[np.int64]
+
+SOURCE_DTYPE = "source-dtype"
+"""Attribute of an array or CSR group: the dtype its values had before they were stored in a smaller one."""
+
+
+@dataclass(frozen=True)
+class SparseBlock:
+    """Loaded sparse rows: row ``i`` is ``starts[i]:starts[i] + lengths[i]`` of both flat arrays."""
+
+    values: Array
+    columns: Array
+    starts: Ints
+    lengths: Ints
+
+
+@dataclass(frozen=True)
+class DenseBlock:
+    """Loaded dense rows: row ``i`` is ``values[positions[i]]``; ``values`` is C-contiguous."""
+
+    values: Array
+    positions: Ints
+
+
+Block = SparseBlock | DenseBlock
+
+
+@dataclass(frozen=True)
+class Located:
+    """What a request means to a source.
+
+    Attributes
+    ----------
+    nbytes
+        Memory the block will take.
+    spans
+        (n, 2) ascending, disjoint runs of rows, or of entries for a CSR group on disk, to read.
+    starts
+        Where each row begins in what is read: a row, or an entry.
+    lengths
+        Entries of each row; all zero for dense sources.
+    """
+
+    nbytes: int
+    spans: Ints
+    starts: Ints
+    lengths: Ints
+
+
+class Source(ABC):
+    """Rows of one dataset.
+
+    Attributes
+    ----------
+    shape
+        The first axis is rows.
+    dtype
+        The dtype in which values are delivered; the stored one may be smaller.
+    is_sparse
+        Whether blocks are sparse.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    is_sparse: bool
+
+    @property
+    def n_obs(self) -> int:
+        """Number of rows."""
+        return self.shape[0]
+
+    @abstractmethod
+    def locate(self, rows: Ints) -> Located:
+        """Find the rows (any order, repeats allowed); reads no values."""
+
+    @abstractmethod
+    def open(self, located: Located, pool: BufferPool) -> tuple[Block, list[Task]]:
+        """The block, complete once every task has run; row ``i`` is the ``i``-th row located."""
+
+
+def make_source(dataset: Any) -> Source:
+    """The source for a dataset the loader accepts."""
+    if isinstance(dataset, CSRDataset):
+        return ZarrCsrSource(dataset.group)
+    if isinstance(dataset, zarr.Array):
+        return ZarrArraySource(dataset)
+    if isinstance(dataset, np.ndarray):
+        return ArraySource(dataset)
+    return CsrSource(dataset)
+
+
+def _runs(rows: Ints) -> tuple[Ints, Ints, Ints]:
+    """Ascending runs of consecutive rows that cover ``rows``, and the run and rank of each row.
+
+    Returns (n, 2) spans; (n_rows,) span of each row; (n_rows,) position of each row in the rows read.
+    """
+    if len(rows) > 1 and (np.diff(rows) > 0).all():
+        wanted, inverse = rows, np.arange(len(rows))
+    else:
+        wanted, inverse = np.unique(rows, return_inverse=True)
+    is_first = np.diff(wanted, prepend=-2) != 1
+    firsts = np.flatnonzero(is_first)
+    lasts = np.append(firsts[1:], len(wanted)) - 1 if len(firsts) else firsts
+    spans = np.stack([wanted[firsts], wanted[lasts] + 1], axis=1) if len(firsts) else np.zeros((0, 2), np.int64)
+    return spans, (np.cumsum(is_first) - 1)[inverse], inverse
+
+
+class ZarrCsrSource(Source):
+    """A CSR group in a zarr store. Row pointers are kept in memory from the first use on."""
+
+    is_sparse = True
+
+    def __init__(self, group: zarr.Group) -> None:
+        self._group = group
+        self._values = RangeReader(_array(group, "data"))
+        self._columns = RangeReader(_array(group, "indices"))
+        shape: Any = group.attrs["shape"]
+        self.shape = tuple(int(n) for n in shape)
+        self.dtype = np.dtype(str(group.attrs.get(SOURCE_DTYPE, self._values.dtype)))
+        self._indptr: Ints | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"} | {"_indptr": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    @property
+    def indptr(self) -> Ints:
+        """Row pointers, checked: a wrong one would make the kernels read foreign memory."""
+        with self._lock:
+            if self._indptr is None:
+                self._indptr = self._read_indptr()
+            return self._indptr
+
+    def _read_indptr(self) -> Ints:
+        indptr: Ints = np.asarray(_array(self._group, "indptr")[:]).astype(np.int64)
+        n_values, n_columns = self._values.shape[0], self._columns.shape[0]
+        is_sound = len(indptr) == self.n_obs + 1 and indptr[0] == 0 and (np.diff(indptr) >= 0).all()
+        if not is_sound or indptr[-1] > min(n_values, n_columns):
+            msg = (
+                f"{self._group.store_path}: indptr does not describe {self.n_obs} rows of {n_values} values "
+                f"and {n_columns} indices"
+            )
+            raise SourceError(msg)
+        return indptr
+
+    def locate(self, rows: Ints) -> Located:
+        """Find the rows' entries."""
+        indptr = self.indptr
+        row_spans, span, _ = _runs(rows)
+        spans = indptr[row_spans]
+        n_entries = spans[:, 1] - spans[:, 0]
+        offsets = np.cumsum(n_entries) - n_entries
+        starts = offsets[span] + indptr[rows] - spans[span, 0]
+        nbytes = int(n_entries.sum()) * (self._values.dtype.itemsize + self._columns.dtype.itemsize)
+        return Located(nbytes, spans, starts, indptr[rows + 1] - indptr[rows])
+
+    def open(self, located: Located, pool: BufferPool) -> tuple[Block, list[Task]]:
+        """Values and columns, each in one buffer."""
+        n_entries = int((located.spans[:, 1] - located.spans[:, 0]).sum())
+        values = pool.empty(n_entries, self._values.dtype)
+        columns = pool.empty(n_entries, self._columns.dtype)
+        tasks = [*self._values.tasks(located.spans, values), *self._columns.tasks(located.spans, columns)]
+        return SparseBlock(values, columns, located.starts, located.lengths), tasks
+
+
+def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    array = group[name]
+    if not isinstance(array, zarr.Array):
+        msg = f"{group.store_path}: {name} is not an array"
+        raise SourceError(msg)
+    return array
+
+
+class ZarrArraySource(Source):
+    """A zarr array of two dimensions or more."""
+
+    is_sparse = False
+
+    def __init__(self, array: zarr.Array[Any]) -> None:
+        if array.ndim < 2:
+            msg = f"{array.store_path}: a dataset needs 2 dimensions or more, found {array.ndim}"
+            raise SourceError(msg)
+        self._reader = RangeReader(array)
+        self.shape = self._reader.shape
+        self.dtype = np.dtype(str(array.attrs.get(SOURCE_DTYPE, self._reader.dtype)))
+
+    def locate(self, rows: Ints) -> Located:
+        """Find the rows."""
+        spans, _, positions = _runs(rows)
+        n_rows = int((spans[:, 1] - spans[:, 0]).sum())
+        nbytes = n_rows * math.prod(self.shape[1:]) * self._reader.dtype.itemsize
+        return Located(nbytes, spans, positions, np.zeros(len(rows), np.int64))
+
+    def open(self, located: Located, pool: BufferPool) -> tuple[Block, list[Task]]:
+        """All rows in one buffer."""
+        n_rows = int((located.spans[:, 1] - located.spans[:, 0]).sum())
+        values = pool.empty((n_rows, *self.shape[1:]), self._reader.dtype)
+        return DenseBlock(values, located.starts), self._reader.tasks(located.spans, values)
+
+
+class CsrSource(Source):
+    """A CSR matrix in memory, used where it lies."""
+
+    is_sparse = True
+
+    def __init__(self, matrix: sp.csr_matrix | sp.csr_array) -> None:
+        self._values = np.ascontiguousarray(matrix.data)
+        self._columns = np.ascontiguousarray(matrix.indices)
+        self._indptr: Ints = matrix.indptr.astype(np.int64, copy=False)
+        self.shape = tuple(matrix.shape)
+        self.dtype = self._values.dtype
+
+    def locate(self, rows: Ints) -> Located:
+        """Nothing to load."""
+        starts = self._indptr[rows]
+        return Located(0, np.zeros((0, 2), np.int64), starts, self._indptr[rows + 1] - starts)
+
+    def open(self, located: Located, pool: BufferPool) -> tuple[Block, list[Task]]:  # noqa: ARG002
+        """The matrix itself."""
+        return SparseBlock(self._values, self._columns, located.starts, located.lengths), []
+
+
+class ArraySource(Source):
+    """An array in memory; used where it lies if its rows are contiguous, else copied row by row."""
+
+    is_sparse = False
+
+    def __init__(self, array: Array) -> None:
+        self._array = array
+        self.shape = array.shape
+        self.dtype = array.dtype.newbyteorder("=")
+
+    @property
+    def _is_direct(self) -> bool:
+        return bool(self._array.flags.c_contiguous) and self._array.dtype.isnative
+
+    def locate(self, rows: Ints) -> Located:
+        """Nothing to load from a C-contiguous array."""
+        nbytes = 0 if self._is_direct else len(rows) * math.prod(self.shape[1:]) * self.dtype.itemsize
+        return Located(nbytes, np.zeros((0, 2), np.int64), rows, np.zeros(len(rows), np.int64))
+
+    def open(self, located: Located, pool: BufferPool) -> tuple[Block, list[Task]]:
+        """The array itself, or a contiguous copy of the rows."""
+        if self._is_direct:
+            return DenseBlock(self._array, located.starts), []
+        values = pool.empty((len(located.starts), *self.shape[1:]), self.dtype)
+
+        def copy() -> None:
+            values[...] = self._array[located.starts]
+
+        return DenseBlock(values, np.arange(len(located.starts))), [copy]
