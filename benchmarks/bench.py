@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import shutil
 import statistics
 import subprocess
@@ -18,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+
+import annbatch_dask
 
 HERE = Path(__file__).parent
 SAMPLE_S = 0.02
@@ -70,15 +73,15 @@ def high_water(process: psutil.Process) -> int:
 
 def run(command: list[str]) -> tuple[list[dict[str, float]], int]:
     """Run one measurement; return its JSON lines and the peak of any one process in bytes."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     sampler = PeakSampler(process.pid)
     thread = threading.Thread(target=sampler.watch)
     thread.start()
-    out, _ = process.communicate()
+    out, err = process.communicate()
     sampler.close()
     thread.join()
     if process.returncode:
-        sys.exit(f"bench: exit code {process.returncode} from: {' '.join(command)}")
+        sys.exit(f"{err}\nbench: exit code {process.returncode} from: {' '.join(command)}")
     return [json.loads(line) for line in out.splitlines() if line.startswith("{")], sampler.peak
 
 
@@ -161,6 +164,17 @@ def print_table(found: dict[str, dict[str, list[float]]]) -> None:
         other = found.get(THEIRS, {}).get(what)
         cells = (what, spread(values), spread(other) if other else "-", ratio(what, values, other))
         print(f"| {' | '.join(cells)} |")
+
+
+def print_machine(setup: Setup) -> None:
+    """Print what the figures hold for."""
+    memory = psutil.virtual_memory().total / 1e9
+    cores = len(psutil.Process().cpu_affinity() or [])
+    print(
+        f"{cores} cores, {memory:.0f} GB of memory, Python {platform.python_version()}; {OURS} {annbatch_dask.__version__}"
+    )
+    if setup.annbatch_python is None:
+        print(f"{THEIRS} is not importable (give ANNBATCH_PYTHON): measuring {OURS} alone")
 
 
 def spread(values: list[float]) -> str:
