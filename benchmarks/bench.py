@@ -170,9 +170,8 @@ def print_machine(setup: Setup) -> None:
     """Print what the figures hold for."""
     memory = psutil.virtual_memory().total / 1e9
     cores = len(psutil.Process().cpu_affinity() or [])
-    print(
-        f"{cores} cores, {memory:.0f} GB of memory, Python {platform.python_version()}; {OURS} {annbatch_dask.__version__}"
-    )
+    versions = f"Python {platform.python_version()}, {OURS} {annbatch_dask.__version__}"
+    print(f"{cores} cores, {memory:.0f} GB of memory, {versions}")
     if setup.annbatch_python is None:
         print(f"{THEIRS} is not importable (give ANNBATCH_PYTHON): measuring {OURS} alone")
 
