@@ -15,6 +15,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import zarr
+import zarr.codecs
 from humanfriendly import InvalidSize, parse_size
 
 from annbatch_dask.errors import CollectionError, LayoutError, SourceError
@@ -143,7 +144,7 @@ class DatasetCollection:
         """Cells in all datasets."""
         if (manifest := self.manifest) is not None:
             return manifest.n_obs
-        return sum(len(g["obs"][str(g["obs"].attrs["_index"])]) for g in self)  # type: ignore[index, arg-type]
+        return sum(_n_rows(g["obs"]) for g in self)
 
     @property
     def var(self) -> pd.DataFrame:
@@ -210,10 +211,12 @@ class DatasetCollection:
         rng: np.random.Generator | None = None,
         memory_limit: int | str | None = None,
         client: Client | None = None,
+        read_values: bool = False,
     ) -> Plan:
         """Scan the inputs and say what :meth:`add_adatas` with the same arguments would do, without doing it.
 
-        Parameters are those of :meth:`add_adatas`.
+        Parameters are those of :meth:`add_adatas`, and ``read_values``: read every value, which takes as long as half
+        the build, so that the plan also says their dtype and how many are NaN or infinite.
 
         Returns
         -------
@@ -225,7 +228,7 @@ class DatasetCollection:
         options = _options(
             var_subset, n_obs_per_chunk, shard_size, zarr_compressor, dataset_size, shuffle=shuffle, seed=_seed(seed, rng)
         )
-        return _scan_and_plan(refs, options, merge, choose_engine(client, memory_limit))
+        return _scan_and_plan(refs, options, merge, choose_engine(client, memory_limit), read_values=read_values)
 
     def add_adatas(
         self,
@@ -469,17 +472,24 @@ def _size(name: str, value: int | str) -> tuple[int | None, int | None]:
     return int(value), None
 
 
-def _scan_and_plan(refs: tuple[SourceRef, ...], options: Options, merge: str | None, room: EngineRoom) -> Plan:
+def _scan_and_plan(
+    refs: tuple[SourceRef, ...], options: Options, merge: str | None, room: EngineRoom, *, read_values: bool = False
+) -> Plan:
     from annbatch_dask.etl.scan import merge_var, scan  # noqa: PLC0415
 
     want_var = len(refs) == 1 or merge is not None
-    scanned = room.scanner.run("scan", scan, [(ref, want_var) for ref in refs], lambda *_: None)
+    scanned = room.scanner.run("scan", scan, [(ref, want_var, read_values) for ref in refs], lambda *_: None)
     frames = [s.var for s in scanned if s.var is not None]
     for s in scanned:
         if s.var is not None and not s.var.index.is_unique:
             build_plan([s.schema], options, budget=room.budget)  # raises, with the names
     var = merge_var(frames, merge) if want_var else None
     return build_plan([s.schema for s in scanned], options, budget=room.budget, var=var)
+
+
+def _n_rows(obs: Any) -> int:
+    index = obs[str(obs.attrs["_index"])]
+    return int((index["values"] if isinstance(index, zarr.Group) else index).shape[0])
 
 
 def _read_obs(elem: Any, columns: Sequence[str] | None) -> pd.DataFrame:

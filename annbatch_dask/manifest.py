@@ -49,7 +49,7 @@ class Manifest:
     plan
         Fingerprint of the plan.
     matrices
-        Name -> ``{"kind", "dtype", "source_dtype"}``.
+        Name -> ``{"kind", "dtype", "source_dtype", "n_nan", "n_inf"}``: the last two count values.
     """
 
     seed: int
@@ -57,7 +57,7 @@ class Manifest:
     plan: str
     n_obs: int
     n_vars: int
-    matrices: Mapping[str, Mapping[str, str]]
+    matrices: Mapping[str, Mapping[str, Any]]
     datasets: tuple[DatasetRecord, ...]
     sources: tuple[SourceRecord, ...]
     format_version: int = FORMAT_VERSION

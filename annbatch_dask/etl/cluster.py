@@ -18,6 +18,7 @@ from annbatch_dask.errors import SchedulerError
 __all__ = ["connect", "local_client"]
 
 CONNECT_TIMEOUT_S = 10
+START_TIMEOUT_S = 120
 
 
 @contextlib.contextmanager
@@ -48,6 +49,11 @@ def local_client(*, n_workers: int, threads_per_worker: int, memory_limit: int) 
         Worker processes, and tasks that run in each at once.
     memory_limit
         Bytes of each worker.
+
+    Raises
+    ------
+    SchedulerError
+        If workers do not start.
     """
     scheduler = {
         "cls": Scheduler,
@@ -71,5 +77,12 @@ def local_client(*, n_workers: int, threads_per_worker: int, memory_limit: int) 
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
-        client.wait_for_workers(n_workers)
+        try:
+            client.wait_for_workers(n_workers, timeout=START_TIMEOUT_S)
+        except TimeoutError as e:
+            msg = (
+                f"of {n_workers} workers only {len(client.scheduler_info(n_workers=-1)['workers'])} started within "
+                f"{START_TIMEOUT_S} s; what they print above says why"
+            )
+            raise SchedulerError(msg) from e
         yield client

@@ -103,6 +103,7 @@ def _write_dataset(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
         )
         raise IntegrityError(msg)
     _write_frames(group, obs.frame(plan.index_name), plan, folder)
+    folder.sync()
     return {
         "name": dataset,
         "n_rows": stop - start,

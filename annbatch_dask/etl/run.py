@@ -44,9 +44,17 @@ OnResult = Callable[[int, Any], None]
 class Engine(Protocol):
     """Something that runs independent tasks."""
 
-    name: str
-    dashboard: str | None
-    budget: Budget
+    @property
+    def name(self) -> str:
+        """In words."""
+
+    @property
+    def dashboard(self) -> str | None:
+        """Address of Dask's dashboard."""
+
+    @property
+    def budget(self) -> Budget:
+        """Memory of a worker."""
 
     def run(self, name: str, fn: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], on_result: OnResult) -> list[Any]:
         """Call ``fn(*args)`` for each; results in order. ``on_result(i, result)`` is called as each is done."""
@@ -269,8 +277,7 @@ def gather_tasks(plan: Plan, scattered: Sequence[Mapping[str, Any]]) -> list[Gat
     """The barrier: what all scatter tasks together say about dtypes, sizes and fingerprints."""
     dtypes = {}
     for m in plan.matrices:
-        found = merge_ranges(ValueRange(**r["ranges"][m.name]) for r in scattered)
-        dtypes[m.name] = smallest_dtype(found, np.dtype(m.source_dtype)).name
+        dtypes[m.name] = smallest_dtype(_merged_range(scattered, m.name), np.dtype(m.source_dtype)).name
     sparse = [m.name for m in plan.matrices if m.kind == "csr"]
     nnz = {name: np.sum([r["nnz"][name] for r in scattered], axis=0) for name in sparse}
     return [
@@ -282,6 +289,10 @@ def gather_tasks(plan: Plan, scattered: Sequence[Mapping[str, Any]]) -> list[Gat
         )
         for k in range(plan.n_datasets)
     ]
+
+
+def _merged_range(scattered: Sequence[Mapping[str, Any]], matrix: str) -> ValueRange:
+    return merge_ranges(ValueRange(**r["ranges"][matrix]) for r in scattered)
 
 
 def _gather_nbytes(plan: Plan, tasks: Sequence[GatherTask]) -> int:
@@ -306,6 +317,10 @@ def _manifest(
     nnz = np.zeros(len(plan.sources), np.int64)
     for block, receipt in zip(plan.blocks, scattered, strict=True):
         nnz[block.source] += sum(receipt["nnz"].get("X", ()))
+    ranges = {m.name: _merged_range(scattered, m.name) for m in plan.matrices}
+    for name, found in ranges.items():
+        if found.n_nan or found.n_inf:
+            logger.warning("%s: %d NaN and %d infinite values, kept as they are", name, found.n_nan, found.n_inf)
     return Manifest(
         seed=plan.seed,
         permutation={"name": plan.permutation.name, "version": plan.permutation.version},
@@ -313,7 +328,13 @@ def _manifest(
         n_obs=plan.n_obs,
         n_vars=plan.n_vars,
         matrices={
-            m.name: {"kind": m.kind, "dtype": tasks[0].dtypes[m.name], "source_dtype": m.source_dtype}
+            m.name: {
+                "kind": m.kind,
+                "dtype": tasks[0].dtypes[m.name],
+                "source_dtype": m.source_dtype,
+                "n_nan": ranges[m.name].n_nan,
+                "n_inf": ranges[m.name].n_inf,
+            }
             for m in plan.matrices
         },
         datasets=tuple(DatasetRecord(r["name"], r["n_rows"], r["nnz"], r["fingerprint"]) for r in gathered),

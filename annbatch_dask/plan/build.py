@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import LayoutError, SchemaError
 from annbatch_dask.plan.columns import unite_columns
+from annbatch_dask.plan.dtypes import ValueRange, merge_ranges, smallest_dtype
 from annbatch_dask.plan.genes import check_unique, gene_maps, join_genes
 from annbatch_dask.plan.layout import Block, Layout, cut_blocks
 from annbatch_dask.plan.memory import MIB, Budget, format_nbytes, gather_peak_nbytes, scatter_peak_nbytes
@@ -147,6 +148,14 @@ class Plan:
                 out.setdefault(name, []).append(s.path)
         return out
 
+    @property
+    def values(self) -> dict[str, ValueRange]:
+        """Range of each matrix's values; empty unless the scan read them."""
+        found = {
+            m.name: [x.values for s in self.sources for x in s.matrices if x.name == m.name] for m in self.matrices
+        }
+        return {name: merge_ranges(r for r in ranges if r) for name, ranges in found.items() if all(ranges)}
+
     def summary(self) -> str:
         """The plan in words: tasks, bytes and peak memory."""
         scatter, gather = self.peak_nbytes
@@ -156,12 +165,14 @@ class Plan:
         rows = self.layout.dataset_rows
         lines = [
             f"Plan {self.fingerprint[:12]}: {self.n_obs:,} cells x {self.n_vars:,} genes "
-            f"from {len(self.sources):,} sources into {self.n_datasets:,} datasets of up to {min(rows, self.n_obs):,} cells",
+            f"from {_plural(len(self.sources), 'source')} into {_plural(self.n_datasets, 'dataset')} "
+            f"of up to {min(rows, self.n_obs):,} cells",
             f"  order    {self.permutation.name}, seed {self.seed}",
             f"  carried  {', '.join([m.name for m in self.matrices] + [f'obs ({len(self.columns) + 1} columns)'])}",
         ]
         if self.left_out:
-            lines.append(f"  left out {', '.join(f'{k} ({len(v)} sources)' for k, v in self.left_out.items())}")
+            missing = [f"{name} ({_plural(len(paths), 'source')})" for name, paths in self.left_out.items()]
+            lines.append(f"  left out {', '.join(missing)}")
         lines += [
             f"  tasks    {n:,}: {len(self.blocks):,} scatter + {self.n_datasets:,} gather",
             f"  bytes    {about}{format_nbytes(self.n_bytes_read)} to read (uncompressed); "
@@ -169,9 +180,18 @@ class Plan:
             f"  peak     {format_nbytes(scatter)} a scatter task, {format_nbytes(gather)} a gather task; "
             f"{format_nbytes(self.budget.task_nbytes)} available to each",
         ]
+        for name, found in self.values.items():
+            dtype = smallest_dtype(found, np.dtype(next(m.source_dtype for m in self.matrices if m.name == name)))
+            lines.append(
+                f"  {name:<8} stored as {dtype}; {found.n_nan:,} NaN and {found.n_inf:,} infinite values, kept as they are"
+            )
         return "\n".join(lines)
 
     __repr__ = summary
+
+
+def _plural(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def _digest(*parts: bytes) -> str:
@@ -326,6 +346,3 @@ def _peaks(blocks: Sequence[Block], layout: Layout, *, row_nbytes: float, obs_nb
     )
     return scatter_peak_nbytes(largest), gather
 
-
-def _json_default(value: Any) -> Any:
-    return str(value)

@@ -19,10 +19,10 @@ IDENTITY = "identity"
 _VERSION = 1
 
 
-def _derive(*parts: object) -> int:
-    """128 bits that depend on all parts; integers of our own, the same on every machine."""
-    text = "/".join(map(str, parts))
-    return int.from_bytes(blake2b(text.encode(), digest_size=16).digest(), "little")
+def _derive(*parts: object) -> tuple[int, int]:
+    """128 and 64 bits that depend on all parts; integers of our own, the same on every machine."""
+    digest = blake2b("/".join(map(str, parts)).encode(), digest_size=24).digest()
+    return int.from_bytes(digest[:16], "little"), int.from_bytes(digest[16:], "little")
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,8 @@ class Permutation:
 
     @cached_property
     def _keys(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-        base = (self.name, self.version, self.n_obs, self.seed)
-        rounds = range(self.n_rounds)
-        offsets = [_derive(*base, "offset", r) % self.n_obs for r in rounds]
-        keys = [_derive(*base, "key", r) & 0xFFFF_FFFF_FFFF_FFFF for r in rounds]
-        return np.array(offsets, np.uint64), np.array(keys, np.uint64)
+        drawn = [_derive(self.name, self.version, self.n_obs, self.seed, r) for r in range(self.n_rounds)]
+        return np.array([a % self.n_obs for a, _ in drawn], np.uint64), np.array([k for _, k in drawn], np.uint64)
 
     def forward(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
         """Output position of each input row.

@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from annbatch_dask.plan.dtypes import ValueRange
+
 __all__ = [
     "SRC_PATH",
     "Categories",
@@ -81,6 +83,8 @@ class MatrixSchema:
         Stored values before row ``k * row_step``, for each k, and before the end: (n_steps + 1,) int64. Empty where dense.
     exact
         False where ``nnz`` is extrapolated from a sample (lazy arrays).
+    values
+        Range of the values, where the scan was asked to read them all.
     """
 
     name: str
@@ -91,6 +95,7 @@ class MatrixSchema:
     row_step: int = 1
     nnz: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), compare=False, repr=False)
     exact: bool = True
+    values: ValueRange | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

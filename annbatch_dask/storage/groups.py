@@ -55,7 +55,7 @@ class GroupSource:
             else:
                 check_rows(self._label, described, n_rows_of(elem), n_obs)
                 matrices.append(described)
-        left_out += [k for k in ("raw", *PAIRED) if k in self._group and len(self._group[k])]
+        left_out += [k for k in ("raw", *PAIRED) if not self._is_absent(k)]
         return SourceSchema(
             path=self._label,
             n_obs=n_obs,
@@ -67,11 +67,17 @@ class GroupSource:
             identity=self._identity,
         )
 
+    def _is_absent(self, key: str) -> bool:
+        """Not there, stored as anndata's "null", or a group of nothing."""
+        if key not in self._group or self._group[key].attrs.get("encoding-type") == "null":
+            return True
+        return hasattr(self._group[key], "keys") and not len(self._group[key])
+
     def _matrix_elems(self) -> Iterator[tuple[str, Any]]:
-        if "X" in self._group:
+        if not self._is_absent("X"):
             yield "X", self._group["X"]
         for kind in ("layers", "obsm"):
-            for name in sorted(self._group[kind] if kind in self._group else ()):
+            for name in sorted(() if self._is_absent(kind) else self._group[kind]):
                 yield f"{kind}/{name}", self._group[kind][name]
 
     def var_names(self) -> NDArray[np.object_]:

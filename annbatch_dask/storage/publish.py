@@ -110,11 +110,20 @@ class Folder:
                     os.fsync(f.fileno())
             os.replace(tmp, path)
             if durable:
-                _sync_folder(folder)
+                _sync(folder)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(tmp)
             raise
+
+    def sync(self) -> None:
+        """Make all files below outlast a power cut; an object store's do already."""
+        if not self.is_local:
+            return
+        for folder, _, files in os.walk(self.path):
+            for name in files:
+                _sync(os.path.join(folder, name))
+            _sync(folder)
 
     def write(self, name: str, payload: bytes, *, durable: bool = True) -> None:
         """Write a whole file, atomically."""
@@ -122,8 +131,8 @@ class Folder:
             f.write(payload)
 
 
-def _sync_folder(path: str) -> None:
-    """Make a rename last through a power cut."""
+def _sync(path: str) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

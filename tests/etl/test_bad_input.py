@@ -1,0 +1,293 @@
+"""Bad input fails before any work, with a message that says what to do, and touches nothing."""
+
+import anndata as ad
+import dask
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import zarr
+
+from annbatch_dask import DatasetCollection
+from annbatch_dask.errors import (
+    AnnbatchDaskError,
+    CollectionError,
+    LayoutError,
+    MemoryBudgetError,
+    SchemaError,
+    SourceError,
+    SourceNotFoundError,
+)
+
+
+@pytest.fixture(autouse=True)
+def synchronous():
+    with dask.config.set(scheduler="synchronous"):
+        yield
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A target; whatever a test does, nothing may appear beside or in it."""
+    path = tmp_path / "target" / "out.zarr"
+    path.parent.mkdir()
+    yield path
+    assert not list(path.parent.iterdir())
+
+
+def small(**obs):
+    n = len(next(iter(obs.values()))) if obs else 3
+    frame = pd.DataFrame(obs, index=[f"c{i}" for i in range(n)])
+    return ad.AnnData(X=sp.csr_matrix(np.eye(n, 4, dtype=np.float32)), obs=frame, var=pd.DataFrame(index=list("abcd")))
+
+
+def add(out, paths, **options):
+    return DatasetCollection(out).add_adatas(paths, **options)
+
+
+def test_a_missing_file(out, h5ad_pair, tmp_path):
+    with pytest.raises(SourceNotFoundError, match=r"nowhere\.h5ad does not exist; check the path"):
+        add(out, [h5ad_pair[0], tmp_path / "nowhere.h5ad"])
+    with pytest.raises(FileNotFoundError):
+        add(out, [tmp_path / "nowhere.h5ad"])
+
+
+def test_a_truncated_file(out, h5ad_pair, tmp_path):
+    cut = tmp_path / "cut.h5ad"
+    raw = h5ad_pair[0].read_bytes()
+    cut.write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(SourceError, match=rf"cut\.h5ad \({len(raw) // 2:,} bytes\) is not a whole HDF5 file.*copy it again"):
+        add(out, [cut])
+
+
+def test_a_text_file_named_h5ad(out, tmp_path):
+    (tmp_path / "t.h5ad").write_text("gene,count\n")
+    with pytest.raises(SourceError, match="is not a whole HDF5 file"):
+        add(out, [tmp_path / "t.h5ad"])
+
+
+def test_a_file_that_is_not_anndata(out, tmp_path):
+    import h5py
+
+    with h5py.File(tmp_path / "other.h5ad", "w") as f:
+        f["numbers"] = [1, 2]
+    with pytest.raises(SourceError, match="has no obs and var"):
+        add(out, [tmp_path / "other.h5ad"])
+
+
+def test_a_folder_that_is_no_store(out, tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SourceError, match="is a folder and not a zarr AnnData store"):
+        add(out, [tmp_path / "folder"])
+
+
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+def test_duplicate_var_names(out, h5ad_pair, tmp_path):
+    a = small()
+    a.var_names = ["a", "b", "a", "c"]
+    a.write_h5ad(tmp_path / "dup.h5ad")
+    for paths in ([tmp_path / "dup.h5ad"], [h5ad_pair[0], tmp_path / "dup.h5ad"]):
+        with pytest.raises(SchemaError, match=r"var_names are not unique: 4 names, 3 distinct.*'a'.*var_names_make_unique"):
+            add(out, paths)
+
+
+def test_an_empty_list_and_a_bare_path(out, h5ad_pair):
+    with pytest.raises(SourceError, match="adata_paths is empty; give at least one"):
+        add(out, [])
+    with pytest.raises(TypeError, match="give a list of paths"):
+        add(out, str(h5ad_pair[0]))
+
+
+def test_the_same_file_twice(out, h5ad_pair):
+    with pytest.raises(SourceError, match="given 2 times"):
+        add(out, [h5ad_pair[0], h5ad_pair[0]])
+
+
+def test_only_empty_files(out, tmp_path):
+    small()[:0].write_h5ad(tmp_path / "none.h5ad")
+    with pytest.raises(SchemaError, match="0 cells in all"):
+        add(out, [tmp_path / "none.h5ad"])
+
+
+def ordered(*categories):
+    return pd.Categorical([categories[0]] * 3, categories=categories, ordered=True)
+
+
+def test_categoricals_with_clashing_orders(out, tmp_path):
+    small(stage=ordered("early", "mid", "late")).write_h5ad(tmp_path / "a.h5ad")
+    small(stage=ordered("late", "early")).write_h5ad(tmp_path / "b.h5ad")
+    with pytest.raises(SchemaError, match=r"'stage' is ordered in clashing ways \(.*early < mid < late; .*late < early\)"):
+        add(out, [tmp_path / "a.h5ad", tmp_path / "b.h5ad"])
+
+
+def test_orders_that_do_not_decide(out, tmp_path):
+    small(stage=ordered("early", "late")).write_h5ad(tmp_path / "a.h5ad")
+    small(stage=ordered("early", "mid")).write_h5ad(tmp_path / "b.h5ad")
+    with pytest.raises(SchemaError, match="do not say how 'late' and 'mid' compare|do not say how 'mid' and 'late'"):
+        add(out, [tmp_path / "a.h5ad", tmp_path / "b.h5ad"])
+
+
+def test_orders_that_agree_are_merged(tmp_path):
+    small(stage=ordered("early", "late")).write_h5ad(tmp_path / "a.h5ad")
+    small(stage=ordered("early", "mid", "late")).write_h5ad(tmp_path / "b.h5ad")
+    stage = add(tmp_path / "o.zarr", [tmp_path / "a.h5ad", tmp_path / "b.h5ad"]).obs()["stage"]
+    assert stage.cat.ordered
+    assert stage.cat.categories.tolist() == ["early", "mid", "late"]
+
+
+def test_ordered_in_one_and_not_in_the_other(out, tmp_path):
+    small(stage=ordered("early", "late")).write_h5ad(tmp_path / "a.h5ad")
+    small(stage=pd.Categorical(["late"] * 3)).write_h5ad(tmp_path / "b.h5ad")
+    with pytest.raises(SchemaError, match="ordered in .*a.h5ad and unordered in .*b.h5ad"):
+        add(out, [tmp_path / "a.h5ad", tmp_path / "b.h5ad"])
+
+
+def test_columns_of_clashing_kinds(out, tmp_path):
+    small(cluster=pd.Categorical(["x", "y", "z"])).write_h5ad(tmp_path / "a.h5ad")
+    small(cluster=[1, 2, 3]).write_h5ad(tmp_path / "b.h5ad")
+    with pytest.raises(SchemaError, match=r"'cluster' holds categories of dtype str in .*a.h5ad and int64 in .*b.h5ad"):
+        add(out, [tmp_path / "a.h5ad", tmp_path / "b.h5ad"])
+
+
+def test_no_x(out, tmp_path):
+    a = small()
+    a.X = None
+    a.write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(SchemaError, match="has no X; put the matrix to shuffle into X"):
+        add(out, [tmp_path / "a.h5ad"])
+
+
+def test_a_dataset_larger_than_memory_allows(out, h5ad_pair):
+    """Matrices stream through in parts; a dataset's obs is held whole, so that is what does not fit."""
+    paths = [str(p) for p in h5ad_pair]
+    many = DatasetCollection(out).plan_adatas(paths, seed=0)
+    assert many.peak_nbytes[1] < many.budget.task_nbytes
+    with pytest.raises(MemoryBudgetError, match=r"needs .* MiB and a worker thread has .*B.*start workers with more memory"):
+        add(out, h5ad_pair, memory_limit="430MiB")
+    with pytest.raises(MemoryError):
+        add(out, h5ad_pair, memory_limit="430MiB")
+
+
+def test_a_dataset_whose_obs_exceeds_memory_names_dataset_size():
+    from annbatch_dask.plan.build import Options, build_plan
+    from annbatch_dask.plan.memory import MIB, Budget
+    from annbatch_dask.plan.schema import MatrixSchema, SourceSchema
+
+    n = 50_000_000
+    nnz = np.arange(0, n + 1, 64, dtype=np.int64) * 100
+    source = SourceSchema(
+        "big.h5ad", n, np.array(["a", "b"], object), (MatrixSchema("X", "csr", "float32", "int32", 2, 64, nnz),), ()
+    )
+    budget = Budget(2000 * MIB)
+    with pytest.raises(MemoryBudgetError, match=r"gathering a dataset of 50,000,000 cells needs .* GiB.*lower dataset_size"):
+        build_plan([source], Options(seed=0, dataset_rows=n), budget=budget)
+    plan = build_plan([source], Options(seed=0, dataset_rows=1_000_000), budget=budget)
+    assert max(plan.peak_nbytes) <= budget.task_nbytes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset_size": 0}, "dataset_size is 0"),
+        ({"dataset_size": "much"}, "dataset_size is 'much'; give a number of cells"),
+        ({"dataset_size": "1B"}, "not one fits; raise dataset_size"),
+        ({"n_obs_per_chunk": 0}, "n_obs_per_chunk is 0"),
+        ({"shard_size": -1}, "shard_size is -1"),
+        ({"zarr_compressor": zarr.codecs.Crc32cCodec()}, "give one of"),
+        ({"seed": -3}, "seed is -3"),
+    ],
+)
+def test_sizes_that_cannot_be(out, h5ad_pair, options, message):
+    with pytest.raises(LayoutError, match=message):
+        add(out, h5ad_pair, **options)
+
+
+def test_seed_and_rng(out, h5ad_pair):
+    with pytest.raises(ValueError, match="give one"):
+        add(out, h5ad_pair, seed=1, rng=np.random.default_rng())
+    with pytest.raises(TypeError, match=r"rng must be a numpy\.random\.Generator"):
+        add(out, h5ad_pair, rng="x")
+
+
+def test_a_subset_without_known_genes(out, h5ad_pair):
+    with pytest.raises(SchemaError, match="var_subset names 1 genes and none is among the 58 genes"):
+        add(out, h5ad_pair, var_subset=["TP53"])
+
+
+class TestTargets:
+    """An output path that exists and is not a collection stays as it was."""
+
+    def refused(self, path, message):
+        before = {p: p.read_bytes() for p in path.parent.rglob("*") if p.is_file()}
+        with pytest.raises(CollectionError, match=message):
+            DatasetCollection(path)
+        assert {p: p.read_bytes() for p in path.parent.rglob("*") if p.is_file()} == before
+
+    def test_a_file(self, tmp_path):
+        (tmp_path / "x.zarr").write_text("mine")
+        self.refused(tmp_path / "x.zarr", "is a file, not a collection; give another path")
+
+    def test_a_folder_of_something(self, tmp_path):
+        (tmp_path / "x.zarr").mkdir()
+        (tmp_path / "x.zarr" / "thesis.tex").write_text("mine")
+        self.refused(tmp_path / "x.zarr", r"exists and is not a collection: it holds \['thesis.tex'\]")
+
+    @pytest.mark.filterwarnings("ignore:Consolidated metadata")
+    def test_an_anndata_store(self, tmp_path):
+        with ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False):
+            small().write_zarr(tmp_path / "x.zarr")
+        self.refused(tmp_path / "x.zarr", "exists and is not a collection but anndata")
+
+    def test_a_collection_with_cells(self, tmp_path, h5ad_pair):
+        collection = add(tmp_path / "x.zarr", h5ad_pair[:1], seed=0)
+        before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+        with pytest.raises(CollectionError, match="already holds 1 datasets"):
+            collection.add_adatas(h5ad_pair[1:])
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+    def test_a_missing_one_to_read(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="there is no collection at"):
+            DatasetCollection(tmp_path / "x.zarr", mode="r")
+
+    def test_memory_store(self, h5ad_pair):
+        group = zarr.open_group(zarr.storage.MemoryStore(), mode="w")
+        with pytest.raises(CollectionError, match="needs a path or URL that workers can open"):
+            DatasetCollection(group).add_adatas(h5ad_pair)
+
+    def test_other_types(self):
+        with pytest.raises(TypeError, match="a path or a zarr.Group, not int"):
+            DatasetCollection(3)
+
+    def test_no_suffix_warns(self, tmp_path):
+        with pytest.warns(UserWarning, match="collections have the `.zarr` suffix"):
+            DatasetCollection(tmp_path / "x")
+
+
+def test_a_column_index_out_of_range(tmp_path):
+    import h5py
+
+    small().write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as f:
+        f["X/indices"][1] = 99
+    with pytest.raises(SchemaError, match="column indices run from 0 to 99 in a matrix of 4 columns") as caught:
+        add(tmp_path / "o.zarr", [tmp_path / "a.h5ad"], seed=0)
+    assert any("a.h5ad, rows 0 to 3" in note for note in caught.value.__notes__)
+    assert DatasetCollection(tmp_path / "o.zarr").is_empty
+
+
+def test_nan_and_infinite_values_are_data(tmp_path):
+    a = small()
+    a.X.data[:] = [np.nan, np.inf, -np.inf]
+    a.write_h5ad(tmp_path / "a.h5ad")
+    collection = add(tmp_path / "o.zarr", [tmp_path / "a.h5ad"], seed=0)
+    out = ad.io.read_zarr(next(iter(collection)))
+    assert sorted(map(str, out.X.data.tolist())) == ["-inf", "inf", "nan"]
+    assert collection.manifest.matrices["X"]["n_nan"] == 1
+    assert collection.manifest.matrices["X"]["n_inf"] == 2
+    plan = DatasetCollection(tmp_path / "p.zarr").plan_adatas([tmp_path / "a.h5ad"], seed=0, read_values=True)
+    assert "1 NaN and 2 infinite values, kept as they are" in repr(plan)
+
+
+def test_every_error_is_also_a_builtin():
+    for cls in AnnbatchDaskError.__subclasses__():
+        assert any(b.__module__ == "builtins" and b not in (Exception, object) for b in cls.__mro__ if b is not BaseException)

@@ -1,0 +1,72 @@
+"""Nothing is lost, repeated or changed: every input row is in the output exactly once."""
+
+import tempfile
+import warnings
+from pathlib import Path
+
+import anndata as ad
+import dask
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from annbatch_dask import DatasetCollection
+from tests.etl.inputs import adatas, assert_conserved
+
+
+def write(adata, path, how):
+    version = 2 if how == "zarr2" else 3
+    with (
+        warnings.catch_warnings(),
+        ad.settings.override(allow_write_nullable_strings=True, auto_shard_zarr_v3=False, zarr_write_format=version),
+    ):
+        warnings.simplefilter("ignore")  # anndata's on what it will do in the next release
+        if how in ("zarr", "zarr2"):
+            ad.io.write_zarr(path, adata, convert_strings_to_categoricals=False)
+        else:
+            adata.write_h5ad(path, compression=how, convert_strings_to_categoricals=False)
+
+
+def build(folder, inputs, hows, **options):
+    paths = [folder / f"in{i}.{'zarr' if how in ('zarr', 'zarr2') else 'h5ad'}" for i, how in enumerate(hows[: len(inputs)])]
+    for a, path, how in zip(inputs, paths, hows, strict=False):
+        write(a, path, how)
+    with dask.config.set(scheduler="synchronous"):
+        collection = DatasetCollection(folder / "out.zarr").add_adatas(paths, **options)
+    return collection, paths
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(
+    inputs=st.tuples(adatas(0), adatas(1), adatas(2)).flatmap(
+        lambda xs: st.integers(1, 3).map(lambda n: list(xs[:n]))
+    ),
+    hows=st.lists(st.sampled_from(["gzip", "lzf", None, "zarr", "zarr2"]), min_size=3, max_size=3),
+    dataset_size=st.sampled_from([5, 9, 1000]),
+    n_obs_per_chunk=st.sampled_from([1, 4, 64]),
+    shard_size=st.sampled_from([2, 10, "1GB", "100B"]),
+    seed=st.integers(0, 2**63 - 1),
+    shuffle=st.booleans(),
+)
+def test_every_row_is_there_once(inputs, hows, dataset_size, n_obs_per_chunk, shard_size, seed, shuffle):
+    if not sum(a.n_obs for a in inputs):
+        return
+    with tempfile.TemporaryDirectory() as tmp:
+        collection, paths = build(
+            Path(tmp),
+            inputs,
+            hows,
+            dataset_size=dataset_size,
+            n_obs_per_chunk=n_obs_per_chunk,
+            shard_size=shard_size,
+            seed=seed,
+            shuffle=shuffle,
+        )
+        assert_conserved(collection, paths, inputs)
+        assert collection.n_obs == sum(a.n_obs for a in inputs)
+        if not shuffle:
+            rows = collection.obs(columns=["row"])["row"].tolist()
+            assert rows == [r for a in inputs for r in range(a.n_obs)]
