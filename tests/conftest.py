@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 import anndata as ad
@@ -60,15 +59,10 @@ def h5ad_pair(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture
-def no_leaks() -> Iterator[None]:
-    """Fail if a test leaves a child process, or a thread that would keep the interpreter alive."""
+def no_processes_left() -> Iterator[None]:
+    """Fail if a test leaves a child process running."""
     me = psutil.Process()
-    children, threads = set(me.children(recursive=True)), set(threading.enumerate())
+    before = set(me.children(recursive=True))
     yield
-    left = [p for p in me.children(recursive=True) if p not in children]
-    _, alive = psutil.wait_procs(left, timeout=10)
+    _, alive = psutil.wait_procs([p for p in me.children(recursive=True) if p not in before], timeout=10)
     assert not alive, f"still running: {alive}"
-    blocking = [t for t in threading.enumerate() if t not in threads and not t.daemon]
-    for thread in blocking:
-        thread.join(timeout=10)
-    assert not [t for t in blocking if t.is_alive()]
