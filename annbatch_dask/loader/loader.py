@@ -441,7 +441,7 @@ def _check_dataset(dataset: Any, obs: Any, var: Any) -> None:
 def _warn_left_out(adata: ad.AnnData) -> None:
     """Say by name what of a given AnnData batches will not carry."""
     for element in ("layers", "obsm"):
-        keys = sorted(getattr(adata, element).keys())
+        keys = sorted(k for k in getattr(adata, element) if k is not None)  # anndata 0.13 lists X as layer None
         if keys:
             msg = f"Batches do not carry {element} yet; left out: {', '.join(keys)}"
             # stacklevel: user -> add_adata(s) -> _add_adata -> here

@@ -66,7 +66,7 @@ class AnnDataSource:
             yield "X", self._adata.X
         for kind in ("layers", "obsm"):
             mapping: Mapping[str, Any] = getattr(self._adata, kind)
-            for name in sorted(mapping):
+            for name in sorted(k for k in mapping if k is not None):  # anndata 0.13 lists X as layer None
                 yield f"{kind}/{name}", mapping[name]
 
     def var(self) -> pd.DataFrame:

@@ -1,0 +1,143 @@
+"""A real cluster: scheduler and workers started by their command lines, used through the scheduler's address."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from importlib.resources import files
+
+import anndata as ad
+import numpy as np
+import psutil
+import pytest
+from dask import config
+from distributed import Client
+
+from annbatch_dask import DatasetCollection
+from annbatch_dask.cli import main
+from tests.etl.inputs import dense_x
+from tests.etl.test_build import Counter, rows_of, tree_digest
+
+N_WORKERS = 2
+
+
+@contextlib.contextmanager
+def process(*command):
+    """A process, terminated at the end."""
+    p = subprocess.Popen([sys.executable, "-m", *command], env=os.environ | {"PYTHONWARNINGS": "default"})
+    try:
+        yield p
+    finally:
+        p.terminate()
+        p.wait(30)
+
+
+@pytest.fixture(scope="module")
+def scheduler(tmp_path_factory):
+    """Address of a scheduler with two workers, all of them processes of their own."""
+    folder = tmp_path_factory.mktemp("cluster")
+    contact = folder / "scheduler.json"
+    worker = ("dask", "worker", "--scheduler-file", str(contact), "--nthreads", "1", "--local-directory", str(folder))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(process("dask", "scheduler", "--port", "0", "--dashboard-address", "127.0.0.1:0", "--host", "127.0.0.1", "--scheduler-file", str(contact)))
+        for _ in range(N_WORKERS):
+            stack.enter_context(process(*worker, "--no-dashboard"))
+        with Client(scheduler_file=str(contact), timeout=60, set_as_default=False) as client:
+            client.wait_for_workers(N_WORKERS, timeout=60)
+        yield json.loads(contact.read_text())["address"]
+
+
+def pbmc():
+    """The old-format file that scanpy ships: real cells, dense, with obs and var as compound arrays."""
+    return str(files("scanpy") / "datasets" / "10x_pbmc68k_reduced.h5ad")
+
+
+def local(out, paths, **options):
+    with config.set(scheduler="synchronous"):
+        return DatasetCollection(out).add_adatas(paths, **options)
+
+
+def test_a_synthetic_pair_on_two_workers_equals_one_process(tmp_path, h5ad_pair, scheduler, monkeypatch):
+    monkeypatch.setattr("annbatch_dask.plan.build._BLOCK_NBYTES", 20_000)  # many tasks
+    options = {"seed": 4, "dataset_size": 100}
+    one = local(tmp_path / "a.zarr", h5ad_pair, **options)
+    seen = Counter()
+    with Client(scheduler, set_as_default=False) as client:
+        two = DatasetCollection(tmp_path / "b.zarr").add_adatas(h5ad_pair, client=client, callbacks=[seen], **options)
+        workers = {w for spans in client.who_has().values() for w in spans}
+    assert seen.tasks["scatter"] >= 4
+    assert seen.tasks["gather"] == 5
+    assert tree_digest(one.path) == tree_digest(two.path)
+    assert workers == set()  # nothing stays on the cluster
+
+
+def test_pbmc68k_through_the_command_line(tmp_path, scheduler):
+    assert main(["shuffle", pbmc(), "-o", str(tmp_path / "a.zarr"), "--scheduler", scheduler, "--seed", "7", "--dataset-size", "400"]) == 0
+    out = DatasetCollection(tmp_path / "a.zarr")
+    assert rows_of(out) == rows_of(local(tmp_path / "b.zarr", [pbmc()], seed=7, dataset_size=400))
+    assert tree_digest(tmp_path / "a.zarr") == tree_digest(tmp_path / "b.zarr")
+
+
+def test_pbmc68k_is_conserved(tmp_path):
+    from annbatch_dask.storage.adata import read_legacy
+
+    want = read_legacy(pbmc())
+    out = local(tmp_path / "b.zarr", [pbmc()], seed=7, dataset_size=400)
+    got = ad.concat([ad.io.read_zarr(g) for g in out])
+    assert sorted(got.obs_names) == sorted(want.obs_names)
+    want = want[got.obs_names]
+    np.testing.assert_array_equal(dense_x(got), dense_x(want))
+    np.testing.assert_array_equal(got.obsm["X_umap"], want.obsm["X_umap"])
+    for name in want.obs.columns:
+        assert got.obs[name].astype(str).tolist() == want.obs[name].astype(str).tolist()
+
+
+def test_the_current_client_is_used(tmp_path, h5ad_pair, scheduler):
+    seen = []
+
+    class Engine(Counter):
+        def on_build_start(self, event):
+            seen.append(event.engine)
+
+    with Client(scheduler):
+        DatasetCollection(tmp_path / "a.zarr").add_adatas(h5ad_pair, seed=0, callbacks=[Engine()])
+    assert seen == [f"{scheduler}, 2 workers, 2 threads"]
+
+
+def test_a_local_cluster_equals_one_process_and_is_closed(tmp_path, h5ad_pair):
+    children = set(psutil.Process().children(recursive=True))
+    options = {"seed": 4, "dataset_size": 100}
+    seen = []
+
+    class Engine(Counter):
+        def on_build_start(self, event):
+            seen.append((event.engine, event.dashboard))
+
+    two = DatasetCollection(tmp_path / "b.zarr").add_adatas(h5ad_pair, callbacks=[Engine()], **options)
+    assert set(psutil.Process().children(recursive=True)) <= children
+    assert seen[0][0].startswith("tcp://127.0.0.1")
+    assert seen[0][1].startswith("http://127.0.0.1")
+    one = local(tmp_path / "a.zarr", h5ad_pair, **options)
+    assert tree_digest(one.path) == tree_digest(two.path)
+
+
+def test_an_error_on_a_worker_names_the_file_and_reaches_the_caller(tmp_path, h5ad_pair, scheduler):
+    import h5py
+
+    from annbatch_dask.errors import SchemaError
+
+    bad = tmp_path / "bad.h5ad"
+    bad.write_bytes(h5ad_pair[0].read_bytes())
+    with h5py.File(bad, "r+") as f:
+        f["X/indices"][5] = 999
+    with Client(scheduler, set_as_default=False) as client, pytest.raises(SchemaError, match="999") as caught:
+        DatasetCollection(tmp_path / "a.zarr").add_adatas([bad], client=client, seed=0)
+    assert any("bad.h5ad" in note for note in caught.value.__notes__)
+
+
+def test_nobody_answers(tmp_path, h5ad_pair, capsys):
+    with config.set({"distributed.comm.timeouts.connect": "1s"}):
+        code = main(["shuffle", str(h5ad_pair[0]), "-o", str(tmp_path / "a.zarr"), "--scheduler", "tcp://127.0.0.1:9"])
+    assert code == 1
+    assert "no Dask scheduler answers at tcp://127.0.0.1:9" in capsys.readouterr().err

@@ -1,0 +1,92 @@
+"""annbatch reads our collections, and we read annbatch's."""
+
+import shutil
+import warnings
+from pathlib import Path
+
+import anndata as ad
+import dask
+import numpy as np
+import pandas as pd
+import pytest
+import zarr
+
+from annbatch_dask import DatasetCollection, Loader
+from tests.etl.inputs import dense_x
+
+FIXTURE = Path(__file__).parent / "annbatch_collection.zip"
+SIZES = {"batch_size": 32, "chunk_size": 16, "preload_nchunks": 4}
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory, h5ad_pair):
+    """A collection of ours, and its rows by name."""
+    path = tmp_path_factory.mktemp("ours") / "ours.zarr"
+    with dask.config.set(scheduler="synchronous"):
+        collection = DatasetCollection(path).add_adatas(h5ad_pair, seed=0, dataset_size=200)
+    rows = ad.concat([ad.io.read_zarr(g) for g in collection])
+    return path, pd.DataFrame(dense_x(rows), index=rows.obs_names, columns=rows.var_names)
+
+
+def epoch(loader):
+    """Rows of an epoch by name; every one exactly once."""
+    X, names = [], []
+    for batch in loader:
+        x = batch["X"]
+        X.append(x.toarray() if hasattr(x, "toarray") else np.asarray(x))
+        names += batch["obs"].index.tolist()
+    assert len(set(names)) == len(names)
+    return pd.DataFrame(np.concatenate(X), index=names).sort_index()
+
+
+@pytest.mark.parametrize("mode", ["path", "group"])
+def test_annbatch_reads_ours(ours, mode):
+    annbatch = pytest.importorskip("annbatch", reason="annbatch needs Python 3.12 and is no dependency")
+    path, rows = ours
+    theirs = annbatch.DatasetCollection(str(path) if mode == "path" else zarr.open_group(path, mode="r"))
+    assert not theirs.is_empty
+    assert len(list(theirs)) == 3
+    assert sorted(theirs.obs(columns=["cell_type"]).index) == sorted(rows.index)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # annbatch's own
+        loader = annbatch.Loader(**SIZES, shuffle=True, preload_to_gpu=False).use_collection(theirs)
+        got = epoch(loader)
+    want = rows.sort_index()
+    assert got.index.tolist() == want.index.tolist()
+    np.testing.assert_array_equal(got.to_numpy(), want.to_numpy())
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A collection that annbatch 0.3.1 wrote (see make_fixture.py), and its rows by name."""
+    folder = tmp_path_factory.mktemp("theirs")
+    shutil.unpack_archive(FIXTURE, folder)
+    return folder / "annbatch.zarr", pd.read_csv(folder / "rows.csv", index_col=0)
+
+
+def test_we_read_annbatchs(theirs):
+    path, want = theirs
+    collection = DatasetCollection(path, mode="r")
+    assert not collection.is_empty
+    assert len(collection) == 3
+    assert collection.manifest is None
+    assert (collection.n_obs, collection.n_var) == (60, 5)
+    assert collection.var.index.tolist() == want.columns.drop("row").tolist()
+    obs = collection.obs()
+    assert obs["row"].tolist() == want["row"].loc[obs.index].tolist()
+    assert isinstance(obs["kind"].dtype, pd.CategoricalDtype)
+    for shuffle in (True, False):
+        got = epoch(Loader(**SIZES, shuffle=shuffle, preload_to_gpu=False).use_collection(collection))
+        assert got.index.tolist() == sorted(want.index)
+        np.testing.assert_array_equal(got.to_numpy(), want.drop(columns="row").sort_index().to_numpy())
+
+
+def test_both_loaders_yield_the_same_rows_of_a_live_collection(tmp_path, h5ad_pair):
+    annbatch = pytest.importorskip("annbatch", reason="annbatch needs Python 3.12 and is no dependency")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = annbatch.DatasetCollection(zarr.open(tmp_path / "a.zarr", mode="w"))
+        made.add_adatas([str(p) for p in h5ad_pair], shuffle_chunk_size=10, dataset_size=200, rng=np.random.default_rng(0))
+        a = epoch(annbatch.Loader(**SIZES, shuffle=True, preload_to_gpu=False).use_collection(made))
+    b = epoch(Loader(**SIZES, shuffle=True, preload_to_gpu=False).use_collection(DatasetCollection(tmp_path / "a.zarr", mode="r")))
+    pd.testing.assert_frame_equal(a, b, check_dtype=False)
