@@ -317,7 +317,7 @@ def _dense_row_nbytes(matrices: Sequence[MatrixSpec]) -> float:
 
 def _piece_nbytes(total: int, budget: Budget) -> int:
     """Size of a block or part: the default, more where that means too many tasks, less where memory is short."""
-    room = (budget.task_nbytes - 48 * MIB) // 2
+    room = (budget.task_nbytes - 48 * MIB) // 3  # see plan/memory.py: a gather holds a part and a bit, and a segment
     return max(1, min(max(_BLOCK_NBYTES, total // _MAX_TASKS), room))
 
 

@@ -18,16 +18,14 @@ from tests.etl.inputs import adatas, assert_conserved
 
 
 def write(adata, path, how):
-    version = 2 if how == "zarr2" else 3
-    with (
-        warnings.catch_warnings(),
-        ad.settings.override(allow_write_nullable_strings=True, auto_shard_zarr_v3=False, zarr_write_format=version),
-    ):
+    settings = {"allow_write_nullable_strings": True, "auto_shard_zarr_v3": False}
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # anndata's on what it will do in the next release
-        if how in ("zarr", "zarr2"):
-            ad.io.write_zarr(path, adata, convert_strings_to_categoricals=False)
-        else:
-            adata.write_h5ad(path, compression=how, convert_strings_to_categoricals=False)
+        with ad.settings.override(**settings, zarr_write_format=2 if how == "zarr2" else 3):
+            if how in ("zarr", "zarr2"):
+                ad.io.write_zarr(path, adata, convert_strings_to_categoricals=False)
+            else:
+                adata.write_h5ad(path, compression=how, convert_strings_to_categoricals=False)
 
 
 def build(folder, inputs, hows, **options):

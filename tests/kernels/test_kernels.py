@@ -1,0 +1,151 @@
+"""The kernels against the obvious numpy."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from annbatch_dask.kernels.fingerprint import add_dense, add_sparse, add_strings, field_salt, finish_rows
+from annbatch_dask.kernels.rows import copy_runs, map_indices, sort_rows
+from annbatch_dask.kernels.values import range_of
+
+SALT = field_salt("X")
+CYCLE = np.array([1, 2, 0])  # not its own inverse
+
+
+def sparse_hashes(m, salt=SALT):
+    hashes = np.zeros(m.shape[0], np.uint64)
+    add_sparse(hashes, m.indptr.astype(np.int64), m.indices, m.data, salt)
+    return hashes
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "float64", "int64", "bool"])
+def test_copy_runs_gathers_rows_in_a_cycle(dtype):
+    src = np.array([0, 1, 1, 0, 1, 1, 1], dtype)
+    start, length = np.array([0, 2, 2]), np.array([2, 0, 5])
+    new_length = length[CYCLE]
+    dst_start = np.concatenate([[0], np.cumsum(new_length)[:-1]])
+    out = np.empty_like(src)
+    copy_runs(src, start[CYCLE], out, dst_start, new_length)
+    want = np.concatenate([src[start[r] : start[r] + length[r]] for r in CYCLE])
+    np.testing.assert_array_equal(out, want)
+
+
+def test_copy_runs_refuses_a_cast():
+    with pytest.raises(TypeError, match="float32 and uint8"):
+        copy_runs(np.zeros(1, "f4"), np.zeros(1, "i8"), np.zeros(1, "u1"), np.zeros(1, "i8"), np.ones(1, "i8"))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint16"])
+def test_map_indices(dtype):
+    gene_map = np.array([5, 3, 9], np.uint16)
+    out = np.empty(4, np.uint16)
+    assert map_indices(np.array([2, 0, 1, 2], dtype), gene_map, out)
+    assert out.tolist() == [9, 5, 3, 9]
+    assert not map_indices(np.array([0, 3], dtype), gene_map, np.empty(2, np.uint16))
+    assert map_indices(np.array([], dtype), gene_map[:0], out[:0])
+
+
+def test_map_indices_refuses_negative_ones():
+    assert not map_indices(np.array([0, -1], np.int32), np.zeros(3, np.uint16), np.empty(2, np.uint16))
+
+
+def test_sort_rows_is_stable_within_rows():
+    keys = np.array([3, 1, 1, 2, 0], np.uint16)
+    order = np.empty(5, np.int64)
+    sort_rows(np.array([0, 3, 3, 5]), keys, order)
+    assert order.tolist() == [1, 2, 0, 4, 3]
+
+
+@given(hnp.arrays(np.float32, st.integers(0, 40), elements=st.sampled_from([0.0, 1.0, 300.0, -0.0, 0.5, np.nan, np.inf, -7.0, 2.0**25])))
+def test_range_of_floats(values):
+    integral, low, high, single, n_nan, n_inf = range_of(values)
+    finite_whole = all(np.isfinite(v) and v == int(v) and not (v == 0 and np.signbit(v)) for v in values)
+    assert integral == finite_whole
+    assert (n_nan, n_inf) == (np.isnan(values).sum(), np.isinf(values).sum())
+    assert single
+    if integral and len(values):
+        assert (low, high) == (min(0, int(values.min())), max(0, int(values.max())))
+
+
+@given(hnp.arrays(np.float64, st.integers(1, 20), elements=st.sampled_from([0.0, 1.0, 0.1, 1e300, 2.0**53 + 2, 2.0**70, np.nan])))
+def test_range_of_doubles_knows_what_single_precision_loses(values):
+    with np.errstate(over="ignore"):
+        want = all(np.isnan(v) or np.float64(np.float32(v)) == v for v in values)
+    assert range_of(values)[3] == want
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint64", "int8"])
+def test_range_of_integers_is_exact(dtype):
+    info = np.iinfo(dtype)
+    integral, low, high, *_ = range_of(np.array([info.min, info.max], dtype))
+    assert (integral, low, high) == (True, min(0, int(info.min)), int(info.max))
+
+
+class TestFingerprint:
+    """Equal content, equal sum; any change, another sum."""
+
+    def matrix(self):
+        return sp.random(50, 30, 0.3, "csr", np.float32, random_state=0)
+
+    def test_does_not_depend_on_row_order_or_dtype(self):
+        m = self.matrix()
+        m.data = np.ceil(m.data * 10)
+        whole = finish_rows(sparse_hashes(m))
+        order = np.roll(np.arange(50), 7)
+        assert finish_rows(sparse_hashes(m[order])) == whole
+        assert finish_rows(sparse_hashes(m.astype(np.uint8))) == whole
+        assert finish_rows(sparse_hashes(m.astype(np.float64))) == whole
+
+    def test_does_not_depend_on_how_rows_fall_on_slabs(self, monkeypatch):
+        m = self.matrix()
+        whole = sparse_hashes(m)
+        for slab in (1, 7, 64):
+            monkeypatch.setattr("annbatch_dask.kernels.fingerprint._SLAB", slab)
+            np.testing.assert_array_equal(sparse_hashes(m), whole)
+
+    @pytest.mark.parametrize("what", ["value", "column", "lost", "row"])
+    def test_sees_one_change(self, what):
+        m = self.matrix()
+        other = m.copy()
+        if what == "value":
+            other.data[3] += 1
+        elif what == "column":
+            other.indices[3] = (other.indices[3] + 1) % 30
+        elif what == "lost":
+            other = other[1:]
+        else:  # two rows trade one value each
+            other.data[[0, -1]] = other.data[[-1, 0]]
+        assert finish_rows(sparse_hashes(m)) != finish_rows(sparse_hashes(other))
+
+    def test_two_nans_are_one(self):
+        a = np.array([[np.nan]], np.float32)
+        b = np.array([0x7FF8000000000001], np.uint64).view(np.float64).reshape(1, 1)
+        for values in (a, b):
+            dense = np.zeros(1, np.uint64)
+            add_dense(dense, values, SALT)
+            sparse = sparse_hashes(sp.csr_matrix((values.ravel(), [0], [0, 1])))
+            if values is a:
+                want = dense.copy(), sparse.copy()
+        np.testing.assert_array_equal((dense, sparse), want)
+
+    def test_strings(self):
+        def of(*strings):
+            raw = [s.encode() for s in strings]
+            hashes = np.zeros(len(raw), np.uint64)
+            bounds = np.cumsum([0, *map(len, raw)])
+            add_strings(hashes, bounds, np.frombuffer(b"".join(raw), np.uint8), SALT)
+            return hashes.tolist()
+
+        assert of("a", "bc") == of("a") + of("bc")
+        assert len(set(of("", "a", "b", "ab", "ba", "μ"))) == 6
+
+    def test_fields_do_not_cancel(self):
+        one, two = np.zeros(1, np.uint64), np.zeros(1, np.uint64)
+        add_dense(one, np.array([[1.0]]), field_salt("a"))
+        add_dense(one, np.array([[2.0]]), field_salt("b"))
+        add_dense(two, np.array([[2.0]]), field_salt("a"))
+        add_dense(two, np.array([[1.0]]), field_salt("b"))
+        assert one != two

@@ -1,0 +1,159 @@
+"""Each fast path equals the plain one; what is written is what is read."""
+
+import itertools
+
+import h5py
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+
+from annbatch_dask.errors import IntegrityError, LayoutError
+from annbatch_dask.storage.h5ad import read_h5_rows, visit_h5
+from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.shards import ShardWriter, compressor_json
+from annbatch_dask.storage.spill import SpillReader, write_spill
+from annbatch_dask.storage.threads import map_ordered
+
+FILTERS = [
+    {"compression": "gzip"},
+    {"compression": "gzip", "shuffle": True},
+    {"compression": "gzip", "fletcher32": True},
+    {"compression": "lzf"},
+    {"shuffle": True},
+    {},
+    {"chunks": None},
+]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<i8", "u1", "bool"])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_hdf5_rows_equal_h5py(tmp_path, filters, dtype, chunk):
+    values = np.random.default_rng(0).integers(0, 2 if dtype == "bool" else 200, 500).astype(dtype)
+    grid = values[:480].reshape(40, 12)
+    with h5py.File(tmp_path / "x.h5", "w") as f:
+        one = f.create_dataset("one", data=values, **({"chunks": (min(chunk, 500),)} | filters))
+        two = f.create_dataset("two", data=grid, **({"chunks": (min(chunk, 40), 5)} | filters))
+        for start, stop in [(0, 500), (0, 0), (3, 4), (60, 201), (499, 500)]:
+            out = np.zeros(stop - start, one.dtype)
+
+            def visit(first, piece, out=out):
+                out[first : first + len(piece)] = piece
+
+            visit_h5(one, start, stop, visit)
+            np.testing.assert_array_equal(out, one[start:stop])
+        for start, stop in [(0, 40), (5, 5), (3, 29), (39, 40)]:
+            got = read_h5_rows(two, start, stop)
+            np.testing.assert_array_equal(got, two[start:stop])
+            assert got.dtype == two.dtype
+
+
+def test_hdf5_chunks_never_written_and_chunks_without_filters(tmp_path):
+    with h5py.File(tmp_path / "x.h5", "w") as f:
+        d = f.create_dataset("d", shape=(100,), dtype="i4", chunks=(10,), compression="gzip", fillvalue=7)
+        d[20:40] = np.arange(20)
+        d.id.write_direct_chunk((50,), np.arange(10, dtype="i4").tobytes(), filter_mask=1)
+        np.testing.assert_array_equal(read_h5_rows(d, 0, 100), d[:])
+        assert d[55] == 5
+        assert d[0] == 7
+
+
+def test_a_damaged_chunk_is_an_error(tmp_path):
+    with h5py.File(tmp_path / "x.h5", "w") as f:
+        d = f.create_dataset("d", shape=(100,), dtype="i4", chunks=(10,), compression="gzip")
+        d[:] = 1
+        d.id.write_direct_chunk((50,), b"not deflate", filter_mask=0)
+        with pytest.raises(Exception, match="(?i)decompress|deflate|data"):
+            read_h5_rows(d, 0, 100)
+
+
+@pytest.mark.parametrize("compressor", [(), zarr.codecs.BloscCodec(cname="lz4", clevel=3, shuffle="shuffle"), zarr.codecs.BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"), zarr.codecs.ZstdCodec(level=1), zarr.codecs.GzipCodec(level=1)], ids=["none", "blosc-lz4", "blosc-zstd", "zstd", "gzip"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "int64", "bool"])
+def test_shards_equal_zarrs_own(tmp_path, compressor, dtype):
+    rng = np.random.default_rng(0)
+    folder = Folder(str(tmp_path / "o.zarr"))
+    for shape, (chunk, shard) in itertools.product([(0,), (1,), (64,), (100,), (70, 3)], [(8, 16), (7, 35), (200, 200)]):
+        values = rng.integers(0, 2 if dtype == "bool" else 100, shape).astype(dtype)
+        options = {"shape": shape, "dtype": np.dtype(dtype), "chunk_rows": chunk, "shard_rows": shard}
+        with ShardWriter(folder, "g/a", **options, compressor=compressor_json(compressor), attributes={"k": 1}) as w:
+            for piece in np.split(values, sorted(rng.integers(0, shape[0] + 1, 3))):
+                w.append(piece)
+        ours = zarr.open_array(folder.zarr_store(), path="g/a", mode="r")
+        np.testing.assert_array_equal(ours[...], values)
+        rest = shape[1:]
+        theirs = zarr.create_array(
+            zarr.storage.MemoryStore(), shape=shape, dtype=dtype, chunks=(chunk, *rest), shards=(shard, *rest),
+            compressors=list(compressor) if isinstance(compressor, tuple) else [compressor], fill_value=0, attributes={"k": 1},
+        )
+        assert ours.metadata.codecs == theirs.metadata.codecs
+        (folder / "g").remove()
+
+
+def test_shards_that_fall_short_are_refused(tmp_path):
+    folder = Folder(str(tmp_path / "o.zarr"))
+    with pytest.raises(LayoutError, match="has 10 rows and 4 were written"), ShardWriter(
+        folder, "a", shape=(10,), dtype=np.dtype("u1"), chunk_rows=4, shard_rows=4, compressor=None, attributes={}
+    ) as w:
+        w.append(np.zeros(4, "u1"))
+
+
+def test_an_error_leaves_no_half_shard(tmp_path):
+    folder = Folder(str(tmp_path / "o.zarr"))
+    with pytest.raises(KeyError), ShardWriter(
+        folder, "a", shape=(10,), dtype=np.dtype("u1"), chunk_rows=4, shard_rows=8, compressor=None, attributes={}
+    ) as w:
+        w.append(np.zeros(5, "u1"))
+        raise KeyError
+    assert {p.name for p in (tmp_path / "o.zarr").rglob("*") if p.is_file()} == {"zarr.json"}
+
+
+@given(st.lists(st.lists(st.integers(0, 5), max_size=6), min_size=1, max_size=6), st.sampled_from(["u1", "<u2", "<f8"]))
+def test_spill_files_give_back_what_they_took(parts, dtype):
+    """``parts``: the counts of each row of each part."""
+    import tempfile
+
+    counts = np.array([c for p in parts for c in p], np.int64)
+    rows = np.concatenate([[0], np.cumsum([len(p) for p in parts])])
+    bounds = np.concatenate([[0], np.cumsum(counts)])
+    values = np.arange(bounds[-1]).astype(dtype)
+    heads = {"n": counts.astype(np.uint32), "grid": np.arange(2.0 * len(counts)).reshape(-1, 2)}
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = Folder(tmp)
+        n = write_spill(folder, 3, rows=rows, heads=heads, flats={"v": (values, bounds)})
+        assert n == (folder.fs.size(f"{tmp}/spill-000003.bin"))
+        for wanted in (range(len(parts)), range(len(parts) // 2, len(parts))):
+            reader = SpillReader(folder, 3, wanted)
+            for p in wanted:
+                a, b = rows[p], rows[p + 1]
+                assert reader.n_rows(p) == b - a
+                if a == b:
+                    continue
+                got = reader.read_heads(p)
+                for name, want in heads.items():
+                    np.testing.assert_array_equal(got[name], want[a:b])
+                np.testing.assert_array_equal(reader.read_flat(p, "v"), values[bounds[a] : bounds[b]])
+
+
+def test_a_short_spill_file_is_an_error(tmp_path):
+    folder = Folder(str(tmp_path))
+    write_spill(folder, 0, rows=np.array([0, 4]), heads={"n": np.arange(4)}, flats={})
+    body = tmp_path / "spill-000000.bin"
+    body.write_bytes(body.read_bytes()[:-8])
+    with pytest.raises(IntegrityError, match="ends 8 bytes early"):
+        SpillReader(folder, 0, range(1)).read_heads(0)
+
+
+def test_map_ordered_keeps_order_and_stops_at_the_first_error():
+    assert list(map_ordered(lambda x: x * x, range(100))) == [x * x for x in range(100)]
+    drawn = []
+
+    def numbers():
+        for i in itertools.count():
+            drawn.append(i)
+            yield i
+
+    with pytest.raises(ZeroDivisionError):
+        list(map_ordered(lambda x: 1 / (5 - x), numbers()))
+    assert len(drawn) < 30
