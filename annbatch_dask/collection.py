@@ -144,13 +144,14 @@ class DatasetCollection:
         """Cells in all datasets."""
         if (manifest := self.manifest) is not None:
             return manifest.n_obs
-        return sum(_n_rows(g["obs"]) for g in self)
+        return sum(_n_rows(group["obs"]) for group in self)
 
     @property
     def var(self) -> pd.DataFrame:
         """Frame of the genes, the same for all datasets."""
         for group in self:
-            return ad.io.read_elem(group["var"])
+            frame: pd.DataFrame = ad.io.read_elem(group["var"])
+            return frame
         return pd.DataFrame()
 
     @property
@@ -186,7 +187,7 @@ class DatasetCollection:
         if not self._h5ad:
             yield from (g["obs"] for g in self)
             return
-        import h5py  # noqa: PLC0415 - this variant alone
+        import h5py
 
         names = [n for n in self._folder.names() if n.endswith(".h5ad")]
         for name in sorted(names, key=lambda n: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", n)]):
@@ -195,7 +196,7 @@ class DatasetCollection:
 
     # --- building ----------------------------------------------------------------------------------------------
 
-    def plan_adatas(
+    def plan_adatas(  # noqa: PLR0913 - annbatch's arguments
         self,
         adata_paths: Iterable[Any],
         *,
@@ -222,15 +223,21 @@ class DatasetCollection:
         -------
         The plan; its repr says tasks, bytes and peak memory.
         """
-        from annbatch_dask.etl.run import choose_engine  # noqa: PLC0415 - imports distributed, which readers do not need
+        from annbatch_dask.etl.run import choose_engine  # slow: imports distributed
 
         refs = _references(adata_paths, load_adata)
         options = _options(
-            var_subset, n_obs_per_chunk, shard_size, zarr_compressor, dataset_size, shuffle=shuffle, seed=_seed(seed, rng)
+            var_subset,
+            n_obs_per_chunk,
+            shard_size,
+            zarr_compressor,
+            dataset_size,
+            shuffle=shuffle,
+            seed=_seed(seed, rng),
         )
         return _scan_and_plan(refs, options, merge, choose_engine(client, memory_limit), read_values=read_values)
 
-    def add_adatas(
+    def add_adatas(  # noqa: PLR0913 - annbatch's arguments
         self,
         adata_paths: Iterable[Any],
         *,
@@ -305,14 +312,20 @@ class DatasetCollection:
         IntegrityError
             If what was written is not what was read; nothing is published.
         """
-        from annbatch_dask.etl.run import choose_engine  # noqa: PLC0415 - imports distributed, which readers do not need
-        from annbatch_dask.events import Callbacks  # noqa: PLC0415
-        from annbatch_dask.progress import default_callbacks  # noqa: PLC0415
+        from annbatch_dask.etl.run import choose_engine  # slow: imports distributed
+        from annbatch_dask.events import Callbacks
+        from annbatch_dask.progress import default_callbacks
 
         self._check_target()
         refs = _references(adata_paths, load_adata)
         options = _options(
-            var_subset, n_obs_per_chunk, shard_size, zarr_compressor, dataset_size, shuffle=shuffle, seed=_seed(seed, rng)
+            var_subset,
+            n_obs_per_chunk,
+            shard_size,
+            zarr_compressor,
+            dataset_size,
+            shuffle=shuffle,
+            seed=_seed(seed, rng),
         )
         callback = Callbacks([*default_callbacks(progress=progress), *(callbacks or ())])
         room = choose_engine(client, memory_limit)
@@ -331,8 +344,8 @@ class DatasetCollection:
         callback: Callback,
         scratch: str | os.PathLike[str] | None,
     ) -> None:
-        from annbatch_dask.etl.job import Job  # noqa: PLC0415
-        from annbatch_dask.etl.run import build  # noqa: PLC0415
+        from annbatch_dask.etl.job import Job
+        from annbatch_dask.etl.run import build
 
         base = Folder(os.fspath(scratch)) if scratch is not None else Folder(self._folder.url.rstrip("/") + ".scratch")
         target = Folder(os.path.abspath(self._folder.path)) if self._folder.is_local else self._folder
@@ -475,7 +488,7 @@ def _size(name: str, value: int | str) -> tuple[int | None, int | None]:
 def _scan_and_plan(
     refs: tuple[SourceRef, ...], options: Options, merge: str | None, room: EngineRoom, *, read_values: bool = False
 ) -> Plan:
-    from annbatch_dask.etl.scan import merge_var, scan  # noqa: PLC0415
+    from annbatch_dask.etl.scan import merge_var, scan
 
     want_var = len(refs) == 1 or merge is not None
     scanned = room.scanner.run("scan", scan, [(ref, want_var, read_values) for ref in refs], lambda *_: None)
@@ -489,16 +502,16 @@ def _scan_and_plan(
 
 def _n_rows(obs: Any) -> int:
     index = obs[str(obs.attrs["_index"])]
-    return int((index["values"] if isinstance(index, zarr.Group) else index).shape[0])
+    values: Any = index["values"] if isinstance(index, zarr.Group) else index
+    return int(values.shape[0])
 
 
 def _read_obs(elem: Any, columns: Sequence[str] | None) -> pd.DataFrame:
     if columns is None:
-        return ad.io.read_elem(elem)
+        whole: pd.DataFrame = ad.io.read_elem(elem)
+        return whole
     index = str(elem.attrs["_index"])
     wanted = [c for c in elem.attrs["column-order"] if c in set(columns)]
     frame = pd.DataFrame({c: ad.io.read_elem(elem[c]) for c in wanted}, index=ad.io.read_elem(elem[index]))
     frame.index.name = None if index == "_index" else index
     return frame
-
-

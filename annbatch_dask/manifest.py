@@ -80,7 +80,10 @@ class Manifest:
         """
         version = values.get("format_version")
         if version != FORMAT_VERSION:
-            msg = f"the collection has format version {version} and this release reads {FORMAT_VERSION}; upgrade annbatch-dask"
+            msg = (
+                f"the collection has format version {version} and this release reads {FORMAT_VERSION}; "
+                "upgrade annbatch-dask"
+            )
             raise CollectionError(msg)
         try:
             records = {

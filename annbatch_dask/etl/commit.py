@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from annbatch_dask.manifest import ANNBATCH_ENCODING, MANIFEST_KEY, Manifest
 from annbatch_dask.storage.metadata import consolidate, metadata_below
 from annbatch_dask.storage.publish import Folder
@@ -14,7 +16,7 @@ def commit(target: Folder, manifest: Manifest) -> None:
 
     The root's ``zarr.json`` holds the attributes annbatch looks for, the manifest, and the metadata of all datasets.
     """
-    nodes = {}
+    nodes: dict[str, Any] = {}
     for record in manifest.datasets:
         below = metadata_below(target / record.name)
         nodes |= {f"{record.name}/{path}".rstrip("/"): node for path, node in below.items()}

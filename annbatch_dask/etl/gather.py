@@ -135,7 +135,8 @@ def _check_places(segments: Sequence[tuple[SpillReader, Heads]], n_rows: int) ->
     for _, heads in segments:
         np.add.at(seen, heads[PLACE], 1)
     if not (seen == 1).all():
-        msg = f"{int((seen == 0).sum()):,} of {n_rows:,} rows are missing from the spill files, {int((seen > 1).sum()):,} are there twice"
+        missing, twice = int((seen == 0).sum()), int((seen > 1).sum())
+        msg = f"{missing:,} of {n_rows:,} rows are missing from the spill files, {twice:,} are there twice"
         raise IntegrityError(msg)
 
 
@@ -341,7 +342,7 @@ def _write_frames(group: zarr.Group, obs: pd.DataFrame, plan: Plan, folder: Fold
 
     anndata's settings are the process's, so threads take turns: two that overlap would undo each other's.
     """
-    import anndata as ad  # noqa: PLC0415 - takes seconds; a local worker has it by now, see etl/preload.py
+    import anndata as ad  # takes seconds; a local worker has it by now, see etl/preload.py
 
     with _settings_lock, ad.settings.override(allow_write_nullable_strings=True, auto_shard_zarr_v3=False):
         ad.io.write_elem(group, "obs", obs)

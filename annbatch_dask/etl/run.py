@@ -12,7 +12,9 @@ from typing import Any, Protocol
 import dask
 import dask.system
 import numpy as np
+from dask.base import compute, tokenize
 from dask.callbacks import Callback as DaskCallback
+from dask.delayed import delayed
 from dask.utils import parse_bytes
 from distributed import Client, as_completed
 from distributed.system import MEMORY_LIMIT
@@ -56,13 +58,15 @@ class Engine(Protocol):
     def budget(self) -> Budget:
         """Memory of a worker."""
 
-    def run(self, name: str, fn: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], on_result: OnResult) -> list[Any]:
+    def run(
+        self, name: str, fn: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], on_result: OnResult
+    ) -> list[Any]:
         """Call ``fn(*args)`` for each; results in order. ``on_result(i, result)`` is called as each is done."""
 
 
 def _delayed(name: str, fn: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
-    call = dask.delayed(fn, pure=False)
-    token = dask.base.tokenize(name, time.time_ns())
+    call = delayed(fn, pure=False)
+    token = tokenize(name, time.time_ns())
     return [call(*args, dask_key_name=f"{name}-{token}-{i}") for i, args in enumerate(tasks)]
 
 
@@ -79,7 +83,9 @@ class LocalEngine:
         """In words."""
         return f"dask's {self.scheduler} scheduler"
 
-    def run(self, name: str, fn: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], on_result: OnResult) -> list[Any]:
+    def run(
+        self, name: str, fn: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], on_result: OnResult
+    ) -> list[Any]:
         """Run the tasks in this process."""
         graph = _delayed(name, fn, tasks)
         index = {t.key: i for i, t in enumerate(graph)}
@@ -89,7 +95,7 @@ class LocalEngine:
                 on_result(index[key], result)
 
         with DaskCallback(posttask=posttask):
-            return list(dask.compute(*graph, scheduler=self.scheduler, optimize_graph=False))
+            return list(compute(*graph, scheduler=self.scheduler, optimize_graph=False))
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,9 @@ class ClusterEngine:
         """Address of the dashboard."""
         return self.client.dashboard_link or None
 
-    def run(self, name: str, fn: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], on_result: OnResult) -> list[Any]:
+    def run(
+        self, name: str, fn: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], on_result: OnResult
+    ) -> list[Any]:
         """Run the tasks on the cluster; on any error, cancel what is left."""
         futures = self.client.compute(_delayed(name, fn, tasks), retries=RETRIES, optimize_graph=False)
         index = {f.key: i for i, f in enumerate(futures)}
@@ -226,8 +234,8 @@ def run_stage(
 def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
     """Run a plan and commit its result.
 
-    Each task leaves a receipt in the scratch folder, so a build that was interrupted goes on where it stopped when it is
-    called again with the same plan. The scratch folder is removed after the commit.
+    Each task leaves a receipt in the scratch folder, so a build that was interrupted goes on where it stopped when it
+    is called again with the same plan. The scratch folder is removed after the commit.
     """
     plan = job.plan
     callback.on_build_start(BuildStart(job.target.url, engine.name, engine.dashboard))

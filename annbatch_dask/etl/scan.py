@@ -74,4 +74,5 @@ def merge_var(frames: Sequence[pd.DataFrame], merge: str | None) -> pd.DataFrame
     if len(frames) == 1:
         return frames[0]
     empty = [ad.AnnData(obs=pd.DataFrame(index=pd.Index([], dtype=object)), var=v) for v in frames]
-    return ad.concat(empty, join="outer", merge=merge).var
+    frame: pd.DataFrame = ad.concat(empty, join="outer", merge=merge).var
+    return frame

@@ -19,8 +19,8 @@ from annbatch_dask.plan.dtypes import ValueRange, index_dtype, merge_ranges, sig
 from annbatch_dask.plan.layout import Block
 from annbatch_dask.plan.schema import SRC_PATH, Categories, ColumnSpec, MatrixSchema, MatrixSpec, SourceSchema
 from annbatch_dask.storage.columns import ColumnRows
-from annbatch_dask.storage.publish import Folder
 from annbatch_dask.storage.matrices import CsrRows
+from annbatch_dask.storage.publish import Folder
 from annbatch_dask.storage.sources import Source
 from annbatch_dask.storage.spill import find_receipt, write_receipt, write_spill
 
@@ -49,8 +49,8 @@ def scatter(scratch: Folder, index: int) -> dict[str, Any]:
 
     Returns
     -------
-    The task's receipt: per dataset the rows' ``fingerprint`` and each sparse matrix's ``nnz``; the ``ranges`` of values;
-    ``n_rows``, ``n_bytes`` (uncompressed, read) and ``spilled``.
+    The task's receipt: per dataset the rows' ``fingerprint`` and each sparse matrix's ``nnz``; ``ranges`` of values;
+    ``n_rows``, ``n_bytes`` (uncompressed, read) and ``spilled`` bytes.
     """
     task = f"scatter-{index:06d}"
     if (done := find_receipt(scratch, task)) is not None:
@@ -70,7 +70,7 @@ def scatter(scratch: Folder, index: int) -> dict[str, Any]:
 
 
 def all_columns(plan: Plan) -> tuple[ColumnSpec, ...]:
-    """obs names, the columns, and the source of each row: what travels beside the matrices."""
+    """Obs names, the columns, and the source of each row: what travels beside the matrices."""
     paths = tuple(dict.fromkeys(s.path for s in plan.sources))
     source = ColumnSpec(SRC_PATH, "categorical", categories=Categories(paths, "str"))
     return (NAMES, *plan.columns, source)
@@ -189,6 +189,7 @@ def _read_column(column: ColumnSpec, block: Block, source: SourceSchema, opened:
     found = opened.column(schema, block.start, block.stop)
     if column.categories is not None:
         code_map = column.code_maps[block.source]
+        assert code_map is not None  # the source has the column, and it is categorical
         dtype = signed_dtype(len(column.categories.values))
         mapped = np.append(code_map, -1)[found.values]  # code -1 takes the last entry
         return ColumnRows(mapped.astype(dtype))
@@ -201,7 +202,8 @@ def _read_column(column: ColumnSpec, block: Block, source: SourceSchema, opened:
         return found
     values = found.values.astype(column.dtype, copy=False)
     if found.mask is not None:
-        values = np.where(found.mask, np.asarray(np.nan if values.dtype.kind == "f" and not column.nullable else 0, values.dtype), values)
+        masked = np.asarray(np.nan if values.dtype.kind == "f" else 0, values.dtype)
+        values = np.where(found.mask, masked, values)
     return ColumnRows(values, found.mask)
 
 

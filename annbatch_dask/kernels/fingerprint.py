@@ -30,7 +30,16 @@ def _mix(z):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
 
 
 @nb.njit(nogil=True, cache=True)
-def _add_entries(hashes, bounds, row, first, keys, values, bits, salt):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913
+def _add_entries(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913, PLR0917 - compiled for what it is given
+    hashes,  # noqa: ANN001
+    bounds,  # noqa: ANN001
+    row,  # noqa: ANN001
+    first,  # noqa: ANN001
+    keys,  # noqa: ANN001
+    values,  # noqa: ANN001
+    bits,  # noqa: ANN001
+    salt,  # noqa: ANN001
+):
     """Add entries [first, first + n) of the flat arrays to their rows; returns the row to go on with."""
     last = first + keys.shape[0]
     while row < bounds.shape[0] - 1 and bounds[row] < last:

@@ -7,9 +7,7 @@ __all__ = ["swap_or_not"]
 
 
 @nb.njit(nogil=True, cache=True)
-def swap_or_not(
-    x: np.ndarray, n: np.uint64, offsets: np.ndarray, keys: np.ndarray, order: np.ndarray
-) -> None:
+def swap_or_not(x: np.ndarray, n: np.uint64, offsets: np.ndarray, keys: np.ndarray, order: np.ndarray) -> None:
     """Apply rounds of swap-or-not to ``x`` in place.
 
     Each round pairs x with ``offset - x mod n`` and swaps the pair when a keyed bit of its larger

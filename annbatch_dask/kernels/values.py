@@ -8,7 +8,7 @@ __all__ = ["float_range", "range_of"]
 
 
 @nb.njit(nogil=True, cache=True)
-def float_range(values):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def float_range(values):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, ANN202
     """(integral, low, high, single, n_nan, n_inf) of a 1-D float array; see ``plan.dtypes.ValueRange``."""
     low, high = 0.0, 0.0
     not_whole, not_single, n_nan, n_inf = 0, 0, 0, 0
@@ -25,7 +25,7 @@ def float_range(values):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
 
 
 @nb.njit(nogil=True, cache=True)
-def all_whole(values, bits):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def all_whole(values, bits):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, ANN202
     """Whether every float is a whole number and none a negative zero, whose sign an integer would lose."""
     fractions, negative_zeros = 0, 0
     sign = bits.dtype.type(1) << bits.dtype.type(8 * bits.itemsize - 1)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, reduce
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -180,11 +179,10 @@ class Plan:
             f"  peak     {format_nbytes(scatter)} a scatter task, {format_nbytes(gather)} a gather task; "
             f"{format_nbytes(self.budget.task_nbytes)} available to each",
         ]
-        for name, found in self.values.items():
-            dtype = smallest_dtype(found, np.dtype(next(m.source_dtype for m in self.matrices if m.name == name)))
-            lines.append(
-                f"  {name:<8} stored as {dtype}; {found.n_nan:,} NaN and {found.n_inf:,} infinite values, kept as they are"
-            )
+        for m in self.matrices:
+            if (found := self.values.get(m.name)) is not None:
+                counts = f"{found.n_nan:,} NaN and {found.n_inf:,} infinite values, kept as they are"
+                lines.append(f"  {m.name:<8} stored as {smallest_dtype(found, np.dtype(m.source_dtype))}; {counts}")
         return "\n".join(lines)
 
     __repr__ = summary
@@ -345,4 +343,3 @@ def _peaks(blocks: Sequence[Block], layout: Layout, *, row_nbytes: float, obs_nb
         obs_nbytes=min(layout.n_obs, layout.dataset_rows) * obs_nbytes,
     )
     return scatter_peak_nbytes(largest), gather
-

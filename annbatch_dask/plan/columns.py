@@ -31,8 +31,7 @@ def unite_columns(sources: Sequence[SourceSchema]) -> tuple[ColumnSpec, ...]:
     names = list(dict.fromkeys(c.name for s in sources for c in s.columns))
     by_source = [{c.name: c for c in s.columns} for s in sources]
     return tuple(
-        _unite(name, [(s.path, cols.get(name)) for s, cols in zip(sources, by_source, strict=True)])
-        for name in names
+        _unite(name, [(s.path, cols.get(name)) for s, cols in zip(sources, by_source, strict=True)]) for name in names
     )
 
 
@@ -47,9 +46,7 @@ def _unite(name: str, found: Sequence[tuple[str, ColumnSchema | None]]) -> Colum
     if kinds <= {"string", "categorical"} and _all_strings(columns):
         nullable = not all(present) or any(c.nullable or c.kind == "categorical" for _, c in columns)
         return ColumnSpec(name, "string", nullable=nullable, present=present, code_maps=(None,) * len(found))
-    a, b = next(
-        (x, y) for x in columns for y in columns if _family(x[1]) != _family(y[1])
-    )
+    a, b = next((x, y) for x in columns for y in columns if _family(x[1]) != _family(y[1]))
     msg = (
         f"obs column {name!r} holds {_words(a[1])} in {a[0]} and {_words(b[1])} in {b[0]}; "
         "make them one kind in load_adata"
@@ -142,7 +139,8 @@ def _merge_orders(name: str, sets: Sequence[tuple[str, Categories]]) -> Categori
     while graph.is_active():
         ready = graph.get_ready()
         if len(ready) > 1:
-            msg = f"obs column {name!r}: the orders ({shown}) do not say how {ready[0]!r} and {ready[1]!r} compare; {remedy}"
+            pair = f"{ready[0]!r} and {ready[1]!r}"
+            msg = f"obs column {name!r}: the orders ({shown}) do not say how {pair} compare; {remedy}"
             raise SchemaError(msg)
         values.extend(ready)
         graph.done(*ready)

@@ -74,9 +74,7 @@ class Layout:
     @cached_property
     def part_starts(self) -> NDArray[np.int64]:
         """(n_parts + 1,) first output row of each part, and the end; no part crosses a dataset's border."""
-        starts = [
-            np.arange(*self.dataset_bounds(k), self.part_rows, dtype=np.int64) for k in range(self.n_datasets)
-        ]
+        starts = [np.arange(*self.dataset_bounds(k), self.part_rows, dtype=np.int64) for k in range(self.n_datasets)]
         return np.concatenate([*starts, [self.n_obs]]).astype(np.int64)
 
     @cached_property
@@ -118,9 +116,7 @@ def cut_blocks(
     return tuple(blocks)
 
 
-def _cumulative_nbytes(
-    source: SourceSchema, *, obs_nbytes: int
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _cumulative_nbytes(source: SourceSchema, *, obs_nbytes: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Rows at which a source may be cut, and the uncompressed bytes of matrices and obs before each."""
     step = max((m.row_step for m in source.matrices if len(m.nnz)), default=64)
     edges = np.minimum(np.arange(-(-source.n_obs // step) + 1) * step, source.n_obs)

@@ -80,7 +80,8 @@ class MatrixSchema:
     n_cols
         Width.
     row_step, nnz
-        Stored values before row ``k * row_step``, for each k, and before the end: (n_steps + 1,) int64. Empty where dense.
+        Stored values before row ``k * row_step``, for each k, and before the end: (n_steps + 1,) int64.
+        Empty where dense.
     exact
         False where ``nnz`` is extrapolated from a sample (lazy arrays).
     values

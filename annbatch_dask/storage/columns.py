@@ -97,7 +97,9 @@ def describe_series(name: str, series: pd.Series) -> ColumnSchema:
         strings = index.dtype.kind not in "biuf"
         values = tuple(map(str, index)) if strings else tuple(index.tolist())
         return ColumnSchema(
-            name, "categorical", categories=Categories(values, "str" if strings else index.dtype.name, bool(dtype.ordered))
+            name,
+            "categorical",
+            categories=Categories(values, "str" if strings else index.dtype.name, bool(dtype.ordered)),
         )
     if isinstance(dtype, np.dtype) and dtype.kind in "biuf":
         return ColumnSchema(name, "numeric", dtype=dtype.name)
@@ -133,7 +135,7 @@ def to_pandas(spec: ColumnSpec, values: NDArray, mask: NDArray[np.bool_] | None)
     if spec.kind == "string":
         if mask is None:
             return values
-        return pd.array(np.where(mask, pd.NA, values), dtype=pd.StringDtype("python"))
+        return pd.Series(values, dtype=pd.StringDtype("python")).mask(mask).array
     if mask is None:
         return values
     if values.dtype.kind == "b":

@@ -89,9 +89,10 @@ class GroupSource:
 
     def var(self) -> pd.DataFrame:
         """Its var frame."""
-        from anndata.io import read_elem  # noqa: PLC0415 - see the module's first line
+        from anndata.io import read_elem  # see the module's first line
 
-        return read_elem(self._group["var"])
+        frame: pd.DataFrame = read_elem(self._group["var"])
+        return frame
 
     def matrix(self, matrix: MatrixSchema, start: int, stop: int) -> CsrRows | NDArray:
         """Rows [start, stop) of a matrix: dense ones as an array."""

@@ -51,7 +51,7 @@ def visit_h5(dataset: h5py.Dataset, start: int, stop: int, visit: Visitor) -> No
     def work(group: list[RawChunk]) -> None:
         for (first,), payload in group:
             lo, hi = max(first, start), min(first + chunks[0], stop)
-            visit(lo - start, _decode(dtype, chunks, shuffled, payload)[lo - first : hi - first])
+            visit(lo - start, _decode(dtype, chunks, payload, shuffled=shuffled)[lo - first : hi - first])
 
     _for_each_group(work, dataset, start, stop)
 
@@ -60,7 +60,7 @@ def read_h5_rows(dataset: h5py.Dataset, start: int, stop: int) -> NDArray:
     """Rows [start, stop) of a dataset of any number of dimensions, as h5py would give them."""
     out = np.empty((stop - start, *dataset.shape[1:]), dataset.dtype)
     if dataset.dtype.hasobject or start >= stop or _fast_filters(dataset) is None:
-        return dataset[start:stop]
+        return np.asarray(dataset[start:stop])
     dtype, chunks, shuffled = dataset.dtype, dataset.chunks, bool(_fast_filters(dataset))
 
     bounds = [(start, stop), *((0, n) for n in dataset.shape[1:])]
@@ -72,7 +72,7 @@ def read_h5_rows(dataset: h5py.Dataset, start: int, stop: int) -> NDArray:
                 a, b = max(first, low), min(first + size, high)
                 into.append(slice(a - low, b - low))
                 of.append(slice(a - first, b - first))
-            out[tuple(into)] = _decode(dtype, chunks, shuffled, payload)[tuple(of)]
+            out[tuple(into)] = _decode(dtype, chunks, payload, shuffled=shuffled)[tuple(of)]
 
     _for_each_group(work, dataset, start, stop)
     return out
@@ -125,14 +125,11 @@ def _plain_chunk(dataset: h5py.Dataset, origin: tuple[int, ...]) -> NDArray:
     return out
 
 
-def _decode(
-    dtype: np.dtype, chunks: tuple[int, ...], shuffled: bool, payload: bytes | NDArray  # noqa: FBT001
-) -> NDArray:
+def _decode(dtype: np.dtype, chunks: tuple[int, ...], payload: bytes | NDArray, *, shuffled: bool) -> NDArray:
     if isinstance(payload, np.ndarray):
         return payload
     n_bytes = int(np.prod(chunks)) * dtype.itemsize
-    raw = deflate.zlib_decompress(payload, n_bytes)
+    raw = np.frombuffer(deflate.zlib_decompress(payload, n_bytes), np.uint8)
     if shuffled:
-        planes = np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1)
-        raw = np.ascontiguousarray(planes.T)
-    return np.frombuffer(raw, dtype).reshape(chunks)
+        raw = np.ascontiguousarray(raw.reshape(dtype.itemsize, -1).T).reshape(-1)
+    return raw.view(dtype).reshape(chunks)

@@ -13,7 +13,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
-from annbatch_dask.plan.schema import MatrixSchema
+from annbatch_dask.plan.schema import MatrixKind, MatrixSchema
 from annbatch_dask.storage.h5ad import SLAB_NBYTES, read_h5_rows, visit_h5
 
 __all__ = ["ROW_STEP", "CsrRows", "check_rows", "describe_matrix", "knots", "matrix_rows", "n_rows_of"]
@@ -41,11 +41,13 @@ class CsrRows:
 
 
 def n_rows_of(elem: Any) -> int:
+    """Rows of a stored matrix, as its metadata say."""
     shape = elem.attrs.get("shape", elem.attrs.get("h5sparse_shape")) if hasattr(elem, "keys") else elem.shape
     return int(shape[0])
 
 
 def check_rows(label: str, matrix: MatrixSchema, n_rows: int, n_obs: int) -> None:
+    """Refuse a matrix that is not aligned with obs."""
     if n_rows != n_obs:
         msg = f"{label}: {matrix.name} has {n_rows:,} rows and obs has {n_obs:,}; the file is damaged, write it anew"
         raise SchemaError(msg)
@@ -59,14 +61,18 @@ def describe_matrix(name: str, values: Any) -> MatrixSchema | None:
     if isinstance(values, pd.DataFrame) or dtype is None or dtype.kind not in "biuf" or ndim != 2:  # noqa: PLR2004
         return None
     if sp.issparse(values):
-        kind = "csc" if values.format == "csc" else "csr"
+        kind: MatrixKind = "csc" if values.format == "csc" else "csr"
         counts = _row_counts(values)
         return MatrixSchema(name, kind, dtype.name, "int32", values.shape[1], ROW_STEP, knots(np.cumsum(counts)))
     return MatrixSchema(name, "dense", dtype.newbyteorder("=").name, "", int(values.shape[1]))
 
 
 def _row_counts(matrix: Any) -> NDArray[np.int64]:
-    return np.bincount(matrix.indices, minlength=matrix.shape[0]) if matrix.format == "csc" else np.diff(matrix.tocsr().indptr)
+    return (
+        np.bincount(matrix.indices, minlength=matrix.shape[0])
+        if matrix.format == "csc"
+        else np.diff(matrix.tocsr().indptr)
+    )
 
 
 def knots(ends: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -113,7 +119,9 @@ def _csr_in_memory(rows: Any) -> CsrRows:
 def _stored_csr(group: Any, start: int, stop: int) -> CsrRows:
     bounds = np.asarray(group["indptr"][start : stop + 1]).astype(np.int64)
     if len(bounds) != stop - start + 1:
-        msg = f"indptr ends after {start + len(bounds) - 1:,} rows and shape says at least {stop:,}; write the file anew"
+        msg = (
+            f"indptr ends after {start + len(bounds) - 1:,} rows and shape says at least {stop:,}; write the file anew"
+        )
         raise SchemaError(msg)
     low, high = int(bounds[0]), int(bounds[-1])
     return CsrRows(

@@ -7,15 +7,19 @@ import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import fsspec
 import zarr
+import zarr.storage
 from fsspec.implementations.local import LocalFileSystem
 
 from annbatch_dask.errors import CollectionError
 
-__all__ = ["Folder"]
+if TYPE_CHECKING:
+    from zarr.abc.store import Store
+
+__all__ = ["Folder", "folder_of"]
 
 _TMP = ".tmp-"
 
@@ -54,13 +58,11 @@ class Folder:
         """On a disk that this process can address by path."""
         return isinstance(self.fs, LocalFileSystem)
 
-    def zarr_store(self, *, read_only: bool = False) -> zarr.abc.store.Store:
+    def zarr_store(self, *, read_only: bool = False) -> Store:
         """The folder as a zarr store."""
         if self.is_local:
             return zarr.storage.LocalStore(self.path, read_only=read_only)
-        return zarr.storage.FsspecStore.from_url(
-            self.url, storage_options=self.options or None, read_only=read_only
-        )
+        return zarr.storage.FsspecStore.from_url(self.url, storage_options=self.options or None, read_only=read_only)
 
     def exists(self, name: str) -> bool:
         """Whether a file of this name is there."""
@@ -72,7 +74,8 @@ class Folder:
 
     def open(self, name: str) -> IO[bytes]:
         """A file, for reading."""
-        return self.fs.open(f"{self.path}/{name}", "rb")
+        f: IO[bytes] = self.fs.open(f"{self.path}/{name}", "rb")
+        return f
 
     def names(self) -> list[str]:
         """Names in the folder; none if it does not exist."""

@@ -387,8 +387,8 @@ class _Pieces:
     def by_shard(self, chunks_per_shard: int) -> Iterator[tuple[int, int, int]]:
         """Shard row, and the stretch of ``chunks`` that lies in it."""
         shards, firsts = np.unique(self.chunks // chunks_per_shard, return_index=True)
-        lasts = [*firsts[1:].tolist(), len(self.chunks)]
-        return zip(shards.tolist(), firsts.tolist(), lasts, strict=True)
+        bounds = [*firsts.tolist(), len(self.chunks)]
+        return zip(shards.tolist(), bounds[:-1], bounds[1:], strict=True)
 
 
 @dataclass

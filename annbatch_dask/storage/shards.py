@@ -92,7 +92,7 @@ class ShardWriter:
         The array's attributes.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - an array's layout
         self,
         folder: Folder,
         key: str,

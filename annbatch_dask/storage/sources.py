@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import fsspec
 import h5py
+import numpy as np
 import pandas as pd
 import zarr
 from numpy.typing import NDArray
@@ -52,7 +53,7 @@ class Source(Protocol):
         """Rows [start, stop) of an obs column."""
 
     def names(self, start: int, stop: int) -> NDArray[np.object_]:
-        """obs names of rows [start, stop)."""
+        """Obs names of rows [start, stop)."""
 
 
 @contextlib.contextmanager
@@ -67,7 +68,7 @@ def open_source(ref: SourceRef) -> Iterator[Source]:
         If it is no AnnData file, or cut short.
     """
     if ref.load_adata is not None:
-        from annbatch_dask.storage.adata import AnnDataSource  # noqa: PLC0415 - imports anndata, which takes seconds
+        from annbatch_dask.storage.adata import AnnDataSource  # imports anndata, which takes seconds
 
         yield AnnDataSource(ref.label, ref.load_adata(ref.item))
         return
@@ -79,7 +80,7 @@ def open_source(ref: SourceRef) -> Iterator[Source]:
         if is_current(group):
             yield GroupSource(ref.label, group, _identity(ref))
         else:
-            from annbatch_dask.storage.adata import AnnDataSource, read_legacy  # noqa: PLC0415 - imports anndata
+            from annbatch_dask.storage.adata import AnnDataSource, read_legacy  # imports anndata
 
             yield AnnDataSource(ref.label, read_legacy(ref.item), _identity(ref))
 

@@ -181,7 +181,7 @@ class SpillReader:
 def _read(f: IO[bytes], start: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
     f.seek(start)
     view = memoryview(out)
-    while len(view):
+    while view:
         n = f.readinto(view)  # type: ignore[attr-defined]
         if not n:
             msg = f"a spill file ends {len(view):,} bytes early; remove the scratch folder and build again"

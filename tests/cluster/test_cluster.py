@@ -40,7 +40,20 @@ def scheduler(tmp_path_factory):
     contact = folder / "scheduler.json"
     worker = ("dask", "worker", "--scheduler-file", str(contact), "--nthreads", "1", "--local-directory", str(folder))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(process("dask", "scheduler", "--port", "0", "--dashboard-address", "127.0.0.1:0", "--host", "127.0.0.1", "--scheduler-file", str(contact)))
+        stack.enter_context(
+            process(
+                "dask",
+                "scheduler",
+                "--port",
+                "0",
+                "--dashboard-address",
+                "127.0.0.1:0",
+                "--host",
+                "127.0.0.1",
+                "--scheduler-file",
+                str(contact),
+            )
+        )
         for _ in range(N_WORKERS):
             stack.enter_context(process(*worker, "--no-dashboard"))
         with Client(scheduler_file=str(contact), timeout=60, set_as_default=False) as client:
@@ -73,7 +86,23 @@ def test_a_synthetic_pair_on_two_workers_equals_one_process(tmp_path, h5ad_pair,
 
 
 def test_pbmc68k_through_the_command_line(tmp_path, scheduler):
-    assert main(["shuffle", pbmc(), "-o", str(tmp_path / "a.zarr"), "--scheduler", scheduler, "--seed", "7", "--dataset-size", "400"]) == 0
+    assert (
+        main(
+            [
+                "shuffle",
+                pbmc(),
+                "-o",
+                str(tmp_path / "a.zarr"),
+                "--scheduler",
+                scheduler,
+                "--seed",
+                "7",
+                "--dataset-size",
+                "400",
+            ]
+        )
+        == 0
+    )
     out = DatasetCollection(tmp_path / "a.zarr")
     assert rows_of(out) == rows_of(local(tmp_path / "b.zarr", [pbmc()], seed=7, dataset_size=400))
     assert tree_digest(tmp_path / "a.zarr") == tree_digest(tmp_path / "b.zarr")

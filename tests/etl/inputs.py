@@ -20,11 +20,15 @@ def matrices(draw, n_obs, n_vars, dtype):
     dtype = np.dtype(dtype)
     values = [0, 0, 0, 1, 2]
     if dtype.kind == "f":
-        values += draw(st.sampled_from([[], [255, 256, 65536], [0.5, -1.0, 1e-30], [np.nan, np.inf, -np.inf], [0.1], [2**40]]))
+        values += draw(
+            st.sampled_from([[], [255, 256, 65536], [0.5, -1.0, 1e-30], [np.nan, np.inf, -np.inf], [0.1], [2**40]])
+        )
     elif dtype.kind in "iu":
         info = np.iinfo(dtype)
         values += draw(st.sampled_from([[], [100], [int(info.max), int(info.min)]]))
-    rows = draw(st.lists(st.lists(st.sampled_from(values), min_size=n_vars, max_size=n_vars), min_size=n_obs, max_size=n_obs))
+    rows = draw(
+        st.lists(st.lists(st.sampled_from(values), min_size=n_vars, max_size=n_vars), min_size=n_obs, max_size=n_obs)
+    )
     return np.array(rows, dtype=dtype).reshape(n_obs, n_vars)
 
 

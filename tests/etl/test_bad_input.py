@@ -56,7 +56,9 @@ def test_a_truncated_file(out, h5ad_pair, tmp_path):
     cut = tmp_path / "cut.h5ad"
     raw = h5ad_pair[0].read_bytes()
     cut.write_bytes(raw[: len(raw) // 2])
-    with pytest.raises(SourceError, match=rf"cut\.h5ad \({len(raw) // 2:,} bytes\) is not a whole HDF5 file.*copy it again"):
+    with pytest.raises(
+        SourceError, match=rf"cut\.h5ad \({len(raw) // 2:,} bytes\) is not a whole HDF5 file.*copy it again"
+    ):
         add(out, [cut])
 
 
@@ -87,7 +89,9 @@ def test_duplicate_var_names(out, h5ad_pair, tmp_path):
     a.var_names = ["a", "b", "a", "c"]
     a.write_h5ad(tmp_path / "dup.h5ad")
     for paths in ([tmp_path / "dup.h5ad"], [h5ad_pair[0], tmp_path / "dup.h5ad"]):
-        with pytest.raises(SchemaError, match=r"var_names are not unique: 4 names, 3 distinct.*'a'.*var_names_make_unique"):
+        with pytest.raises(
+            SchemaError, match=r"var_names are not unique: 4 names, 3 distinct.*'a'.*var_names_make_unique"
+        ):
             add(out, paths)
 
 
@@ -116,7 +120,9 @@ def ordered(*categories):
 def test_categoricals_with_clashing_orders(out, tmp_path):
     small(stage=ordered("early", "mid", "late")).write_h5ad(tmp_path / "a.h5ad")
     small(stage=ordered("late", "early")).write_h5ad(tmp_path / "b.h5ad")
-    with pytest.raises(SchemaError, match=r"'stage' is ordered in clashing ways \(.*early < mid < late; .*late < early\)"):
+    with pytest.raises(
+        SchemaError, match=r"'stage' is ordered in clashing ways \(.*early < mid < late; .*late < early\)"
+    ):
         add(out, [tmp_path / "a.h5ad", tmp_path / "b.h5ad"])
 
 
@@ -162,7 +168,9 @@ def test_a_dataset_larger_than_memory_allows(out, h5ad_pair):
     paths = [str(p) for p in h5ad_pair]
     many = DatasetCollection(out).plan_adatas(paths, seed=0)
     assert many.peak_nbytes[1] < many.budget.task_nbytes
-    with pytest.raises(MemoryBudgetError, match=r"needs .* MiB and a worker thread has .*B.*start workers with more memory"):
+    with pytest.raises(
+        MemoryBudgetError, match=r"needs .* MiB and a worker thread has .*B.*start workers with more memory"
+    ):
         add(out, h5ad_pair, memory_limit="430MiB")
     with pytest.raises(MemoryError):
         add(out, h5ad_pair, memory_limit="430MiB")
@@ -179,7 +187,9 @@ def test_a_dataset_whose_obs_exceeds_memory_names_dataset_size():
         "big.h5ad", n, np.array(["a", "b"], object), (MatrixSchema("X", "csr", "float32", "int32", 2, 64, nnz),), ()
     )
     budget = Budget(2000 * MIB)
-    with pytest.raises(MemoryBudgetError, match=r"gathering a dataset of 50,000,000 cells needs .* GiB.*lower dataset_size"):
+    with pytest.raises(
+        MemoryBudgetError, match=r"gathering a dataset of 50,000,000 cells needs .* GiB.*lower dataset_size"
+    ):
         build_plan([source], Options(seed=0, dataset_rows=n), budget=budget)
     plan = build_plan([source], Options(seed=0, dataset_rows=1_000_000), budget=budget)
     assert max(plan.peak_nbytes) <= budget.task_nbytes
@@ -288,4 +298,6 @@ def test_nan_and_infinite_values_are_data(tmp_path):
 
 def test_every_error_is_also_a_builtin():
     for cls in AnnbatchDaskError.__subclasses__():
-        assert any(b.__module__ == "builtins" and b not in (Exception, object) for b in cls.__mro__ if b is not BaseException)
+        assert any(
+            b.__module__ == "builtins" and b not in (Exception, object) for b in cls.__mro__ if b is not BaseException
+        )

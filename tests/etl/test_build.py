@@ -92,7 +92,7 @@ def test_events_add_up_to_what_was_announced(tmp_path, h5ad_pair):
 def test_nothing_is_left_beside_the_collection(tmp_path, h5ad_pair):
     build(tmp_path / "a.zarr", h5ad_pair)
     assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
-    assert not [p for p in (tmp_path / "a.zarr").rglob(".tmp-*")]
+    assert not list((tmp_path / "a.zarr").rglob(".tmp-*"))
 
 
 def test_scratch_elsewhere(tmp_path, h5ad_pair):
@@ -149,7 +149,12 @@ def test_layers_and_obsm_travel_with_their_rows(tmp_path):
             )
         )
         inputs[-1].write_h5ad(tmp_path / f"{k}.h5ad")
-    out = ad.concat([ad.io.read_zarr(g) for g in build(tmp_path / "o.zarr", [tmp_path / "0.h5ad", tmp_path / "1.h5ad"], dataset_size=25)])
+    out = ad.concat(
+        [
+            ad.io.read_zarr(g)
+            for g in build(tmp_path / "o.zarr", [tmp_path / "0.h5ad", tmp_path / "1.h5ad"], dataset_size=25)
+        ]
+    )
     want = ad.concat(inputs, join="outer")[out.obs_names]
     assert out.var_names.tolist() == want.var_names.tolist()
     np.testing.assert_array_equal(dense_x(out), dense_x(want))
@@ -266,7 +271,12 @@ def test_values_take_the_smallest_dtype_and_say_what_they_were(tmp_path, h5ad_pa
 
 @pytest.mark.parametrize(
     "compressor",
-    [(), zarr.codecs.ZstdCodec(level=1), zarr.codecs.GzipCodec(level=1), zarr.codecs.BloscCodec(cname="zstd", clevel=1)],
+    [
+        (),
+        zarr.codecs.ZstdCodec(level=1),
+        zarr.codecs.GzipCodec(level=1),
+        zarr.codecs.BloscCodec(cname="zstd", clevel=1),
+    ],
     ids=["none", "zstd", "gzip", "blosc-zstd"],
 )
 def test_compressors(tmp_path, h5ad_pair, compressor):

@@ -6,11 +6,7 @@ from pathlib import Path
 
 import anndata as ad
 import dask
-import numpy as np
-import pandas as pd
-import pytest
-import scipy.sparse as sp
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from annbatch_dask import DatasetCollection
@@ -29,7 +25,9 @@ def write(adata, path, how):
 
 
 def build(folder, inputs, hows, **options):
-    paths = [folder / f"in{i}.{'zarr' if how in ('zarr', 'zarr2') else 'h5ad'}" for i, how in enumerate(hows[: len(inputs)])]
+    paths = [
+        folder / f"in{i}.{'zarr' if how in ('zarr', 'zarr2') else 'h5ad'}" for i, how in enumerate(hows[: len(inputs)])
+    ]
     for a, path, how in zip(inputs, paths, hows, strict=False):
         write(a, path, how)
     with dask.config.set(scheduler="synchronous"):
@@ -39,9 +37,7 @@ def build(folder, inputs, hows, **options):
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(
-    inputs=st.tuples(adatas(0), adatas(1), adatas(2)).flatmap(
-        lambda xs: st.integers(1, 3).map(lambda n: list(xs[:n]))
-    ),
+    inputs=st.tuples(adatas(0), adatas(1), adatas(2)).flatmap(lambda xs: st.integers(1, 3).map(lambda n: list(xs[:n]))),
     hows=st.lists(st.sampled_from(["gzip", "lzf", None, "zarr", "zarr2"]), min_size=3, max_size=3),
     dataset_size=st.sampled_from([5, 9, 1000]),
     n_obs_per_chunk=st.sampled_from([1, 4, 64]),

@@ -59,7 +59,13 @@ def test_sort_rows_is_stable_within_rows():
     assert order.tolist() == [1, 2, 0, 4, 3]
 
 
-@given(hnp.arrays(np.float32, st.integers(0, 40), elements=st.sampled_from([0.0, 1.0, 300.0, -0.0, 0.5, np.nan, np.inf, -7.0, 2.0**25])))
+@given(
+    hnp.arrays(
+        np.float32,
+        st.integers(0, 40),
+        elements=st.sampled_from([0.0, 1.0, 300.0, -0.0, 0.5, np.nan, np.inf, -7.0, 2.0**25]),
+    )
+)
 def test_range_of_floats(values):
     integral, low, high, single, n_nan, n_inf = range_of(values)
     finite_whole = all(np.isfinite(v) and v == int(v) and not (v == 0 and np.signbit(v)) for v in values)
@@ -70,7 +76,11 @@ def test_range_of_floats(values):
         assert (low, high) == (min(0, int(values.min())), max(0, int(values.max())))
 
 
-@given(hnp.arrays(np.float64, st.integers(1, 20), elements=st.sampled_from([0.0, 1.0, 0.1, 1e300, 2.0**53 + 2, 2.0**70, np.nan])))
+@given(
+    hnp.arrays(
+        np.float64, st.integers(1, 20), elements=st.sampled_from([0.0, 1.0, 0.1, 1e300, 2.0**53 + 2, 2.0**70, np.nan])
+    )
+)
 def test_range_of_doubles_knows_what_single_precision_loses(values):
     with np.errstate(over="ignore"):
         want = all(np.isnan(v) or np.float64(np.float32(v)) == v for v in values)

@@ -1,6 +1,6 @@
 """Write ``annbatch_collection.zip``: a small collection made by annbatch itself, for tests on machines without it.
 
-    python tests/peers/make_fixture.py        (needs annbatch 0.3.1, on Python 3.12 or later)
+python tests/peers/make_fixture.py        (needs annbatch 0.3.1, on Python 3.12 or later)
 """
 
 import shutil
@@ -32,7 +32,9 @@ def main():
             paths.append(f"{tmp}/in{k}.h5ad")
             ad.AnnData(X, obs, pd.DataFrame(index=genes)).write_h5ad(paths[-1])
         out = zarr.open(f"{tmp}/c/annbatch.zarr", mode="w")
-        DatasetCollection(out).add_adatas(paths, shuffle_chunk_size=5, dataset_size=25, shuffle=True, rng=np.random.default_rng(0))
+        DatasetCollection(out).add_adatas(
+            paths, shuffle_chunk_size=5, dataset_size=25, shuffle=True, rng=np.random.default_rng(0)
+        )
         rows = ad.concat([ad.io.read_h5ad(p) for p in paths], join="outer")
         want = pd.DataFrame(rows.X.toarray(), index=rows.obs_names, columns=rows.var_names)
         want.insert(0, "row", rows.obs["row"].to_numpy())

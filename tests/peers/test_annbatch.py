@@ -86,7 +86,13 @@ def test_both_loaders_yield_the_same_rows_of_a_live_collection(tmp_path, h5ad_pa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = annbatch.DatasetCollection(zarr.open(tmp_path / "a.zarr", mode="w"))
-        made.add_adatas([str(p) for p in h5ad_pair], shuffle_chunk_size=10, dataset_size=200, rng=np.random.default_rng(0))
+        made.add_adatas(
+            [str(p) for p in h5ad_pair], shuffle_chunk_size=10, dataset_size=200, rng=np.random.default_rng(0)
+        )
         a = epoch(annbatch.Loader(**SIZES, shuffle=True, preload_to_gpu=False).use_collection(made))
-    b = epoch(Loader(**SIZES, shuffle=True, preload_to_gpu=False).use_collection(DatasetCollection(tmp_path / "a.zarr", mode="r")))
+    b = epoch(
+        Loader(**SIZES, shuffle=True, preload_to_gpu=False).use_collection(
+            DatasetCollection(tmp_path / "a.zarr", mode="r")
+        )
+    )
     pd.testing.assert_frame_equal(a, b, check_dtype=False)

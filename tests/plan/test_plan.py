@@ -17,7 +17,9 @@ from annbatch_dask.plan.memory import MIB, Budget
 from annbatch_dask.plan.schema import Categories, ColumnSchema, MatrixSchema, SourceSchema
 
 FLOATS = st.one_of(
-    st.integers(-(2**40), 2**40).map(float), st.floats(allow_nan=True), st.sampled_from([0.0, -0.0, 255.0, 65535.0, np.inf])
+    st.integers(-(2**40), 2**40).map(float),
+    st.floats(allow_nan=True),
+    st.sampled_from([0.0, -0.0, 255.0, 65535.0, np.inf]),
 )
 
 
@@ -60,7 +62,9 @@ def test_no_values_need_one_byte():
     assert smallest_dtype(NOTHING, np.dtype("float64")) == np.uint8
 
 
-@pytest.mark.parametrize(("n", "want"), [(0, "uint8"), (256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")])
+@pytest.mark.parametrize(
+    ("n", "want"), [(0, "uint8"), (256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")]
+)
 def test_index_dtype(n, want):
     assert index_dtype(n) == want
     assert n == 0 or np.iinfo(want).max >= n - 1
@@ -94,7 +98,11 @@ def source(path="a.h5ad", n_obs=1000, genes=("a", "b", "c"), per_row=10, columns
     return SourceSchema(path, n_obs, np.array(genes, object), (x,), tuple(columns), **fields)
 
 
-@given(st.lists(st.integers(0, 3000), min_size=1, max_size=4), st.integers(100, 10**6), st.sampled_from(["csr", "dense", "csc"]))
+@given(
+    st.lists(st.integers(0, 3000), min_size=1, max_size=4),
+    st.integers(100, 10**6),
+    st.sampled_from(["csr", "dense", "csc"]),
+)
 def test_blocks_tile_the_sources(sizes, block_nbytes, kind):
     sources = [source(f"{i}", n, kind=kind) for i, n in enumerate(sizes)]
     blocks = cut_blocks(sources, block_nbytes=block_nbytes, csc_nbytes=10 * block_nbytes, obs_nbytes=8)
@@ -115,7 +123,9 @@ def test_a_thousand_files_plan_in_low_thousands_of_tasks():
 
 def test_peak_does_not_grow_with_the_atlas():
     small, large = (
-        build_plan([source(n_obs=n, per_row=2000)], Options(seed=0, dataset_rows=10_000), budget=Budget(2048 * MIB)).peak_nbytes
+        build_plan(
+            [source(n_obs=n, per_row=2000)], Options(seed=0, dataset_rows=10_000), budget=Budget(2048 * MIB)
+        ).peak_nbytes
         for n in (100_000, 400_000)
     )
     np.testing.assert_allclose(small, large, rtol=0.02)
@@ -150,7 +160,9 @@ def numeric(dtype, *, nullable=False):
 
 
 def categorical(*values, ordered=False):
-    return ColumnSchema("x", "categorical", categories=Categories(values, "str" if isinstance(values[0], str) else "int64", ordered))
+    return ColumnSchema(
+        "x", "categorical", categories=Categories(values, "str" if isinstance(values[0], str) else "int64", ordered)
+    )
 
 
 STRING = ColumnSchema("x", "string")
@@ -185,7 +197,12 @@ def test_categories_unite_and_codes_are_mapped():
 
 @pytest.mark.parametrize(
     ("a", "b"),
-    [(numeric("int64"), STRING), (categorical("a"), numeric("int64")), (categorical(1), categorical("a")), (categorical(1), STRING)],
+    [
+        (numeric("int64"), STRING),
+        (categorical("a"), numeric("int64")),
+        (categorical(1), categorical("a")),
+        (categorical(1), STRING),
+    ],
 )
 def test_kinds_that_clash(a, b):
     with pytest.raises(SchemaError, match="make them one kind in load_adata"):

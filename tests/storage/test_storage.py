@@ -69,12 +69,24 @@ def test_a_damaged_chunk_is_an_error(tmp_path):
             read_h5_rows(d, 0, 100)
 
 
-@pytest.mark.parametrize("compressor", [(), zarr.codecs.BloscCodec(cname="lz4", clevel=3, shuffle="shuffle"), zarr.codecs.BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"), zarr.codecs.ZstdCodec(level=1), zarr.codecs.GzipCodec(level=1)], ids=["none", "blosc-lz4", "blosc-zstd", "zstd", "gzip"])
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        (),
+        zarr.codecs.BloscCodec(cname="lz4", clevel=3, shuffle="shuffle"),
+        zarr.codecs.BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"),
+        zarr.codecs.ZstdCodec(level=1),
+        zarr.codecs.GzipCodec(level=1),
+    ],
+    ids=["none", "blosc-lz4", "blosc-zstd", "zstd", "gzip"],
+)
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "int64", "bool"])
 def test_shards_equal_zarrs_own(tmp_path, compressor, dtype):
     rng = np.random.default_rng(0)
     folder = Folder(str(tmp_path / "o.zarr"))
-    for shape, (chunk, shard) in itertools.product([(0,), (1,), (64,), (100,), (70, 3)], [(8, 16), (7, 35), (200, 200)]):
+    for shape, (chunk, shard) in itertools.product(
+        [(0,), (1,), (64,), (100,), (70, 3)], [(8, 16), (7, 35), (200, 200)]
+    ):
         values = rng.integers(0, 2 if dtype == "bool" else 100, shape).astype(dtype)
         options = {"shape": shape, "dtype": np.dtype(dtype), "chunk_rows": chunk, "shard_rows": shard}
         with ShardWriter(folder, "g/a", **options, compressor=compressor_json(compressor), attributes={"k": 1}) as w:
@@ -84,8 +96,14 @@ def test_shards_equal_zarrs_own(tmp_path, compressor, dtype):
         np.testing.assert_array_equal(ours[...], values)
         rest = shape[1:]
         theirs = zarr.create_array(
-            zarr.storage.MemoryStore(), shape=shape, dtype=dtype, chunks=(chunk, *rest), shards=(shard, *rest),
-            compressors=list(compressor) if isinstance(compressor, tuple) else [compressor], fill_value=0, attributes={"k": 1},
+            zarr.storage.MemoryStore(),
+            shape=shape,
+            dtype=dtype,
+            chunks=(chunk, *rest),
+            shards=(shard, *rest),
+            compressors=list(compressor) if isinstance(compressor, tuple) else [compressor],
+            fill_value=0,
+            attributes={"k": 1},
         )
         assert ours.metadata.codecs == theirs.metadata.codecs
         (folder / "g").remove()
@@ -93,17 +111,23 @@ def test_shards_equal_zarrs_own(tmp_path, compressor, dtype):
 
 def test_shards_that_fall_short_are_refused(tmp_path):
     folder = Folder(str(tmp_path / "o.zarr"))
-    with pytest.raises(LayoutError, match="has 10 rows and 4 were written"), ShardWriter(
-        folder, "a", shape=(10,), dtype=np.dtype("u1"), chunk_rows=4, shard_rows=4, compressor=None, attributes={}
-    ) as w:
+    with (
+        pytest.raises(LayoutError, match="has 10 rows and 4 were written"),
+        ShardWriter(
+            folder, "a", shape=(10,), dtype=np.dtype("u1"), chunk_rows=4, shard_rows=4, compressor=None, attributes={}
+        ) as w,
+    ):
         w.append(np.zeros(4, "u1"))
 
 
 def test_an_error_leaves_no_half_shard(tmp_path):
     folder = Folder(str(tmp_path / "o.zarr"))
-    with pytest.raises(KeyError), ShardWriter(
-        folder, "a", shape=(10,), dtype=np.dtype("u1"), chunk_rows=4, shard_rows=8, compressor=None, attributes={}
-    ) as w:
+    with (
+        pytest.raises(KeyError),
+        ShardWriter(
+            folder, "a", shape=(10,), dtype=np.dtype("u1"), chunk_rows=4, shard_rows=8, compressor=None, attributes={}
+        ) as w,
+    ):
         w.append(np.zeros(5, "u1"))
         raise KeyError
     assert {p.name for p in (tmp_path / "o.zarr").rglob("*") if p.is_file()} == {"zarr.json"}
