@@ -6,6 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,7 +135,7 @@ class Sampler(ABC):
             if close is not None:
                 close()
 
-    def _default_splits(self, request: LoadRequest) -> list[NDArray[np.int64]]:
+    def _default_splits(self, request: LoadRequest) -> list[NDArray[np.integer[Any]]]:
         for name in ("batch_size", "shuffle"):
             if getattr(self, name) is None:
                 msg = f"{name} must be set when splits are not provided in LoadRequest"
@@ -145,13 +146,13 @@ class Sampler(ABC):
         return cut(order, self.batch_size or 1)
 
 
-def count_rows(requests: list[slice] | NDArray[np.integer]) -> int:  # type: ignore[type-arg]
+def count_rows(requests: list[slice] | NDArray[np.integer[Any]]) -> int:
     """Rows asked for, repeats counted."""
     if isinstance(requests, np.ndarray):
         return len(requests)
     return sum(part.stop - (part.start or 0) for part in requests)
 
 
-def cut(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+def cut(order: NDArray[np.int64], size: int) -> list[NDArray[np.integer[Any]]]:
     """``order`` in pieces of ``size``, the last one maybe shorter."""
     return [order[start : start + size] for start in range(0, len(order), size)]

@@ -22,7 +22,7 @@ __all__ = ["RandomSampler", "SequentialSampler"]
 
 
 class _Worker(NamedTuple):
-    """This process's place among the workers of a torch DataLoader."""
+    """Where this process stands among the workers of a torch DataLoader."""
 
     id: int
     n_workers: int
@@ -129,7 +129,9 @@ class _RunSampler(Sampler):
         """The request for one window; None where dropping the partial batch leaves nothing."""
         if self._drop_last:
             order = order[: len(order) - len(order) % self._batch_size]
-        return {"requests": slices, "splits": cut(order, self._batch_size)} if len(order) else None
+        if not len(order):
+            return None
+        return {"requests": slices, "splits": cut(order, self._batch_size)}
 
 
 class RandomSampler(_RunSampler):
@@ -155,7 +157,7 @@ class RandomSampler(_RunSampler):
         Source of randomness; by default a fresh one. Every pass takes one key from it.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - annbatch's interface
         self,
         chunk_size: int,
         preload_nchunks: int,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from typing_extensions import NotRequired
 
 __all__ = ["LoadRequest", "LoaderOutput"]
 

@@ -106,8 +106,8 @@ class BatchBuilder:
                 yield partial(_densify, block, starts, lengths, out, places)
             return
         width = math.prod(self.width)
-        for block, places in _parts(window, split, n_parts):
-            source = window.blocks[block]
+        for number, places in _parts(window, split, n_parts):
+            source = window.blocks[number]
             assert isinstance(source, DenseBlock)  # noqa: S101
             positions = source.positions[window.position[split[places]]]
             yield partial(_pick, source.values, positions, width, out, places)

@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
@@ -57,9 +57,7 @@ class Budget:
     def reserve(self, nbytes: int) -> None:
         """Wait until ``nbytes`` more fit; raises Closed when the iteration ends meanwhile."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._is_closed or self._n_held == 0 or self._used + nbytes <= self._limit
-            )
+            self._changed.wait_for(lambda: self._is_closed or self._n_held == 0 or self._used + nbytes <= self._limit)
             if self._is_closed:
                 raise Closed
             self._used += nbytes
@@ -256,8 +254,10 @@ class Pipeline:
         futures = self._start(0, tasks)
         obs = None if self._obs is None else self._obs.take(assignments, len(rows))
         self._wait(futures)
-        dtype = np.result_type(*(self._sources[a.dataset].dtype for a in assignments or [])) if assignments else (
-            self._sources[0].dtype
+        dtype = (
+            np.result_type(*(self._sources[a.dataset].dtype for a in assignments or []))
+            if assignments
+            else (self._sources[0].dtype)
         )
         return Window(rows, splits, blocks, block, position, lengths, dtype, obs, nbytes)
 
@@ -294,7 +294,7 @@ class Pipeline:
 
     # --- helpers
 
-    def _start(self, stage: int, tasks: list[Task]) -> list[Any]:
+    def _start(self, stage: int, tasks: list[Task]) -> list[Future[None]]:
         if len(tasks) == 1 and stage == 1:
             tasks[0]()  # small batches: not worth waking a thread
             return []
@@ -305,11 +305,16 @@ class Pipeline:
                 raise Closed from None
             raise
 
-    def _wait(self, futures: list[Any]) -> None:
+    def _wait(self, futures: list[Future[None]]) -> None:
         # All of them, even after a failure: a task still running writes into buffers of this window.
-        wait(futures)
+        # One by one: concurrent.futures.wait never returns for a future that a shutdown cancelled.
+        errors: list[Exception] = []
         for future in futures:
             try:
                 future.result()
             except CancelledError:
-                raise Closed from None
+                errors.append(Closed())
+            except Exception as error:  # noqa: BLE001
+                errors.append(error)
+        if errors:
+            raise errors[0]

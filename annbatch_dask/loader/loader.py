@@ -103,7 +103,7 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
     ...     train(batch["X"], batch["obs"]["cell_type"])
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - annbatch's interface
         self,
         *,
         batch_sampler: Sampler | None = None,
@@ -195,9 +195,7 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
 
     # --- adding data
 
-    def use_collection(
-        self, collection: Any, *, load_adata: Callable[[zarr.Group], ad.AnnData] | None = None
-    ) -> Self:
+    def use_collection(self, collection: Any, *, load_adata: Callable[[zarr.Group], ad.AnnData] | None = None) -> Self:
         """Add all datasets of a collection, in its order.
 
         Parameters
@@ -342,9 +340,7 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         )
 
 
-def _batches(
-    pipeline: Pipeline, requests: Iterator[LoadRequest], var: pd.DataFrame | None
-) -> Iterator[LoaderOutput]:
+def _batches(pipeline: Pipeline, requests: Iterator[LoadRequest], var: pd.DataFrame | None) -> Iterator[LoaderOutput]:
     """Keep a few requests under way; the sampler runs in this, the consumer's, thread."""
     pending: deque[int] = deque()
     is_over = False

@@ -35,14 +35,22 @@ class _Home:
 
 
 class _Lease:
-    """Owns memory on behalf of all arrays made from it; they keep it alive as their base."""
+    """Owns memory on behalf of the array made from it, which keeps it alive as its base.
+
+    It describes the array itself, not the bytes: scipy copies an array that looks like a small part of its base.
+    """
 
     __slots__ = ("__array_interface__", "_home", "_memory")
 
-    def __init__(self, memory: NDArray[np.uint8], home: _Home) -> None:
+    def __init__(self, memory: NDArray[np.uint8], shape: tuple[int, ...], dtype: np.dtype[Any], home: _Home) -> None:
         self._memory = memory
         self._home = home
-        self.__array_interface__ = memory.__array_interface__
+        self.__array_interface__ = {
+            "version": 3,
+            "data": memory.__array_interface__["data"],
+            "shape": shape,
+            "typestr": dtype.str,
+        }
 
     def __del__(self) -> None:
         self._home.welcome(self._memory)
@@ -67,8 +75,7 @@ class BufferPool:
         nbytes = math.prod(shape) * kind.itemsize
         if nbytes < _MIN_POOLED_NBYTES:
             return np.empty(shape, kind)
-        memory = np.asarray(_Lease(self._take(nbytes), self._home))
-        return memory[:nbytes].view(kind).reshape(shape)
+        return np.asarray(_Lease(self._take(nbytes), shape, kind, self._home))
 
     def close(self) -> None:
         """Let go of all idle memory, and of the rest as it comes back."""

@@ -10,10 +10,9 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.sparse as sp
 import zarr
 from anndata.abc import CSRDataset
 from numpy.typing import NDArray
@@ -21,6 +20,9 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import SourceError
 from annbatch_dask.loader.pool import BufferPool
 from annbatch_dask.storage.ranges import RangeReader, Task
+
+if TYPE_CHECKING:
+    import scipy.sparse as sp
 
 __all__ = [
     "ArraySource",

@@ -380,9 +380,7 @@ class _Pieces:
         dest = np.cumsum(high - low) - (high - low)
         chunks, bounds = np.unique(chunk, return_index=True)
         base = chunk * chunk_len
-        return cls(
-            (low - base).tolist(), (high - base).tolist(), dest.tolist(), chunks, [*bounds.tolist(), len(span)]
-        )
+        return cls((low - base).tolist(), (high - base).tolist(), dest.tolist(), chunks, [*bounds.tolist(), len(span)])
 
     def by_shard(self, chunks_per_shard: int) -> Iterator[tuple[int, int, int]]:
         """Shard row, and the stretch of ``chunks`` that lies in it."""
@@ -422,11 +420,7 @@ def _coalesce(located: Iterator[tuple[int, int, int]]) -> Iterator[_Read]:
     read: _Read | None = None
     for chunk in located:
         _, offset, size = chunk
-        if (
-            read is not None
-            and offset - read.end <= MAX_GAP_NBYTES
-            and offset + size - read.offset <= MAX_READ_NBYTES
-        ):
+        if read is not None and offset - read.end <= MAX_GAP_NBYTES and offset + size - read.offset <= MAX_READ_NBYTES:
             read.end = max(read.end, offset + size)
             read.chunks.append(chunk)
             continue
@@ -444,9 +438,7 @@ def _fill(layout: _Layout, column: _Column, pieces: _Pieces, chunks: list[int], 
             out[(slice(pieces.dest[p], stop), *column.rows_out)] = layout.fill
 
 
-def _run(
-    layout: _Layout, column: _Column, index: _ShardIndex, pieces: _Pieces, read: _Read, out: Array
-) -> None:
+def _run(layout: _Layout, column: _Column, index: _ShardIndex, pieces: _Pieces, read: _Read, out: Array) -> None:
     raw = _pread(index, read)
     for chunk, offset, size in read.chunks:
         start = offset - read.offset
@@ -457,9 +449,7 @@ def _run(
             raise
 
 
-def _place(
-    layout: _Layout, column: _Column, raw: memoryview, pieces: _Pieces, chunk: int, out: Array
-) -> None:
+def _place(layout: _Layout, column: _Column, raw: memoryview, pieces: _Pieces, chunk: int, out: Array) -> None:
     """Decode one chunk: to where it belongs if all of it is wanted, else by way of a scratch chunk."""
     first, last = pieces.bounds[chunk], pieces.bounds[chunk + 1]
     n_rows = layout.chunk_shape[0]
@@ -475,7 +465,7 @@ def _place(
 
 
 def _pread(index: _ShardIndex, read: _Read) -> memoryview:
-    raw = memoryview(_scratch("raw", read.end - read.offset))  # type: ignore[arg-type]
+    raw = memoryview(_scratch("raw", read.end - read.offset))
     descriptor = os.open(index.path, os.O_RDONLY)
     try:
         _check_unchanged(index, os.fstat(descriptor))

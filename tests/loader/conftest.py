@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from tests.loader.data import Collection, loader_threads, write_collection
+
+
+@pytest.fixture(scope="session")
+def collection(tmp_path_factory: pytest.TempPathFactory) -> Collection:
+    """Three sparse datasets of 130, 1 and 90 rows; read only."""
+    return write_collection(tmp_path_factory.mktemp("sparse") / "c.zarr")
+
+
+@pytest.fixture(scope="session")
+def dense_collection(tmp_path_factory: pytest.TempPathFactory) -> Collection:
+    """The same rows stored dense; read only."""
+    return write_collection(tmp_path_factory.mktemp("dense") / "c.zarr", dense=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_threads_left() -> None:
+    """Whatever a test did with its iterators: no thread of the loader outlives them."""
+    yield
+    if loader_threads():
+        gc.collect()  # an iterator in a reference cycle
+    assert not loader_threads()

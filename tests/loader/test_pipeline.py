@@ -1,0 +1,305 @@
+"""Threads, files and memory: read ahead, in order, bounded, and gone afterwards."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import subprocess
+import sys
+import threading
+import traceback
+
+import anndata as ad
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import zarr
+
+from annbatch_dask.errors import IntegrityError
+from annbatch_dask.loader import Loader
+from annbatch_dask.loader import fetch as fetch_module
+from annbatch_dask.loader.fetch import Budget, Closed
+from annbatch_dask.storage.ranges import RangeReader
+from tests.loader.data import dense, loader_threads, matrix, open_files, quiet, write_collection
+from tests.loader.test_loader import check_epoch, csr, make
+from tests.loader.test_samplers import Minimal
+
+needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+
+
+def clean(collection):
+    return not loader_threads() and not open_files(collection.path)
+
+
+def test_nothing_is_left_after_an_epoch(collection):
+    loader = make(collection, shuffle=True)
+    iterator = iter(loader)
+    next(iterator)
+    assert loader_threads()
+    for _ in iterator:
+        pass
+    assert clean(collection)
+
+
+def test_nothing_is_left_after_an_early_end(collection):
+    loader = make(collection, shuffle=True)
+    for _ in loader:
+        break
+    assert clean(collection)
+    iterator = iter(loader)
+    next(iterator)
+    iterator.close()
+    assert clean(collection)
+    iterator = iter(loader)
+    next(iterator)
+    del iterator
+    assert clean(collection)
+    with pytest.raises(ZeroDivisionError):
+        for _ in loader:
+            _ = 1 / 0
+    assert clean(collection)
+
+
+def test_nothing_is_left_of_an_iterator_in_a_cycle(collection):
+    cycle = [iter(make(collection))]
+    cycle.append(cycle)
+    next(cycle[0])
+    del cycle
+    gc.collect()
+    assert clean(collection)
+
+
+def test_nothing_is_started_before_the_first_batch_is_asked_for(collection):
+    iterator = iter(make(collection))
+    assert clean(collection)
+    iterator.close()
+
+
+def test_two_iterators_at_once(collection):
+    loader = make(collection, shuffle=True, rng=1)
+    alone = [[batch["index"].tolist() for batch in epoch] for epoch in (loader, loader)]
+    again = make(collection, shuffle=True, rng=1)
+    together = [([a["index"].tolist(), b["index"].tolist()]) for a, b in zip(again, again, strict=True)]
+    assert [list(epoch) for epoch in zip(*together, strict=True)] == alone
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 7])
+def test_order_does_not_depend_on_threads(collection, monkeypatch, n_threads):
+    monkeypatch.setattr("annbatch_dask.loader.loader.count_threads", lambda: n_threads)
+    found = [batch["index"].tolist() for batch in make(collection, shuffle=True, rng=1)]
+    monkeypatch.undo()
+    assert found == [batch["index"].tolist() for batch in make(collection, shuffle=True, rng=1)]
+
+
+@pytest.mark.parametrize("prefetch_bytes", [1, 20_000, 10**9])
+def test_any_prefetch_budget_works(collection, prefetch_bytes):
+    check_epoch(make(collection, shuffle=True, prefetch_bytes=prefetch_bytes), collection)
+
+
+def test_loading_runs_ahead_but_not_beyond_the_budget(collection, monkeypatch):
+    fetched = []
+    original = fetch_module.Pipeline._fetch
+
+    def fetch(self, request):
+        window = original(self, request)
+        fetched.append(len(window.rows))
+        seen.set() if len(fetched) >= 3 else None
+        return window
+
+    monkeypatch.setattr(fetch_module.Pipeline, "_fetch", fetch)
+    seen = threading.Event()
+    iterator = iter(make(collection))
+    next(iterator)
+    assert seen.wait(30)  # two windows more than the one being consumed
+    iterator.close()
+
+    fetched.clear()
+    iterator = iter(make(collection, prefetch_bytes=1))
+    next(iterator)
+    assert len(fetched) == 1  # a second window is not begun while the first is in use
+    iterator.close()
+
+
+def test_kept_batches_are_never_overwritten(tmp_path):
+    """Batches large enough for the pool; all kept, all still right at the end."""
+    x = np.random.default_rng(0).random((300, 4000)).astype(np.float32)
+    for kwargs in ({}, {"dense": True}):
+        loader = Loader(
+            batch_size=50,
+            chunk_size=50,
+            preload_nchunks=2,
+            shuffle=True,
+            preload_to_gpu=False,
+            return_index=True,
+            **kwargs,
+        )
+        loader.add_dataset(sp.csr_matrix(x) if kwargs else x)
+        kept = [(batch["index"], batch["X"]) for _ in range(3) for batch in loader]
+        for index, rows in kept:
+            np.testing.assert_array_equal(dense(rows), x[index])
+
+
+def test_dropped_batches_are_used_again():
+    x = np.zeros((1000, 4000), np.float32)
+    loader = Loader(batch_size=50, chunk_size=50, preload_nchunks=2, preload_to_gpu=False).add_dataset(x)
+    addresses = [batch["X"].__array_interface__["data"][0] for batch in loader]
+    assert len(addresses) == 20
+    assert len(set(addresses)) <= 8
+
+
+def test_errors_reach_the_consumer_in_their_turn(tmp_path):
+    stored = write_collection(tmp_path / "c.zarr", sizes=(40, 40))
+    data = stored.path / "dataset_1" / "X" / "data" / "c" / "0"
+    raw = bytearray(data.read_bytes())
+    raw[-10] ^= 1
+    data.write_bytes(raw)
+    iterator = iter(make(stored))
+    got = [next(iterator)["index"][0] for _ in range(5)]
+    assert got == [0, 8, 16, 24, 32]
+    with pytest.raises(IntegrityError, match="is damaged") as caught:
+        next(iterator)
+    assert "_read_index" in "".join(traceback.format_tb(caught.value.__traceback__))
+    assert clean(stored)
+
+
+def test_errors_of_a_task_reach_the_consumer(collection, monkeypatch):
+    def broken(self, spans, out):
+        def task():
+            message = "disk on fire"
+            raise OSError(message)
+
+        return [task] * 5
+
+    monkeypatch.setattr(RangeReader, "tasks", broken)
+    with pytest.raises(OSError, match="disk on fire"):
+        list(make(collection))
+    assert clean(collection)
+
+
+def test_errors_of_a_sampler_come_after_its_batches():
+    class Failing(Minimal):
+        def _sample(self, n_obs):
+            yield from self.requests
+            message = "no more ideas"
+            raise LookupError(message)
+
+    sampler = Failing([{"requests": [slice(0, 5)]}] * 3, 5, shuffle=False)
+    iterator = iter(Loader(batch_sampler=sampler, preload_to_gpu=False).add_dataset(csr()))
+    assert len([next(iterator) for _ in range(3)]) == 3
+    with pytest.raises(LookupError, match="no more ideas"):
+        next(iterator)
+
+
+def test_adding_is_refused_while_iterating():
+    loader = Loader(batch_size=5, preload_to_gpu=False).add_dataset(matrix(20))
+    iterator = iter(loader)
+    next(iterator)
+    with pytest.raises(RuntimeError, match="while the loader is being iterated"):
+        loader.add_dataset(matrix(20))
+    iterator.close()
+    assert loader.add_dataset(matrix(20)).n_obs == 40
+
+
+def test_requests_without_batches_are_skipped():
+    nothing = {"requests": [slice(0, 5)], "splits": []}
+    some = {"requests": [slice(5, 8)], "splits": [np.arange(3), np.arange(0)]}
+    sampler = Minimal([nothing, some, nothing])
+    loader = Loader(batch_sampler=sampler, preload_to_gpu=False, return_index=True).add_dataset(csr())
+    assert [batch["index"].tolist() for batch in loader] == [[5, 6, 7], []]
+
+
+def test_budget():
+    budget = Budget(10)
+    budget.reserve(50)  # more than there is, but alone
+    waiting = threading.Thread(target=budget.reserve, args=(1,))
+    waiting.start()
+    budget.release(50)
+    waiting.join(10)
+    budget.reserve(9)
+    blocked = []
+
+    def reserve():
+        try:
+            budget.reserve(1)
+        except Closed:
+            blocked.append(True)
+
+    waiting = threading.Thread(target=reserve)
+    waiting.start()
+    budget.close()
+    waiting.join(10)
+    assert blocked == [True]
+
+
+SCRIPT = """
+import numpy as np
+from annbatch_dask.loader import Loader
+loader = Loader(batch_size=5, chunk_size=5, preload_nchunks=1, preload_to_gpu=False).add_dataset(np.zeros((500, 3)))
+iterator = iter(loader)
+next(iterator)
+print("open")
+"""
+
+
+def test_an_open_iterator_does_not_keep_the_interpreter_alive():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "open\n", "")
+
+
+# --- torch's DataLoader
+
+
+def plain(batch):
+    """What may cross to another process without shared memory."""
+    return batch["index"].tolist(), dense(batch["X"]).tolist()
+
+
+class Plain:
+    """Collates single rows of a loader of batch size 1."""
+
+    def __call__(self, batches):
+        return [plain(batch) for batch in batches]
+
+
+@needs_torch
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize(("n_workers", "context"), [(0, None), (2, "fork"), (2, "spawn")])
+def test_dataloader(collection, n_workers, context):
+    from torch.utils.data import DataLoader
+
+    loader = make(collection, batch_size=1, shuffle=True, rng=0)
+    workers = {"num_workers": n_workers, "multiprocessing_context": context} if n_workers else {}
+    found = [row for rows in DataLoader(loader, batch_size=16, collate_fn=Plain(), **workers) for row in rows]
+    assert sorted(index for (index,), _ in found) == list(range(221))
+    for (index,), (x,) in found:
+        assert x == collection.x[index].tolist()
+
+
+@needs_torch
+def test_dataloader_passes_batches_through(collection):
+    from torch.utils.data import DataLoader
+
+    loader = make(collection, shuffle=True, to="torch")
+    assert len(list(DataLoader(loader, batch_size=None))) == len(loader)
+
+
+def test_stores_other_than_local(collection):
+    """Through zarr's own reading, threads and all."""
+
+    class InMemory:
+        is_empty = False
+
+        def __iter__(self):
+            root = zarr.open_group(collection.path, mode="r")
+            for name in sorted(root.keys()):
+                group = zarr.create_group({})
+                for array in ("data", "indices", "indptr"):
+                    values = root[name]["X"][array]
+                    group.create_array(f"X/{array}", data=values[:], chunks=(40,))
+                group["X"].attrs.update(root[name]["X"].attrs)
+                with quiet():
+                    for frame in ("obs", "var"):
+                        ad.io.write_elem(group, frame, ad.io.read_elem(root[name][frame]))
+                yield group
+
+    check_epoch(make(InMemory(), shuffle=True), collection)

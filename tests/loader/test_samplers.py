@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+import types
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from annbatch_dask.abc import Sampler
+from annbatch_dask.samplers import RandomSampler, SequentialSampler
+
+
+def rows(request):
+    return np.concatenate([np.arange(s.start, s.stop) for s in request["requests"]])
+
+
+def batches(sampler, n_obs):
+    """The rows of each batch of a pass."""
+    return [rows(request)[split] for request in sampler.sample(n_obs) for split in request["splits"]]
+
+
+def drawn(sampler, n_obs):
+    return np.concatenate(batches(sampler, n_obs))
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+@given(
+    n_obs=st.integers(1, 300),
+    chunk=st.integers(1, 20),
+    per_batch=st.integers(1, 4),
+    n_windows=st.integers(1, 4),
+    shuffle=st.booleans(),
+    drop_last=st.booleans(),
+)
+def test_a_pass_is_a_permutation(n_obs, chunk, per_batch, n_windows, shuffle, drop_last):
+    batch_size, preload = chunk * per_batch, per_batch * n_windows
+    if shuffle:
+        sampler = RandomSampler(chunk, preload, batch_size, drop_last=drop_last, rng=rng())
+    else:
+        sampler = SequentialSampler(chunk, preload, batch_size, drop_last=drop_last)
+    found = batches(sampler, n_obs)
+    assert len(found) == sampler.n_batches(n_obs)
+    seen = np.concatenate(found) if found else np.zeros(0, int)
+    assert len(set(seen.tolist())) == len(seen)
+    assert len(seen) == (n_obs // batch_size * batch_size if drop_last else n_obs)
+    assert all(len(batch) == batch_size for batch in found[:-1])
+    if not shuffle:
+        assert seen.tolist() == list(range(len(seen)))
+
+
+def test_chunks_start_on_the_grid_and_the_short_one_is_last():
+    for seed in range(5):
+        requests = list(RandomSampler(10, 2, 5, mask=slice(3, 48), rng=rng(seed)).sample(100))
+        slices = [s for request in requests for s in request["requests"]]
+        assert slices[-1] == slice(43, 48)
+        assert sorted(s.start for s in slices) == [3, 13, 23, 33, 43]
+        assert all(s.stop - s.start == 10 for s in slices[:-1])
+        assert all(len(request["requests"]) == 2 for request in requests[:-1])
+
+
+def test_rows_are_mixed_across_the_window():
+    (request,) = RandomSampler(10, 10, 20, rng=rng()).sample(100)
+    first = rows(request)[request["splits"][0]]
+    assert len(set((first // 10).tolist())) > 4
+
+
+def test_seeds_and_epochs():
+    one, two, other = (RandomSampler(10, 2, 4, rng=rng(seed)) for seed in (1, 1, 2))
+    first = drawn(one, 95).tolist()
+    assert first == drawn(two, 95).tolist()
+    assert first != drawn(other, 95).tolist()
+    assert first != drawn(one, 95).tolist()  # the second epoch
+    assert drawn(one, 95).tolist() != first
+    assert sorted(first) == list(range(95))
+
+
+def test_two_passes_at_once_do_not_disturb_each_other():
+    alone, both = (RandomSampler(10, 2, 4, rng=rng(1)) for _ in range(2))
+    expected = [drawn(alone, 95).tolist(), drawn(alone, 95).tolist()]
+    first, second = both.sample(95), both.sample(95)
+    found = [[], []]
+    for requests in zip(first, second, strict=True):
+        for number, request in enumerate(requests):
+            found[number] += [row for split in request["splits"] for row in rows(request)[split].tolist()]
+    assert found == expected
+
+
+def test_splits_handed_out_are_not_changed():
+    requests = RandomSampler(10, 2, 4, rng=rng()).sample(95)
+    first = next(requests)["splits"]
+    before = [split.copy() for split in first]
+    list(requests)
+    assert all((a == b).all() for a, b in zip(first, before, strict=True))
+
+
+@pytest.mark.parametrize("num_samples", [1, 7, 10, 43, 44, 47, 94, 95])
+@pytest.mark.parametrize("replacement", [False, True])
+def test_num_samples(num_samples, replacement):
+    for seed in range(10):
+        sampler = RandomSampler(10, 2, 4, num_samples=num_samples, replacement=replacement, rng=rng(seed))
+        found = batches(sampler, 95)
+        seen = np.concatenate(found)
+        assert len(seen) == num_samples
+        assert len(found) == sampler.n_batches(95) == -(-num_samples // 4)
+        assert all(len(batch) == 4 for batch in found[:-1])
+        assert seen.min() >= 0
+        assert seen.max() < 95
+        if not replacement:
+            assert len(set(seen.tolist())) == num_samples
+
+
+def test_replacement_starts_anywhere():
+    sampler = RandomSampler(10, 10, 10, replacement=True, num_samples=5000, mask=slice(5, 60), rng=rng())
+    starts = {s.start for request in sampler.sample(100) for s in request["requests"]}
+    assert starts == set(range(5, 51))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RandomSampler(10, 2, 21), "batch_size cannot exceed"),
+        (lambda: RandomSampler(10, 2, 3), "must be divisible"),
+        (lambda: SequentialSampler(0, 2, 1), "must be greater than 1"),
+        (lambda: RandomSampler(10, 2, 5, num_samples=0), "num_samples must be greater than 1"),
+        (lambda: RandomSampler(10, 2, 5, mask=slice(0, 9, 2)), "mask.step must be 1"),
+        (lambda: RandomSampler(10, 2, 5, mask=slice(-1, 9)), "mask.start must be >= 0"),
+        (lambda: SequentialSampler(10, 2, 5, mask=slice(9, 9)), "mask.start must be < mask.stop"),
+        (lambda: list(SequentialSampler(10, 2, 5, mask=slice(0, 31)).sample(30)), r"mask.stop \(31\) exceeds loader"),
+        (lambda: list(SequentialSampler(10, 2, 5, mask=slice(30, None)).sample(30)), "must be < mask.stop"),
+        (lambda: list(RandomSampler(10, 2, 5, num_samples=31).sample(30)), "cannot exceed the observation range"),
+        (
+            lambda: list(RandomSampler(10, 2, 5, replacement=True, num_samples=9).sample(8)),
+            "smaller than chunk_size",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("bad", [True, 1.5, "1", np.random.RandomState(0)])
+def test_rng_of_another_type(bad):
+    with pytest.raises(TypeError, match=r"rng must be a numpy.random.Generator"):
+        RandomSampler(10, 2, 5, rng=bad)
+
+
+def test_int_seed_is_deprecated_and_works():
+    with pytest.warns(FutureWarning, match="Passing a seed as rng is deprecated") as caught:
+        sampler = RandomSampler(10, 2, 5, rng=3)
+    assert caught[0].filename == __file__
+    assert drawn(sampler, 50).tolist() == drawn(RandomSampler(10, 2, 5, rng=rng(3)), 50).tolist()
+
+
+def test_samplers_copy_and_pickle():
+    for make in (copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))):
+        original = RandomSampler(10, 2, 5, rng=rng(3))
+        expected = drawn(RandomSampler(10, 2, 5, rng=rng(3)), 50).tolist()
+        assert drawn(make(original), 50).tolist() == expected
+
+
+# --- torch workers, seen through a stand-in for torch
+
+
+@pytest.fixture
+def as_worker(monkeypatch):
+    def pose(worker_id, n_workers, seed=100):
+        info = types.SimpleNamespace(id=worker_id, num_workers=n_workers, seed=seed + worker_id)
+        data = types.SimpleNamespace(get_worker_info=lambda: info)
+        fake = types.SimpleNamespace(utils=types.SimpleNamespace(data=data))
+        monkeypatch.setitem(sys.modules, "torch", fake)
+
+    return pose
+
+
+def test_workers_share_the_rows(as_worker):
+    parts = []
+    for worker in range(3):
+        as_worker(worker, 3)
+        parts.append(drawn(RandomSampler(10, 2, 5, drop_last=True, rng=rng(1)), 100))
+    assert sorted(np.concatenate(parts).tolist()) == list(range(100))
+    assert len({len(part) for part in parts}) == 2
+
+
+def test_unseeded_workers_agree_on_the_rows_and_differ_between_epochs(as_worker):
+    sampler = RandomSampler(10, 2, 1)
+    epochs = []
+    for seed in (100, 200):
+        parts = []
+        for worker in range(2):
+            as_worker(worker, 2, seed)
+            parts.append(drawn(pickle.loads(pickle.dumps(sampler)), 95))
+        assert sorted(np.concatenate(parts).tolist()) == list(range(95))
+        epochs.append(parts[0].tolist())
+    assert epochs[0] != epochs[1]
+
+
+def test_what_workers_cannot_share(as_worker):
+    as_worker(0, 2)
+    with pytest.raises(ValueError, match="Multiple workers are not supported"):
+        list(SequentialSampler(10, 2, 5).sample(50))
+    with pytest.raises(NotImplementedError, match="Multiple workers are not supported with replacement sampling. See"):
+        list(RandomSampler(10, 2, 5, replacement=True).sample(50))
+    with pytest.raises(ValueError, match="drop_last=False is not supported"):
+        list(RandomSampler(10, 2, 5).sample(50))
+    as_worker(0, 1)
+    assert len(batches(SequentialSampler(10, 2, 5), 50)) == 10
+
+
+# --- the base class
+
+
+class Minimal(Sampler):
+    """Overrides what it must, and does not call super().__init__()."""
+
+    def __init__(self, requests, batch_size=None, shuffle=None):
+        self.requests, self._size, self._mixed, self.events = requests, batch_size, shuffle, []
+
+    batch_size = property(lambda self: self._size)
+    shuffle = property(lambda self: self._mixed)
+
+    def n_batches(self, n_obs):
+        return len(self.requests)
+
+    def validate(self, n_obs):
+        self.events.append("validate")
+
+    def _sample(self, n_obs):
+        try:
+            self.events.append("start")
+            yield from self.requests
+        finally:
+            self.events.append("end")
+
+
+def test_base_class_defaults():
+    sampler = Minimal([])
+    assert sampler.mask == slice(0, None)
+    assert sampler.rng is None
+    sampler.mask = slice(2, 5)
+    assert sampler.mask == slice(2, 5)
+    with pytest.raises(ValueError, match="mask.step"):
+        sampler.mask = slice(0, 4, 2)
+    with pytest.raises(TypeError, match="rng must be"):
+        sampler.rng = False
+
+
+@pytest.mark.parametrize("asked", [[slice(0, 5), slice(8, 10)], np.array([3, 1, 1, 9, 0, 2, 2])])
+def test_splits_are_made_where_missing(asked):
+    (ordered,) = Minimal([{"requests": asked}], 3, shuffle=False).sample(10)
+    assert [split.tolist() for split in ordered["splits"]] == [[0, 1, 2], [3, 4, 5], [6]]
+    (mixed,) = Minimal([{"requests": asked}], 3, shuffle=True).sample(10)
+    assert sorted(np.concatenate(mixed["splits"]).tolist()) == list(range(7))
+
+
+def test_splits_need_batch_size_and_shuffle():
+    with pytest.raises(ValueError, match="batch_size must be set"):
+        list(Minimal([{"requests": [slice(0, 5)]}], None, shuffle=True).sample(10))
+    with pytest.raises(ValueError, match="shuffle must be set"):
+        list(Minimal([{"requests": [slice(0, 5)]}], 3, None).sample(10))
+
+
+def test_validated_first_and_closed_at_once():
+    sampler = Minimal([{"requests": [slice(0, 5)], "splits": [np.arange(5)]}] * 2)
+    requests = sampler.sample(10)
+    assert sampler.events == []
+    next(requests)
+    assert sampler.events == ["validate", "start"]
+    requests.close()
+    assert sampler.events == ["validate", "start", "end"]
