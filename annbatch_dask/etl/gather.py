@@ -27,6 +27,7 @@ from annbatch_dask.storage.metadata import consolidate, metadata_below
 from annbatch_dask.storage.publish import Folder
 from annbatch_dask.storage.shards import ShardWriter
 from annbatch_dask.storage.spill import SpillReader, find_receipt, write_receipt
+from annbatch_dask.storage.threads import one_ahead
 
 __all__ = ["GatherTask", "gather"]
 
@@ -90,7 +91,7 @@ def _write_dataset(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
         writers = [_matrix_writer(m, plan.options, stop - start, task, folder, group) for m in plan.matrices]
         for w in writers:
             files.enter_context(w)
-        for heads, flats in _parts(job, task):
+        for heads, flats in one_ahead(_parts(job, task)):
             hashes = row_hashes(len(heads[PLACE]), plan.matrices, all_columns(plan), heads, flats)
             total = (total + sum_hashes(hashes)) % 2**64
             for w in writers:
@@ -117,12 +118,13 @@ def _write_dataset(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
 
 
 def _parts(job: Job, task: GatherTask) -> Iterator[tuple[Heads, Flats]]:
-    """The dataset's rows in their final order, part by part; the arrays are reused for the next part."""
+    """The dataset's rows in their final order, part by part; the arrays are reused for the part after the next."""
     plan = job.plan
     parts = plan.layout.parts_of(task.dataset)
     readers = [SpillReader(job.scratch, b, parts) for b in range(len(plan.blocks))]
-    buffers: dict[str, NDArray] = {}
+    buffer_sets: tuple[dict[str, NDArray], dict[str, NDArray]] = ({}, {})  # one is written while the other fills
     for part in parts:
+        buffers = buffer_sets[part % 2]
         n_rows = int(plan.layout.part_starts[part + 1] - plan.layout.part_starts[part])
         segments = [(r, r.read_heads(part)) for r in readers if r.n_rows(part)]
         _check_places(segments, n_rows)
@@ -166,8 +168,10 @@ def _gather_flats(
             counts[heads[PLACE]] = heads[length]
         bounds = bounds_of(counts)
         values = _buffer(buffers, name, int(bounds[-1]), dtype)
+        largest = max(reader.flat_nbytes(part, name) for reader, _ in segments)
+        raw = _buffer(buffers, "raw", largest, np.dtype(np.uint8))
         for reader, heads in segments:
-            found = reader.read_flat(part, name).astype(dtype, copy=False)
+            found = reader.read_flat(part, name, raw).astype(dtype, copy=False)
             lengths = heads[length].astype(np.int64)
             copy_runs(found, bounds_of(lengths)[:-1], values, bounds[heads[PLACE]], lengths)
         out[name] = values, bounds

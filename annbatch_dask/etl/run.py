@@ -24,6 +24,7 @@ from annbatch_dask.etl.commit import commit
 from annbatch_dask.etl.gather import GatherTask, gather
 from annbatch_dask.etl.job import Job, save_job
 from annbatch_dask.etl.scatter import scatter
+from annbatch_dask.errors import AnnbatchDaskError
 from annbatch_dask.events import BuildEnd, BuildStart, Callback, StageEnd, StageStart, TaskEnd
 from annbatch_dask.manifest import DatasetRecord, Manifest, SourceRecord
 from annbatch_dask.plan.build import Plan
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 _LOCAL = ("synchronous", "sync", "single-threaded", "threads", "threading", "threaded")
 RETRIES = 2
-"""How often Dask repeats a task that failed or whose worker was lost."""
+"""How often Dask repeats a task that failed or whose worker was lost; our own errors, which last, are not tried again."""
 THREADS_PER_WORKER = 4
 """Of the local cluster, at most. Tasks spend their time in code that releases the GIL, and a process costs seconds of
 imports and a third of a gigabyte; a few threads each keep what does hold the GIL from mattering."""
@@ -99,6 +100,20 @@ class LocalEngine:
 
 
 @dataclass(frozen=True)
+class _Refused:
+    """What a task returns instead of raising, where trying again cannot help."""
+
+    error: AnnbatchDaskError
+
+
+def _catch(fn: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return fn(*args)
+    except AnnbatchDaskError as e:
+        return _Refused(e)
+
+
+@dataclass(frozen=True)
 class ClusterEngine:
     """A Dask cluster."""
 
@@ -121,11 +136,14 @@ class ClusterEngine:
         self, name: str, fn: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], on_result: OnResult
     ) -> list[Any]:
         """Run the tasks on the cluster; on any error, cancel what is left."""
-        futures = self.client.compute(_delayed(name, fn, tasks), retries=RETRIES, optimize_graph=False)
+        graph = _delayed(name, _catch, [(fn, *args) for args in tasks])
+        futures = self.client.compute(graph, retries=RETRIES, optimize_graph=False)
         index = {f.key: i for i, f in enumerate(futures)}
         results: list[Any] = [None] * len(futures)
         try:
             for future, result in as_completed(futures, loop=self.client.loop, with_results=True):
+                if isinstance(result, _Refused):
+                    raise result.error
                 results[index[future.key]] = result
                 on_result(index[future.key], result)
         except BaseException:

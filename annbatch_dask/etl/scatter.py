@@ -13,7 +13,7 @@ from annbatch_dask.errors import SchemaError
 from annbatch_dask.etl.job import load_job
 from annbatch_dask.etl.rows import NAMES, bounds_of, row_hashes, sum_hashes, write_column
 from annbatch_dask.kernels.rows import copy_runs, map_indices, sort_rows
-from annbatch_dask.kernels.values import range_of
+from annbatch_dask.kernels.values import narrow_counts, range_of
 from annbatch_dask.plan.build import Plan
 from annbatch_dask.plan.dtypes import ValueRange, index_dtype, merge_ranges, signed_dtype, smallest_dtype
 from annbatch_dask.plan.layout import Block
@@ -153,6 +153,9 @@ def _collect_indices(csr: CsrRows, nnz: int, gene_map: NDArray, *, n_cols: int) 
 
 
 def _collect_values(csr: CsrRows, nnz: int, dtype: np.dtype) -> tuple[NDArray, ValueRange]:
+    """Stored values in a dtype that holds them exactly, and their range: uint16 at once where they are counts."""
+    if dtype in (np.float32, np.float64) and (counts := _collect_counts(csr, nnz, dtype)) is not None:
+        return counts
     out = np.empty(nnz, dtype)
     ranges: list[ValueRange] = []
     lock = threading.Lock()
@@ -165,6 +168,29 @@ def _collect_values(csr: CsrRows, nnz: int, dtype: np.dtype) -> tuple[NDArray, V
 
     csr.values(visit)
     return out, merge_ranges(ranges)
+
+
+class _NotCountsError(Exception):
+    """Some value is no whole number in [0, 65535]."""
+
+
+def _collect_counts(csr: CsrRows, nnz: int, dtype: np.dtype) -> tuple[NDArray[np.uint16], ValueRange] | None:
+    """Values narrowed while each piece is hot in its thread's cache; None, soon, where they are no counts."""
+    out = np.empty(nnz, np.uint16)
+    greatest: list[int] = [0]
+
+    def visit(first: int, piece: NDArray) -> None:
+        piece = np.ascontiguousarray(piece, dtype)
+        fits, high = narrow_counts(piece, piece.view(f"u{dtype.itemsize}"), out[first : first + len(piece)])
+        if not fits:
+            raise _NotCountsError
+        greatest.append(int(high))
+
+    try:
+        csr.values(visit)
+    except _NotCountsError:
+        return None
+    return out, ValueRange(integral=True, low=0, high=max(greatest), single=True)
 
 
 def _read_dense(rows: _Rows, spec: MatrixSpec, values: NDArray, gene_map: NDArray[np.int32] | None) -> None:

@@ -2,10 +2,12 @@
 
 A row's hash is a sum over its elements, so it does not depend on the order in which they are met; a
 collection's fingerprint is the sum of its rows' hashes modulo 2**64. Not cryptographic: it detects loss,
-repetition and corruption, not forgery. Values enter as float64 (integers beyond 2**53 by their low bits' rounding).
+repetition and corruption, not forgery. Whole numbers below 2**32 enter as themselves, other values as float64
+(integers beyond 2**53 rounded).
 """
 
 import zlib
+from collections.abc import Iterator
 
 import numba as nb
 import numpy as np
@@ -30,36 +32,37 @@ def _mix(z):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
 
 
 @nb.njit(nogil=True, cache=True)
-def _add_entries(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913, PLR0917 - compiled for what it is given
-    hashes,  # noqa: ANN001
-    bounds,  # noqa: ANN001
-    row,  # noqa: ANN001
-    first,  # noqa: ANN001
-    keys,  # noqa: ANN001
-    values,  # noqa: ANN001
-    bits,  # noqa: ANN001
-    salt,  # noqa: ANN001
-):
-    """Add entries [first, first + n) of the flat arrays to their rows; returns the row to go on with."""
-    last = first + keys.shape[0]
-    while row < bounds.shape[0] - 1 and bounds[row] < last:
-        start, stop = max(bounds[row], first), min(bounds[row + 1], last)
-        total = np.uint64(0)
+def _add_counts(hashes, bounds, keys, values, salt):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Unsigned values: what :func:`_add_floats` adds for them, as whole numbers below 2**32 stand for themselves."""
+    for row in range(bounds.shape[0] - 1):
         # views first, so that the loop is compiled to vector instructions
-        row_keys = keys[start - first : stop - first]
-        row_values, row_bits = values[start - first : stop - first], bits[start - first : stop - first]
-        for k in range(stop - start):
-            z = (np.uint64(row_keys[k]) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-            # one NaN for all: a cast may change its payload
-            b = row_bits[k] if row_values[k] == row_values[k] else np.uint64(0x7FF8000000000000)  # noqa: PLR0124
-            z = (b ^ z) + salt
+        row_keys, row_values = keys[bounds[row] : bounds[row + 1]], values[bounds[row] : bounds[row + 1]]
+        total = np.uint64(0)
+        for k in range(row_keys.shape[0]):
+            z = (np.uint64(row_keys[k]) << np.uint64(32)) + np.uint64(row_values[k])
+            z = (z + salt) * np.uint64(0x9E3779B97F4A7C15)
             z = (z ^ (z >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
             total += z ^ (z >> np.uint64(29))
         hashes[row] += total
-        if bounds[row + 1] > last:
-            break
-        row += 1
-    return row
+
+
+@nb.njit(nogil=True, cache=True)
+def _add_floats(hashes, bounds, keys, values, bits, salt):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    for row in range(bounds.shape[0] - 1):
+        total = np.uint64(0)
+        for k in range(bounds[row], bounds[row + 1]):
+            v = values[k]
+            if 0 <= v < 2.0**32 and v == np.floor(v) and bits[k] != np.uint64(0x8000000000000000):
+                b = np.uint64(v)
+            elif v == v:  # noqa: PLR0124
+                b = _mix(bits[k])
+            else:
+                b = np.uint64(0x7FF8000000000000)  # one NaN for all: a cast may change its payload
+            z = (np.uint64(keys[k]) << np.uint64(32)) + b
+            z = (z + salt) * np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ (z >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+            total += z ^ (z >> np.uint64(29))
+        hashes[row] += total
 
 
 def add_sparse(
@@ -69,11 +72,23 @@ def add_sparse(
 
     hashes : (n,) uint64, changed in place. bounds : (n + 1,) int64 from 0. indices, values : (nnz,).
     """
-    row = 0
-    for a in range(0, len(indices), _SLAB):
-        keys = indices[a : a + _SLAB].astype(np.uint32)
-        wide = values[a : a + _SLAB].astype(np.float64)
-        row = _add_entries(hashes, bounds, row, a, keys, wide, wide.view(np.uint64), salt)
+    if values.dtype in (np.uint8, np.uint16) and indices.dtype == np.uint16:
+        _add_counts(hashes, bounds, indices, values, salt)
+        return
+    for a, b in _row_slabs(bounds):
+        part = slice(bounds[a], bounds[b])
+        wide = values[part].astype(np.float64)
+        keys = indices[part].astype(np.uint32)
+        _add_floats(hashes[a:b], bounds[a : b + 1] - bounds[a], keys, wide, wide.view(np.uint64), salt)
+
+
+def _row_slabs(bounds: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Cut rows into runs of about ``_SLAB`` entries, so that what is widened stays in the cache."""
+    a, n = 0, len(bounds) - 1
+    while a < n:
+        b = max(a + 1, int(np.searchsorted(bounds, bounds[a] + _SLAB, side="right")) - 1)
+        yield a, min(b, n)
+        a = min(b, n)
 
 
 @nb.njit(nogil=True, cache=True)

@@ -4,7 +4,7 @@ import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["float_range", "range_of"]
+__all__ = ["float_range", "narrow_counts", "range_of"]
 
 
 @nb.njit(nogil=True, cache=True)
@@ -34,6 +34,21 @@ def all_whole(values, bits):  # type: ignore[no-untyped-def]  # noqa: ANN001, AN
     for k in range(bits.shape[0]):
         negative_zeros += bits[k] == sign
     return fractions + negative_zeros == 0
+
+
+@nb.njit(nogil=True, cache=True)
+def narrow_counts(values, bits, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """Write floats to a uint16 array; returns whether every one is a count that fits exactly, and the greatest."""
+    misfits, greatest = 0, np.uint16(0)
+    top = bits.dtype.type(8 * bits.itemsize - 1)
+    for k in range(values.shape[0]):
+        v = values[k]
+        # the clamp keeps the cast defined; a negative zero has its sign bit
+        u = np.uint16(min(max(v, values.dtype.type(0)), values.dtype.type(65535)))
+        out[k] = u
+        greatest = max(greatest, u)
+        misfits += (values.dtype.type(u) != v) | (bits[k] >> top)
+    return misfits == 0, greatest
 
 
 def range_of(values: NDArray) -> tuple[bool, int, int, bool, int, int]:

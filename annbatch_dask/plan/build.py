@@ -25,6 +25,8 @@ __all__ = ["Options", "Plan", "build_plan"]
 
 _BLOCK_NBYTES = 128 * MIB
 """Default size of a row block: far above the cost of a task, small beside a worker's memory."""
+_WORK_VERSION = 2
+"""Raised whenever spill files, receipts or row fingerprints change, so that no resume mixes two kinds."""
 _MAX_TASKS = 4096
 """Blocks grow, as far as memory allows, so that a stage stays below about so many tasks."""
 
@@ -135,7 +137,8 @@ class Plan:
     @cached_property
     def work_key(self) -> str:
         """Identity of the work: a resume takes up scratch files with this key and no other."""
-        payload = [self.fingerprint, repr(self.layout), repr(self.blocks), [s.identity for s in self.sources]]
+        identities = [s.identity for s in self.sources]
+        payload = [_WORK_VERSION, self.fingerprint, repr(self.layout), repr(self.blocks), identities]
         return _digest(json.dumps(payload).encode())
 
     @property
@@ -315,7 +318,7 @@ def _dense_row_nbytes(matrices: Sequence[MatrixSpec]) -> float:
 
 def _piece_nbytes(total: int, budget: Budget) -> int:
     """Size of a block or part: the default, more where that means too many tasks, less where memory is short."""
-    room = (budget.task_nbytes - 48 * MIB) // 3  # see plan/memory.py: a gather holds a part and a bit, and a segment
+    room = (budget.task_nbytes - 48 * MIB) // 4  # see plan/memory.py: a gather holds two parts and a segment
     return max(1, min(max(_BLOCK_NBYTES, total // _MAX_TASKS), room))
 
 

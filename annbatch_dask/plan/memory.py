@@ -70,10 +70,10 @@ def gather_peak_nbytes(*, part_nbytes: int, segment_nbytes: int, obs_nbytes: int
     Parameters
     ----------
     part_nbytes
-        Matrices of the part being put in order; it is cut into chunks and encoded in place of the next.
+        Matrices of a part; one is encoded while the next is put in order.
     segment_nbytes
         The largest piece of a spill file read at once.
     obs_nbytes
         obs of the whole dataset, held until it is written: its arrays, the frame, and one column's copy.
     """
-    return int(1.3 * part_nbytes) + segment_nbytes + 3 * obs_nbytes + 48 * MIB
+    return int(2.2 * part_nbytes) + segment_nbytes + 3 * obs_nbytes + 48 * MIB

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import islice, product
+from math import prod
 
 import deflate
 import h5py
@@ -50,8 +51,9 @@ def visit_h5(dataset: h5py.Dataset, start: int, stop: int, visit: Visitor) -> No
 
     def work(group: list[RawChunk]) -> None:
         for (first,), payload in group:
+            values = _decode(dtype, chunks, payload, shuffled=shuffled)
             lo, hi = max(first, start), min(first + chunks[0], stop)
-            visit(lo - start, _decode(dtype, chunks, payload, shuffled=shuffled)[lo - first : hi - first])
+            visit(lo - start, values if hi - lo == len(values) else values[lo - first : hi - first])
 
     _for_each_group(work, dataset, start, stop)
 
@@ -80,7 +82,7 @@ def read_h5_rows(dataset: h5py.Dataset, start: int, stop: int) -> NDArray:
 
 def _for_each_group(work: Callable[[list[RawChunk]], None], dataset: h5py.Dataset, start: int, stop: int) -> None:
     """Hand stored chunks to the pool by the dozen: chunks of h5py's default size inflate faster than a hand-over."""
-    n_chunk_bytes = int(np.prod(dataset.chunks)) * dataset.dtype.itemsize
+    n_chunk_bytes = prod(dataset.chunks) * dataset.dtype.itemsize
     stored = _raw_chunks(dataset, start, stop)
     groups = iter(lambda: list(islice(stored, max(1, _GROUP_NBYTES // n_chunk_bytes))), [])
     for _ in map_ordered(work, groups):
@@ -128,8 +130,8 @@ def _plain_chunk(dataset: h5py.Dataset, origin: tuple[int, ...]) -> NDArray:
 def _decode(dtype: np.dtype, chunks: tuple[int, ...], payload: bytes | NDArray, *, shuffled: bool) -> NDArray:
     if isinstance(payload, np.ndarray):
         return payload
-    n_bytes = int(np.prod(chunks)) * dtype.itemsize
+    n_bytes = prod(chunks) * dtype.itemsize
     raw = np.frombuffer(deflate.zlib_decompress(payload, n_bytes), np.uint8)
     if shuffled:
         raw = np.ascontiguousarray(raw.reshape(dtype.itemsize, -1).T).reshape(-1)
-    return raw.view(dtype).reshape(chunks)
+    return raw.view(dtype) if len(chunks) == 1 else raw.view(dtype).reshape(chunks)

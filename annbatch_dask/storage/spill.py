@@ -151,10 +151,13 @@ class SpillReader:
         """Rows of the block that go to a part."""
         return int(self._table[part - self._first, 1])
 
-    def n_entries(self, part: int) -> dict[str, int]:
-        """Entries of each flat array of a part."""
-        counts = self._table[part - self._first, 2:].tolist()
-        return {a.name: n for a, n in zip(self._arrays[self._n_heads :], counts, strict=True)}
+    def flat_nbytes(self, part: int, name: str) -> int:
+        """Bytes of one flat array of a part."""
+        k = self._position(name)
+        return self._arrays[k].nbytes(int(self._table[part - self._first, 2 + k - self._n_heads]))
+
+    def _position(self, name: str) -> int:
+        return next(i for i, a in enumerate(self._arrays) if a.name == name)
 
     def read_heads(self, part: int) -> dict[str, NDArray]:
         """Arrays with one entry a row, each (n_rows(part), ...), from one read."""
@@ -168,14 +171,15 @@ class SpillReader:
             at += size
         return out
 
-    def read_flat(self, part: int, name: str) -> NDArray:
-        """Entries of one flat array of a part."""
+    def read_flat(self, part: int, name: str, buffer: NDArray[np.uint8] | None = None) -> NDArray:
+        """Entries of one flat array of a part; in the front of ``buffer`` where one is given that is large enough."""
         line = self._table[part - self._first]
-        k = next(i for i, a in enumerate(self._arrays) if a.name == name)
+        k = self._position(name)
         start = int(line[0] + _sizes(self._arrays, self._n_heads, line)[:k].sum())
-        size = self._arrays[k].nbytes(int(line[2 + k - self._n_heads]))
+        size = self.flat_nbytes(part, name)
+        raw = np.empty(size, np.uint8) if buffer is None or len(buffer) < size else buffer[:size]
         with self._open() as f:
-            return _read(f, start, np.empty(size, np.uint8)).view(self._arrays[k].dtype)
+            return _read(f, start, raw).view(self._arrays[k].dtype)
 
 
 def _read(f: IO[bytes], start: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:

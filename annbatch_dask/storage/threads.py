@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-__all__ = ["codec_pool", "map_ordered"]
+__all__ = ["codec_pool", "map_ordered", "one_ahead"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -52,3 +52,13 @@ def map_ordered(fn: Callable[[T], R], items: Iterable[T], *, in_flight: int = 2 
         for future in waiting:
             if not future.cancel():
                 future.exception()
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each drawn in a thread while the caller works on the one before."""
+    done = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="annbatch-dask-ahead") as ahead:
+        future = ahead.submit(next, items, done)
+        while (item := future.result()) is not done:
+            future = ahead.submit(next, items, done)
+            yield item  # type: ignore[misc]
