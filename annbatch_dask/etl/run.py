@@ -19,12 +19,12 @@ from dask.utils import parse_bytes
 from distributed import Client, as_completed
 from distributed.system import MEMORY_LIMIT
 
+from annbatch_dask.errors import AnnbatchDaskError
 from annbatch_dask.etl.cluster import local_client
 from annbatch_dask.etl.commit import commit
 from annbatch_dask.etl.gather import GatherTask, gather
 from annbatch_dask.etl.job import Job, save_job
 from annbatch_dask.etl.scatter import scatter
-from annbatch_dask.errors import AnnbatchDaskError
 from annbatch_dask.events import BuildEnd, BuildStart, Callback, StageEnd, StageStart, TaskEnd
 from annbatch_dask.manifest import DatasetRecord, Manifest, SourceRecord
 from annbatch_dask.plan.build import Plan
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 _LOCAL = ("synchronous", "sync", "single-threaded", "threads", "threading", "threaded")
 RETRIES = 2
-"""How often Dask repeats a task that failed or whose worker was lost; our own errors, which last, are not tried again."""
+"""How often Dask repeats a task that failed or lost its worker; our own errors last, and are not tried again."""
 THREADS_PER_WORKER = 4
 """Of the local cluster, at most. Tasks spend their time in code that releases the GIL, and a process costs seconds of
 imports and a third of a gigabyte; a few threads each keep what does hold the GIL from mattering."""
