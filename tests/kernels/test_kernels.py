@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 
 from annbatch_dask.kernels.fingerprint import add_dense, add_sparse, add_strings, field_salt, finish_rows
 from annbatch_dask.kernels.rows import copy_runs, map_indices, sort_rows
-from annbatch_dask.kernels.values import range_of
+from annbatch_dask.kernels.values import narrow_counts, range_of
 
 SALT = field_salt("X")
 CYCLE = np.array([1, 2, 0])  # not its own inverse
@@ -94,6 +94,25 @@ def test_range_of_integers_is_exact(dtype):
     assert (integral, low, high) == (True, min(0, int(info.min)), int(info.max))
 
 
+@given(hnp.arrays(np.float32, st.integers(0, 40), elements=st.sampled_from([0.0, 1.0, 300.0, 65535.0])))
+def test_counts_are_narrowed_exactly(values):
+    out = np.empty(len(values), np.uint16)
+    fits, greatest = narrow_counts(values, values.view(np.uint32), out)
+    assert fits
+    np.testing.assert_array_equal(out, values)
+    assert greatest == max(values, default=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("value", [-0.0, -1.0, 0.5, 65536.0, 1e30, np.nan, np.inf, -np.inf])
+def test_what_is_no_count_is_not_narrowed(value, dtype):
+    for place in (0, 7, 99):
+        values = np.ones(100, dtype)
+        values[place] = value
+        fits, _ = narrow_counts(values, values.view(f"u{values.itemsize}"), np.empty(100, np.uint16))
+        assert not fits
+
+
 class TestFingerprint:
     """Equal content, equal sum; any change, another sum."""
 
@@ -115,6 +134,16 @@ class TestFingerprint:
         for slab in (1, 7, 64):
             monkeypatch.setattr("annbatch_dask.kernels.fingerprint._SLAB", slab)
             np.testing.assert_array_equal(sparse_hashes(m), whole)
+
+    @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+    def test_counts_take_a_fast_path_that_adds_the_same(self, dtype):
+        m = self.matrix()
+        m.data = np.ceil(m.data * 200)
+        bounds, keys = m.indptr.astype(np.int64), m.indices.astype(np.uint16)
+        fast, plain = np.zeros(50, np.uint64), np.zeros(50, np.uint64)
+        add_sparse(fast, bounds, keys, m.data.astype(dtype), SALT)
+        add_sparse(plain, bounds, m.indices, m.data.astype(np.float64), SALT)
+        np.testing.assert_array_equal(fast, plain)
 
     @pytest.mark.parametrize("what", ["value", "column", "lost", "row"])
     def test_sees_one_change(self, what):
