@@ -215,28 +215,24 @@ def print_bounds(setup: Setup, folder: Path) -> None:
 
 def main() -> int:
     """Read the command line, measure, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--shared", type=Path, default=Path("../shared"), help="folder with bench/make_atlas.py"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with bench/make_atlas.py")
     parser.add_argument("--atlas", default="", help="folder of files at the full scale; made if not given")
     parser.add_argument("--atlas-small", default="", help="the same at a quarter of it")
     parser.add_argument("--scale", type=float, default=1.0, help="cells of the made atlas (1.0: 171,792)")
     parser.add_argument("--annbatch-python", default="", help="a Python that can import annbatch")
     parser.add_argument("--work", type=Path, default=Path("bench_data"), help="folder for everything written")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=2, help="epochs per loader run")
+    parser.add_argument(
+        "--epochs", type=int, default=3, help="epochs per loader run; the first one is cold on both sides"
+    )
     parser.add_argument("--dataset-size", type=int, default=100_000)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     python = find_annbatch(args.annbatch_python)
     setup = Setup(args.shared, args.work, python, args.repeats, args.epochs, args.dataset_size)
     if python is None:
-        print(
-            f"annbatch is not importable in {args.annbatch_python or 'this Python'}: measuring {OURS} alone"
-        )
+        print(f"annbatch is not importable in {args.annbatch_python or 'this Python'}: measuring {OURS} alone")
     small, full = args.scale / 4, args.scale
     folders = {small: atlas(setup, small, args.atlas_small), full: atlas(setup, full, args.atlas)}
     found = bench_shuffle(setup, folders[full])

@@ -90,9 +90,7 @@ def inflate(paths: list[Path]) -> None:
                     array = file["X"][name]
                     size = array.chunks[0] * array.dtype.itemsize
                     # The raw chunks of one array are held; they are small beside the inflated ones.
-                    for raw in pool.map(
-                        lambda raw, size=size: len(deflate.zlib_decompress(raw, size)), raws(array)
-                    ):
+                    for raw in pool.map(lambda raw, size=size: len(deflate.zlib_decompress(raw, size)), raws(array)):
                         n_bytes += raw
     report("inflate", time.perf_counter() - start, n_bytes=n_bytes)
 
@@ -146,9 +144,7 @@ def fill_dense(store: Path) -> None:
 
 def main() -> int:
     """Read the command line and measure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs = parser.add_subparsers(dest="job", required=True)
     job = jobs.add_parser("shuffle")
     job.add_argument("atlas", type=Path)

@@ -39,6 +39,20 @@ def connect(address: str) -> Iterator[Client]:
         yield client
 
 
+def _add_dashboard(cluster: SpecCluster) -> None:
+    """Give a running scheduler its dashboard, as ``Scheduler(dashboard=True)`` does before it starts.
+
+    Importing bokeh takes more than a second, here while the workers start and not before.
+    """
+    from distributed.dashboard.scheduler import connect as connect_dashboard
+
+    async def add() -> None:
+        scheduler = cluster.scheduler
+        connect_dashboard(scheduler.http_application, scheduler.http_server, scheduler, prefix="")
+
+    cluster.sync(add)
+
+
 @contextlib.contextmanager
 def local_client(*, n_workers: int, threads_per_worker: int, memory_limit: int) -> Iterator[Client]:
     """A client of a new local cluster; both are closed at the end.
@@ -57,7 +71,7 @@ def local_client(*, n_workers: int, threads_per_worker: int, memory_limit: int) 
     """
     scheduler = {
         "cls": Scheduler,
-        "options": {"host": "127.0.0.1", "port": 0, "dashboard": True, "dashboard_address": "127.0.0.1:0"},
+        "options": {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"},
     }
     options = {
         "host": "127.0.0.1",
@@ -77,6 +91,7 @@ def local_client(*, n_workers: int, threads_per_worker: int, memory_limit: int) 
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
+        _add_dashboard(cluster)
         try:
             client.wait_for_workers(n_workers, timeout=START_TIMEOUT_S)
         except TimeoutError as e:

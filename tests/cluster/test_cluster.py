@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import urllib.request
 from importlib.resources import files
 
 import anndata as ad
@@ -141,12 +142,14 @@ def test_a_local_cluster_equals_one_process_and_is_closed(tmp_path, h5ad_pair):
 
     class Engine(Counter):
         def on_build_start(self, event):
-            seen.append((event.engine, event.dashboard))
+            with urllib.request.urlopen(event.dashboard, timeout=30) as page:
+                seen.append((event.engine, event.dashboard, page.status))
 
     two = DatasetCollection(tmp_path / "b.zarr").add_adatas(h5ad_pair, callbacks=[Engine()], **options)
     assert set(psutil.Process().children(recursive=True)) <= children
     assert seen[0][0].startswith("tcp://127.0.0.1")
     assert seen[0][1].startswith("http://127.0.0.1")
+    assert seen[0][2] == 200
     one = local(tmp_path / "a.zarr", h5ad_pair, **options)
     assert tree_digest(one.path) == tree_digest(two.path)
 
