@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 from distributed import Client, Scheduler, SpecCluster
 from distributed.deploy.subprocess import SubprocessWorker
@@ -47,7 +48,7 @@ def _add_dashboard(cluster: SpecCluster) -> None:
     from distributed.dashboard.scheduler import connect as connect_dashboard
 
     async def add() -> None:
-        scheduler = cluster.scheduler
+        scheduler: Any = cluster.scheduler
         connect_dashboard(scheduler.http_application, scheduler.http_server, scheduler, prefix="")
 
     cluster.sync(add)
