@@ -30,7 +30,7 @@ def codec_pool() -> ThreadPoolExecutor:
         pid = os.getpid()
         if pid not in _pools:
             _pools.clear()
-            _pools[pid] = ThreadPoolExecutor(min(MAX_THREADS, n_cpus()), thread_name_prefix="annbatch-dask-codec")
+            _pools[pid] = ThreadPoolExecutor(min(MAX_THREADS, n_cpus()), thread_name_prefix="shuffle-codec")
         return _pools[pid]
 
 
@@ -57,7 +57,7 @@ def map_ordered(fn: Callable[[T], R], items: Iterable[T], *, in_flight: int = 2 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:
     """The same items, each drawn in a thread while the caller works on the one before."""
     done = object()
-    with ThreadPoolExecutor(1, thread_name_prefix="annbatch-dask-ahead") as ahead:
+    with ThreadPoolExecutor(1, thread_name_prefix="shuffle-ahead") as ahead:
         future = ahead.submit(next, items, done)
         while (item := future.result()) is not done:
             future = ahead.submit(next, items, done)
