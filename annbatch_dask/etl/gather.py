@@ -23,7 +23,7 @@ from annbatch_dask.plan.build import Options, Plan
 from annbatch_dask.plan.dtypes import index_dtype
 from annbatch_dask.plan.schema import ColumnSpec, MatrixSpec
 from annbatch_dask.storage.columns import to_pandas
-from annbatch_dask.storage.metadata import consolidate, metadata_below
+from annbatch_dask.storage.metadata import METADATA, consolidate, metadata_below
 from annbatch_dask.storage.publish import Folder
 from annbatch_dask.storage.shards import ShardWriter
 from annbatch_dask.storage.spill import SpillReader, find_receipt, write_receipt
@@ -67,10 +67,11 @@ def gather(scratch: Folder, task: GatherTask) -> dict[str, Any]:
         If the rows written are not the rows read.
     """
     name = f"gather-{task.dataset:06d}"
-    if (done := find_receipt(scratch, name)) is not None:
-        return done | {"reused": True}
     job = load_job(scratch)
     dataset = f"{DATASET_PREFIX}_{task.dataset}"
+    # a receipt lies in the scratch folder, its dataset in the target, which someone may have removed since
+    if (done := find_receipt(scratch, name)) is not None and (job.target / dataset).exists(METADATA):
+        return done | {"reused": True}
     try:
         receipt = _write_dataset(job, task, dataset)
     except Exception as e:
