@@ -31,6 +31,9 @@ from annbatch_dask.storage.threads import one_ahead
 
 __all__ = ["GatherTask", "gather"]
 
+_MAX_OPEN = 128
+"""Spill files a task keeps open; with more of them, each read opens its file."""
+
 
 @dataclass(frozen=True)
 class GatherTask:
@@ -122,14 +125,19 @@ def _parts(job: Job, task: GatherTask) -> Iterator[tuple[Heads, Flats]]:
     """The dataset's rows in their final order, part by part; the arrays are reused for the part after the next."""
     plan = job.plan
     parts = plan.layout.parts_of(task.dataset)
-    readers = [SpillReader(job.scratch, b, parts) for b in range(len(plan.blocks))]
+    n_blocks = len(plan.blocks)
     buffer_sets: tuple[dict[str, NDArray], dict[str, NDArray]] = ({}, {})  # one is written while the other fills
-    for part in parts:
-        buffers = buffer_sets[part % 2]
-        n_rows = int(plan.layout.part_starts[part + 1] - plan.layout.part_starts[part])
-        segments = [(r, r.read_heads(part)) for r in readers if r.n_rows(part)]
-        _check_places(segments, n_rows)
-        yield _gather_heads(segments, n_rows, task), _gather_flats(segments, n_rows, part, plan, task, buffers)
+    with contextlib.ExitStack() as files:
+        readers = [
+            files.enter_context(SpillReader(job.scratch, b, parts, keep_open=n_blocks <= _MAX_OPEN))
+            for b in range(n_blocks)
+        ]
+        for part in parts:
+            n_rows = int(plan.layout.part_starts[part + 1] - plan.layout.part_starts[part])
+            segments = [(r, r.read_heads(part)) for r in readers if r.n_rows(part)]
+            _check_places(segments, n_rows)
+            flats = _gather_flats(segments, n_rows, part, plan, task, buffer_sets[part % 2])
+            yield _gather_heads(segments, n_rows, task), flats
 
 
 def _check_places(segments: Sequence[tuple[SpillReader, Heads]], n_rows: int) -> None:
@@ -162,20 +170,22 @@ def _gather_flats(
     task: GatherTask,
     buffers: dict[str, NDArray],
 ) -> Flats:
+    arrays = list(_flat_arrays(plan, task))
     out: Flats = {}
-    for name, dtype, length in _flat_arrays(plan, task):
+    for name, dtype, length in arrays:
         counts = np.empty(n_rows, np.int64)
         for _, heads in segments:
             counts[heads[PLACE]] = heads[length]
         bounds = bounds_of(counts)
-        values = _buffer(buffers, name, int(bounds[-1]), dtype)
-        largest = max(reader.flat_nbytes(part, name) for reader, _ in segments)
-        raw = _buffer(buffers, "raw", largest, np.dtype(np.uint8))
-        for reader, heads in segments:
-            found = reader.read_flat(part, name, raw).astype(dtype, copy=False)
+        out[name] = _buffer(buffers, name, int(bounds[-1]), dtype), bounds
+    raw = _buffer(buffers, "raw", max(reader.flats_nbytes(part) for reader, _ in segments), np.dtype(np.uint8))
+    for reader, heads in segments:
+        found = reader.read_flats(part, raw)
+        for name, dtype, length in arrays:
+            values, bounds = out[name]
             lengths = heads[length].astype(np.int64)
-            copy_runs(found, bounds_of(lengths)[:-1], values, bounds[heads[PLACE]], lengths)
-        out[name] = values, bounds
+            source = found[name].astype(dtype, copy=False)
+            copy_runs(source, bounds_of(lengths)[:-1], values, bounds[heads[PLACE]], lengths)
     return out
 
 

@@ -7,7 +7,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import fsspec
 import zarr
@@ -19,7 +19,7 @@ from annbatch_dask.errors import CollectionError
 if TYPE_CHECKING:
     from zarr.abc.store import Store
 
-__all__ = ["Folder", "folder_of"]
+__all__ = ["Folder", "RangeFile", "folder_of"]
 
 _TMP = ".tmp-"
 
@@ -72,10 +72,12 @@ class Folder:
         """All bytes of a file."""
         return bytes(self.fs.cat_file(f"{self.path}/{name}"))
 
-    def open(self, name: str) -> IO[bytes]:
-        """A file, for reading."""
-        f: IO[bytes] = self.fs.open(f"{self.path}/{name}", "rb")
-        return f
+    def ranges(self, name: str, *, keep_open: bool = True) -> RangeFile:
+        """A file to read ranges of."""
+        path = f"{self.path}/{name}"
+        if self.is_local:
+            return _LocalRanges(path, os.open(path, os.O_RDONLY) if keep_open else None)
+        return _RemoteRanges(self.fs, path)
 
     def names(self) -> list[str]:
         """Names in the folder; none if it does not exist."""
@@ -132,6 +134,51 @@ class Folder:
         """Write a whole file, atomically."""
         with self.create(name, durable=durable) as f:
             f.write(payload)
+
+
+class RangeFile(Protocol):
+    """A file to read ranges of; any number of threads may."""
+
+    def read_into(self, start: int, out: memoryview) -> int:
+        """Fill ``out`` from byte ``start`` on; returns the bytes there were."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+@dataclass
+class _LocalRanges:
+    path: str
+    fd: int | None
+
+    def read_into(self, start: int, out: memoryview) -> int:
+        fd = os.open(self.path, os.O_RDONLY) if self.fd is None else self.fd
+        try:
+            at = 0
+            while at < len(out) and (n := os.preadv(fd, [out[at:]], start + at)):
+                at += n
+        finally:
+            if self.fd is None:
+                os.close(fd)
+        return at
+
+    def close(self) -> None:
+        if self.fd is not None:
+            os.close(self.fd)
+
+
+@dataclass
+class _RemoteRanges:
+    fs: fsspec.AbstractFileSystem
+    path: str
+
+    def read_into(self, start: int, out: memoryview) -> int:
+        found = self.fs.cat_file(self.path, start=start, end=start + len(out)) if len(out) else b""
+        out[: len(found)] = found
+        return len(found)
+
+    def close(self) -> None:
+        pass
 
 
 def _sync(path: str) -> None:

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from math import prod
 from typing import IO, Any
 
 import numpy as np
@@ -36,7 +38,7 @@ class _Array:
     shape: tuple[int, ...] = ()
 
     def nbytes(self, n: int) -> int:
-        return n * self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+        return n * self.dtype.itemsize * prod(self.shape)
 
 
 def _aligned(n: int) -> int:
@@ -122,8 +124,8 @@ def _write_aligned(f: IO[bytes], values: NDArray) -> None:
     f.write(bytes(-raw.nbytes % _ALIGN))
 
 
-class SpillReader:
-    """Some consecutive parts of one spill file. Opens the file for each read, so thousands can exist.
+class SpillReader(AbstractContextManager["SpillReader"]):
+    """Some consecutive parts of one spill file.
 
     Parameters
     ----------
@@ -131,64 +133,59 @@ class SpillReader:
         Where, and which block.
     parts
         The parts wanted.
+    keep_open
+        Keep a local file open until the reader is closed; False where there are too many.
     """
 
-    def __init__(self, folder: Folder, block: int, parts: range) -> None:
-        self._folder, self._block, self._first = folder, block, parts.start
-        with self._open() as f:
-            n = int(_read(f, 0, np.empty(8, np.uint8)).view(np.uint64)[0])
-            about = json.loads(_read(f, 8, np.empty(n, np.uint8)).tobytes())
-            self._arrays = [_Array(name, np.dtype(d), tuple(shape)) for name, d, shape in about["arrays"]]
-            self._n_heads: int = about["n_heads"]
-            width = 8 * (2 + len(self._arrays) - self._n_heads)
-            raw = _read(f, 8 + n + parts.start * width, np.empty(len(parts) * width, np.uint8))
+    def __init__(self, folder: Folder, block: int, parts: range, *, keep_open: bool = True) -> None:
+        self._first = parts.start
+        self._file = folder.ranges(_body(block), keep_open=keep_open)
+        n = int(self._read(0, np.empty(8, np.uint8)).view(np.uint64)[0])
+        about = json.loads(self._read(8, np.empty(n, np.uint8)).tobytes())
+        self._arrays = [_Array(name, np.dtype(d), tuple(shape)) for name, d, shape in about["arrays"]]
+        self._n_heads: int = about["n_heads"]
+        width = 8 * (2 + len(self._arrays) - self._n_heads)
+        raw = self._read(8 + n + parts.start * width, np.empty(len(parts) * width, np.uint8))
         self._table = raw.view(np.int64).reshape(len(parts), -1)
 
-    def _open(self) -> IO[bytes]:
-        return self._folder.open(_body(self._block))
+    def __exit__(self, *_: object) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _read(self, start: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        n = self._file.read_into(start, memoryview(out))
+        if n < len(out):
+            msg = f"a spill file ends {len(out) - n:,} bytes early; remove the scratch folder and build again"
+            raise IntegrityError(msg)
+        return out
 
     def n_rows(self, part: int) -> int:
         """Rows of the block that go to a part."""
         return int(self._table[part - self._first, 1])
 
-    def flat_nbytes(self, part: int, name: str) -> int:
-        """Bytes of one flat array of a part."""
-        k = self._position(name)
-        return self._arrays[k].nbytes(int(self._table[part - self._first, 2 + k - self._n_heads]))
-
-    def _position(self, name: str) -> int:
-        return next(i for i, a in enumerate(self._arrays) if a.name == name)
+    def flats_nbytes(self, part: int) -> int:
+        """Bytes of all flat arrays of a part, as they lie in the file."""
+        return int(_sizes(self._arrays, self._n_heads, self._table[part - self._first])[self._n_heads :].sum())
 
     def read_heads(self, part: int) -> dict[str, NDArray]:
         """Arrays with one entry a row, each (n_rows(part), ...), from one read."""
         line = self._table[part - self._first]
         sizes = _sizes(self._arrays, self._n_heads, line)[: self._n_heads]
-        with self._open() as f:
-            raw = _read(f, int(line[0]), np.empty(int(sizes.sum()), np.uint8))
+        raw = self._read(int(line[0]), np.empty(int(sizes.sum()), np.uint8))
         out, at, n = {}, 0, int(line[1])
         for a, size in zip(self._arrays, sizes.tolist(), strict=False):
             out[a.name] = raw[at : at + a.nbytes(n)].view(a.dtype).reshape(n, *a.shape)
             at += size
         return out
 
-    def read_flat(self, part: int, name: str, buffer: NDArray[np.uint8] | None = None) -> NDArray:
-        """Entries of one flat array of a part; in the front of ``buffer`` where one is given that is large enough."""
+    def read_flats(self, part: int, buffer: NDArray[np.uint8]) -> dict[str, NDArray]:
+        """Entries of each flat array, from one read into the front of ``buffer``, which holds ``flats_nbytes``."""
         line = self._table[part - self._first]
-        k = self._position(name)
-        start = int(line[0] + _sizes(self._arrays, self._n_heads, line)[:k].sum())
-        size = self.flat_nbytes(part, name)
-        raw = np.empty(size, np.uint8) if buffer is None or len(buffer) < size else buffer[:size]
-        with self._open() as f:
-            return _read(f, start, raw).view(self._arrays[k].dtype)
-
-
-def _read(f: IO[bytes], start: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    f.seek(start)
-    view = memoryview(out)
-    while view:
-        n = f.readinto(view)  # type: ignore[attr-defined]
-        if not n:
-            msg = f"a spill file ends {len(view):,} bytes early; remove the scratch folder and build again"
-            raise IntegrityError(msg)
-        view = view[n:]
-    return out
+        sizes = _sizes(self._arrays, self._n_heads, line)
+        raw = self._read(int(line[0] + sizes[: self._n_heads].sum()), buffer[: self.flats_nbytes(part)])
+        out, at = {}, 0
+        flats = zip(self._arrays[self._n_heads :], line[2:].tolist(), sizes[self._n_heads :].tolist(), strict=True)
+        for a, n, size in flats:
+            out[a.name] = raw[at : at + a.nbytes(n)].view(a.dtype)
+            at += size
+        return out

@@ -148,16 +148,20 @@ def test_spill_files_give_back_what_they_took(parts, dtype):
         n = write_spill(folder, 3, rows=rows, heads=heads, flats={"v": (values, bounds)})
         assert n == (folder.fs.size(f"{tmp}/spill-000003.bin"))
         for wanted in (range(len(parts)), range(len(parts) // 2, len(parts))):
-            reader = SpillReader(folder, 3, wanted)
-            for p in wanted:
-                a, b = rows[p], rows[p + 1]
-                assert reader.n_rows(p) == b - a
-                if a == b:
-                    continue
-                got = reader.read_heads(p)
-                for name, want in heads.items():
-                    np.testing.assert_array_equal(got[name], want[a:b])
-                np.testing.assert_array_equal(reader.read_flat(p, "v"), values[bounds[a] : bounds[b]])
+            for keep_open in (True, False):
+                with SpillReader(folder, 3, wanted, keep_open=keep_open) as reader:
+                    check_spilled(reader, wanted, rows, heads, values, bounds)
+
+
+def check_spilled(reader, wanted, rows, heads, values, bounds):
+    for p in wanted:
+        a, b = rows[p], rows[p + 1]
+        assert reader.n_rows(p) == b - a
+        got = reader.read_heads(p)
+        for name, want in heads.items():
+            np.testing.assert_array_equal(got[name], want[a:b])
+        flats = reader.read_flats(p, np.empty(reader.flats_nbytes(p) + 5, np.uint8))
+        np.testing.assert_array_equal(flats["v"], values[bounds[a] : bounds[b]])
 
 
 def test_a_short_spill_file_is_an_error(tmp_path):
@@ -165,8 +169,8 @@ def test_a_short_spill_file_is_an_error(tmp_path):
     write_spill(folder, 0, rows=np.array([0, 4]), heads={"n": np.arange(4)}, flats={})
     body = tmp_path / "spill-000000.bin"
     body.write_bytes(body.read_bytes()[:-8])
-    with pytest.raises(IntegrityError, match="ends 8 bytes early"):
-        SpillReader(folder, 0, range(1)).read_heads(0)
+    with pytest.raises(IntegrityError, match="ends 8 bytes early"), SpillReader(folder, 0, range(1)) as reader:
+        reader.read_heads(0)
 
 
 def test_map_ordered_keeps_order_and_stops_at_the_first_error():
