@@ -18,13 +18,29 @@ from annbatch_dask.kernels.fingerprint import (
     field_salt,
     finish_rows,
 )
-from annbatch_dask.plan.schema import ColumnSpec, MatrixSpec
+from annbatch_dask.plan.build import Plan
+from annbatch_dask.plan.schema import Categories, ColumnSpec, MatrixSpec
 from annbatch_dask.storage.columns import ColumnRows
 
-__all__ = ["NAMES", "bounds_of", "decode_strings", "encode_strings", "head", "row_hashes", "sum_hashes", "write_column"]
+__all__ = [
+    "NAMES",
+    "all_columns",
+    "bounds_of",
+    "decode_strings",
+    "encode_strings",
+    "head",
+    "row_hashes",
+    "sum_hashes",
+    "write_column",
+]
 
 NAMES = ColumnSpec("", "string")
 """The obs names, which travel like a column of strings."""
+
+
+def all_columns(plan: Plan) -> tuple[ColumnSpec, ...]:
+    """Obs names, the columns, and the source of each row: what travels beside the matrices."""
+    return (NAMES, *plan.columns, plan.source_column)
 
 
 def head(spec: ColumnSpec, what: str = "values") -> str:
@@ -76,7 +92,11 @@ def row_hashes(
     heads: Mapping[str, NDArray],
     flats: Mapping[str, tuple[NDArray, NDArray[np.int64]]],
 ) -> NDArray[np.uint64]:
-    """(n_rows,) hashes of whole rows; see :mod:`annbatch_dask.kernels.fingerprint`."""
+    """(n_rows,) hashes of whole rows; see :mod:`annbatch_dask.kernels.fingerprint`.
+
+    They depend on what a row says and not on how it is held: categories enter by their value and not their code, a
+    missing value like a column that is not there. So they stay the same when a collection is extended.
+    """
     hashes = np.zeros(n_rows, np.uint64)
     for m in matrices:
         if m.kind == "csr":
@@ -85,13 +105,39 @@ def row_hashes(
         else:
             add_dense(hashes, heads[f"{m.name}#dense"], field_salt(m.name))
     for c in columns:
-        if c.kind == "string":
-            data, bounds = flats[head(c, "bytes")]
-            add_strings(hashes, bounds, data, field_salt(head(c)))
-        else:
-            add_dense(hashes, heads[head(c)].reshape(n_rows, 1), field_salt(head(c)))
-        if c.nullable:
-            add_dense(hashes, heads[head(c, "mask")].reshape(n_rows, 1), field_salt(head(c, "mask")))
+        hashes += _column_hashes(n_rows, c, heads, flats)
+    return hashes
+
+
+def _column_hashes(
+    n_rows: int, spec: ColumnSpec, heads: Mapping[str, NDArray], flats: Mapping[str, tuple[NDArray, NDArray[np.int64]]]
+) -> NDArray[np.uint64]:
+    """(n_rows,) hashes of a column's values, 0 where missing."""
+    salt = field_salt(f"obs/{spec.name}")
+    if spec.categories is not None:
+        return np.append(_category_hashes(spec.categories, salt), [np.uint64(0)])[heads[head(spec)]]
+    hashes = np.zeros(n_rows, np.uint64)
+    if spec.kind == "string":
+        data, bounds = flats[head(spec, "bytes")]
+        add_strings(hashes, bounds, data, salt)
+    else:
+        values = heads[head(spec)]
+        add_dense(hashes, values.reshape(n_rows, 1), salt)
+        if values.dtype.kind == "f":
+            hashes[np.isnan(values)] = 0
+    if spec.nullable:
+        hashes[heads[head(spec, "mask")]] = 0
+    return hashes
+
+
+def _category_hashes(categories: Categories, salt: np.uint64) -> NDArray[np.uint64]:
+    """(n_categories,) what a string or number column would have for each value."""
+    hashes = np.zeros(len(categories.values), np.uint64)
+    if categories.dtype == "str":
+        counts, data = encode_strings(np.array(categories.values, object))
+        add_strings(hashes, bounds_of(counts), data, salt)
+    else:
+        add_dense(hashes, np.array(categories.values, np.float64).reshape(-1, 1), salt)
     return hashes
 
 

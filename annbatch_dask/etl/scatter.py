@@ -11,20 +11,20 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
 from annbatch_dask.etl.job import load_job
-from annbatch_dask.etl.rows import NAMES, bounds_of, row_hashes, sum_hashes, write_column
+from annbatch_dask.etl.rows import NAMES, all_columns, bounds_of, row_hashes, sum_hashes, write_column
 from annbatch_dask.kernels.rows import copy_runs, map_indices, sort_rows
 from annbatch_dask.kernels.values import narrow_counts, range_of
 from annbatch_dask.plan.build import Plan
 from annbatch_dask.plan.dtypes import ValueRange, index_dtype, merge_ranges, signed_dtype, smallest_dtype
 from annbatch_dask.plan.layout import Block
-from annbatch_dask.plan.schema import SRC_PATH, Categories, ColumnSpec, MatrixSchema, MatrixSpec, SourceSchema
+from annbatch_dask.plan.schema import ColumnSpec, MatrixSchema, MatrixSpec, SourceSchema
 from annbatch_dask.storage.columns import ColumnRows
 from annbatch_dask.storage.matrices import CsrRows
 from annbatch_dask.storage.publish import Folder
 from annbatch_dask.storage.sources import Source
 from annbatch_dask.storage.spill import find_receipt, write_receipt, write_spill
 
-__all__ = ["PLACE", "all_columns", "scatter"]
+__all__ = ["PLACE", "scatter"]
 
 PLACE = "#place"
 """Head array: a row's position within its part."""
@@ -69,13 +69,6 @@ def scatter(scratch: Folder, index: int) -> dict[str, Any]:
     return receipt
 
 
-def all_columns(plan: Plan) -> tuple[ColumnSpec, ...]:
-    """Obs names, the columns, and the source of each row: what travels beside the matrices."""
-    paths = tuple(dict.fromkeys(s.path for s in plan.sources))
-    source = ColumnSpec(SRC_PATH, "categorical", categories=Categories(paths, "str"))
-    return (NAMES, *plan.columns, source)
-
-
 # --- read ----------------------------------------------------------------------------------------------------------
 
 
@@ -94,11 +87,18 @@ def _read_block(plan: Plan, block: Block, source: SourceSchema, opened: Source) 
     write_column(NAMES, ColumnRows(names), rows.heads, rows.flats)
     for column in plan.columns:
         write_column(column, _read_column(column, block, source, opened), rows.heads, rows.flats)
-    *_, tag = all_columns(plan)
-    code = tag.categories.values.index(source.path)  # type: ignore[union-attr]
-    codes = np.full(block.n_rows, code, signed_dtype(len(tag.categories.values)))  # type: ignore[union-attr]
-    write_column(tag, ColumnRows(codes), rows.heads, rows.flats)
+    write_column(plan.source_column, _read_tag(plan, block, source, opened), rows.heads, rows.flats)
     return rows
+
+
+def _read_tag(plan: Plan, block: Block, source: SourceSchema, opened: Source) -> ColumnRows:
+    """The source of each row: the input itself, or what a collection's rows say of where they came from."""
+    if source.tagged:
+        return _read_column(plan.source_column, block, source, opened)
+    categories = plan.source_column.categories
+    assert categories is not None  # it always is a categorical
+    code = categories.values.index(source.path)
+    return ColumnRows(np.full(block.n_rows, code, signed_dtype(len(categories.values))))
 
 
 def _dense_to_csr(values: NDArray) -> CsrRows:

@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import LayoutError, SchemaError
-from annbatch_dask.plan.columns import unite_columns
+from annbatch_dask.plan.columns import unite_columns, unite_tags
 from annbatch_dask.plan.dtypes import ValueRange, merge_ranges, smallest_dtype
 from annbatch_dask.plan.genes import check_unique, gene_maps, join_genes
 from annbatch_dask.plan.layout import Block, Layout, cut_blocks
@@ -25,7 +25,7 @@ __all__ = ["Options", "Plan", "build_plan"]
 
 _BLOCK_NBYTES = 128 * MIB
 """Default size of a row block: far above the cost of a task, small beside a worker's memory."""
-_WORK_VERSION = 2
+_WORK_VERSION = 3
 """Raised whenever spill files, receipts or row fingerprints change, so that no resume mixes two kinds."""
 _MAX_TASKS = 4096
 """Blocks grow, as far as memory allows, so that a stage stays below about so many tasks."""
@@ -76,6 +76,8 @@ class Plan:
         Distinct maps from source genes to the collection's, and which one each source uses.
     matrices, columns
         Row-aligned elements of the collection.
+    source_column
+        The obs column beside them that tells each row's source.
     """
 
     options: Options
@@ -88,6 +90,7 @@ class Plan:
     gene_map_of: tuple[int, ...] = field(repr=False)
     matrices: tuple[MatrixSpec, ...]
     columns: tuple[ColumnSpec, ...]
+    source_column: ColumnSpec
     index_name: str | None
     peak_nbytes: tuple[int, int]
     budget: Budget
@@ -269,6 +272,7 @@ def build_plan(
         gene_map_of=which,
         matrices=matrices,
         columns=columns,
+        source_column=unite_tags(sources),
         index_name=index_names.pop() if len(index_names) == 1 else None,
         peak_nbytes=peak,
         budget=budget,

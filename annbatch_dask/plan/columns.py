@@ -12,9 +12,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
-from annbatch_dask.plan.schema import Categories, ColumnSchema, ColumnSpec, SourceSchema
+from annbatch_dask.plan.schema import SRC_PATH, Categories, ColumnSchema, ColumnSpec, SourceSchema
 
-__all__ = ["unite_columns"]
+__all__ = ["unite_columns", "unite_tags"]
 
 
 def unite_columns(sources: Sequence[SourceSchema]) -> tuple[ColumnSpec, ...]:
@@ -33,6 +33,30 @@ def unite_columns(sources: Sequence[SourceSchema]) -> tuple[ColumnSpec, ...]:
     return tuple(
         _unite(name, [(s.path, cols.get(name)) for s, cols in zip(sources, by_source, strict=True)]) for name in names
     )
+
+
+def unite_tags(sources: Sequence[SourceSchema]) -> ColumnSpec:
+    """The column that says where a row came from: each source's path, or what a collection's rows say already."""
+    sets = [_tag(s) for s in sources]
+    values = tuple(dict.fromkeys(v for c in sets for v in c.values))
+    index = Categories(values, "str").index()
+    return ColumnSpec(
+        SRC_PATH,
+        "categorical",
+        categories=Categories(values, "str"),
+        present=(True,) * len(sources),
+        code_maps=tuple(_code_map(c, index) for c in sets),
+    )
+
+
+def _tag(source: SourceSchema) -> Categories:
+    if not source.tagged:
+        return Categories((source.path,), "str")
+    found = next((c.categories for c in source.columns if c.name == SRC_PATH), None)
+    if found is None or found.dtype != "str":
+        msg = f"{source.path} has no categorical obs column {SRC_PATH!r}, so it is no dataset of a collection"
+        raise SchemaError(msg)
+    return found
 
 
 def _unite(name: str, found: Sequence[tuple[str, ColumnSchema | None]]) -> ColumnSpec:

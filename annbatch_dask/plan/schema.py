@@ -115,6 +115,8 @@ class SourceSchema:
         Elements the build does not carry, by name.
     identity
         Size and modification time (or the store's equivalent) at the time of the scan: a resume must see the same.
+    tagged
+        A dataset of a collection: its rows say in ``src_path`` where they came from.
     """
 
     path: str
@@ -125,6 +127,7 @@ class SourceSchema:
     index_name: str | None = None
     left_out: tuple[str, ...] = ()
     identity: str = ""
+    tagged: bool = False
 
 
 @dataclass(frozen=True)
