@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-DESCRIPTION = (
-    "Shuffle AnnData files into one sharded zarr collection with Dask, and stream mini-batches from it."
-)
+DESCRIPTION = "Shuffle AnnData files into one sharded zarr collection with Dask, and stream mini-batches from it."
 EXAMPLES = {
     "": """\
 examples:
@@ -194,8 +192,9 @@ def _facts(collection: DatasetCollection) -> Iterator[tuple[str, object]]:
     if manifest is None:
         yield "shuffle", "not recorded (not written by annbatch-dask)"
         return
-    yield "shuffle", "{name}, version {version}".format(**manifest.permutation)
-    yield "seed", manifest.seed
+    for build in manifest.builds:
+        order = "{name}, version {version}".format(**build.permutation)
+        yield "build", f"{build.mode}, {len(build.sources)} sources, {order}, seed {build.seed}"
     for source in manifest.sources:
         yield "source", f"{source.path} ({source.n_obs:,} cells)"
 
@@ -209,9 +208,7 @@ def _describe(group: zarr.Group, name: str) -> str:
     element: Any = group[name]
     kind = element.attrs.get("encoding-type", "array")
     arrays = (
-        {"": element}
-        if hasattr(element, "dtype")
-        else {k: element[k] for k in ("data", "indices") if k in element}
+        {"": element} if hasattr(element, "dtype") else {k: element[k] for k in ("data", "indices") if k in element}
     )
     dtypes = ", ".join(f"{array.dtype} {key}".strip() for key, array in arrays.items())
     source = element.attrs.get("source-dtype")
@@ -308,16 +305,12 @@ def _add_shuffle(commands: Any) -> None:
     parser = _add_command(commands, "shuffle", _shuffle, "shuffle AnnData files into a collection")
     _add_layout_options(parser)
     parser.add_argument("-o", "--output", required=True, metavar="OUT.zarr", help="the collection to write")
-    parser.add_argument(
-        "--scratch", metavar="DIR", help="folder for spill files (default: beside the output)"
-    )
+    parser.add_argument("--scratch", metavar="DIR", help="folder for spill files (default: beside the output)")
     parser.add_argument(
         "--no-progress", dest="progress", action="store_false", default=None, help="show no progress bars"
     )
     engine = parser.add_mutually_exclusive_group()
-    engine.add_argument(
-        "--scheduler", metavar="ADDRESS", help="run on this Dask cluster, e.g. tcp://head-node:8786"
-    )
+    engine.add_argument("--scheduler", metavar="ADDRESS", help="run on this Dask cluster, e.g. tcp://head-node:8786")
     engine.add_argument("--n-workers", type=_positive, metavar="N", help="worker processes on this machine")
 
 
@@ -332,13 +325,9 @@ def _add_info(commands: Any) -> None:
 
 
 def _add_stream(commands: Any) -> None:
-    parser = _add_command(
-        commands, "stream", _stream, "stream epochs: cells per second, and how mixed batches are"
-    )
+    parser = _add_command(commands, "stream", _stream, "stream epochs: cells per second, and how mixed batches are")
     parser.add_argument("collection", metavar="OUT.zarr")
-    parser.add_argument(
-        "--batch-size", type=_positive, default=4096, metavar="N", help="cells (default: 4096)"
-    )
+    parser.add_argument("--batch-size", type=_positive, default=4096, metavar="N", help="cells (default: 4096)")
     parser.add_argument(
         "--chunk-size",
         type=_positive,
@@ -386,15 +375,9 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the shuffle; the same seed gives the same bytes (default: 0)"
     )
-    parser.add_argument(
-        "--no-shuffle", dest="shuffle", action="store_false", help="keep the order of the inputs"
-    )
-    parser.add_argument(
-        "--var-subset", type=Path, metavar="FILE", help="keep these genes only: one name a line"
-    )
-    parser.add_argument(
-        "--memory-limit", type=_bytes, metavar="SIZE", help="memory of one worker process, e.g. 4GB"
-    )
+    parser.add_argument("--no-shuffle", dest="shuffle", action="store_false", help="keep the order of the inputs")
+    parser.add_argument("--var-subset", type=Path, metavar="FILE", help="keep these genes only: one name a line")
+    parser.add_argument("--memory-limit", type=_bytes, metavar="SIZE", help="memory of one worker process, e.g. 4GB")
 
 
 def _size(text: str) -> int | str:

@@ -9,7 +9,7 @@ import secrets
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import anndata as ad
 import numpy as np
@@ -19,13 +19,15 @@ import zarr.codecs
 from humanfriendly import InvalidSize, parse_size
 
 from annbatch_dask.errors import CollectionError, LayoutError, SourceError
+from annbatch_dask.etl.commit import sweep
 from annbatch_dask.etl.job import Job
 from annbatch_dask.etl.run import Engine, EngineRoom, build, choose_engine
 from annbatch_dask.etl.scan import merge_var, scan
 from annbatch_dask.events import Callback, Callbacks
-from annbatch_dask.manifest import ANNBATCH_ENCODING, DATASET_PREFIX, MANIFEST_KEY, Manifest
-from annbatch_dask.plan.build import Options, Plan, build_plan
+from annbatch_dask.manifest import ANNBATCH_ENCODING, DATASET_PREFIX, MANIFEST_KEY, DatasetRecord, Manifest
+from annbatch_dask.plan.build import Extension, Options, Plan, build_plan
 from annbatch_dask.progress import default_callbacks
+from annbatch_dask.storage.matrices import describe_matrix
 from annbatch_dask.storage.publish import Folder, folder_of
 from annbatch_dask.storage.shards import compressor_json
 from annbatch_dask.storage.sources import SourceRef
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["DatasetCollection"]
 
 logger = logging.getLogger(__name__)
+
+Mode = Literal["extend", "append", "reshuffle"]
 
 _DATASET = re.compile(rf"{DATASET_PREFIX}_(\d+)")
 _DEFAULT_COMPRESSOR = (zarr.codecs.BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"),)
@@ -213,6 +217,8 @@ class DatasetCollection:
         dataset_size: int | str = "2GB",
         shuffle: bool = True,
         merge: str | None = None,
+        mode: Mode = "extend",
+        genes: Literal["collection", "union"] = "collection",
         seed: int | None = None,
         rng: np.random.Generator | None = None,
         memory_limit: int | str | None = None,
@@ -238,7 +244,8 @@ class DatasetCollection:
             shuffle=shuffle,
             seed=_seed(seed, rng),
         )
-        return _scan_and_plan(refs, options, merge, choose_engine(client, memory_limit), read_values=read_values)
+        room = choose_engine(client, memory_limit)
+        return self._plan(refs, options, merge, room, self._extension(mode, genes), read_values=read_values)
 
     def add_adatas(  # noqa: PLR0913 - annbatch's arguments
         self,
@@ -252,6 +259,8 @@ class DatasetCollection:
         dataset_size: int | str = "2GB",
         shuffle: bool = True,
         merge: str | None = None,
+        mode: Mode = "extend",
+        genes: Literal["collection", "union"] = "collection",
         seed: int | None = None,
         rng: np.random.Generator | None = None,
         memory_limit: int | str | None = None,
@@ -264,7 +273,11 @@ class DatasetCollection:
 
         Every cell of every input gets a place drawn uniformly over the whole collection. The work is done by Dask, in
         bounded memory, and leaves the collection as it was until the last step publishes the new one. A build that was
-        interrupted goes on where it stopped when it is called again with the same arguments, ``seed`` included.
+        interrupted goes on where it stopped when it is called again with the same arguments, ``seed`` included; one
+        that was finished is not done twice.
+
+        A collection that holds cells already is extended: see ``mode``. Its old datasets are removed after the new
+        ones are published.
 
         Parameters
         ----------
@@ -287,6 +300,13 @@ class DatasetCollection:
             False keeps the order of the inputs.
         merge
             Which var columns to keep of several inputs, as in :func:`anndata.concat`; None keeps none.
+        mode
+            What happens to a collection that holds cells. ``"extend"`` (default) deals the new cells into its datasets,
+            to each in proportion to its size and anywhere in it, and leaves their number and ``dataset_size`` as they
+            are. ``"append"`` adds new datasets, shuffled among themselves. ``"reshuffle"`` shuffles everything anew.
+        genes
+            ``"collection"`` (default): an extension keeps the collection's genes, drops others of the new inputs and
+            fills those they lack. ``"union"``: it adds the new inputs' genes behind; not with ``mode="append"``.
         seed, rng
             Of the shuffle: a non-negative integer, or a generator to draw one from. Neither draws a fresh seed,
             which the manifest records. The same seed and inputs give the same bytes on any cluster.
@@ -311,12 +331,17 @@ class DatasetCollection:
         SourceError, SchemaError, LayoutError, MemoryBudgetError
             Before any work, where an input cannot be read, inputs contradict each other, or sizes cannot be met.
         CollectionError
-            If the collection already holds data.
+            If an input is in the collection already.
         IntegrityError
             If what was written is not what was read; nothing is published.
         """
         self._check_target()
         refs = _references(adata_paths, load_adata)
+        extension = self._extension(mode, genes)
+        if self._is_done(refs, seed):
+            logger.info("%s holds these inputs already: nothing to do", self.path)
+            sweep(self._folder, self.manifest)
+            return self
         options = _options(
             var_subset,
             n_obs_per_chunk,
@@ -328,12 +353,86 @@ class DatasetCollection:
         )
         callback = Callbacks([*default_callbacks(progress=progress), *(callbacks or ())])
         room = choose_engine(client, memory_limit)
-        plan = _scan_and_plan(refs, options, merge, room)
+        plan = self._plan(refs, options, merge, room, extension)
         for element, paths in plan.left_out.items():
             logger.warning("%s is left out: in %d of %d inputs", element, len(paths), len(refs))
         with room.start() as engine:
-            self._build(plan, refs, engine, callback, scratch)
+            self._build(plan, (*self._dataset_refs(extension), *refs), engine, callback, scratch)
         return self
+
+    def _is_done(self, refs: tuple[SourceRef, ...], seed: int | None) -> bool:
+        """Whether the last build had these inputs, so that the call is a repetition after its commit."""
+        manifest = self.manifest
+        if manifest is None:
+            return False
+        last, paths = manifest.builds[-1], tuple(r.label for r in refs)
+        if paths == last.sources and seed in (None, last.seed):
+            return True
+        known = {s.path: s.n_obs for s in manifest.sources}
+        if again := [p for p in paths if p in known]:
+            msg = (
+                f"{again[0]} is in {self.path} already, with {known[again[0]]:,} cells; leave it out, "
+                "or build a new collection"
+            )
+            raise CollectionError(msg)
+        return False
+
+    def _extension(self, mode: Mode, genes: str) -> Extension | None:
+        """What the collection, if it holds cells, means for a build."""
+        if mode not in ("extend", "append", "reshuffle") or genes not in ("collection", "union"):
+            msg = (
+                f"mode is {mode!r} and genes {genes!r}; give 'extend', 'append' or 'reshuffle', 'collection' or 'union'"
+            )
+            raise ValueError(msg)
+        if self.is_empty:
+            return None
+        if mode == "append" and genes == "union":
+            msg = "mode='append' leaves the datasets as they are, so genes='union' cannot add to them; use 'reshuffle'"
+            raise ValueError(msg)
+        last = max(int(n.rsplit("_", 1)[1]) for n in self._names())
+        if self.manifest is not None:
+            last = max(last, self.manifest.last_dataset)
+        return Extension(mode, len(self), last + 1, union=genes == "union")
+
+    def _dataset_refs(self, extension: Extension | None) -> list[SourceRef]:
+        """The datasets as inputs of a build that extends them."""
+        if extension is None:
+            return []
+        folder = self._target
+        return [SourceRef(n, (folder / n).url, tagged=True) for n in self._names()]
+
+    def _plan(
+        self,
+        refs: tuple[SourceRef, ...],
+        options: Options,
+        merge: str | None,
+        room: EngineRoom,
+        extension: Extension | None,
+        *,
+        read_values: bool = False,
+    ) -> Plan:
+        """Scan the inputs, and the datasets of a collection that is extended, and plan."""
+        want_var = len(refs) == 1 or merge is not None
+        datasets = self._dataset_refs(extension)
+        tasks = [*((ref, False, False) for ref in datasets), *((ref, want_var, read_values) for ref in refs)]
+        scanned = room.scanner.run("scan", scan, tasks, lambda *_: None)
+        schemas = [s.schema for s in scanned]
+        frames = [s.var for s in scanned if s.var is not None]
+        for s in scanned:
+            if s.var is not None and not s.var.index.is_unique:
+                build_plan([s.schema], options, budget=room.budget)  # raises, with the names
+        if extension is None:
+            var = merge_var(frames, merge) if want_var else None
+        elif extension.union:
+            var = merge_var([self.var, *frames], merge) if merge is not None else None
+        else:
+            var = self.var
+        return build_plan(schemas, options, budget=room.budget, var=var, extension=extension)
+
+    @property
+    def _target(self) -> Folder:
+        """The collection's folder, by a path that other processes can open."""
+        return Folder(os.path.abspath(self._folder.path)) if self._folder.is_local else self._folder
 
     def _build(
         self,
@@ -344,19 +443,37 @@ class DatasetCollection:
         scratch: str | os.PathLike[str] | None,
     ) -> None:
         base = Folder(os.fspath(scratch)) if scratch is not None else Folder(self._folder.url.rstrip("/") + ".scratch")
-        target = Folder(os.path.abspath(self._folder.path)) if self._folder.is_local else self._folder
+        target = self._target
         base = Folder(os.path.abspath(base.path)) if base.is_local else base
-        build(Job(plan, refs, base / plan.work_key, target), engine, callback)
+        manifest = None if plan.extension is None else self.manifest or self._adopted()
+        build(Job(plan, refs, base / plan.work_key, target, manifest), engine, callback)
         if not base.names():
             base.remove()
         self._group = zarr.open_group(target.zarr_store(), mode="r+")
 
+    def _adopted(self) -> Manifest:
+        """A manifest for a collection that annbatch wrote: what its metadata say, no fingerprints."""
+        first = next(iter(self))
+        records = tuple(
+            DatasetRecord(name, _n_rows(group["obs"]), _nnz(group["X"]))
+            for name, group in zip(self._names(), self, strict=True)
+        )
+        stored = describe_matrix("X", first["X"])
+        dtype = "float32" if stored is None else stored.dtype
+        about = {"kind": "dense" if stored is None else stored.kind, "dtype": dtype, "source_dtype": dtype}
+        return Manifest(
+            n_obs=sum(r.n_obs for r in records),
+            n_vars=len(self.var),
+            matrices={"X": about | {"n_nan": 0, "n_inf": 0}},
+            datasets=records,
+            sources=(),
+            builds=(),
+            last_dataset=max(r.number for r in records),
+        )
+
     def _check_target(self) -> None:
         if self._h5ad:
             msg = "a folder of h5ad files cannot be built; give a path that ends in .zarr"
-            raise CollectionError(msg)
-        if not self.is_empty:
-            msg = f"{self.path} already holds {len(self)} datasets; give a new path, or remove it first"
             raise CollectionError(msg)
         self._folder  # noqa: B018 - raises for stores that workers cannot open
 
@@ -481,17 +598,8 @@ def _size(name: str, value: int | str) -> tuple[int | None, int | None]:
     return int(value), None
 
 
-def _scan_and_plan(
-    refs: tuple[SourceRef, ...], options: Options, merge: str | None, room: EngineRoom, *, read_values: bool = False
-) -> Plan:
-    want_var = len(refs) == 1 or merge is not None
-    scanned = room.scanner.run("scan", scan, [(ref, want_var, read_values) for ref in refs], lambda *_: None)
-    frames = [s.var for s in scanned if s.var is not None]
-    for s in scanned:
-        if s.var is not None and not s.var.index.is_unique:
-            build_plan([s.schema], options, budget=room.budget)  # raises, with the names
-    var = merge_var(frames, merge) if want_var else None
-    return build_plan([s.schema for s in scanned], options, budget=room.budget, var=var)
+def _nnz(x: Any) -> int:
+    return int(x["data"].shape[0]) if hasattr(x, "keys") else 0
 
 
 def _n_rows(obs: Any) -> int:

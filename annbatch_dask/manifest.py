@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from annbatch_dask.errors import CollectionError
 
-__all__ = ["ANNBATCH_ENCODING", "DATASET_PREFIX", "MANIFEST_KEY", "DatasetRecord", "Manifest", "SourceRecord"]
+__all__ = [
+    "ANNBATCH_ENCODING",
+    "DATASET_PREFIX",
+    "MANIFEST_KEY",
+    "SOURCE_DTYPE",
+    "BuildRecord",
+    "DatasetRecord",
+    "Manifest",
+    "SourceRecord",
+]
 
 ANNBATCH_ENCODING = {"encoding-type": "annbatch-preshuffled", "encoding-version": "0.1.0"}
 """The attributes by which annbatch knows a collection."""
@@ -21,52 +30,103 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """An input of the build, and how many rows and stored values of X it gave."""
+    """An input: how many rows and stored values of X it gave, and the fingerprint of its rows (16 hex digits)."""
 
     path: str
-    n_obs: int
-    nnz: int
-
-
-@dataclass(frozen=True)
-class DatasetRecord:
-    """A dataset: its name, rows, stored values of X, and the fingerprint of its rows (16 hex digits)."""
-
-    name: str
     n_obs: int
     nnz: int
     fingerprint: str
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What a build was, and what it wrote. Nothing in it varies between two runs of the same build.
+class DatasetRecord:
+    """A dataset.
 
     Attributes
     ----------
-    permutation
-        ``{"name", "version"}`` of the shuffle.
-    plan
-        Fingerprint of the plan.
-    matrices
-        Name -> ``{"kind", "dtype", "source_dtype", "n_nan", "n_inf"}``: the last two count values.
+    name
+        Of its group.
+    n_obs, nnz
+        Rows, and stored values of X.
+    fingerprint
+        Of its rows, 16 hex digits; "" where it was not recorded (a dataset that annbatch wrote).
+    files
+        Bytes and crc32c (8 hex digits) of every file, by path within the dataset; empty where not recorded.
     """
 
+    name: str
+    n_obs: int
+    nnz: int
+    fingerprint: str = ""
+    files: Mapping[str, tuple[int, str]] = field(default_factory=dict, repr=False)
+
+    @property
+    def number(self) -> int:
+        """The number in its name."""
+        return int(self.name.rsplit("_", 1)[1])
+
+
+@dataclass(frozen=True)
+class BuildRecord:
+    """One build: ``"create"``, ``"extend"``, ``"append"`` or ``"reshuffle"``.
+
+    Attributes
+    ----------
+    seed, permutation
+        Of the shuffle; ``{"name", "version"}``.
+    plan
+        Fingerprint of the plan.
+    sources
+        Paths of its inputs.
+    """
+
+    mode: str
     seed: int
     permutation: Mapping[str, Any]
     plan: str
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the builds were, and what lies there. Nothing in it varies between two runs of the same builds.
+
+    Attributes
+    ----------
+    n_obs, n_vars
+        Cells and genes.
+    matrices
+        Of each: ``{"kind", "dtype", "source_dtype", "n_nan", "n_inf"}``; the last two count values.
+    datasets
+        In their order.
+    sources
+        Every input of every build.
+    builds
+        From the first to the last.
+    last_dataset
+        The highest number a dataset ever had: names are not used twice.
+    """
+
     n_obs: int
     n_vars: int
     matrices: Mapping[str, Mapping[str, Any]]
     datasets: tuple[DatasetRecord, ...]
     sources: tuple[SourceRecord, ...]
+    builds: tuple[BuildRecord, ...]
+    last_dataset: int
     format_version: int = FORMAT_VERSION
+
+    @property
+    def seed(self) -> int:
+        """Seed of the last build."""
+        return self.builds[-1].seed
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         return asdict(self) | {
             "datasets": [asdict(d) for d in self.datasets],
             "sources": [asdict(s) for s in self.sources],
+            "builds": [asdict(b) | {"sources": list(b.sources)} for b in self.builds],
         }
 
     @classmethod
@@ -87,10 +147,14 @@ class Manifest:
             raise CollectionError(msg)
         try:
             records = {
-                "datasets": tuple(DatasetRecord(**d) for d in values["datasets"]),
+                "datasets": tuple(
+                    DatasetRecord(**d | {"files": {k: (n, crc) for k, (n, crc) in d["files"].items()}})
+                    for d in values["datasets"]
+                ),
                 "sources": tuple(SourceRecord(**s) for s in values["sources"]),
+                "builds": tuple(BuildRecord(**b | {"sources": tuple(b["sources"])}) for b in values["builds"]),
             }
             return cls(**{**values, **records})
-        except (KeyError, TypeError) as e:
+        except (KeyError, TypeError, ValueError) as e:
             msg = f"the collection's manifest is damaged ({e}); build it again"
             raise CollectionError(msg) from e

@@ -31,9 +31,7 @@ PARTS = {"part_1.h5ad": (20_000, 3_200), "part_2.h5ad": (15_000, 2_800)}
 
 def main() -> int:
     """Run the demo on the files of the command line, or on files made for it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="AnnData files; made up if none are given")
     files = parser.parse_args().files or make_files(FOLDER)
     FOLDER.mkdir(exist_ok=True)
@@ -114,8 +112,7 @@ def sequential_batches(files: list[Path], column: str) -> list[np.ndarray]:
     """Return the classes in each batch of someone who reads the files from front to back."""
     parts = [ad.read_h5ad(f, backed="r").obs for f in files]
     names = [
-        p[column].astype(str) if column in p else pd.Series(str(f), p.index)
-        for f, p in zip(files, parts, strict=True)
+        p[column].astype(str) if column in p else pd.Series(str(f), p.index) for f, p in zip(files, parts, strict=True)
     ]
     classes = pd.concat(names).to_numpy()
     return np.split(classes, np.arange(BATCH_SIZE, len(classes), BATCH_SIZE))
@@ -192,9 +189,7 @@ def draw_text(rows: dict[str, list[np.ndarray]], *, n_shown: int = 8, width: int
     for name, batches in rows.items():
         print(name)
         for batch in batches[:: max(len(batches) // n_shown, 1)]:
-            counts = np.searchsorted(
-                classes, np.sort(batch)[np.linspace(0, len(batch) - 1, width).astype(int)]
-            )
+            counts = np.searchsorted(classes, np.sort(batch)[np.linspace(0, len(batch) - 1, width).astype(int)])
             print("  " + "".join(letters[c % len(letters)] for c in counts))
 
 

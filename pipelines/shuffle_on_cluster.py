@@ -18,9 +18,7 @@ from annbatch_dask import DatasetCollection
 
 def main() -> int:
     """Read the command line and shuffle."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scheduler", help="address of the scheduler")
     parser.add_argument("output", help="the collection to write")
     parser.add_argument("files", nargs="+")
@@ -29,9 +27,7 @@ def main() -> int:
     args = parser.parse_args()
     with Client(args.scheduler) as client:
         collection = DatasetCollection(args.output)
-        plan = collection.plan_adatas(
-            args.files, dataset_size=args.dataset_size, seed=args.seed, client=client
-        )
+        plan = collection.plan_adatas(args.files, dataset_size=args.dataset_size, seed=args.seed, client=client)
         print(plan.summary())
         collection.add_adatas(args.files, dataset_size=args.dataset_size, seed=args.seed, client=client)
     print(f"{args.output}: {collection.n_obs:,} cells x {collection.n_var:,} genes")

@@ -91,17 +91,14 @@ def train(collection: DatasetCollection, column: str) -> None:
         loss.backward()
         optimiser.step()
     seen, unseen = (
-        accuracy(model, make_loader([group], column, shuffle=False), column, classes)
-        for group in (rest[0], held_out)
+        accuracy(model, make_loader([group], column, shuffle=False), column, classes) for group in (rest[0], held_out)
     )
     print(f"accuracy after one epoch: {seen:.3f} on a dataset trained on, {unseen:.3f} on the one held out")
 
 
 def main() -> int:
     """Read the command line and train."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("collection")
     parser.add_argument("column", help="obs column to predict, e.g. cell_type")
     args = parser.parse_args()

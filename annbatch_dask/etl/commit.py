@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import logging
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from annbatch_dask.manifest import ANNBATCH_ENCODING, MANIFEST_KEY, Manifest
+import numpy as np
+
+from annbatch_dask.etl.gather import GatherTask
+from annbatch_dask.etl.job import Job
+from annbatch_dask.manifest import (
+    ANNBATCH_ENCODING,
+    DATASET_PREFIX,
+    MANIFEST_KEY,
+    BuildRecord,
+    DatasetRecord,
+    Manifest,
+    SourceRecord,
+)
+from annbatch_dask.plan.build import Plan
+from annbatch_dask.plan.dtypes import ValueRange, merge_ranges
 from annbatch_dask.storage.metadata import consolidate, metadata_below
 from annbatch_dask.storage.publish import Folder
 
-__all__ = ["commit"]
+__all__ = ["commit", "leftovers", "make_manifest", "merged_range", "source_fingerprints", "sweep"]
+
+logger = logging.getLogger(__name__)
+
+Receipt = Mapping[str, Any]
+_DATASET = re.compile(rf"{DATASET_PREFIX}_\d+")
 
 
 def commit(target: Folder, manifest: Manifest) -> None:
@@ -21,3 +43,100 @@ def commit(target: Folder, manifest: Manifest) -> None:
         below = metadata_below(target / record.name)
         nodes |= {f"{record.name}/{path}".rstrip("/"): node for path, node in below.items()}
     consolidate(target, ANNBATCH_ENCODING | {MANIFEST_KEY: manifest.to_json()}, nodes)
+
+
+def leftovers(target: Folder, manifest: Manifest | None) -> list[str]:
+    """Datasets and unfinished files in a collection's folder that its manifest does not name."""
+    kept = set() if manifest is None else {d.name for d in manifest.datasets}
+    return [n for n in target.names() if (_DATASET.fullmatch(n) and n not in kept) or target.is_unfinished(n)]
+
+
+def sweep(target: Folder, manifest: Manifest | None) -> list[str]:
+    """Remove leftovers; returns their names."""
+    found = leftovers(target, manifest)
+    for name in found:
+        (target / name).remove()
+        logger.info("removed %s/%s", target.url, name)
+    return found
+
+
+# --- what the manifest says ----------------------------------------------------------------------------------------
+
+
+def make_manifest(
+    job: Job, scattered: Sequence[Receipt], gathered: Sequence[Receipt], tasks: Sequence[GatherTask]
+) -> Manifest:
+    """The manifest of the collection after the build."""
+    plan, base, extension = job.plan, job.base, job.plan.extension
+    build = BuildRecord(
+        mode="create" if extension is None else extension.mode,
+        seed=plan.seed,
+        permutation={"name": plan.placement.name, "version": plan.placement.version},
+        plan=plan.fingerprint,
+        sources=tuple(s.path for s in plan.sources if not s.tagged),
+    )
+    written = tuple(
+        DatasetRecord(r["name"], r["n_rows"], r["nnz"], r["fingerprint"], {k: tuple(v) for k, v in r["files"].items()})
+        for r in gathered
+    )
+    sources = _sources(plan, scattered)
+    matrices: dict[str, Mapping[str, Any]] = _matrices(plan, scattered, tasks)
+    if base is None:
+        return Manifest(plan.n_obs, plan.n_vars, matrices, written, sources, (build,), plan.n_datasets - 1)
+    kept = base.datasets if extension is not None and extension.n_kept else ()
+    if kept:
+        matrices = {name: _united(base.matrices.get(name), m) for name, m in matrices.items()}
+    return Manifest(
+        n_obs=sum(d.n_obs for d in (*kept, *written)),
+        n_vars=plan.n_vars,
+        matrices=matrices,
+        datasets=(*kept, *written),
+        sources=(*base.sources, *sources),
+        builds=(*base.builds, build),
+        last_dataset=plan.first_dataset + plan.n_datasets - 1,
+    )
+
+
+def _united(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A matrix over datasets that stay and datasets that come: dtypes promoted, counts added."""
+    if old is None:
+        return new
+    promoted = {k: np.promote_types(old[k], new[k]).name for k in ("dtype", "source_dtype")}
+    return {**new, **promoted, **{k: old[k] + new[k] for k in ("n_nan", "n_inf")}}
+
+
+def source_fingerprints(plan: Plan, scattered: Sequence[Receipt]) -> list[str]:
+    """Fingerprint of each source's rows, as they were read."""
+    totals = [0] * len(plan.sources)
+    for block, receipt in zip(plan.blocks, scattered, strict=True):
+        totals[block.source] += sum(int(part, 16) for part in receipt["fingerprint"])
+    return [f"{total % 2**64:016x}" for total in totals]
+
+
+def _sources(plan: Plan, scattered: Sequence[Receipt]) -> tuple[SourceRecord, ...]:
+    nnz = np.zeros(len(plan.sources), np.int64)
+    for block, receipt in zip(plan.blocks, scattered, strict=True):
+        nnz[block.source] += sum(receipt["nnz"].get("X", ()))
+    found = zip(plan.sources, nnz.tolist(), source_fingerprints(plan, scattered), strict=True)
+    return tuple(SourceRecord(s.path, s.n_obs, n, fingerprint) for s, n, fingerprint in found if not s.tagged)
+
+
+def merged_range(scattered: Sequence[Receipt], matrix: str) -> ValueRange:
+    """Range of a matrix's values over all blocks."""
+    return merge_ranges(ValueRange(**r["ranges"][matrix]) for r in scattered)
+
+
+def _matrices(plan: Plan, scattered: Sequence[Receipt], tasks: Sequence[GatherTask]) -> dict[str, Mapping[str, Any]]:
+    out: dict[str, Mapping[str, Any]] = {}
+    for m in plan.matrices:
+        found = merged_range(scattered, m.name)
+        if found.n_nan or found.n_inf:
+            logger.warning("%s: %d NaN and %d infinite values, kept as they are", m.name, found.n_nan, found.n_inf)
+        out[m.name] = {
+            "kind": m.kind,
+            "dtype": tasks[0].dtypes[m.name],
+            "source_dtype": m.source_dtype,
+            "n_nan": found.n_nan,
+            "n_inf": found.n_inf,
+        }
+    return out

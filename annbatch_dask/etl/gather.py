@@ -18,10 +18,11 @@ from annbatch_dask.etl.job import Job, load_job
 from annbatch_dask.etl.rows import all_columns, bounds_of, decode_strings, head, row_hashes, sum_hashes
 from annbatch_dask.etl.scatter import PLACE, Flats, Heads
 from annbatch_dask.kernels.rows import copy_runs
-from annbatch_dask.manifest import DATASET_PREFIX, SOURCE_DTYPE
+from annbatch_dask.manifest import DATASET_PREFIX, MANIFEST_KEY, SOURCE_DTYPE
 from annbatch_dask.plan.build import Options, Plan
 from annbatch_dask.plan.dtypes import index_dtype
 from annbatch_dask.plan.schema import ColumnSpec, MatrixSpec
+from annbatch_dask.storage.checksums import FileSums, checksum, checksums
 from annbatch_dask.storage.columns import to_pandas
 from annbatch_dask.storage.metadata import METADATA, consolidate, metadata_below
 from annbatch_dask.storage.publish import Folder
@@ -62,7 +63,8 @@ def gather(scratch: Folder, task: GatherTask) -> dict[str, Any]:
 
     Returns
     -------
-    The task's receipt: ``name``, ``n_rows``, ``nnz`` of X, ``fingerprint``, ``n_bytes`` (uncompressed, written).
+    The task's receipt: ``name``, ``n_rows``, ``nnz`` of X, ``fingerprint``, ``n_bytes`` (uncompressed,
+    written), and the size and checksum of all ``files``.
 
     Raises
     ------
@@ -71,9 +73,9 @@ def gather(scratch: Folder, task: GatherTask) -> dict[str, Any]:
     """
     name = f"gather-{task.dataset:06d}"
     job = load_job(scratch)
-    dataset = f"{DATASET_PREFIX}_{task.dataset}"
-    # a receipt lies in the scratch folder, its dataset in the target, which someone may have removed since
-    if (done := find_receipt(scratch, name)) is not None and (job.target / dataset).exists(METADATA):
+    dataset = f"{DATASET_PREFIX}_{job.plan.first_dataset + task.dataset}"
+    # a receipt lies in the scratch folder, its dataset in the target, which others may have removed or replaced since
+    if (done := find_receipt(scratch, name)) is not None and _is_intact(job.target / dataset, done["files"]):
         return done | {"reused": True}
     try:
         receipt = _write_dataset(job, task, dataset)
@@ -84,10 +86,18 @@ def gather(scratch: Folder, task: GatherTask) -> dict[str, Any]:
     return receipt
 
 
+def _is_intact(folder: Folder, files: FileSums) -> bool:
+    """Whether a dataset's files are those that were written, by their sizes, and by content where they are metadata."""
+    if folder.sizes() != {name: size for name, (size, _) in files.items()}:
+        return False
+    return checksum(folder, METADATA) == tuple(files[METADATA])
+
+
 def _write_dataset(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
     plan, folder = job.plan, job.target / dataset
     folder.remove()  # of an attempt that did not finish
-    group = zarr.create_group(folder.zarr_store(), attributes={"encoding-type": "anndata", "encoding-version": "0.1.0"})
+    attributes = {"encoding-type": "anndata", "encoding-version": "0.1.0", MANIFEST_KEY: {"plan": plan.fingerprint}}
+    group = zarr.create_group(folder.zarr_store(), attributes=attributes)
     start, stop = plan.layout.dataset_bounds(task.dataset)
     obs = _ObsColumns(all_columns(plan), stop - start)
     total, n_bytes = 0, 0
@@ -109,8 +119,10 @@ def _write_dataset(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
         raise IntegrityError(msg)
     _write_frames(group, obs.frame(plan.index_name), plan, folder)
     folder.sync()
+    written = {name: sums for w in writers for name, sums in w.files.items()}
     return {
         "name": dataset,
+        "files": checksums(folder, written),
         "n_rows": stop - start,
         "nnz": task.nnz.get("X", 0),
         "fingerprint": f"{total:016x}",
@@ -259,6 +271,11 @@ class _SparseWriter(contextlib.ExitStack):
         }
         self._writers["indptr"].append(np.zeros(1, np.int64))
 
+    @property
+    def files(self) -> FileSums:
+        """Checksums of the shards."""
+        return {name: sums for w in self._writers.values() for name, sums in w.files.items()}
+
     def append(self, heads: Heads, flats: Flats) -> int:
         """Append rows; returns their bytes."""
         indices, bounds = flats[f"{self._name}#indices"]
@@ -292,6 +309,11 @@ class _DenseWriter(contextlib.ExitStack):
                 attributes={"encoding-type": "array", "encoding-version": "0.2.0", SOURCE_DTYPE: spec.source_dtype},
             )
         )
+
+    @property
+    def files(self) -> FileSums:
+        """Checksums of the shards."""
+        return self._writer.files
 
     def append(self, heads: Heads, flats: Flats) -> int:
         """Append rows; returns their bytes."""

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import cloudpickle
 
+from annbatch_dask.manifest import Manifest
 from annbatch_dask.plan.build import Plan
 from annbatch_dask.storage.publish import Folder
 from annbatch_dask.storage.sources import Source, SourceRef, open_source
@@ -31,12 +32,15 @@ class Job:
         Folder of spill files and receipts, for this plan alone.
     target
         Folder of the collection.
+    base
+        Manifest of the collection as it is, where the build extends one.
     """
 
     plan: Plan
     refs: tuple[SourceRef, ...]
     scratch: Folder
     target: Folder
+    base: Manifest | None = None
 
     @contextmanager
     def open_source(self, index: int) -> Iterator[Source]:

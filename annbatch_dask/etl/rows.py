@@ -115,16 +115,15 @@ def _column_hashes(
     """(n_rows,) hashes of a column's values, 0 where missing."""
     salt = field_salt(f"obs/{spec.name}")
     if spec.categories is not None:
-        return np.append(_category_hashes(spec.categories, salt), [np.uint64(0)])[heads[head(spec)]]
+        table = np.append(_category_hashes(spec.categories, salt), [np.uint64(0)])
+        by_code: NDArray[np.uint64] = table[heads[head(spec)]]
+        return by_code
     hashes = np.zeros(n_rows, np.uint64)
     if spec.kind == "string":
         data, bounds = flats[head(spec, "bytes")]
         add_strings(hashes, bounds, data, salt)
     else:
-        values = heads[head(spec)]
-        add_dense(hashes, values.reshape(n_rows, 1), salt)
-        if values.dtype.kind == "f":
-            hashes[np.isnan(values)] = 0
+        add_dense(hashes, heads[head(spec)].reshape(n_rows, 1), salt)
     if spec.nullable:
         hashes[heads[head(spec, "mask")]] = 0
     return hashes

@@ -19,16 +19,16 @@ from dask.utils import parse_bytes
 from distributed import Client, as_completed
 from distributed.system import MEMORY_LIMIT
 
-from annbatch_dask.errors import AnnbatchDaskError
+from annbatch_dask.errors import AnnbatchDaskError, IntegrityError
 from annbatch_dask.etl.cluster import local_client
-from annbatch_dask.etl.commit import commit
+from annbatch_dask.etl.commit import commit, make_manifest, merged_range, source_fingerprints, sweep
 from annbatch_dask.etl.gather import GatherTask, gather
 from annbatch_dask.etl.job import Job, save_job
 from annbatch_dask.etl.scatter import scatter
 from annbatch_dask.events import BuildEnd, BuildStart, Callback, StageEnd, StageStart, TaskEnd
-from annbatch_dask.manifest import DatasetRecord, Manifest, SourceRecord
+from annbatch_dask.manifest import Manifest
 from annbatch_dask.plan.build import Plan
-from annbatch_dask.plan.dtypes import ValueRange, index_dtype, merge_ranges, smallest_dtype
+from annbatch_dask.plan.dtypes import index_dtype, smallest_dtype
 from annbatch_dask.plan.memory import Budget
 
 __all__ = ["Engine", "EngineRoom", "build", "choose_engine", "run_stage"]
@@ -269,6 +269,7 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
             size=(plan.n_obs, plan.n_bytes_read),
             measure=lambda _, r: (r["n_rows"], r["n_bytes"]),
         )
+        check_old_rows(job, scattered)
         tasks = gather_tasks(plan, scattered)
         gathered = run_stage(
             engine,
@@ -279,7 +280,7 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
             size=(plan.n_obs, _gather_nbytes(plan, tasks)),
             measure=lambda _, r: (r["n_rows"], r["n_bytes"]),
         )
-        manifest = _manifest(plan, scattered, gathered, tasks)
+        manifest = make_manifest(job, scattered, gathered, tasks)
         run_stage(
             LocalEngine("synchronous", engine.budget),
             "commit",
@@ -289,6 +290,7 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
             size=(plan.n_obs, 0),
             measure=lambda *_: (plan.n_obs, 0),
         )
+        sweep(job.target, manifest)
         job.scratch.remove()
     except BaseException as e:
         error = e
@@ -299,11 +301,31 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
         callback.on_build_end(BuildEnd(error))
 
 
+def check_old_rows(job: Job, scattered: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse to carry over rows of the collection that are not what its manifest says.
+
+    Raises
+    ------
+    IntegrityError
+        With the dataset's name.
+    """
+    if job.base is None or job.plan.extension is None or job.plan.extension.n_kept:
+        return
+    found = source_fingerprints(job.plan, scattered)
+    for record, fingerprint in zip(job.base.datasets, found, strict=False):
+        if record.fingerprint not in ("", fingerprint):
+            msg = (
+                f"{record.name}: its rows have fingerprint {fingerprint} and were written with {record.fingerprint}; "
+                "verify() says which file is damaged"
+            )
+            raise IntegrityError(msg)
+
+
 def gather_tasks(plan: Plan, scattered: Sequence[Mapping[str, Any]]) -> list[GatherTask]:
     """The barrier: what all scatter tasks together say about dtypes, sizes and fingerprints."""
     dtypes = {}
     for m in plan.matrices:
-        dtypes[m.name] = smallest_dtype(_merged_range(scattered, m.name), np.dtype(m.source_dtype)).name
+        dtypes[m.name] = smallest_dtype(merged_range(scattered, m.name), np.dtype(m.source_dtype)).name
     sparse = [m.name for m in plan.matrices if m.kind == "csr"]
     nnz = {name: np.sum([r["nnz"][name] for r in scattered], axis=0) for name in sparse}
     return [
@@ -317,10 +339,6 @@ def gather_tasks(plan: Plan, scattered: Sequence[Mapping[str, Any]]) -> list[Gat
     ]
 
 
-def _merged_range(scattered: Sequence[Mapping[str, Any]], matrix: str) -> ValueRange:
-    return merge_ranges(ValueRange(**r["ranges"][matrix]) for r in scattered)
-
-
 def _gather_nbytes(plan: Plan, tasks: Sequence[GatherTask]) -> int:
     """What the gather tasks will report as written, to the byte: the length of the progress bar."""
     total = 0
@@ -332,37 +350,3 @@ def _gather_nbytes(plan: Plan, tasks: Sequence[GatherTask]) -> int:
             nnz = sum(t.nnz[m.name] for t in tasks)
             total += nnz * (item + index_dtype(m.n_cols).itemsize) + 8 * plan.n_obs
     return total
-
-
-def _manifest(
-    plan: Plan,
-    scattered: Sequence[Mapping[str, Any]],
-    gathered: Sequence[Mapping[str, Any]],
-    tasks: Sequence[GatherTask],
-) -> Manifest:
-    nnz = np.zeros(len(plan.sources), np.int64)
-    for block, receipt in zip(plan.blocks, scattered, strict=True):
-        nnz[block.source] += sum(receipt["nnz"].get("X", ()))
-    ranges = {m.name: _merged_range(scattered, m.name) for m in plan.matrices}
-    for name, found in ranges.items():
-        if found.n_nan or found.n_inf:
-            logger.warning("%s: %d NaN and %d infinite values, kept as they are", name, found.n_nan, found.n_inf)
-    return Manifest(
-        seed=plan.seed,
-        permutation={"name": plan.permutation.name, "version": plan.permutation.version},
-        plan=plan.fingerprint,
-        n_obs=plan.n_obs,
-        n_vars=plan.n_vars,
-        matrices={
-            m.name: {
-                "kind": m.kind,
-                "dtype": tasks[0].dtypes[m.name],
-                "source_dtype": m.source_dtype,
-                "n_nan": ranges[m.name].n_nan,
-                "n_inf": ranges[m.name].n_inf,
-            }
-            for m in plan.matrices
-        },
-        datasets=tuple(DatasetRecord(r["name"], r["n_rows"], r["nnz"], r["fingerprint"]) for r in gathered),
-        sources=tuple(SourceRecord(s.path, s.n_obs, int(n)) for s, n in zip(plan.sources, nnz, strict=True)),
-    )

@@ -42,7 +42,7 @@ def scan(ref: SourceRef, want_var: bool, read_values: bool = False) -> Scanned: 
     """
     try:
         with open_source(ref) as source:
-            schema = source.schema()
+            schema = replace(source.schema(), tagged=ref.tagged)
             if read_values:
                 found = tuple(replace(m, values=_range_of_matrix(source, schema, m)) for m in schema.matrices)
                 schema = replace(schema, matrices=found)

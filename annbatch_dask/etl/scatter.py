@@ -248,7 +248,7 @@ def _missing(column: ColumnSpec, n: int) -> ColumnRows:
 
 def _spill(plan: Plan, block: Block, index: int, rows: _Rows, scratch: Folder) -> dict[str, Any]:
     layout = plan.layout
-    dest = plan.permutation.forward(np.arange(block.first, block.first + block.n_rows))
+    dest = plan.placement.forward(np.arange(block.first, block.first + block.n_rows))
     part = layout.part_of(dest)
     order = np.argsort(part, kind="stable")
     part_rows = np.searchsorted(part[order], np.arange(len(layout.part_starts)))

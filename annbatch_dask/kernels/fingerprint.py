@@ -96,12 +96,14 @@ def _add_grid(hashes, bits, salt):  # type: ignore[no-untyped-def]  # noqa: ANN0
     for i in range(bits.shape[0]):
         total = np.uint64(0)
         for k in range(bits.shape[1]):
+            if bits[i, k] == np.uint64(0x7FF8000000000000):
+                continue
             total += _mix((bits[i, k] ^ (np.uint64(k + 1) * np.uint64(0x9E3779B97F4A7C15))) + salt)
         hashes[i] += total
 
 
 def add_dense(hashes: NDArray[np.uint64], values: NDArray, salt: np.uint64) -> None:
-    """Add a dense (n, k) matrix to the rows' hashes."""
+    """Add a dense (n, k) matrix to the rows' hashes. NaN adds nothing: an outer join fills absent genes with it."""
     step = max(1, _SLAB // max(1, values.shape[1]))
     for a in range(0, len(values), step):
         bits = values[a : a + step].astype(np.float64)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, reduce
 from hashlib import blake2b
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -19,9 +20,10 @@ from annbatch_dask.plan.genes import check_unique, gene_maps, join_genes
 from annbatch_dask.plan.layout import Block, Layout, cut_blocks
 from annbatch_dask.plan.memory import MIB, Budget, format_nbytes, gather_peak_nbytes, scatter_peak_nbytes
 from annbatch_dask.plan.permutation import IDENTITY, SWAP_OR_NOT, Permutation
+from annbatch_dask.plan.placement import Dealt, deal
 from annbatch_dask.plan.schema import SRC_PATH, ColumnSpec, MatrixSpec, SourceSchema
 
-__all__ = ["Options", "Plan", "build_plan"]
+__all__ = ["Extension", "Options", "Plan", "build_plan"]
 
 _BLOCK_NBYTES = 128 * MIB
 """Default size of a row block: far above the cost of a task, small beside a worker's memory."""
@@ -56,6 +58,34 @@ class Options:
     var_subset: tuple[str, ...] | None = None
 
 
+@dataclass(frozen=True)
+class Extension:
+    """A build on top of a collection, whose datasets are the plan's first sources.
+
+    Attributes
+    ----------
+    mode
+        ``"extend"``: new rows are dealt into the existing datasets. ``"append"``: new rows make new datasets, the
+        existing ones stay. ``"reshuffle"``: all rows are shuffled anew.
+    n_datasets
+        Datasets the collection has.
+    first_dataset
+        Number of the first dataset to write: names are never used twice.
+    union
+        Add the genes the collection lacks behind its own; else leave them out.
+    """
+
+    mode: Literal["extend", "append", "reshuffle"]
+    n_datasets: int
+    first_dataset: int
+    union: bool = False
+
+    @property
+    def n_kept(self) -> int:
+        """Sources whose rows stay where they are."""
+        return self.n_datasets if self.mode == "append" else 0
+
+
 @dataclass(frozen=True, repr=False)
 class Plan:
     """A build, decided but not begun. Its repr says tasks, bytes and peak memory.
@@ -68,7 +98,7 @@ class Plan:
         Row blocks of the sources: one scatter task each.
     layout
         Datasets of the output: one gather task each.
-    permutation
+    placement
         Output position of every input row.
     var
         (n_vars, n_columns) frame of the collection's genes.
@@ -84,7 +114,7 @@ class Plan:
     sources: tuple[SourceSchema, ...]
     blocks: tuple[Block, ...]
     layout: Layout
-    permutation: Permutation
+    placement: Permutation | Dealt
     var: pd.DataFrame = field(repr=False)
     gene_maps: tuple[NDArray[np.int32], ...] = field(repr=False)
     gene_map_of: tuple[int, ...] = field(repr=False)
@@ -94,6 +124,12 @@ class Plan:
     index_name: str | None
     peak_nbytes: tuple[int, int]
     budget: Budget
+    extension: Extension | None = None
+
+    @property
+    def first_dataset(self) -> int:
+        """Number of the first dataset to write."""
+        return 0 if self.extension is None else self.extension.first_dataset
 
     @property
     def n_obs(self) -> int:
@@ -130,8 +166,9 @@ class Plan:
         var = pd.util.hash_pandas_object(self.var.astype(str)).to_numpy().tobytes()
         payload = {
             "options": asdict(self.options) | {"var_subset": None},
-            "layout": [self.layout.n_obs, self.layout.dataset_rows],
-            "permutation": repr(self.permutation),
+            "layout": self.layout.sizes,
+            "placement": repr(self.placement),
+            "extension": None if self.extension is None else asdict(self.extension),
             "index_name": self.index_name,
             "sources": sources,
         }
@@ -167,12 +204,11 @@ class Plan:
         exact = all(m.exact for s in self.sources for m in s.matrices)
         about = "" if exact else "about "
         n = len(self.blocks) + self.n_datasets
-        rows = self.layout.dataset_rows
         lines = [
             f"Plan {self.fingerprint[:12]}: {self.n_obs:,} cells x {self.n_vars:,} genes "
             f"from {_plural(len(self.sources), 'source')} into {_plural(self.n_datasets, 'dataset')} "
-            f"of up to {min(rows, self.n_obs):,} cells",
-            f"  order    {self.permutation.name}, seed {self.seed}",
+            f"of up to {max(self.layout.sizes):,} cells",
+            f"  order    {self.placement.name}, seed {self.seed}",
             f"  carried  {', '.join([m.name for m in self.matrices] + [f'obs ({len(self.columns) + 1} columns)'])}",
         ]
         if self.left_out:
@@ -206,7 +242,12 @@ def _digest(*parts: bytes) -> str:
 
 
 def build_plan(
-    sources: Sequence[SourceSchema], options: Options, *, budget: Budget, var: pd.DataFrame | None = None
+    sources: Sequence[SourceSchema],
+    options: Options,
+    *,
+    budget: Budget,
+    var: pd.DataFrame | None = None,
+    extension: Extension | None = None,
 ) -> Plan:
     """Decide a build.
 
@@ -220,6 +261,8 @@ def build_plan(
         Memory of a worker; sizes blocks and parts, and is enforced.
     var
         Columns to keep for the genes, indexed by every gene of the join; None keeps none.
+    extension
+        For a build on top of a collection, whose datasets are the first sources.
 
     Returns
     -------
@@ -232,31 +275,37 @@ def build_plan(
     MemoryBudgetError
         Where a task cannot fit a worker.
     """
-    if not any(s.n_obs for s in sources):
-        msg = f"the {len(sources)} inputs hold 0 cells in all; give at least one file that has cells"
+    n_kept, n_old = (0, 0) if extension is None else (extension.n_kept, extension.n_datasets)
+    if not any(s.n_obs for s in sources[n_old:]):
+        msg = f"the {len(sources) - n_old} inputs hold 0 cells in all; give at least one file that has cells"
         raise SchemaError(msg)
     for source in sources:
         check_unique(source)
-    genes = join_genes([s.var_names for s in sources], options.var_subset)
+    genes = _gene_space(sources, options, extension)
     maps, which = gene_maps([s.var_names for s in sources], genes)
     matrices = _unite_matrices(sources, n_vars=len(genes))
+    if extension is not None:
+        _check_carried(sources[:n_old], matrices)
     sources = tuple(_drop_uncarried(s, matrices) for s in sources)
     columns = tuple(c for c in unite_columns(sources) if c.name != SRC_PATH)
-    n_obs = sum(s.n_obs for s in sources)
+    n_obs = sum(s.n_obs for s in sources[n_kept:])
     obs_nbytes = 8 * (len(columns) + 2) + 24  # numbers and codes, the name, the place
-    total = sum(b.n_bytes for b in cut_blocks(sources, block_nbytes=2**62, csc_nbytes=2**62, obs_nbytes=obs_nbytes))
+    whole = cut_blocks(sources, block_nbytes=2**62, csc_nbytes=2**62, obs_nbytes=obs_nbytes, skip=n_kept)
+    total = sum(b.n_bytes for b in whole)
     row_nbytes = max(1.0, total / n_obs, _dense_row_nbytes(matrices))
     blocks = cut_blocks(
         sources,
+        skip=n_kept,
         block_nbytes=_piece_nbytes(total, budget),
         csc_nbytes=max(_BLOCK_NBYTES, (budget.task_nbytes - 48 * MIB) // 2),
         obs_nbytes=obs_nbytes,
     )
-    layout = _lay_out(options, n_obs=n_obs, row_nbytes=row_nbytes, part_nbytes=_piece_nbytes(total, budget))
+    placement = _place(options, [s.n_obs for s in sources], extension)
+    layout = _lay_out(options, placement, row_nbytes=row_nbytes, part_nbytes=_piece_nbytes(total, budget))
     peak = _peaks(blocks, layout, row_nbytes=row_nbytes, obs_nbytes=obs_nbytes)
     budget.check("the largest scatter task", peak[0], "start workers with more memory or fewer threads")
     budget.check(
-        f"gathering a dataset of {min(n_obs, layout.dataset_rows):,} cells",
+        f"gathering a dataset of {max(layout.sizes):,} cells",
         peak[1],
         "lower dataset_size, or start workers with more memory or fewer threads",
     )
@@ -266,7 +315,7 @@ def build_plan(
         sources=sources,
         blocks=blocks,
         layout=layout,
-        permutation=Permutation(n_obs, options.seed, SWAP_OR_NOT if options.shuffle else IDENTITY),
+        placement=placement,
         var=pd.DataFrame(index=genes) if var is None else var.loc[genes],
         gene_maps=maps,
         gene_map_of=which,
@@ -276,7 +325,39 @@ def build_plan(
         index_name=index_names.pop() if len(index_names) == 1 else None,
         peak_nbytes=peak,
         budget=budget,
+        extension=extension,
     )
+
+
+def _gene_space(sources: Sequence[SourceSchema], options: Options, extension: Extension | None) -> pd.Index:
+    """Genes of the collection: those of a join, or those it has, then perhaps new ones in the order of a join."""
+    if extension is None:
+        return join_genes([s.var_names for s in sources], options.var_subset)
+    genes: pd.Index = pd.Index(sources[0].var_names, dtype=object)
+    if extension.union:
+        joined = join_genes([s.var_names for s in sources[extension.n_datasets :]], options.var_subset)
+        return genes.append(joined[~joined.isin(genes)])
+    return genes
+
+
+def _check_carried(datasets: Sequence[SourceSchema], matrices: Sequence[MatrixSpec]) -> None:
+    """What the collection has must not get lost because new inputs lack it, and keeps its kind."""
+    kinds = {m.name: m.kind for m in matrices}
+    for m in (m for s in datasets for m in s.matrices):
+        if m.name not in kinds:
+            msg = f"the collection has {m.name} and an input lacks it; add it in load_adata"
+            raise SchemaError(msg)
+        if m.kind != kinds[m.name]:
+            msg = f"{m.name} is {m.kind} in the collection and sparse in an input; make it dense in load_adata"
+            raise SchemaError(msg)
+
+
+def _place(options: Options, sizes: Sequence[int], extension: Extension | None) -> Permutation | Dealt:
+    name = SWAP_OR_NOT if options.shuffle else IDENTITY
+    if extension is not None and extension.mode == "extend":
+        old = tuple(sizes[: extension.n_datasets])
+        return Dealt(old, deal(old, sum(sizes[extension.n_datasets :])), options.seed, name)
+    return Permutation(sum(sizes if extension is None else sizes[extension.n_kept :]), options.seed, name)
 
 
 def _unite_matrices(sources: Sequence[SourceSchema], *, n_vars: int) -> tuple[MatrixSpec, ...]:
@@ -326,7 +407,12 @@ def _piece_nbytes(total: int, budget: Budget) -> int:
     return max(1, min(max(_BLOCK_NBYTES, total // _MAX_TASKS), room))
 
 
-def _lay_out(options: Options, *, n_obs: int, row_nbytes: float, part_nbytes: int) -> Layout:
+def _lay_out(options: Options, placement: Permutation | Dealt, *, row_nbytes: float, part_nbytes: int) -> Layout:
+    part_rows = max(1, int(part_nbytes / row_nbytes))
+    n_obs = placement.n_obs
+    if isinstance(placement, Dealt):
+        sizes = tuple(a + b for a, b in zip(placement.old, placement.new, strict=True))
+        return Layout(sizes, min(part_rows, max(sizes)))
     if options.dataset_rows is not None:
         rows = options.dataset_rows
     elif options.dataset_nbytes is not None:
@@ -339,7 +425,7 @@ def _lay_out(options: Options, *, n_obs: int, row_nbytes: float, part_nbytes: in
             f"{row_nbytes:,.0f} bytes, so not one fits; raise dataset_size"
         )
         raise LayoutError(msg)
-    return Layout(n_obs, min(rows, n_obs), max(1, min(int(part_nbytes / row_nbytes), rows, n_obs)))
+    return Layout.even(n_obs, min(rows, n_obs), min(part_rows, rows, n_obs))
 
 
 def _peaks(blocks: Sequence[Block], layout: Layout, *, row_nbytes: float, obs_nbytes: int) -> tuple[int, int]:
@@ -347,6 +433,6 @@ def _peaks(blocks: Sequence[Block], layout: Layout, *, row_nbytes: float, obs_nb
     gather = gather_peak_nbytes(
         part_nbytes=int(layout.part_rows * row_nbytes),
         segment_nbytes=min(largest, int(layout.part_rows * row_nbytes)),
-        obs_nbytes=min(layout.n_obs, layout.dataset_rows) * obs_nbytes,
+        obs_nbytes=max(layout.sizes) * obs_nbytes,
     )
     return scatter_peak_nbytes(largest), gather

@@ -43,33 +43,47 @@ class Layout:
 
     Parameters
     ----------
-    n_obs
-        Rows of this build.
-    dataset_rows
-        Rows of each dataset but the last.
+    sizes
+        Rows of each dataset.
     part_rows
         Rows of each part but the last of a dataset.
     """
 
-    n_obs: int
-    dataset_rows: int
+    sizes: tuple[int, ...]
     part_rows: int
 
     def __post_init__(self) -> None:
         """Refuse sizes below one row."""
-        if self.dataset_rows < 1 or self.part_rows < 1:
-            msg = f"dataset_size is {self.dataset_rows} rows in parts of {self.part_rows}; both must be 1 or more"
+        if min(self.sizes) < 1 or self.part_rows < 1:
+            msg = f"a dataset of {min(self.sizes)} rows in parts of {self.part_rows}; both must be 1 or more"
             raise LayoutError(msg)
+
+    @classmethod
+    def even(cls, n_obs: int, dataset_rows: int, part_rows: int) -> Layout:
+        """Datasets of ``dataset_rows`` rows each; the last one may be smaller."""
+        if dataset_rows < 1:
+            msg = f"dataset_size is {dataset_rows} rows; it must be 1 or more"
+            raise LayoutError(msg)
+        full, rest = divmod(n_obs, dataset_rows)
+        return cls((dataset_rows,) * full + ((rest,) if rest else ()), part_rows)
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        return np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
+
+    @property
+    def n_obs(self) -> int:
+        """Rows of all datasets."""
+        return int(self._starts[-1])
 
     @property
     def n_datasets(self) -> int:
         """Number of datasets."""
-        return -(-self.n_obs // self.dataset_rows)
+        return len(self.sizes)
 
     def dataset_bounds(self, dataset: int) -> tuple[int, int]:
         """Output rows [start, stop) of a dataset."""
-        start = dataset * self.dataset_rows
-        return start, min(start + self.dataset_rows, self.n_obs)
+        return int(self._starts[dataset]), int(self._starts[dataset + 1])
 
     @cached_property
     def part_starts(self) -> NDArray[np.int64]:
@@ -80,8 +94,7 @@ class Layout:
     @cached_property
     def first_part(self) -> NDArray[np.int64]:
         """(n_datasets + 1,) first part of each dataset, and the number of parts."""
-        borders = np.minimum(np.arange(self.n_datasets + 1) * self.dataset_rows, self.n_obs)
-        return np.searchsorted(self.part_starts, borders)
+        return np.searchsorted(self.part_starts, self._starts)
 
     def parts_of(self, dataset: int) -> range:
         """Parts of a dataset."""
@@ -93,16 +106,17 @@ class Layout:
 
 
 def cut_blocks(
-    sources: Sequence[SourceSchema], *, block_nbytes: int, csc_nbytes: int, obs_nbytes: int
+    sources: Sequence[SourceSchema], *, block_nbytes: int, csc_nbytes: int, obs_nbytes: int, skip: int = 0
 ) -> tuple[Block, ...]:
     """Cut every source into row blocks of about ``block_nbytes``, at the steps at which its bytes are known.
 
     A block holds at least one step; an empty source has none. A source with a CSC matrix is read whole for each
-    of its blocks, so it is cut into blocks of ``csc_nbytes``, as few as memory allows.
+    of its blocks, so it is cut into blocks of ``csc_nbytes``, as few as memory allows. The first ``skip`` sources have
+    none: their rows stay where they are.
     """
     blocks: list[Block] = []
     first = 0
-    for s, source in enumerate(sources):
+    for s, source in enumerate(sources[skip:], skip):
         csc = any(m.kind == "csc" for m in source.matrices)
         edges, total = _cumulative_nbytes(source, obs_nbytes=obs_nbytes)
         at = 0

@@ -13,6 +13,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
+from annbatch_dask.manifest import SOURCE_DTYPE
 from annbatch_dask.plan.schema import MatrixKind, MatrixSchema
 from annbatch_dask.storage.h5ad import SLAB_NBYTES, read_h5_rows, visit_h5
 
@@ -64,7 +65,12 @@ def describe_matrix(name: str, values: Any) -> MatrixSchema | None:
         kind: MatrixKind = "csc" if values.format == "csc" else "csr"
         counts = _row_counts(values)
         return MatrixSchema(name, kind, dtype.name, "int32", values.shape[1], ROW_STEP, knots(np.cumsum(counts)))
-    return MatrixSchema(name, "dense", dtype.newbyteorder("=").name, "", int(values.shape[1]))
+    return MatrixSchema(name, "dense", _source_dtype(values, dtype), "", int(values.shape[1]))
+
+
+def _source_dtype(elem: Any, stored: np.dtype) -> str:
+    """Dtype of the values: what a collection's datasets were made of, which may be wider than what they store."""
+    return str(getattr(elem, "attrs", {}).get(SOURCE_DTYPE) or stored.newbyteorder("=").name)
 
 
 def _row_counts(matrix: Any) -> NDArray[np.int64]:
@@ -94,7 +100,7 @@ def _describe_stored_sparse(name: str, group: Any) -> MatrixSchema | None:
         for a in range(0, n, SLAB_NBYTES):
             counts += np.bincount(group["indices"][a : min(a + SLAB_NBYTES, n)], minlength=n_rows)
         ends = np.cumsum(counts)
-    dtypes = (group["data"].dtype.newbyteorder("=").name, group["indices"].dtype.name)
+    dtypes = (_source_dtype(group, group["data"].dtype), group["indices"].dtype.name)
     return MatrixSchema(name, kind, *dtypes, n_cols, ROW_STEP, knots(ends))  # type: ignore[arg-type]
 
 

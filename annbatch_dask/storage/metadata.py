@@ -13,17 +13,20 @@ __all__ = ["METADATA", "consolidate", "metadata_below"]
 METADATA = "zarr.json"
 
 
+def is_metadata(name: str) -> bool:
+    """Whether a file of a zarr tree is metadata."""
+    return name == METADATA or name.endswith(f"/{METADATA}")
+
+
 def metadata_below(folder: Folder) -> dict[str, Any]:
     """Metadata of every group and array below a folder, by relative path, sorted; itself under the empty path."""
-    root = folder.path.rstrip("/")
-    paths = [p for p in folder.fs.find(root) if p.endswith(f"/{METADATA}")]
-    documents = folder.fs.cat(paths)
+    paths = {f"{folder.path.rstrip('/')}/{name}": name for name in folder.files() if is_metadata(name)}
+    documents = folder.fs.cat(list(paths))
     nodes = {}
     for path, document in documents.items():
         node = json.loads(document)
         node.pop("consolidated_metadata", None)
-        relative = path[path.rindex(root) + len(root) :].strip("/").removesuffix(METADATA).rstrip("/")
-        nodes[relative] = node
+        nodes[paths[path].removesuffix(METADATA).rstrip("/")] = node
     return dict(sorted(nodes.items()))
 
 

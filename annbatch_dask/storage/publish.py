@@ -87,6 +87,21 @@ class Folder:
         except FileNotFoundError:
             return []
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file below, by path within the folder, sorted."""
+        root = self.path.rstrip("/")
+        self.fs.invalidate_cache(root)
+        found = self.fs.find(root, detail=True)
+        return dict(sorted((p[p.rindex(root) + len(root) :].lstrip("/"), info["size"]) for p, info in found.items()))
+
+    def files(self) -> list[str]:
+        """Paths of all files below, within the folder, sorted."""
+        return list(self.sizes())
+
+    def is_unfinished(self, name: str) -> bool:
+        """Whether a name is that of a file that was being written."""
+        return name.startswith(_TMP)
+
     def remove(self) -> None:
         """Remove the folder and all in it; no error where it does not exist."""
         with contextlib.suppress(FileNotFoundError):

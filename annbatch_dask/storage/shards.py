@@ -90,6 +90,11 @@ class ShardWriter:
         As :func:`compressor_json` gives it.
     attributes
         The array's attributes.
+
+    Attributes
+    ----------
+    files
+        Bytes and crc32c of each finished shard, by path within ``folder``.
     """
 
     def __init__(  # noqa: PLR0913 - an array's layout
@@ -122,6 +127,7 @@ class ShardWriter:
         self._chunk_shape, self._shard_chunks = (chunk_rows, *rest), shard_rows // chunk_rows
         self._dtype, self._rows, self._n_dims = dtype, shape[0], len(shape)
         self._written = 0
+        self.files: dict[str, tuple[int, str]] = {}
         self._pending = np.empty((0, *rest), dtype)
         self._shard: _Shard | None = None
 
@@ -177,7 +183,8 @@ class ShardWriter:
 
     def _finish_shard(self) -> None:
         if self._shard is not None:
-            self._shard.close()
+            size, crc = self._shard.close()
+            self.files[f"{self._key}/{self._shard.name}"] = size, f"{crc:08x}"
             self._shard = None
 
     def _abandon(self) -> None:
@@ -193,23 +200,29 @@ class _Shard:
         self._context: contextlib.AbstractContextManager[IO[bytes]] = folder.create(name)
         self._file = self._context.__enter__()
         self._index = np.full((n_chunks, 2), 2**64 - 1, "<u8")
-        self._n, self._at = 0, 0
+        self.name, self._n, self._at, self._crc = name, 0, 0, 0
 
     @property
     def is_full(self) -> bool:
         return self._n == len(self._index)
 
     def append(self, encoded: bytes) -> None:
-        self._file.write(encoded)
-        self._index[self._n] = self._at, len(encoded)
-        self._at += len(encoded)
+        self._write(encoded)
+        self._index[self._n] = self._at - len(encoded), len(encoded)
         self._n += 1
 
-    def close(self) -> None:
+    def _write(self, payload: bytes) -> None:
+        self._file.write(payload)
+        self._crc = google_crc32c.extend(self._crc, payload)
+        self._at += len(payload)
+
+    def close(self) -> tuple[int, int]:
+        """Finish; returns the file's bytes and its crc32c."""
         index = self._index.tobytes()
-        self._file.write(index)
-        self._file.write(np.array([google_crc32c.value(index)], "<u4").tobytes())
+        self._write(index)
+        self._write(np.array([google_crc32c.value(index)], "<u4").tobytes())
         self._context.__exit__(None, None, None)
+        return self._at, self._crc
 
     def abandon(self) -> None:
         error = RuntimeError("abandoned")

@@ -30,11 +30,15 @@ __all__ = ["Source", "SourceRef", "open_source"]
 
 @dataclass(frozen=True)
 class SourceRef:
-    """An input as the user named it: what ``src_path`` says, and what a worker opens."""
+    """An input as the user named it: what ``src_path`` says, and what a worker opens.
+
+    ``tagged``: a dataset of the collection that is extended, whose rows say where they came from.
+    """
 
     label: str
     item: Any
     load_adata: Callable[[Any], AnnData] | None = None
+    tagged: bool = False
 
 
 class Source(Protocol):

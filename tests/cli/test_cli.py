@@ -18,9 +18,7 @@ def collection(h5ad_pair, tmp_path_factory):
     """One collection, made by the command line in this process."""
     path = tmp_path_factory.mktemp("cli") / "atlas.zarr"
     with dask.config.set(scheduler="synchronous"):
-        assert (
-            run("shuffle", *h5ad_pair, "-o", path, "--dataset-size", "200", "--seed", 3, "--no-progress") == 0
-        )
+        assert run("shuffle", *h5ad_pair, "-o", path, "--dataset-size", "200", "--seed", 3, "--no-progress") == 0
     return path
 
 

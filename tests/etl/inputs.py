@@ -102,12 +102,29 @@ def cell(value):
 def assert_conserved(collection, paths, inputs):
     """Every input row is in the collection exactly once, with its values, obs, name and source."""
     genes, X = expected_x(inputs)
+    assert_holds(collection, paths, inputs, genes, X)
+
+
+def on_genes(inputs, genes):
+    """X of all inputs, row by row, on the genes given; NaN where one is absent and every input is dense."""
+    fill = np.nan if not any(sp.issparse(a.X) for a in inputs) else 0.0
+    out = []
+    for a in inputs:
+        at = pd.Index(genes).get_indexer(a.var_names)
+        joined = np.full((a.n_obs, len(genes)), fill)
+        joined[:, at[at >= 0]] = dense_x(a)[:, at >= 0]
+        out.append(joined)
+    return np.concatenate(out)
+
+
+def assert_holds(collection, paths, inputs, genes, X):
+    """Every input row is in the collection exactly once, with X as given; rows in the order of the inputs."""
     first = dict(zip(map(str, paths), np.cumsum([0, *[a.n_obs for a in inputs]]), strict=False))
     source = dict(zip(map(str, paths), inputs, strict=True))
     seen = np.zeros(len(X), int)
     for group in collection:
         out = read(group)
-        assert out.var_names.tolist() == genes
+        assert out.var_names.tolist() == list(genes)
         rows = np.array([first[p] + r for p, r in zip(out.obs["src_path"], out.obs["row"], strict=True)])
         seen[rows] += 1
         np.testing.assert_array_equal(dense_x(out), X[rows])

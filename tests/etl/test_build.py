@@ -207,9 +207,9 @@ def test_plan_touches_nothing(tmp_path, h5ad_pair):
 
 def test_dataset_size_in_bytes(tmp_path, h5ad_pair):
     plan = DatasetCollection(tmp_path / "o.zarr").plan_adatas(h5ad_pair, seed=0, dataset_size="20KB")
-    assert plan.n_datasets == -(-plan.n_obs // plan.layout.dataset_rows)
+    assert plan.n_datasets == -(-plan.n_obs // plan.layout.sizes[0])
     mean = plan.n_bytes_read / plan.n_obs
-    assert 0.9 * 20 * 1024 <= plan.layout.dataset_rows * mean <= 20 * 1024
+    assert 0.9 * 20 * 1024 <= plan.layout.sizes[0] * mean <= 20 * 1024
 
 
 def test_rng_is_a_seed(tmp_path, h5ad_pair):

@@ -77,7 +77,7 @@ def test_signed_dtype(n, want):
 
 @given(st.integers(1, 500), st.integers(1, 600), st.integers(1, 600))
 def test_datasets_and_parts_tile_the_rows(n_obs, dataset_rows, part_rows):
-    layout = Layout(n_obs, dataset_rows, part_rows)
+    layout = Layout.even(n_obs, dataset_rows, part_rows)
     bounds = [layout.dataset_bounds(k) for k in range(layout.n_datasets)]
     assert [r for a, b in bounds for r in range(a, b)] == list(range(n_obs))
     assert all(b - a == dataset_rows for a, b in bounds[:-1])

@@ -18,9 +18,7 @@ def test_entropy_of_a_batch(codes, bits):
     assert batch_entropy(np.array(codes, dtype=np.int64)) == pytest.approx(bits)
 
 
-@pytest.mark.parametrize(
-    ("counts", "n"), [([5, 3, 2], 4), ([100, 1, 1], 50), ([7, 7, 7, 7], 1), ([40, 60], 99)]
-)
+@pytest.mark.parametrize(("counts", "n"), [([5, 3, 2], 4), ([100, 1, 1], 50), ([7, 7, 7, 7], 1), ([40, 60], 99)])
 def test_expectation_agrees_with_simulation(counts, n):
     assert expected_entropy(np.array(counts), n) == pytest.approx(simulated_entropy(counts, n), abs=0.02)
 

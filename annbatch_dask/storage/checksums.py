@@ -1,0 +1,43 @@
+"""Size and crc32c of files: what the manifest says of a dataset, and what ``verify`` compares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import google_crc32c
+import numpy as np
+
+from annbatch_dask.storage.publish import Folder
+
+__all__ = ["FileSums", "checksum", "checksums"]
+
+FileSums = Mapping[str, tuple[int, str]]
+"""Bytes and crc32c (8 hex digits) by path."""
+_PIECE = 2**22
+
+
+def checksum(folder: Folder, name: str) -> tuple[int, str]:
+    """Bytes and crc32c of a file, read in pieces.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is not there.
+    """
+    file = folder.ranges(name)
+    try:
+        buffer = memoryview(np.empty(_PIECE, np.uint8))
+        size, crc = 0, 0
+        while n := file.read_into(size, buffer):
+            crc = google_crc32c.extend(crc, bytes(buffer[:n]))
+            size += n
+            if n < _PIECE:
+                break
+        return size, f"{crc:08x}"
+    finally:
+        file.close()
+
+
+def checksums(folder: Folder, known: FileSums) -> dict[str, tuple[int, str]]:
+    """Checksums of every file below a folder: those known already, and the others read."""
+    return {name: known[name] if name in known else checksum(folder, name) for name in folder.files()}
