@@ -1,4 +1,4 @@
-"""The command line: ``annbatch-dask shuffle | plan | info | stream``."""
+"""The command line: ``annbatch-dask shuffle | plan | info | verify | gc | stream``."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ examples:
   annbatch-dask plan a.h5ad b.h5ad                    what a shuffle would do; runs nothing
   annbatch-dask shuffle a.h5ad b.h5ad -o atlas.zarr   on all cores of this machine
   annbatch-dask info atlas.zarr
+  annbatch-dask verify atlas.zarr --against *.h5ad    proof that no cell was lost or changed
   annbatch-dask stream atlas.zarr --by cell_type      speed, and how well batches are mixed
 """,
     "shuffle": """\
@@ -45,6 +46,7 @@ examples:
   annbatch-dask shuffle *.h5ad -o atlas.zarr --dataset-size 100_000 --seed 1
   annbatch-dask shuffle *.h5ad -o atlas.zarr --var-subset genes.txt --scratch /fast/disk
   annbatch-dask shuffle *.h5ad -o /shared/atlas.zarr --scheduler tcp://head-node:8786
+  annbatch-dask shuffle new.h5ad -o atlas.zarr --mode append       more cells for a collection that exists
 
 A run that was interrupted goes on where it stopped when the same command is given again.
 """,
@@ -55,6 +57,19 @@ example:
     "info": """\
 example:
   annbatch-dask info atlas.zarr
+""",
+    "verify": """\
+examples:
+  annbatch-dask verify atlas.zarr
+  annbatch-dask verify atlas.zarr --against a.h5ad b.h5ad
+
+Compares sizes, checksums and row fingerprints with what the build recorded, and the rows of the files with those.
+""",
+    "gc": """\
+example:
+  annbatch-dask gc atlas.zarr
+
+A build that was interrupted cannot be resumed afterwards.
 """,
     "stream": """\
 examples:
@@ -99,6 +114,8 @@ def _shuffle(args: argparse.Namespace) -> None:
         collection = DatasetCollection(args.output).add_adatas(
             args.files,
             **_layout(args),
+            mode=args.mode,
+            genes=args.genes,
             client=client,
             scratch=args.scratch,
             progress=args.progress,
@@ -120,6 +137,26 @@ def _plan(args: argparse.Namespace) -> None:
 def _info(args: argparse.Namespace) -> None:
     for name, value in _facts(_open(args.collection)):
         print(f"{name + ':':<13} {value}")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    with _client(args) as client:
+        found = _open(args.collection).verify(args.against, client=client)
+    for problem in found.problems:
+        print(problem)
+    for name in found.leftovers:
+        print(f"{name}: does not belong to the collection; `annbatch-dask gc` removes it")
+    found.raise_for_problems()
+    size = f"{found.n_obs:,} cells in {found.n_datasets} datasets, {format_bytes(found.n_bytes)}"
+    proof = f"; they are the cells of {len(found.against)} files" if found.against else ""
+    print(f"{args.collection}: {size}: every file and every row is as it was written{proof}")
+
+
+def _gc(args: argparse.Namespace) -> None:
+    from annbatch_dask import DatasetCollection
+
+    removed = DatasetCollection(args.collection).gc()
+    print(f"{args.collection}: removed {', '.join(removed) or 'nothing'}")
 
 
 def _stream(args: argparse.Namespace) -> None:
@@ -284,6 +321,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_shuffle(commands)
     _add_plan(commands)
     _add_info(commands)
+    _add_verify(commands)
+    _add_gc(commands)
     _add_stream(commands)
     return parser
 
@@ -309,6 +348,18 @@ def _add_shuffle(commands: Any) -> None:
     parser.add_argument(
         "--no-progress", dest="progress", action="store_false", default=None, help="show no progress bars"
     )
+    parser.add_argument(
+        "--mode",
+        choices=("extend", "append", "reshuffle"),
+        default="extend",
+        help="for an output that holds cells: deal new ones into its datasets, add datasets, or shuffle all anew",
+    )
+    parser.add_argument(
+        "--genes",
+        choices=("collection", "union"),
+        default="collection",
+        help="for an output that holds cells: keep its genes, or add those of the new files",
+    )
     engine = parser.add_mutually_exclusive_group()
     engine.add_argument("--scheduler", metavar="ADDRESS", help="run on this Dask cluster, e.g. tcp://head-node:8786")
     engine.add_argument("--n-workers", type=_positive, metavar="N", help="worker processes on this machine")
@@ -321,6 +372,19 @@ def _add_plan(commands: Any) -> None:
 
 def _add_info(commands: Any) -> None:
     parser = _add_command(commands, "info", _info, "print what a collection holds")
+    parser.add_argument("collection", metavar="OUT.zarr")
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _add_command(commands, "verify", _verify, "read a whole collection and compare it with what was written")
+    parser.add_argument("collection", metavar="OUT.zarr")
+    parser.add_argument("--against", nargs="+", metavar="FILES", help="the files it was made of")
+    parser.add_argument("--scheduler", metavar="ADDRESS", help="run on this Dask cluster, e.g. tcp://head-node:8786")
+    parser.set_defaults(n_workers=None)
+
+
+def _add_gc(commands: Any) -> None:
+    parser = _add_command(commands, "gc", _gc, "remove what interrupted builds left behind")
     parser.add_argument("collection", metavar="OUT.zarr")
 
 

@@ -19,10 +19,18 @@ import zarr.codecs
 from humanfriendly import InvalidSize, parse_size
 
 from annbatch_dask.errors import CollectionError, LayoutError, SourceError
-from annbatch_dask.etl.commit import sweep
+from annbatch_dask.etl.commit import leftovers, sweep
 from annbatch_dask.etl.job import Job
-from annbatch_dask.etl.run import Engine, EngineRoom, build, choose_engine
+from annbatch_dask.etl.run import Engine, EngineRoom, build, choose_engine, run_check
 from annbatch_dask.etl.scan import merge_var, scan
+from annbatch_dask.etl.verify import (
+    Verification,
+    check_dataset,
+    check_root,
+    check_source,
+    match_sources,
+    source_refs,
+)
 from annbatch_dask.events import Callback, Callbacks
 from annbatch_dask.manifest import ANNBATCH_ENCODING, DATASET_PREFIX, MANIFEST_KEY, DatasetRecord, Manifest
 from annbatch_dask.plan.build import Extension, Options, Plan, build_plan
@@ -42,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 Mode = Literal["extend", "append", "reshuffle"]
 
+_SCRATCH = ".scratch"
 _DATASET = re.compile(rf"{DATASET_PREFIX}_(\d+)")
 _DEFAULT_COMPRESSOR = (zarr.codecs.BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"),)
 """annbatch's codec at level 5 instead of 3, whose larger blocks of counts decode up to twice as fast and are a tenth
@@ -442,7 +451,7 @@ class DatasetCollection:
         callback: Callback,
         scratch: str | os.PathLike[str] | None,
     ) -> None:
-        base = Folder(os.fspath(scratch)) if scratch is not None else Folder(self._folder.url.rstrip("/") + ".scratch")
+        base = Folder(os.fspath(scratch)) if scratch is not None else Folder(self._folder.url.rstrip("/") + _SCRATCH)
         target = self._target
         base = Folder(os.path.abspath(base.path)) if base.is_local else base
         manifest = None if plan.extension is None else self.manifest or self._adopted()
@@ -450,6 +459,83 @@ class DatasetCollection:
         if not base.names():
             base.remove()
         self._group = zarr.open_group(target.zarr_store(), mode="r+")
+
+    # --- checking ----------------------------------------------------------------------------------------------
+
+    def verify(
+        self,
+        against: Iterable[Any] | None = None,
+        *,
+        load_adata: Callable[[Any], ad.AnnData] | None = None,
+        client: Client | None = None,
+        callbacks: Iterable[Callback] | None = None,
+        progress: bool | None = None,
+    ) -> Verification:
+        """Read everything and compare it with what was written, file by file and row by row.
+
+        Parameters
+        ----------
+        against
+            The inputs the collection was made of: prove that it is a permutation of their cells. They may have moved
+            to another folder. None compares with the manifest alone.
+        load_adata
+            The function the build used, if it used one.
+        client
+            A client of the Dask cluster to use; None uses the threads of this process.
+        callbacks, progress
+            As for :meth:`add_adatas`.
+
+        Returns
+        -------
+        The problems found, none where all is well; nothing is raised for them.
+
+        Raises
+        ------
+        CollectionError
+            If there is nothing to verify, or an input is none of the collection's.
+        """
+        manifest = self.manifest
+        if self.is_empty or manifest is None:
+            msg = f"{self.path} has no manifest to compare with: it is empty, or annbatch wrote it"
+            raise CollectionError(msg)
+        callback = Callbacks([*default_callbacks(progress=progress), *(callbacks or ())])
+        engine, target = choose_engine(client, None).scanner, self._target
+        problems = check_root(target, manifest)
+        size = (manifest.n_obs, sum(n for d in manifest.datasets for n, _ in d.files.values()))
+        tasks: list[tuple[Any, ...]] = [(target, d, manifest.n_vars) for d in manifest.datasets]
+        problems += run_check(engine, "verify", check_dataset, tasks, callback, size)
+        refs = () if against is None else _references(against, load_adata)
+        if refs:
+            found, missing = match_sources([r.label for r in refs], manifest)
+            first = SourceRef("dataset", (target / manifest.datasets[0].name).url, tagged=True)
+            tasks = [(ref, record, first) for ref, record in source_refs(refs, found)]
+            size = (sum(r.n_obs for r in found.values()), 0)
+            problems += [*missing, *run_check(engine, "compare", check_source, tasks, callback, size)]
+        return Verification(
+            path=self.path,
+            problems=tuple(problems),
+            leftovers=tuple(leftovers(target, manifest)),
+            n_datasets=len(manifest.datasets),
+            n_obs=manifest.n_obs,
+            n_bytes=sum(n for d in manifest.datasets for n, _ in d.files.values()),
+            against=tuple(r.label for r in refs),
+        )
+
+    def gc(self) -> list[str]:
+        """Remove what interrupted builds left in the collection's folder, and their scratch folder beside it.
+
+        A build that was interrupted cannot be resumed afterwards.
+
+        Returns
+        -------
+        Names of what was removed.
+        """
+        removed = sweep(self._target, self.manifest)
+        scratch = Folder(self._target.url.rstrip("/") + _SCRATCH)
+        if scratch.names():
+            scratch.remove()
+            removed.append(scratch.url.rsplit("/", 1)[1])
+        return removed
 
     def _adopted(self) -> Manifest:
         """A manifest for a collection that annbatch wrote: what its metadata say, no fingerprints."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import google_crc32c
 
 from annbatch_dask.errors import CollectionError
 
@@ -12,7 +15,6 @@ __all__ = [
     "ANNBATCH_ENCODING",
     "DATASET_PREFIX",
     "MANIFEST_KEY",
-    "SOURCE_DTYPE",
     "BuildRecord",
     "DatasetRecord",
     "Manifest",
@@ -23,9 +25,11 @@ ANNBATCH_ENCODING = {"encoding-type": "annbatch-preshuffled", "encoding-version"
 """The attributes by which annbatch knows a collection."""
 MANIFEST_KEY = "annbatch_dask"
 DATASET_PREFIX = "dataset"
-SOURCE_DTYPE = "source-dtype"
-"""Attribute of a matrix: the dtype its sources had, which the loader yields."""
 FORMAT_VERSION = 1
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    return f"{google_crc32c.value(json.dumps(values, sort_keys=True).encode()):08x}"
 
 
 @dataclass(frozen=True)
@@ -122,12 +126,13 @@ class Manifest:
         return self.builds[-1].seed
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self) | {
-            "datasets": [asdict(d) for d in self.datasets],
+        """As JSON values, with a checksum of themselves."""
+        values = asdict(self) | {
+            "datasets": [asdict(d) | {"files": {k: list(v) for k, v in d.files.items()}} for d in self.datasets],
             "sources": [asdict(s) for s in self.sources],
             "builds": [asdict(b) | {"sources": list(b.sources)} for b in self.builds],
         }
+        return values | {"crc32c": _checksum(values)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Manifest:
@@ -144,6 +149,10 @@ class Manifest:
                 f"the collection has format version {version} and this release reads {FORMAT_VERSION}; "
                 "upgrade annbatch-dask"
             )
+            raise CollectionError(msg)
+        values = dict(values)
+        if (written := values.pop("crc32c", None)) != (found := _checksum(values)):
+            msg = f"the collection's manifest has crc32c {found} and was written with {written}; restore zarr.json"
             raise CollectionError(msg)
         try:
             records = {

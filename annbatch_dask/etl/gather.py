@@ -18,10 +18,10 @@ from annbatch_dask.etl.job import Job, load_job
 from annbatch_dask.etl.rows import all_columns, bounds_of, decode_strings, head, row_hashes, sum_hashes
 from annbatch_dask.etl.scatter import PLACE, Flats, Heads
 from annbatch_dask.kernels.rows import copy_runs
-from annbatch_dask.manifest import DATASET_PREFIX, MANIFEST_KEY, SOURCE_DTYPE
+from annbatch_dask.manifest import DATASET_PREFIX, MANIFEST_KEY
 from annbatch_dask.plan.build import Options, Plan
 from annbatch_dask.plan.dtypes import index_dtype
-from annbatch_dask.plan.schema import ColumnSpec, MatrixSpec
+from annbatch_dask.plan.schema import SOURCE_DTYPE, ColumnSpec, MatrixSpec
 from annbatch_dask.storage.checksums import FileSums, checksum, checksums
 from annbatch_dask.storage.columns import to_pandas
 from annbatch_dask.storage.metadata import METADATA, consolidate, metadata_below

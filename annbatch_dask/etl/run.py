@@ -301,6 +301,19 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
         callback.on_build_end(BuildEnd(error))
 
 
+def run_check(
+    engine: Engine,
+    stage: str,
+    fn: Callable[..., Any],
+    tasks: Sequence[tuple[Any, ...]],
+    callback: Callback,
+    size: tuple[int, int],
+) -> list[Any]:
+    """Run checks, whose results hold ``problems``; returns all of these."""
+    results = run_stage(engine, stage, fn, tasks, callback, size=size, measure=lambda _, r: (r["n_rows"], r["n_bytes"]))
+    return [problem for r in results for problem in r["problems"]]
+
+
 def check_old_rows(job: Job, scattered: Sequence[Mapping[str, Any]]) -> None:
     """Refuse to carry over rows of the collection that are not what its manifest says.
 

@@ -24,7 +24,7 @@ from annbatch_dask.storage.publish import Folder
 from annbatch_dask.storage.sources import Source
 from annbatch_dask.storage.spill import find_receipt, write_receipt, write_spill
 
-__all__ = ["PLACE", "scatter"]
+__all__ = ["PLACE", "hash_block", "read_block", "scatter"]
 
 PLACE = "#place"
 """Head array: a row's position within its part."""
@@ -60,7 +60,7 @@ def scatter(scratch: Folder, index: int) -> dict[str, Any]:
     source = plan.sources[block.source]
     try:
         with job.open_source(block.source) as opened:
-            rows = _read_block(plan, block, source, opened)
+            rows = read_block(plan, block, source, opened)
     except Exception as e:
         e.add_note(f"while reading {source.path}, rows {block.start:,} to {block.stop:,}")
         raise
@@ -72,7 +72,8 @@ def scatter(scratch: Folder, index: int) -> dict[str, Any]:
 # --- read ----------------------------------------------------------------------------------------------------------
 
 
-def _read_block(plan: Plan, block: Block, source: SourceSchema, opened: Source) -> _Rows:
+def read_block(plan: Plan, block: Block, source: SourceSchema, opened: Source) -> _Rows:
+    """A block's rows in the form the collection has, in the source's order."""
     rows = _Rows()
     schemas = {m.name: m for m in source.matrices}
     for spec in plan.matrices:
@@ -253,9 +254,7 @@ def _spill(plan: Plan, block: Block, index: int, rows: _Rows, scratch: Folder) -
     order = np.argsort(part, kind="stable")
     part_rows = np.searchsorted(part[order], np.arange(len(layout.part_starts)))
     dataset_rows = part_rows[layout.first_part]
-    hashes = row_hashes(
-        block.n_rows, plan.matrices, all_columns(plan), rows.heads | _of(rows.exact, rows.heads), _exact_flats(rows)
-    )
+    hashes = hash_block(plan, block, rows)
     rows.exact.clear()
     place = (dest - layout.part_starts[part]).astype(np.uint32)
     heads = {PLACE: place[order]} | {name: values[order] for name, values in rows.heads.items()}
@@ -276,6 +275,12 @@ def _spill(plan: Plan, block: Block, index: int, rows: _Rows, scratch: Folder) -
         "ranges": {name: asdict(r) for name, r in rows.ranges.items()},
         "fingerprint": [f"{sum_hashes(ordered[a:b]):016x}" for a, b in pairs],
     }
+
+
+def hash_block(plan: Plan, block: Block, rows: _Rows) -> NDArray[np.uint64]:
+    """(n_rows,) hashes of the rows of a block."""
+    heads = rows.heads | _of(rows.exact, rows.heads)
+    return row_hashes(block.n_rows, plan.matrices, all_columns(plan), heads, _exact_flats(rows))
 
 
 def _of(some: dict[str, NDArray], heads: Heads) -> Heads:

@@ -11,6 +11,7 @@ import pandas as pd
 from annbatch_dask.plan.dtypes import ValueRange
 
 __all__ = [
+    "SOURCE_DTYPE",
     "SRC_PATH",
     "Categories",
     "ColumnSchema",
@@ -20,6 +21,8 @@ __all__ = [
     "SourceSchema",
 ]
 
+SOURCE_DTYPE = "source-dtype"
+"""Attribute of a matrix on disk: the dtype its sources had, which the loader yields."""
 SRC_PATH = "src_path"
 """Name of the obs column that tells a row's source, as annbatch has it."""
 

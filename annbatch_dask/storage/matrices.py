@@ -13,8 +13,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
-from annbatch_dask.manifest import SOURCE_DTYPE
-from annbatch_dask.plan.schema import MatrixKind, MatrixSchema
+from annbatch_dask.plan.schema import SOURCE_DTYPE, MatrixKind, MatrixSchema
 from annbatch_dask.storage.h5ad import SLAB_NBYTES, read_h5_rows, visit_h5
 
 __all__ = ["ROW_STEP", "CsrRows", "check_rows", "describe_matrix", "knots", "matrix_rows", "n_rows_of"]

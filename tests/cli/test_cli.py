@@ -110,7 +110,8 @@ def test_info(collection, h5ad_pair, capsys):
     lines = dict(re.split(r":\s+", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["datasets"] == "3"
     assert lines["cells"] == "500"
-    assert lines["seed"] == "3"
+    assert lines["build"].startswith("create, 2 sources, swap-or-not")
+    assert lines["build"].endswith("seed 3")
     assert "csr_matrix, uint8 data" in lines["X"]
     assert "(sources: float32)" in lines["X"]
     assert lines["source"] == f"{h5ad_pair[1]} (200 cells)"

@@ -1,0 +1,215 @@
+"""verify: what lies on disk, against the manifest and, if asked, against the files it was made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+from typing import Any
+
+from annbatch_dask.errors import AnnbatchDaskError, CollectionError, IntegrityError
+from annbatch_dask.etl.rows import sum_hashes
+from annbatch_dask.etl.scan import scan
+from annbatch_dask.etl.scatter import hash_block, read_block
+from annbatch_dask.manifest import DatasetRecord, Manifest, SourceRecord
+from annbatch_dask.plan.build import Extension, Options, build_plan
+from annbatch_dask.plan.memory import Budget
+from annbatch_dask.storage.checksums import checksum
+from annbatch_dask.storage.metadata import METADATA, metadata_below
+from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.sources import SourceRef, open_source
+
+__all__ = ["Problem", "Verification", "check_dataset", "check_root", "check_source", "match_sources"]
+
+_BUDGET = Budget(2**40)
+"""No limit: rows are read in blocks of the default size."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as it was written: ``where`` is a path within the collection, or a source's path."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{self.where}: {self.what}"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :meth:`annbatch_dask.DatasetCollection.verify` found.
+
+    Attributes
+    ----------
+    path
+        Of the collection.
+    problems
+        Empty where all is as it was written.
+    leftovers
+        Names in the collection's folder that do not belong to it; harmless, ``gc()`` removes them.
+    n_datasets, n_obs, n_bytes
+        Datasets and rows that were read, and bytes of their files.
+    against
+        Paths of the sources whose rows were compared.
+    """
+
+    path: str
+    problems: tuple[Problem, ...]
+    leftovers: tuple[str, ...]
+    n_datasets: int
+    n_obs: int
+    n_bytes: int
+    against: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no problem."""
+        return not self.problems
+
+    def raise_for_problems(self) -> None:
+        """Raise if there is a problem.
+
+        Raises
+        ------
+        IntegrityError
+            With the first ones.
+        """
+        if self.problems:
+            shown = "; ".join(map(str, self.problems[:3]))
+            msg = f"{self.path} has {len(self.problems):,} problems: {shown}; restore these files, or build it again"
+            raise IntegrityError(msg)
+
+
+def check_root(target: Folder, manifest: Manifest) -> list[Problem]:
+    """Whether the manifest agrees with itself and with the consolidated metadata beside it."""
+    problems = []
+    for name, rows in (("datasets", manifest.datasets), ("sources", manifest.sources)):
+        if (n := sum(r.n_obs for r in rows)) != manifest.n_obs and (name == "datasets" or _recorded(manifest)):
+            problems.append(Problem(METADATA, f"the {name} have {n:,} rows and the collection {manifest.n_obs:,}"))
+    if _recorded(manifest):
+        one, two = (sum(int(r.fingerprint, 16) for r in rows) % 2**64 for rows in (manifest.datasets, manifest.sources))
+        if one != two:
+            what = f"rows of the datasets have fingerprint {one:016x} and rows of the sources {two:016x}"
+            problems.append(Problem(METADATA, what))
+    consolidated = json.loads(target.read(METADATA)).get("consolidated_metadata", {}).get("metadata", {})
+    for record in manifest.datasets:
+        try:
+            below = metadata_below(target / record.name)
+        except ValueError:
+            continue  # its checksum tells which of them is damaged
+        nodes = {f"{record.name}/{path}".rstrip("/"): node for path, node in below.items()}
+        copied = {k: v for k, v in consolidated.items() if k.split("/")[0] == record.name}
+        different = sorted(k for k in nodes.keys() | copied.keys() if nodes.get(k) != copied.get(k))
+        problems += [Problem(METADATA, f"its copy of the metadata of {name} differs") for name in different]
+    return problems
+
+
+def _recorded(manifest: Manifest) -> bool:
+    """Whether every row's origin is on record; it is not where annbatch wrote some."""
+    return all(d.fingerprint for d in manifest.datasets)
+
+
+def check_dataset(target: Folder, record: DatasetRecord, n_vars: int) -> dict[str, Any]:
+    """Compare a dataset's files and rows with its record: ``problems``, ``n_rows`` and ``n_bytes`` read."""
+    folder = target / record.name
+    problems = _check_files(folder, record) if record.files else []
+    if not problems:
+        problems = _check_rows(SourceRef(record.name, folder.url, tagged=True), record, n_vars=n_vars)
+    return {
+        "problems": problems,
+        "n_rows": record.n_obs,
+        "n_bytes": sum(size for size, _ in record.files.values()),
+    }
+
+
+def _check_files(folder: Folder, record: DatasetRecord) -> list[Problem]:
+    problems, sizes = [], folder.sizes()
+    for name, (size, crc) in record.files.items():
+        where = f"{record.name}/{name}"
+        if name not in sizes:
+            problems.append(Problem(where, "is missing"))
+        elif sizes[name] != size:
+            problems.append(Problem(where, f"has {sizes[name]:,} bytes and was written with {size:,}"))
+        elif (found := checksum(folder, name)[1]) != crc:
+            problems.append(Problem(where, f"has crc32c {found} and was written with {crc}"))
+    extra = sorted(sizes.keys() - record.files.keys())
+    return [*problems, *(Problem(f"{record.name}/{name}", "was not written by the build") for name in extra)]
+
+
+def _check_rows(ref: SourceRef, record: DatasetRecord, *, n_vars: int) -> list[Problem]:
+    try:
+        n_obs, nnz, fingerprint, found_vars = _fingerprint(ref, None)
+    except (AnnbatchDaskError, OSError, ValueError, KeyError, RuntimeError) as e:
+        return [Problem(record.name, f"cannot be read: {type(e).__name__}: {e}")]
+    problems = []
+    if found_vars != n_vars:
+        problems.append(Problem(record.name, f"has {found_vars:,} genes and the collection {n_vars:,}"))
+    if (n_obs, nnz) != (record.n_obs, record.nnz):
+        what = f"has {n_obs:,} rows with {nnz:,} values and was written with {record.n_obs:,} and {record.nnz:,}"
+        problems.append(Problem(record.name, what))
+    elif record.fingerprint not in ("", fingerprint):
+        what = f"its rows have fingerprint {fingerprint} and were written with {record.fingerprint}"
+        problems.append(Problem(record.name, what))
+    return problems
+
+
+def check_source(ref: SourceRef, record: SourceRecord, dataset: SourceRef) -> dict[str, Any]:
+    """Compare the rows of an input, as the collection of ``dataset`` would hold them, with what the build read."""
+    problems = []
+    n_obs, _, fingerprint, _ = _fingerprint(ref, dataset)
+    if n_obs != record.n_obs:
+        problems.append(Problem(ref.label, f"has {n_obs:,} rows and the collection has {record.n_obs:,} of it"))
+    elif fingerprint != record.fingerprint:
+        what = f"its rows have fingerprint {fingerprint} and those in the collection {record.fingerprint}"
+        problems.append(Problem(ref.label, what))
+    return {"problems": problems, "n_rows": n_obs, "n_bytes": 0}
+
+
+def _fingerprint(ref: SourceRef, dataset: SourceRef | None) -> tuple[int, int, str, int]:
+    """Rows, stored values of X, fingerprint and genes of an input, in the form it has in a dataset's collection."""
+    schemas = [scan(r, want_var=False).schema for r in (dataset, ref) if r is not None]
+    if not schemas[-1].n_obs:
+        return 0, 0, "0" * 16, 0
+    extension = None if dataset is None else Extension("append", 1, 0)
+    plan = build_plan(schemas, Options(seed=0, shuffle=False), budget=_BUDGET, extension=extension)
+    total, nnz = 0, 0
+    with open_source(ref) as opened:
+        for block in plan.blocks:
+            rows = read_block(plan, block, plan.sources[block.source], opened)
+            nnz += len(rows.flats["X#indices"][0]) if "X#indices" in rows.flats else 0
+            total += sum_hashes(hash_block(plan, block, rows))
+    return plan.n_obs, nnz, f"{total % 2**64:016x}", plan.n_vars
+
+
+def match_sources(paths: Sequence[str], manifest: Manifest) -> tuple[dict[str, SourceRecord], list[Problem]]:
+    """Which record each path stands for: by the whole path, or by its last part where only one has it.
+
+    Raises
+    ------
+    CollectionError
+        For a path that stands for none.
+    """
+    by_path = {s.path: s for s in manifest.sources}
+    found: dict[str, SourceRecord] = {}
+    for path in paths:
+        same_name = [s for s in manifest.sources if PurePath(s.path).name == PurePath(path).name]
+        record = by_path.get(path) or (same_name[0] if len(same_name) == 1 else None)
+        if record is None:
+            msg = f"{path} is none of the {len(by_path):,} sources of the collection ({_some(by_path)}); leave it out"
+            raise CollectionError(msg)
+        found[path] = record
+    missing = by_path.keys() - {r.path for r in found.values()}
+    return found, [Problem(p, f"was not given: {by_path[p].n_obs:,} cells were not compared") for p in sorted(missing)]
+
+
+def _some(paths: Mapping[str, Any] | Iterable[str]) -> str:
+    shown = list(paths)
+    return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")  # noqa: PLR2004
+
+
+def source_refs(refs: Sequence[SourceRef], found: Mapping[str, SourceRecord]) -> list[tuple[SourceRef, SourceRecord]]:
+    """Inputs under the labels they had when they were built."""
+    return [(replace(r, label=found[r.label].path), found[r.label]) for r in refs]
