@@ -35,7 +35,9 @@ from annbatch_dask.events import Callback, Callbacks
 from annbatch_dask.manifest import ANNBATCH_ENCODING, DATASET_PREFIX, MANIFEST_KEY, DatasetRecord, Manifest
 from annbatch_dask.plan.build import Extension, Options, Plan, build_plan
 from annbatch_dask.progress import default_callbacks
+from annbatch_dask.storage.lock import exclusive
 from annbatch_dask.storage.matrices import describe_matrix
+from annbatch_dask.storage.metadata import METADATA
 from annbatch_dask.storage.publish import Folder, folder_of
 from annbatch_dask.storage.shards import compressor_json
 from annbatch_dask.storage.sources import SourceRef
@@ -341,16 +343,13 @@ class DatasetCollection:
             Before any work, where an input cannot be read, inputs contradict each other, or sizes cannot be met.
         CollectionError
             If an input is in the collection already.
+        CollectionBusyError
+            If another build works on the collection.
         IntegrityError
             If what was written is not what was read; nothing is published.
         """
         self._check_target()
         refs = _references(adata_paths, load_adata)
-        extension = self._extension(mode, genes)
-        if self._is_done(refs, seed):
-            logger.info("%s holds these inputs already: nothing to do", self.path)
-            sweep(self._folder, self.manifest)
-            return self
         options = _options(
             var_subset,
             n_obs_per_chunk,
@@ -362,12 +361,24 @@ class DatasetCollection:
         )
         callback = Callbacks([*default_callbacks(progress=progress), *(callbacks or ())])
         room = choose_engine(client, memory_limit)
-        plan = self._plan(refs, options, merge, room, extension)
-        for element, paths in plan.left_out.items():
-            logger.warning("%s is left out: in %d of %d inputs", element, len(paths), len(refs))
-        with room.start() as engine:
-            self._build(plan, (*self._dataset_refs(extension), *refs), engine, callback, scratch)
+        with exclusive(self._target):
+            self._refresh()
+            extension = self._extension(mode, genes)
+            if self._is_done(refs, seed):
+                logger.info("%s holds these inputs already: nothing to do", self.path)
+                self._sweep_all()
+                return self
+            plan = self._plan(refs, options, merge, room, extension)
+            for element, paths in plan.left_out.items():
+                logger.warning("%s is left out: in %d of %d inputs", element, len(paths), len(refs))
+            with room.start() as engine:
+                self._build(plan, (*self._dataset_refs(extension), *refs), engine, callback, scratch)
         return self
+
+    def _refresh(self) -> None:
+        """See what other processes published since this object was made."""
+        if self._target.exists(METADATA):
+            self._group = zarr.open_group(self._target.zarr_store(), mode="r+")
 
     def _is_done(self, refs: tuple[SourceRef, ...], seed: int | None) -> bool:
         """Whether the last build had these inputs, so that the call is a repetition after its commit."""
@@ -456,9 +467,9 @@ class DatasetCollection:
         base = Folder(os.path.abspath(base.path)) if base.is_local else base
         manifest = None if plan.extension is None else self.manifest or self._adopted()
         build(Job(plan, refs, base / plan.work_key, target, manifest), engine, callback)
-        if not base.names():
+        if scratch is None or not base.names():  # what other interrupted builds left here, none of them can use now
             base.remove()
-        self._group = zarr.open_group(target.zarr_store(), mode="r+")
+        self._refresh()
 
     # --- checking ----------------------------------------------------------------------------------------------
 
@@ -529,7 +540,17 @@ class DatasetCollection:
         Returns
         -------
         Names of what was removed.
+
+        Raises
+        ------
+        CollectionBusyError
+            If a build is running.
         """
+        with exclusive(self._target):
+            return self._sweep_all()
+
+    def _sweep_all(self) -> list[str]:
+        self._refresh()
         removed = sweep(self._target, self.manifest)
         scratch = Folder(self._target.url.rstrip("/") + _SCRATCH)
         if scratch.names():

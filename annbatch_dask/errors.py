@@ -5,6 +5,7 @@ A message says what, where, the two numbers or values that clash, and the remedy
 
 __all__ = [
     "AnnbatchDaskError",
+    "CollectionBusyError",
     "CollectionError",
     "IntegrityError",
     "LayoutError",
@@ -42,6 +43,10 @@ class MemoryBudgetError(AnnbatchDaskError, MemoryError):
 
 class CollectionError(AnnbatchDaskError, ValueError):
     """The target path is not a collection, or not one this call can work on."""
+
+
+class CollectionBusyError(CollectionError, BlockingIOError):
+    """Another build works on the collection."""
 
 
 class IntegrityError(AnnbatchDaskError, RuntimeError):

@@ -20,9 +20,9 @@ from annbatch_dask.storage.publish import Folder
 from tests.etl.inputs import dense_x
 
 
-def tree_digest(path):
-    """Name and content of every file below a folder."""
-    files = sorted(p for p in Path(path).rglob("*") if p.is_file())
+def tree_digest(path, only=None):
+    """Name and content of every file below a folder, or of those whose relative path passes a test."""
+    files = sorted(p for p in Path(path).rglob("*") if p.is_file() and (only is None or only(p.relative_to(path))))
     return {str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
