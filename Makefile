@@ -1,6 +1,7 @@
 # make demo | test | lint | bench | venv      needs only python3 (3.11 or newer, with venv) and make
 # make demo FILES="a.h5ad b.h5ad"             the demo on your own files
 # make test TESTS=tests/cli                   some of the tests
+# make chaos                                  builds killed at every moment, again and again
 # make bench ANNBATCH_PYTHON=path/to/python   the figures of README.md, beside annbatch where that Python has it
 # make venv PYTHON=python3.12                 another interpreter (make clean first)
 
@@ -18,7 +19,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lint test bench clean
+.PHONY: help venv demo lint test chaos bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -41,6 +42,9 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest $(TESTS)
+
+chaos: $(STAMP)
+	$(BIN)/python -m pytest tests/chaos -m "chaos or not chaos"
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py --shared "$(SHARED)" --atlas "$(ATLAS)" --atlas-small "$(ATLAS_SMALL)" \

@@ -16,10 +16,11 @@ from dask.base import compute, tokenize
 from dask.callbacks import Callback as DaskCallback
 from dask.delayed import delayed
 from dask.utils import parse_bytes
-from distributed import Client, as_completed
+from distributed import CancelledError, Client, as_completed
+from distributed.comm.core import CommClosedError
 from distributed.system import MEMORY_LIMIT
 
-from annbatch_dask.errors import AnnbatchDaskError, IntegrityError
+from annbatch_dask.errors import AnnbatchDaskError, IntegrityError, SchedulerError
 from annbatch_dask.etl.cluster import local_client
 from annbatch_dask.etl.commit import commit, make_manifest, merged_range, source_fingerprints, sweep
 from annbatch_dask.etl.gather import GatherTask, gather
@@ -144,8 +145,16 @@ class ClusterEngine:
             for future, result in as_completed(futures, loop=self.client.loop, with_results=True):
                 if isinstance(result, _Refused):
                     raise result.error
+                if isinstance(result, CancelledError):  # as_completed hands it over instead of raising it
+                    raise result
                 results[index[future.key]] = result
                 on_result(index[future.key], result)
+        except (CancelledError, CommClosedError) as e:
+            msg = (
+                f"the scheduler was lost in {name} ({type(e).__name__}); finished "
+                "tasks are kept: start it anew and call again to go on"
+            )
+            raise SchedulerError(msg) from e
         except BaseException:
             self.client.cancel(futures)
             raise

@@ -19,7 +19,7 @@ from tests.conftest import make_adata
 from tests.etl.test_build import tree_digest
 
 SERVER = multiprocessing.get_context("forkserver")  # its processes have all imports behind them
-SERVER.set_forkserver_preload(["tests.chaos.victim"])
+SERVER.set_forkserver_preload(["tests.chaos.warm"])
 GENES = [f"g{i}" for i in range(40)]
 MODES = ("create", "extend", "append", "reshuffle")
 OPTIONS = {"seed": 5, "dataset_size": 40, "memory_limit": "1GB"}
@@ -109,8 +109,16 @@ def check_leftovers(path):
     assert {p.name for p in path.iterdir()} == names | {"zarr.json"}
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("instant", INSTANTS, ids=lambda i: "-".join(map(str, i)))
+def cases():
+    """Every instant in every mode; a part of them in the usual run."""
+    for mode in MODES:
+        for instant in INSTANTS:
+            usual = mode in ("create", "extend") or instant in INSTANTS[-3:]
+            marks = () if usual else (pytest.mark.chaos,)
+            yield pytest.param(mode, instant, marks=marks, id="-".join(map(str, (mode, *instant))))
+
+
+@pytest.mark.parametrize(("mode", "instant"), cases())
 def test_a_killed_client(tmp_path, inputs, undisturbed, mode, instant):
     before, after, n_tasks = undisturbed[mode]
     path = tmp_path / "o.zarr"

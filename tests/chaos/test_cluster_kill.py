@@ -1,0 +1,124 @@
+"""A worker, its nanny or the scheduler of a real cluster is killed in the middle of a build."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+from dask import config
+from distributed import Client
+
+from annbatch_dask import DatasetCollection
+from annbatch_dask.errors import SchedulerError
+from annbatch_dask.events import Callback
+from tests.etl.test_build import Counter, tree_digest
+
+OPTIONS = {"seed": 4, "dataset_size": 60}
+
+
+@contextlib.contextmanager
+def process(*command):
+    """A process, killed at the end with all it started."""
+    p = subprocess.Popen([sys.executable, "-m", *command], env=os.environ | {"PYTHONWARNINGS": "default"})
+    try:
+        yield p
+    finally:
+        family = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = psutil.Process(p.pid).children(recursive=True)
+        p.kill()
+        p.wait()
+        for child in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(family)
+
+
+@contextlib.contextmanager
+def cluster(folder):
+    """Its client, and the processes: scheduler and two workers with their nannies."""
+    folder.mkdir()
+    contact = folder / "scheduler.json"
+    scheduler = ["dask", "scheduler", "--port", "0", "--no-dashboard", "--host", "127.0.0.1"]
+    worker = ["dask", "worker", "--nthreads", "1", "--no-dashboard", "--local-directory", str(folder)]
+    with contextlib.ExitStack() as stack:
+        started = [stack.enter_context(process(*scheduler, "--scheduler-file", str(contact)))]
+        started += [stack.enter_context(process(*worker, "--scheduler-file", str(contact))) for _ in range(2)]
+        with Client(scheduler_file=str(contact), timeout=60, set_as_default=False) as client:
+            client.wait_for_workers(2, timeout=60)
+            yield client, started
+
+
+class Reused(Callback):
+    """The stage of each task that an earlier build had done."""
+
+    def __init__(self):
+        self.stages = []
+
+    def on_task_end(self, event):
+        if event.reused:
+            self.stages.append(event.stage)
+
+
+class Kill(Callback):
+    """Kills some processes after the first task of a stage."""
+
+    def __init__(self, stage, pids):
+        self.stage, self.pids = stage, pids
+
+    def on_task_end(self, event):
+        if event.stage == self.stage and not event.reused:
+            while self.pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.pids.pop(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, h5ad_pair):
+    """The same build in one process."""
+    path = tmp_path_factory.mktemp("undisturbed") / "o.zarr"
+    with pytest.MonkeyPatch.context() as patch, config.set(scheduler="synchronous"):
+        patch.setattr("annbatch_dask.plan.build._BLOCK_NBYTES", 20_000)
+        DatasetCollection(path).add_adatas(h5ad_pair, **OPTIONS)
+    return tree_digest(path)
+
+
+@pytest.fixture(autouse=True)
+def many_tasks(monkeypatch):
+    monkeypatch.setattr("annbatch_dask.plan.build._BLOCK_NBYTES", 20_000)
+
+
+@pytest.mark.parametrize("who", ["worker", "nanny and worker"])
+@pytest.mark.parametrize("stage", ["scatter", "gather"])
+def test_a_killed_worker_costs_its_tasks_only(tmp_path, h5ad_pair, undisturbed, who, stage):
+    with cluster(tmp_path / "cluster") as (client, (_, first, _)):
+        nanny = psutil.Process(first.pid)
+        victims = [p.pid for p in nanny.children(recursive=True)] + [nanny.pid] * (who != "worker")
+        seen = Counter()
+        DatasetCollection(tmp_path / "o.zarr").add_adatas(
+            h5ad_pair, client=client, callbacks=[Kill(stage, victims), seen], **OPTIONS
+        )
+        assert victims == []
+    assert tree_digest(tmp_path / "o.zarr") == undisturbed
+    assert seen.tasks["gather"] == 9
+
+
+def test_a_killed_scheduler_fails_the_build_and_the_next_call_goes_on(tmp_path, h5ad_pair, undisturbed):
+    path = tmp_path / "o.zarr"
+    with (
+        cluster(tmp_path / "cluster") as (client, (scheduler, *_)),
+        pytest.raises(SchedulerError, match="was lost .* call again to go on"),
+    ):
+        DatasetCollection(path).add_adatas(
+            h5ad_pair, client=client, callbacks=[Kill("gather", [scheduler.pid])], **OPTIONS
+        )
+    assert not (path / "zarr.json").exists()
+    seen, counter = Reused(), Counter()
+    with config.set(scheduler="synchronous"):
+        DatasetCollection(path).add_adatas(h5ad_pair, callbacks=[seen, counter], **OPTIONS)
+    assert tree_digest(path) == undisturbed
+    assert seen.stages.count("scatter") == counter.tasks["scatter"] > 1
+    assert 1 <= seen.stages.count("gather") < 9
