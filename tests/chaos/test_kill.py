@@ -118,7 +118,7 @@ def cases():
             yield pytest.param(mode, instant, marks=marks, id="-".join(map(str, (mode, *instant))))
 
 
-@pytest.mark.parametrize(("mode", "instant"), cases())
+@pytest.mark.parametrize(("mode", "instant"), list(cases()))
 def test_a_killed_client(tmp_path, inputs, undisturbed, mode, instant):
     before, after, n_tasks = undisturbed[mode]
     path = tmp_path / "o.zarr"
