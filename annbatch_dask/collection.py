@@ -32,10 +32,17 @@ from annbatch_dask.etl.verify import (
     source_refs,
 )
 from annbatch_dask.events import Callback, Callbacks
-from annbatch_dask.manifest import ANNBATCH_ENCODING, DATASET_PREFIX, MANIFEST_KEY, DatasetRecord, Manifest
+from annbatch_dask.manifest import (
+    ANNBATCH_ENCODING,
+    DATASET_PREFIX,
+    MANIFEST_KEY,
+    DatasetRecord,
+    Manifest,
+    dataset_names,
+)
 from annbatch_dask.plan.build import Extension, Options, Plan, build_plan
 from annbatch_dask.progress import default_callbacks
-from annbatch_dask.storage.lock import exclusive
+from annbatch_dask.storage.lock import Lease, exclusive
 from annbatch_dask.storage.matrices import describe_matrix
 from annbatch_dask.storage.metadata import METADATA
 from annbatch_dask.storage.publish import Folder, folder_of
@@ -180,6 +187,25 @@ class DatasetCollection:
         if (manifest := self.manifest) is not None:
             return manifest.n_vars
         return len(self.var)
+
+    def lease(self) -> Lease:
+        """Keep the datasets from being removed by builds of other processes, until the lease is dropped.
+
+        :meth:`annbatch_dask.Loader.use_collection` takes one, so that an epoch ends as it began. Local folders only.
+
+        Raises
+        ------
+        CollectionError
+            If the collection was changed since it was opened.
+        """
+        if isinstance(self._group, zarr.Group) and isinstance(self._group.store, zarr.storage.MemoryStore):
+            return Lease(None)
+        lease = Lease(self._folder)
+        now = dataset_names(lease.document())
+        if now and (gone := set(self._names()) - now):
+            msg = f"{self.path} was changed since it was opened: {min(gone)} was replaced; open it again"
+            raise CollectionError(msg)
+        return lease
 
     def obs(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """Obs of all datasets, in their order.

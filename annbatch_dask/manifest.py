@@ -19,6 +19,7 @@ __all__ = [
     "DatasetRecord",
     "Manifest",
     "SourceRecord",
+    "dataset_names",
 ]
 
 ANNBATCH_ENCODING = {"encoding-type": "annbatch-preshuffled", "encoding-version": "0.1.0"}
@@ -167,3 +168,9 @@ class Manifest:
         except (KeyError, TypeError, ValueError) as e:
             msg = f"the collection's manifest is damaged ({e}); build it again"
             raise CollectionError(msg) from e
+
+
+def dataset_names(document: bytes) -> set[str]:
+    """Names of the datasets in a root document's consolidated metadata."""
+    nodes = json.loads(document).get("consolidated_metadata", {}).get("metadata", {}) if document else {}
+    return {path for path in nodes if "/" not in path}

@@ -19,9 +19,11 @@ from annbatch_dask.manifest import (
     DatasetRecord,
     Manifest,
     SourceRecord,
+    dataset_names,
 )
 from annbatch_dask.plan.build import Plan
 from annbatch_dask.plan.dtypes import ValueRange, merge_ranges
+from annbatch_dask.storage.lock import held_generations, keep_generation
 from annbatch_dask.storage.metadata import consolidate, metadata_below
 from annbatch_dask.storage.publish import Folder
 
@@ -42,12 +44,15 @@ def commit(target: Folder, manifest: Manifest) -> None:
     for record in manifest.datasets:
         below = metadata_below(target / record.name)
         nodes |= {f"{record.name}/{path}".rstrip("/"): node for path, node in below.items()}
+    keep_generation(target)
     consolidate(target, ANNBATCH_ENCODING | {MANIFEST_KEY: manifest.to_json()}, nodes)
 
 
 def leftovers(target: Folder, manifest: Manifest | None) -> list[str]:
-    """Datasets and unfinished files in a collection's folder that its manifest does not name."""
+    """Datasets and unfinished files in a collection's folder that its manifest does not name and no reader holds."""
     kept = set() if manifest is None else {d.name for d in manifest.datasets}
+    for document in held_generations(target).values():
+        kept |= dataset_names(document)
     return [n for n in target.names() if (_DATASET.fullmatch(n) and n not in kept) or target.is_unfinished(n)]
 
 

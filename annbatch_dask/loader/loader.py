@@ -151,6 +151,7 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         self._obs: list[pd.DataFrame] | None = None
         self._var: pd.DataFrame | None = None
         self._collection_added = False
+        self._lease: Any = None
         self._n_open = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -215,6 +216,8 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
             )
             raise RuntimeError(msg)
         load = load_all_aligned if load_adata is None else load_adata
+        if hasattr(collection, "lease"):  # annbatch's has none
+            self._lease = collection.lease()
         self.add_adatas([load(group) for group in collection])
         self._collection_added = True
         return self

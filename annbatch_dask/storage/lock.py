@@ -1,4 +1,4 @@
-"""One build at a time on a collection."""
+"""One build at a time on a collection, and no dataset removed under its readers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import fcntl
 import logging
 import os
 import socket
+import uuid
 from collections.abc import Iterator
 
 from annbatch_dask.errors import CollectionBusyError
 from annbatch_dask.storage.publish import Folder
 
-__all__ = ["exclusive"]
+__all__ = ["Lease", "exclusive", "held_generations", "keep_generation"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,3 +70,70 @@ def _is_still_there(fd: int, path: str) -> bool:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+# --- readers -------------------------------------------------------------------------------------------------------
+
+_ROOT = "zarr.json"
+_GENERATION = ".generation-"
+"""Second name of a root document that a reader may still hold, once a commit has replaced it."""
+
+
+class Lease:
+    """Keeps a local collection's datasets, as they are now, from being removed, until it is dropped.
+
+    A shared lock on the root document: a commit puts a new one in its place, and whoever then removes old datasets
+    tries for the old one's exclusive lock. The system releases a dead reader's. Other stores have no locks, and nothing
+    is held there. A copy (of a pickle, in a worker process) holds its own.
+
+    Parameters
+    ----------
+    folder
+        Of the collection; None where it lives in memory.
+    """
+
+    def __init__(self, folder: Folder | None) -> None:
+        self._folder, self._fd = folder, -1
+        if folder is not None and folder.is_local:
+            with contextlib.suppress(OSError):  # no such file, or no locks there
+                self._fd = os.open(f"{folder.path}/{_ROOT}", os.O_RDONLY)
+                fcntl.flock(self._fd, fcntl.LOCK_SH)
+
+    def __reduce__(self) -> tuple[type[Lease], tuple[Folder | None]]:
+        """Pickle as one to be taken anew."""
+        return Lease, (self._folder,)
+
+    def document(self) -> bytes:
+        """The root document that is held; empty where there is none."""
+        return os.pread(self._fd, os.fstat(self._fd).st_size, 0) if self._fd >= 0 else b""
+
+    def close(self) -> None:
+        """Let go."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    __del__ = close
+
+
+def keep_generation(folder: Folder) -> None:
+    """Give the root document a second name before it is replaced, so that its readers can be asked for."""
+    if folder.is_local:
+        with contextlib.suppress(OSError):  # no root yet, or no hard links there: then nobody is waited for
+            os.link(f"{folder.path}/{_ROOT}", f"{folder.path}/{_GENERATION}{uuid.uuid4().hex[:8]}")
+
+
+def held_generations(folder: Folder) -> dict[str, bytes]:
+    """Name and content of the replaced root documents that readers hold; those that nobody holds are removed."""
+    held = {}
+    for name in folder.names() if folder.is_local else ():
+        if name.startswith(_GENERATION):
+            path = f"{folder.path}/{name}"
+            with open(path, "rb") as f:
+                try:
+                    fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    held[name] = f.read()
+                else:
+                    os.unlink(path)
+    return held
