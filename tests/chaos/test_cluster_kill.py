@@ -91,8 +91,15 @@ def many_tasks(monkeypatch):
     monkeypatch.setattr("annbatch_dask.plan.build._BLOCK_NBYTES", 20_000)
 
 
-@pytest.mark.parametrize("who", ["worker", "nanny and worker"])
-@pytest.mark.parametrize("stage", ["scatter", "gather"])
+@pytest.mark.parametrize(
+    ("stage", "who"),
+    [
+        ("scatter", "nanny and worker"),
+        ("gather", "worker"),
+        pytest.param("scatter", "worker", marks=pytest.mark.chaos),
+        pytest.param("gather", "nanny and worker", marks=pytest.mark.chaos),
+    ],
+)
 def test_a_killed_worker_costs_its_tasks_only(tmp_path, h5ad_pair, undisturbed, who, stage):
     with cluster(tmp_path / "cluster") as (client, (_, first, _)):
         nanny = psutil.Process(first.pid)

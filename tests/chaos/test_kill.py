@@ -113,7 +113,7 @@ def cases():
     """Every instant in every mode; a part of them in the usual run."""
     for mode in MODES:
         for instant in INSTANTS:
-            usual = mode in ("create", "extend") or instant in INSTANTS[-3:]
+            usual = mode == "create" or instant in INSTANTS[-3:]
             marks = () if usual else (pytest.mark.chaos,)
             yield pytest.param(mode, instant, marks=marks, id="-".join(map(str, (mode, *instant))))
 
