@@ -126,4 +126,4 @@ class Builds(RuleBasedStateMachine):
 
 
 TestBuilds = Builds.TestCase
-TestBuilds.settings = settings(max_examples=5, stateful_step_count=8, deadline=None)
+TestBuilds.settings = settings(max_examples=4, stateful_step_count=8, deadline=None)
