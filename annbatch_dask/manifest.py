@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from annbatch_dask.errors import CollectionError
 
 __all__ = [
     "ANNBATCH_ENCODING",
+    "DATASET_NAME",
     "DATASET_PREFIX",
     "MANIFEST_KEY",
     "BuildRecord",
@@ -20,12 +22,14 @@ __all__ = [
     "Manifest",
     "SourceRecord",
     "dataset_names",
+    "dataset_number",
 ]
 
 ANNBATCH_ENCODING = {"encoding-type": "annbatch-preshuffled", "encoding-version": "0.1.0"}
 """The attributes by which annbatch knows a collection."""
 MANIFEST_KEY = "annbatch_dask"
 DATASET_PREFIX = "dataset"
+DATASET_NAME = re.compile(rf"{DATASET_PREFIX}_(\d+)")
 FORMAT_VERSION = 1
 
 
@@ -68,7 +72,7 @@ class DatasetRecord:
     @property
     def number(self) -> int:
         """The number in its name."""
-        return int(self.name.rsplit("_", 1)[1])
+        return dataset_number(self.name)
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,11 @@ class Manifest:
         except (KeyError, TypeError, ValueError) as e:
             msg = f"the collection's manifest is damaged ({e}); build it again"
             raise CollectionError(msg) from e
+
+
+def dataset_number(name: str) -> int:
+    """The number in a dataset's name."""
+    return int(name.rsplit("_", 1)[1])
 
 
 def dataset_names(document: bytes) -> set[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from annbatch_dask.etl.gather import GatherTask
 from annbatch_dask.etl.job import Job
 from annbatch_dask.manifest import (
     ANNBATCH_ENCODING,
-    DATASET_PREFIX,
+    DATASET_NAME,
     MANIFEST_KEY,
     BuildRecord,
     DatasetRecord,
@@ -32,7 +31,6 @@ __all__ = ["commit", "leftovers", "make_manifest", "merged_range", "source_finge
 logger = logging.getLogger(__name__)
 
 Receipt = Mapping[str, Any]
-_DATASET = re.compile(rf"{DATASET_PREFIX}_\d+")
 
 
 def commit(target: Folder, manifest: Manifest) -> None:
@@ -42,8 +40,7 @@ def commit(target: Folder, manifest: Manifest) -> None:
     """
     nodes: dict[str, Any] = {}
     for record in manifest.datasets:
-        below = metadata_below(target / record.name)
-        nodes |= {f"{record.name}/{path}".rstrip("/"): node for path, node in below.items()}
+        nodes |= metadata_below(target / record.name, record.name)
     keep_generation(target)
     consolidate(target, ANNBATCH_ENCODING | {MANIFEST_KEY: manifest.to_json()}, nodes)
 
@@ -53,7 +50,7 @@ def leftovers(target: Folder, manifest: Manifest | None) -> list[str]:
     kept = set() if manifest is None else {d.name for d in manifest.datasets}
     for document in held_generations(target).values():
         kept |= dataset_names(document)
-    return [n for n in target.names() if (_DATASET.fullmatch(n) and n not in kept) or target.is_unfinished(n)]
+    return [n for n in target.names() if (DATASET_NAME.fullmatch(n) and n not in kept) or target.is_unfinished(n)]
 
 
 def sweep(target: Folder, manifest: Manifest | None) -> list[str]:

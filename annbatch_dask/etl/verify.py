@@ -97,10 +97,9 @@ def check_root(target: Folder, manifest: Manifest) -> list[Problem]:
     consolidated = json.loads(target.read(METADATA)).get("consolidated_metadata", {}).get("metadata", {})
     for record in manifest.datasets:
         try:
-            below = metadata_below(target / record.name)
+            nodes = metadata_below(target / record.name, record.name)
         except ValueError:
             continue  # its checksum tells which of them is damaged
-        nodes = {f"{record.name}/{path}".rstrip("/"): node for path, node in below.items()}
         copied = {k: v for k, v in consolidated.items() if k.split("/")[0] == record.name}
         different = sorted(k for k in nodes.keys() | copied.keys() if nodes.get(k) != copied.get(k))
         problems += [Problem(METADATA, f"its copy of the metadata of {name} differs") for name in different]

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 
 from annbatch_dask.errors import CollectionBusyError
+from annbatch_dask.storage.metadata import METADATA
 from annbatch_dask.storage.publish import Folder
 
 __all__ = ["Lease", "exclusive", "held_generations", "keep_generation"]
@@ -74,7 +75,6 @@ def _is_still_there(fd: int, path: str) -> bool:
 
 # --- readers -------------------------------------------------------------------------------------------------------
 
-_ROOT = "zarr.json"
 _GENERATION = ".generation-"
 """Second name of a root document that a reader may still hold, once a commit has replaced it."""
 
@@ -96,7 +96,7 @@ class Lease:
         self._folder, self._fd = folder, -1
         if folder is not None and folder.is_local:
             with contextlib.suppress(OSError):  # no such file, or no locks there
-                self._fd = os.open(f"{folder.path}/{_ROOT}", os.O_RDONLY)
+                self._fd = os.open(f"{folder.path}/{METADATA}", os.O_RDONLY)
                 fcntl.flock(self._fd, fcntl.LOCK_SH)
 
     def __reduce__(self) -> tuple[type[Lease], tuple[Folder | None]]:
@@ -120,7 +120,7 @@ def keep_generation(folder: Folder) -> None:
     """Give the root document a second name before it is replaced, so that its readers can be asked for."""
     if folder.is_local:
         with contextlib.suppress(OSError):  # no root yet, or no hard links there: then nobody is waited for
-            os.link(f"{folder.path}/{_ROOT}", f"{folder.path}/{_GENERATION}{uuid.uuid4().hex[:8]}")
+            os.link(f"{folder.path}/{METADATA}", f"{folder.path}/{_GENERATION}{uuid.uuid4().hex[:8]}")
 
 
 def held_generations(folder: Folder) -> dict[str, bytes]:

@@ -18,15 +18,15 @@ def is_metadata(name: str) -> bool:
     return name == METADATA or name.endswith(f"/{METADATA}")
 
 
-def metadata_below(folder: Folder) -> dict[str, Any]:
-    """Metadata of every group and array below a folder, by relative path, sorted; itself under the empty path."""
+def metadata_below(folder: Folder, prefix: str = "") -> dict[str, Any]:
+    """Metadata of every group and array below a folder, by relative path behind a prefix, sorted."""
     paths = {f"{folder.path.rstrip('/')}/{name}": name for name in folder.files() if is_metadata(name)}
     documents = folder.fs.cat(list(paths))
     nodes = {}
     for path, document in documents.items():
         node = json.loads(document)
         node.pop("consolidated_metadata", None)
-        nodes[paths[path].removesuffix(METADATA).rstrip("/")] = node
+        nodes[f"{prefix}/{paths[path].removesuffix(METADATA)}".strip("/")] = node
     return dict(sorted(nodes.items()))
 
 
