@@ -24,6 +24,7 @@ import annbatch_dask
 
 HERE = Path(__file__).parent
 SAMPLE_S = 0.02
+SCALING_DATASET_SIZE = 20_000
 OURS, THEIRS = "annbatch_dask", "annbatch"
 
 
@@ -195,13 +196,18 @@ def ratio(what: str, mine: list[float], other: list[float] | None) -> str:
 
 
 def print_scaling(setup: Setup, folders: dict[float, Path]) -> None:
-    """Print our peak at each scale, at the same dataset size."""
-    print("\n| scale | seconds | peak RSS of any process, GB |\n|---|---|---|")
-    for scale, folder in folders.items():
-        out = fresh(setup.work / "scaling.zarr")
-        lines, peak = run(ours("shuffle", folder, out, "--dataset-size", str(setup.dataset_size)))
-        print(f"| {scale} | {lines[0]['seconds']:.1f} | {peak / 1e9:.2f} |", flush=True)
-        fresh(out)
+    """Print our peak at each scale, in turn, with datasets small enough that both stages run side by side at each."""
+    found: dict[float, dict[str, list[float]]] = {}
+    for _ in range(setup.repeats):
+        for scale, folder in folders.items():
+            out = fresh(setup.work / "scaling.zarr")
+            lines, peak = run(ours("shuffle", folder, out, "--dataset-size", str(SCALING_DATASET_SIZE)))
+            found.setdefault(scale, {"s": [], "GB": []})["s"].append(lines[0]["seconds"])
+            found[scale]["GB"].append(peak / 1e9)
+            fresh(out)
+    print(f"\n| scale, datasets of {SCALING_DATASET_SIZE:,} | seconds | peak RSS of any process, GB |\n|---|---|---|")
+    for scale, values in found.items():
+        print(f"| {scale} | {spread(values['s'])} | {spread(values['GB'])} |")
 
 
 def print_bounds(setup: Setup, folder: Path) -> None:

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.etl.job import Job, load_job
-from annbatch_dask.etl.rows import all_columns, bounds_of, decode_strings, head, row_hashes, sum_hashes
+from annbatch_dask.etl.rows import all_columns, decode_strings, head, row_hashes, sum_hashes
 from annbatch_dask.etl.scatter import PLACE, Flats, Heads
-from annbatch_dask.kernels.rows import copy_runs
+from annbatch_dask.kernels.rows import bounds_of, copy_runs
 from annbatch_dask.manifest import DATASET_PREFIX, MANIFEST_KEY
 from annbatch_dask.plan.build import Options, Plan
 from annbatch_dask.plan.dtypes import index_dtype

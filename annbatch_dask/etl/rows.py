@@ -18,6 +18,7 @@ from annbatch_dask.kernels.fingerprint import (
     field_salt,
     finish_rows,
 )
+from annbatch_dask.kernels.rows import bounds_of
 from annbatch_dask.plan.build import Plan
 from annbatch_dask.plan.schema import Categories, ColumnSpec, MatrixSpec
 from annbatch_dask.storage.columns import ColumnRows
@@ -25,7 +26,6 @@ from annbatch_dask.storage.columns import ColumnRows
 __all__ = [
     "NAMES",
     "all_columns",
-    "bounds_of",
     "decode_strings",
     "encode_strings",
     "head",
@@ -46,13 +46,6 @@ def all_columns(plan: Plan) -> tuple[ColumnSpec, ...]:
 def head(spec: ColumnSpec, what: str = "values") -> str:
     """Name of a column's head array: its ``values``, ``mask`` or string ``length``."""
     return f"obs/{spec.name}#{what}"
-
-
-def bounds_of(counts: NDArray) -> NDArray[np.int64]:
-    """(n + 1,) running bounds, from 0, of (n,) counts."""
-    out = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=out[1:])
-    return out
 
 
 def encode_strings(strings: NDArray[np.object_]) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
-from annbatch_dask.etl.job import load_job
-from annbatch_dask.etl.rows import NAMES, all_columns, bounds_of, row_hashes, sum_hashes, write_column
-from annbatch_dask.kernels.rows import copy_runs, map_indices, sort_rows
+from annbatch_dask.etl.job import load_job, trim_memory
+from annbatch_dask.etl.rows import NAMES, all_columns, row_hashes, sum_hashes, write_column
+from annbatch_dask.kernels.rows import bounds_of, map_indices, sort_rows
 from annbatch_dask.kernels.values import narrow_counts, range_of
 from annbatch_dask.plan.build import Plan
 from annbatch_dask.plan.dtypes import ValueRange, index_dtype, merge_ranges, signed_dtype, smallest_dtype
@@ -66,6 +66,8 @@ def scatter(scratch: Folder, index: int) -> dict[str, Any]:
         raise
     receipt = _spill(plan, block, index, rows, scratch)
     write_receipt(scratch, task, receipt)
+    del rows
+    trim_memory()
     return receipt
 
 
@@ -257,13 +259,12 @@ def _spill(plan: Plan, block: Block, index: int, rows: _Rows, scratch: Folder) -
     hashes = hash_block(plan, block, rows)
     rows.exact.clear()
     place = (dest - layout.part_starts[part]).astype(np.uint32)
-    heads = {PLACE: place[order]} | {name: values[order] for name, values in rows.heads.items()}
-    flats = {}
-    for name in list(rows.flats):
-        flats[name] = _reorder(*rows.flats.pop(name), order)
-    spilled = write_spill(scratch, index, rows=part_rows, heads=heads, flats=flats)
+    heads = {PLACE: place} | rows.heads
+    spilled = write_spill(scratch, index, order=order, rows=part_rows, heads=heads, flats=rows.flats)
     nnz = {
-        m.name: np.diff(flats[f"{m.name}#indices"][1][dataset_rows]).tolist() for m in plan.matrices if m.kind == "csr"
+        m.name: np.diff(bounds_of(heads[f"{m.name}#length"][order])[dataset_rows]).tolist()
+        for m in plan.matrices
+        if m.kind == "csr"
     }
     ordered = hashes[order]
     pairs = zip(dataset_rows[:-1], dataset_rows[1:], strict=True)
@@ -289,12 +290,3 @@ def _of(some: dict[str, NDArray], heads: Heads) -> Heads:
 
 def _exact_flats(rows: _Rows) -> Flats:
     return {name: (rows.exact.get(name, values), bounds) for name, (values, bounds) in rows.flats.items()}
-
-
-def _reorder(values: NDArray, bounds: NDArray[np.int64], order: NDArray[np.int64]) -> tuple[NDArray, NDArray[np.int64]]:
-    """Rows of a flat array in another order."""
-    counts = np.diff(bounds)[order]
-    new_bounds = bounds_of(counts)
-    out = np.empty_like(values)
-    copy_runs(values, bounds[:-1][order], out, new_bounds[:-1], counts)
-    return out, new_bounds

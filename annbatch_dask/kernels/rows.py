@@ -4,7 +4,14 @@ import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["copy_runs", "map_indices", "sort_rows"]
+__all__ = ["bounds_of", "copy_runs", "map_indices", "sort_rows"]
+
+
+def bounds_of(counts: NDArray) -> NDArray[np.int64]:
+    """(n + 1,) running bounds, from 0, of (n,) counts."""
+    out = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=out[1:])
+    return out
 
 
 @nb.njit(nogil=True, cache=True)

@@ -14,9 +14,10 @@ Every array starts at a multiple of 8 bytes. The receipt, a JSON file written af
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import IO, Any
 
@@ -24,11 +25,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import IntegrityError
+from annbatch_dask.kernels.rows import bounds_of, copy_runs
 from annbatch_dask.storage.publish import Folder
 
 __all__ = ["SpillReader", "find_receipt", "write_receipt", "write_spill"]
 
 _ALIGN = 8
+_COPY_NBYTES = 8 * 2**20
+"""About what is put in order at once."""
+
+Heads = Mapping[str, NDArray]
+Flats = Mapping[str, tuple[NDArray, NDArray[np.int64]]]
 
 
 @dataclass(frozen=True)
@@ -68,18 +75,21 @@ def write_spill(
     folder: Folder,
     block: int,
     *,
+    order: NDArray[np.int64],
     rows: NDArray[np.int64],
-    heads: Mapping[str, NDArray],
-    flats: Mapping[str, tuple[NDArray, NDArray[np.int64]]],
+    heads: Heads,
+    flats: Flats,
 ) -> int:
-    """Write a block's rows, which stand in the order of their part.
+    """Write a block's rows in the order of their part; a few parts at a time, so that no second copy of all is held.
 
     Parameters
     ----------
     folder, block
         Where, and which block.
+    order
+        (n_rows,) the rows in the order of their part.
     rows
-        (n_parts + 1,) first row of each part within the block.
+        (n_parts + 1,) first entry of ``order`` of each part.
     heads
         Arrays with one entry (or one row) a row.
     flats
@@ -96,20 +106,58 @@ def write_spill(
     table = np.zeros((len(rows) - 1, 2 + len(flats)), np.int64)
     table[:, 1] = np.diff(rows)
     for k, (_, bounds) in enumerate(flats.values()):
-        table[:, 2 + k] = np.diff(bounds[rows])
+        table[:, 2 + k] = np.diff(bounds_of(np.diff(bounds)[order])[rows])
     sizes = np.array([_sizes(arrays, len(heads), line).sum() for line in table], np.int64)
     start = 8 + len(about) + table.nbytes
-    table[:, 0] = start + np.concatenate([[0], np.cumsum(sizes)[:-1]]) if len(sizes) else 0
+    table[:, 0] = start + bounds_of(sizes)[:-1]
     with folder.create(_body(block), durable=False) as f:
         f.write(np.uint64(len(about)).tobytes() + about)
         f.write(table.tobytes())
-        for a, b in zip(rows[:-1], rows[1:], strict=True):
-            if a < b:
-                for values in heads.values():
-                    _write_aligned(f, values[a:b])
-                for values, bounds in flats.values():
-                    _write_aligned(f, values[bounds[a] : bounds[b]])
+        for first, last in _runs(sizes):
+            write = _write_part if last - first == 1 else _write_parts
+            write(f, order[rows[first] : rows[last]], rows[first : last + 1] - rows[first], heads, flats)
     return int(start + sizes.sum())
+
+
+def _runs(sizes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Runs [first, last) of parts of about ``_COPY_NBYTES``: many small ones share the cost of a step."""
+    first = nbytes = 0
+    for last, size in enumerate(sizes.tolist(), 1):
+        nbytes += size
+        if nbytes >= _COPY_NBYTES or last == len(sizes):
+            yield first, last
+            first, nbytes = last, 0
+
+
+def _write_parts(f: IO[bytes], order: NDArray[np.int64], rows: NDArray[np.int64], heads: Heads, flats: Flats) -> None:
+    """Small parts, put in order together."""
+    sorted_heads = [values[order] for values in heads.values()]
+    sorted_flats = [_reorder(values, bounds, order) for values, bounds in flats.values()]
+    for a, b in pairwise(rows.tolist()):
+        if a < b:
+            for values in sorted_heads:
+                _write_aligned(f, [values[a:b]])
+            for values, bounds in sorted_flats:
+                _write_aligned(f, [values[bounds[a] : bounds[b]]])
+
+
+def _write_part(f: IO[bytes], order: NDArray[np.int64], _: NDArray[np.int64], heads: Heads, flats: Flats) -> None:
+    """One part of any size, some rows of an array at a time."""
+    for values in heads.values():
+        step = max(1, _COPY_NBYTES // max(1, values[:1].nbytes))
+        _write_aligned(f, (values[order[at : at + step]] for at in range(0, len(order), step)))
+    for values, bounds in flats.values():
+        step = max(1, _COPY_NBYTES * len(order) // max(1, values.nbytes))
+        _write_aligned(f, (_reorder(values, bounds, order[at : at + step])[0] for at in range(0, len(order), step)))
+
+
+def _reorder(values: NDArray, bounds: NDArray[np.int64], order: NDArray[np.int64]) -> tuple[NDArray, NDArray[np.int64]]:
+    """Some rows of a flat array, in any order."""
+    counts = np.diff(bounds)[order]
+    new_bounds = bounds_of(counts)
+    out = np.empty(int(new_bounds[-1]), values.dtype)
+    copy_runs(values, bounds[:-1][order], out, new_bounds[:-1], counts)
+    return out, new_bounds
 
 
 def _sizes(arrays: Sequence[_Array], n_heads: int, line: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -118,10 +166,13 @@ def _sizes(arrays: Sequence[_Array], n_heads: int, line: NDArray[np.int64]) -> N
     return np.array([_aligned(a.nbytes(int(n))) for a, n in zip(arrays, counts, strict=True)], np.int64)
 
 
-def _write_aligned(f: IO[bytes], values: NDArray) -> None:
-    raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    f.write(memoryview(raw))
-    f.write(bytes(-raw.nbytes % _ALIGN))
+def _write_aligned(f: IO[bytes], pieces: Iterable[NDArray]) -> None:
+    nbytes = 0
+    for values in pieces:
+        raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        f.write(memoryview(raw))
+        nbytes += raw.nbytes
+    f.write(bytes(-nbytes % _ALIGN))
 
 
 class SpillReader(AbstractContextManager["SpillReader"]):

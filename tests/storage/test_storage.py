@@ -1,6 +1,8 @@
 """Each fast path equals the plain one; what is written is what is read."""
 
 import itertools
+import tempfile
+from unittest import mock
 
 import h5py
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from annbatch_dask.errors import IntegrityError, LayoutError
+from annbatch_dask.storage import spill
 from annbatch_dask.storage.h5ad import read_h5_rows, visit_h5
 from annbatch_dask.storage.publish import Folder
 from annbatch_dask.storage.shards import ShardWriter, compressor_json
@@ -133,20 +136,32 @@ def test_an_error_leaves_no_half_shard(tmp_path):
     assert {p.name for p in (tmp_path / "o.zarr").rglob("*") if p.is_file()} == {"zarr.json"}
 
 
-@given(st.lists(st.lists(st.integers(0, 5), max_size=6), min_size=1, max_size=6), st.sampled_from(["u1", "<u2", "<f8"]))
-def test_spill_files_give_back_what_they_took(parts, dtype):
-    """``parts``: the counts of each row of each part."""
-    import tempfile
-
+@given(
+    st.lists(st.lists(st.integers(0, 5), max_size=6), min_size=1, max_size=6),
+    st.sampled_from(["u1", "<u2", "<f8"]),
+    st.sampled_from([1, 40, 8 * 2**20]),
+    st.randoms(use_true_random=False),
+)
+def test_spill_files_give_back_what_they_took(parts, dtype, copy_nbytes, random):
+    """``parts``: the counts of each row of each part; ``copy_nbytes``: what is put in order at once."""
     counts = np.array([c for p in parts for c in p], np.int64)
     rows = np.concatenate([[0], np.cumsum([len(p) for p in parts])])
+    order = np.array(random.sample(range(len(counts)), len(counts)), np.int64)
+    at = np.argsort(order)  # where each row of the source goes
     bounds = np.concatenate([[0], np.cumsum(counts)])
     values = np.arange(bounds[-1]).astype(dtype)
     heads = {"n": counts.astype(np.uint32), "grid": np.arange(2.0 * len(counts)).reshape(-1, 2)}
-    with tempfile.TemporaryDirectory() as tmp:
+    stored = np.concatenate([[0], np.cumsum(counts[at])])
+    shuffled = np.concatenate([*(values[bounds[i] : bounds[i + 1]] for i in at), np.empty(0, dtype)]).astype(dtype)
+    given = {
+        "order": order,
+        "rows": rows,
+        "heads": {n: h[at] for n, h in heads.items()},
+        "flats": {"v": (shuffled, stored)},
+    }
+    with tempfile.TemporaryDirectory() as tmp, mock.patch.object(spill, "_COPY_NBYTES", copy_nbytes):
         folder = Folder(tmp)
-        n = write_spill(folder, 3, rows=rows, heads=heads, flats={"v": (values, bounds)})
-        assert n == (folder.fs.size(f"{tmp}/spill-000003.bin"))
+        assert write_spill(folder, 3, **given) == folder.fs.size(f"{tmp}/spill-000003.bin")
         for wanted in (range(len(parts)), range(len(parts) // 2, len(parts))):
             for keep_open in (True, False):
                 with SpillReader(folder, 3, wanted, keep_open=keep_open) as reader:
@@ -166,7 +181,7 @@ def check_spilled(reader, wanted, rows, heads, values, bounds):
 
 def test_a_short_spill_file_is_an_error(tmp_path):
     folder = Folder(str(tmp_path))
-    write_spill(folder, 0, rows=np.array([0, 4]), heads={"n": np.arange(4)}, flats={})
+    write_spill(folder, 0, order=np.arange(4), rows=np.array([0, 4]), heads={"n": np.arange(4)}, flats={})
     body = tmp_path / "spill-000000.bin"
     body.write_bytes(body.read_bytes()[:-8])
     with pytest.raises(IntegrityError, match="ends 8 bytes early"), SpillReader(folder, 0, range(1)) as reader:
