@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from annbatch_dask.order.epochs import EpochCounter
+from annbatch_dask.order.planned import Planned, cut, plan_request, skip
+from annbatch_dask.order.share import by_worker, current_worker
 from annbatch_dask.types import LoadRequest
 
 __all__ = ["Sampler"]
@@ -62,7 +65,8 @@ class Sampler(ABC):
     """Decides which rows are loaded together, and which of them make a batch.
 
     Subclasses implement ``batch_size``, ``shuffle``, ``n_batches``, ``validate`` and ``_sample``; they need
-    not call ``super().__init__()``.
+    not call ``super().__init__()``. What ``_sample`` yields is shared out among the workers of a DataLoader
+    afterwards: it must be the same in each of them.
     """
 
     # Class attributes, so that a subclass with an __init__ of its own still has them.
@@ -112,6 +116,8 @@ class Sampler(ABC):
     def sample(self, n_obs: int) -> Iterator[LoadRequest]:
         """The load requests of one pass, checked, each with its splits.
 
+        In a worker of a torch DataLoader these are the worker's part of the pass.
+
         Parameters
         ----------
         n_obs
@@ -123,17 +129,44 @@ class Sampler(ABC):
             With ``splits`` always present.
         """
         self.validate(n_obs)
+        yield from self.resume_requests(n_obs, self.epoch_counter.start(current_worker()), 0)
+
+    def resume_requests(self, n_obs: int, epoch: int, n_batches: int) -> Iterator[LoadRequest]:
+        """The load requests of an epoch without its first ``n_batches``; of this worker's part of it."""
+        stream = by_worker(self.plan_requests(n_obs, epoch), current_worker(), in_order=not self.shuffle)
+        for planned in skip(stream, n_batches):
+            yield planned.make()
+
+    @property
+    def epoch_counter(self) -> EpochCounter:
+        """Counts the passes."""
+        if "_epochs" not in self.__dict__:
+            self._epochs = EpochCounter()
+        return self._epochs
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next pass be this one, counted from 0."""
+        self.epoch_counter.set(epoch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | ({"_epochs": self._epochs.share()} if "_epochs" in self.__dict__ else {})
+
+    def plan_requests(self, n_obs: int, epoch: int) -> Iterator[Planned]:  # noqa: ARG002 - for subclasses
+        """The load requests of one epoch, all workers' together."""
         requests = self._sample(n_obs)
         try:
             for request in requests:
-                if "splits" in request:
-                    yield request
-                else:
-                    yield {"requests": request["requests"], "splits": self._default_splits(request)}
+                if "splits" not in request:
+                    request = {"requests": request["requests"], "splits": self._default_splits(request)}  # noqa: PLW2901
+                yield plan_request(request)
         finally:
             close = getattr(requests, "close", None)
             if close is not None:
                 close()
+
+    def state_identity(self) -> tuple[object, ...]:
+        """What a saved state must have in common with the sampler that goes on from it."""
+        return (type(self).__qualname__, self.batch_size, self.shuffle, self.mask.start, self.mask.stop)
 
     def _default_splits(self, request: LoadRequest) -> list[NDArray[np.integer[Any]]]:
         for name in ("batch_size", "shuffle"):
@@ -151,8 +184,3 @@ def count_rows(requests: list[slice] | NDArray[np.integer[Any]]) -> int:
     if isinstance(requests, np.ndarray):
         return len(requests)
     return sum(part.stop - (part.start or 0) for part in requests)
-
-
-def cut(order: NDArray[np.int64], size: int) -> list[NDArray[np.integer[Any]]]:
-    """``order`` in pieces of ``size``, the last one maybe shorter."""
-    return [order[start : start + size] for start in range(0, len(order), size)]

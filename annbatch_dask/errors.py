@@ -14,6 +14,7 @@ __all__ = [
     "SchemaError",
     "SourceError",
     "SourceNotFoundError",
+    "StateError",
 ]
 
 
@@ -55,3 +56,7 @@ class IntegrityError(AnnbatchDaskError, RuntimeError):
 
 class SchedulerError(AnnbatchDaskError, ConnectionError):
     """No Dask scheduler answers at an address."""
+
+
+class StateError(AnnbatchDaskError, ValueError):
+    """A saved state belongs to another sampler, other data, or another place among workers and ranks."""

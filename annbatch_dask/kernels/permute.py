@@ -1,9 +1,42 @@
 """The swap-or-not shuffle: a keyed bijection on [0, n) for any n, computed row by row."""
 
+from hashlib import blake2b
+
 import numba as nb
 import numpy as np
 
-__all__ = ["swap_or_not"]
+__all__ = ["count_rounds", "round_keys", "swap_or_not"]
+
+
+def count_rounds(n: int) -> int:
+    """How many rounds make pairs of rows indistinguishable from uniform; see :func:`swap_or_not`."""
+    return 96 + 6 * max(1, n).bit_length()
+
+
+def round_keys(n: int, n_rounds: int, *label: object) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets and keys of the rounds: integers of our own, the same on every machine.
+
+    Parameters
+    ----------
+    n
+        Size of the domain.
+    n_rounds
+        Number of rounds.
+    label
+        What the permutation belongs to; its parts enter by their text.
+
+    Returns
+    -------
+    (n_rounds,) uint64 offsets below ``n``; (n_rounds,) uint64 keys.
+    """
+    drawn = [_derive(*label, r) for r in range(n_rounds)]
+    return np.array([a % n for a, _ in drawn], np.uint64), np.array([k for _, k in drawn], np.uint64)
+
+
+def _derive(*parts: object) -> tuple[int, int]:
+    """128 and 64 bits that depend on all parts."""
+    digest = blake2b("/".join(map(str, parts)).encode(), digest_size=24).digest()
+    return int.from_bytes(digest[:16], "little"), int.from_bytes(digest[16:], "little")
 
 
 @nb.njit(nogil=True, cache=True)

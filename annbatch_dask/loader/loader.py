@@ -24,6 +24,8 @@ from annbatch_dask.loader.fetch import Pipeline, PipelineOptions, count_threads
 from annbatch_dask.loader.output import Framework, check_framework, make_deliver
 from annbatch_dask.loader.requests import ObsTable
 from annbatch_dask.loader.sources import Source, make_source
+from annbatch_dask.loader.state import Progress, State, begin, digest
+from annbatch_dask.order.share import current_worker
 from annbatch_dask.samplers import RandomSampler, SequentialSampler
 from annbatch_dask.types import LoaderOutput, LoadRequest
 
@@ -152,11 +154,14 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         self._var: pd.DataFrame | None = None
         self._collection_added = False
         self._lease: Any = None
+        self._collection_digest = ""
+        self._progress = Progress()
+        self._resume_from: State | None = None
         self._n_open = 0
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no iteration open, whatever the original is doing.
-        return self.__dict__ | {"_n_open": 0}
+        return self.__dict__ | {"_n_open": 0, "_progress": Progress()}
 
     def __len__(self) -> int:
         return self._batch_sampler.n_batches(self.n_obs)
@@ -220,6 +225,7 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
             self._lease = collection.lease()
         self.add_adatas([load(group) for group in collection])
         self._collection_added = True
+        self._collection_digest = digest(getattr(collection, "manifest", None))
         return self
 
     def add_adatas(self, adatas: Sequence[ad.AnnData]) -> Self:
@@ -313,17 +319,87 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
     def __iter__(self) -> Iterator[LoaderOutput]:
         """One pass. Close the iterator, or drop it, to stop its threads early."""
         _check_positive("Number of datasets", len(self._sources))
-        requests = self._batch_sampler.sample(self.n_obs)
+        self._progress = Progress()
+        return self._iterate(self._progress)
+
+    def _iterate(self, progress: Progress) -> Iterator[LoaderOutput]:
+        requests = self._open(progress)
         pipeline: Pipeline | None = None
         self._n_open += 1
         try:
             pipeline = self._start()
-            yield from _batches(pipeline, requests, self._var)
+            for batch in _batches(pipeline, requests, self._var):
+                progress.n_batches += 1
+                yield batch
+            progress.is_over = True
         finally:
             self._n_open -= 1
             if pipeline is not None:
                 pipeline.close()
             _close(requests)
+
+    def _open(self, progress: Progress) -> Iterator[LoadRequest]:
+        """The requests of the pass that begins, from where it was left if a state was loaded."""
+        sampler = self._batch_sampler
+        if not isinstance(sampler, Sampler):  # annbatch's own: it numbers no epochs
+            return sampler.sample(self.n_obs)
+        sampler.validate(self.n_obs)
+        state, self._resume_from = self._resume_from, None
+        progress.__dict__.update(begin(sampler, state, current_worker()).__dict__)
+        assert progress.epoch is not None  # it has begun
+        return sampler.resume_requests(self.n_obs, progress.epoch, progress.n_batches)
+
+    # --- stopping and going on
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next pass be this one, counted from 0. Passes count themselves otherwise."""
+        self._resume_from, self._progress = None, Progress()
+        self._batch_sampler.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the latest iteration is, by the batches that were taken from it: a few integers.
+
+        Raises
+        ------
+        RuntimeError
+            If workers of a DataLoader iterate: only they know. torchdata's ``StatefulDataLoader`` asks them.
+        """
+        if self._resume_from is not None:
+            return self._resume_from.to_dict()
+        worker, counter = current_worker(), self._batch_sampler.epoch_counter
+        if worker is None and counter.is_elsewhere:
+            msg = (
+                "the loader is iterated by workers of a DataLoader, and only they know how far they are; use "
+                "torchdata.stateful_dataloader.StatefulDataLoader and its state_dict, or num_workers=0"
+            )
+            raise RuntimeError(msg)
+        epoch = counter.peek(worker) if self._progress.epoch is None else self._progress.epoch
+        return State.of(self._progress, epoch, self._batch_sampler, self._data_digest(), worker).to_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next pass go on after the last batch that was taken before the state was saved.
+
+        Raises
+        ------
+        StateError
+            If the state was saved with another sampler or seed, over other data, or in another worker or rank.
+        """
+        loaded = State.read(state)
+        loaded.check(self._batch_sampler, self._data_digest())
+        loaded.adopt_seed(self._batch_sampler)
+        worker = current_worker()
+        if worker is not None:  # one whose part is over must wait for the others' before a new pass begins
+            self._resume_from = loaded
+        elif loaded.is_over or not loaded.batch:
+            self.set_epoch(loaded.epoch + loaded.is_over)
+        else:
+            loaded.check_place(None)
+            self._batch_sampler.set_epoch(loaded.epoch)
+            self._resume_from = loaded
+
+    def _data_digest(self) -> str:
+        ends = [list(frame.index[[0, -1]]) for frame in self._obs or [] if len(frame)]
+        return digest(([source.shape for source in self._sources], ends, self._collection_digest))
 
     def _start(self) -> Pipeline:
         n_threads = count_threads()

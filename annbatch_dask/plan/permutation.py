@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import LayoutError
-from annbatch_dask.kernels.permute import swap_or_not
+from annbatch_dask.kernels.permute import count_rounds, round_keys, swap_or_not
 
 __all__ = ["IDENTITY", "SWAP_OR_NOT", "Permutation"]
 
 SWAP_OR_NOT = "swap-or-not"
 IDENTITY = "identity"
 _VERSION = 1
-
-
-def _derive(*parts: object) -> tuple[int, int]:
-    """128 and 64 bits that depend on all parts; integers of our own, the same on every machine."""
-    digest = blake2b("/".join(map(str, parts)).encode(), digest_size=24).digest()
-    return int.from_bytes(digest[:16], "little"), int.from_bytes(digest[16:], "little")
 
 
 @dataclass(frozen=True)
@@ -73,12 +66,11 @@ class Permutation:
     @property
     def n_rounds(self) -> int:
         """Number of rounds, from ``n_obs`` alone."""
-        return 96 + 6 * max(1, self.n_obs).bit_length()
+        return count_rounds(self.n_obs)
 
     @cached_property
     def _keys(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-        drawn = [_derive(self.name, self.version, self.n_obs, self.seed, r) for r in range(self.n_rounds)]
-        return np.array([a % self.n_obs for a, _ in drawn], np.uint64), np.array([k for _, k in drawn], np.uint64)
+        return round_keys(self.n_obs, self.n_rounds, self.name, self.version, self.n_obs, self.seed)
 
     def forward(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
         """Output position of each input row.

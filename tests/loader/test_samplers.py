@@ -4,6 +4,7 @@ import copy
 import pickle
 import sys
 import types
+from itertools import zip_longest
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from annbatch_dask.abc import Sampler
+from annbatch_dask.order.planned import expand
 from annbatch_dask.samplers import RandomSampler, SequentialSampler
 
 
 def rows(request):
-    return np.concatenate([np.arange(s.start, s.stop) for s in request["requests"]])
+    return expand(request["requests"])
 
 
 def batches(sampler, n_obs):
@@ -119,7 +121,7 @@ def test_num_samples(num_samples, replacement):
 def test_replacement_starts_anywhere():
     sampler = RandomSampler(10, 10, 10, replacement=True, num_samples=5000, mask=slice(5, 60), rng=rng())
     starts = {s.start for request in sampler.sample(100) for s in request["requests"]}
-    assert starts == set(range(5, 51))
+    assert starts == set(range(5, 60))  # near the end they go on at the start
 
 
 @pytest.mark.parametrize(
@@ -189,29 +191,30 @@ def test_workers_share_the_rows(as_worker):
     assert len({len(part) for part in parts}) == 2
 
 
-def test_unseeded_workers_agree_on_the_rows_and_differ_between_epochs(as_worker):
-    sampler = RandomSampler(10, 2, 1)
-    epochs = []
-    for seed in (100, 200):
-        parts = []
+def test_workers_of_a_sequential_pass_come_in_order(as_worker):
+    parts = []
+    for worker in range(3):
+        as_worker(worker, 3)
+        parts.append(batches(SequentialSampler(10, 2, 5), 98))
+    in_turn = [batch for turn in zip_longest(*parts) for batch in turn if batch is not None]
+    assert np.concatenate(in_turn).tolist() == list(range(98))
+
+
+def test_workers_that_start_anew_share_epochs(as_worker):
+    """As forked from one parent: each pass has a base seed, each worker of a pass the same."""
+    sampler, alone = RandomSampler(10, 2, 1, rng=rng()), RandomSampler(10, 2, 1, rng=rng())
+    expected = [set(map(tuple, batches(alone, 95))) for _ in range(3)]
+    counter = sampler.epoch_counter
+    for epoch, seed in enumerate((100, 200, 300)):
+        found = []
         for worker in range(2):
             as_worker(worker, 2, seed)
-            parts.append(drawn(pickle.loads(pickle.dumps(sampler)), 95))
-        assert sorted(np.concatenate(parts).tolist()) == list(range(95))
-        epochs.append(parts[0].tolist())
-    assert epochs[0] != epochs[1]
-
-
-def test_what_workers_cannot_share(as_worker):
-    as_worker(0, 2)
-    with pytest.raises(ValueError, match="Multiple workers are not supported"):
-        list(SequentialSampler(10, 2, 5).sample(50))
-    with pytest.raises(NotImplementedError, match="Multiple workers are not supported with replacement sampling. See"):
-        list(RandomSampler(10, 2, 5, replacement=True).sample(50))
-    with pytest.raises(ValueError, match="drop_last=False is not supported"):
-        list(RandomSampler(10, 2, 5).sample(50))
-    as_worker(0, 1)
-    assert len(batches(SequentialSampler(10, 2, 5), 50)) == 10
+            forked = copy.copy(sampler)
+            forked._epochs = counter  # what fork leaves shared
+            counter._pass_id, counter._n_passes = -1, 0  # a process of its own
+            found += [tuple(batch) for batch in batches(forked, 95)]
+        assert len(found) == 95
+        assert set(found) == expected[epoch]
 
 
 # --- the base class

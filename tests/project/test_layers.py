@@ -22,9 +22,10 @@ ALLOWED = {
     "mixing": set(),
     "progress": {"events"},
     "types": {"errors"},
-    "abc": {"errors", "types"},
-    "samplers": {"abc", "errors", "types", "loader"},
-    "loader": {"abc", "errors", "kernels", "manifest", "samplers", "storage", "types"},
+    "order": {"errors", "kernels", "types"},
+    "abc": {"errors", "order", "types"},
+    "samplers": {"abc", "errors", "order", "types"},
+    "loader": {"abc", "errors", "kernels", "manifest", "order", "samplers", "storage", "types"},
     "lazy": {"errors", "manifest", "storage"},
     "etl": {"errors", "events", "kernels", "manifest", "plan", "storage"},
 }

@@ -1,0 +1,155 @@
+"""Where in an epoch a loader is: saved as a few integers, checked when it is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from typing import Any
+
+from annbatch_dask.abc import Sampler
+from annbatch_dask.errors import StateError
+from annbatch_dask.order.share import Worker
+from annbatch_dask.samplers.base import SeededSampler
+from annbatch_dask.samplers.distributed import DistributedSampler
+
+__all__ = ["Progress", "State", "begin", "digest"]
+
+_VERSION = 1
+
+
+@dataclass
+class Progress:
+    """How far one iteration has come.
+
+    Attributes
+    ----------
+    epoch
+        Which pass it is; None before its first batch was asked for.
+    n_batches
+        Batches handed to the consumer.
+    is_over
+        Whether the consumer was told that no more come.
+    rng_state
+        That of the sampler's generator when the pass began, where the order depends on it.
+    """
+
+    epoch: int | None = None
+    n_batches: int = 0
+    is_over: bool = False
+    rng_state: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """What :meth:`annbatch_dask.Loader.state_dict` holds.
+
+    Attributes
+    ----------
+    epoch, batch
+        The pass, and how many of its batches were consumed; with workers, of the worker's part.
+    is_over
+        Whether the pass is over.
+    seed
+        The sampler's; None where it has none.
+    rng_state
+        Instead of a seed, for samplers of the user's: the generator's state when the pass began.
+    sampler, data
+        Digests of what the order depends on.
+    worker, n_workers
+        Place among the workers of a DataLoader; 0 and 0 without any.
+    version
+        Of this format.
+    """
+
+    epoch: int
+    batch: int
+    is_over: bool
+    seed: int | None
+    rng_state: dict[str, Any] | None
+    sampler: str
+    data: str
+    worker: int
+    n_workers: int
+    version: int = _VERSION
+
+    @classmethod
+    def of(cls, progress: Progress, epoch: int, sampler: Sampler, data: str, worker: Worker | None) -> State:
+        """The state of a loader in which one iteration has come this far."""
+        inner = _inner(sampler)
+        return cls(
+            epoch=epoch,
+            batch=progress.n_batches,
+            is_over=progress.is_over,
+            seed=inner.seed if isinstance(inner, SeededSampler) else None,
+            rng_state=progress.rng_state,
+            sampler=digest(sampler.state_identity()),
+            data=data,
+            worker=0 if worker is None else worker.id,
+            n_workers=0 if worker is None else worker.n_workers,
+        )
+
+    @classmethod
+    def read(cls, state: dict[str, Any]) -> State:
+        """From a dictionary; StateError where it is not one of this version."""
+        if state.get("version") != _VERSION or set(state) != set(cls.__dataclass_fields__):
+            msg = f"not a state of this release's Loader: version {state.get('version')!r}, expected {_VERSION}"
+            raise StateError(msg)
+        return cls(**state)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only."""
+        return asdict(self)
+
+    def check(self, sampler: Sampler, data: str) -> None:
+        """StateError where order or data are not what they were."""
+        if self.sampler != digest(sampler.state_identity()):
+            msg = (
+                f"the state was saved with another sampler ({self.sampler}) than this loader has "
+                f"({digest(sampler.state_identity())}): {sampler.state_identity()}; use the same settings and ranks"
+            )
+            raise StateError(msg)
+        if self.data != data:
+            msg = f"the state was saved over other data ({self.data}) than this loader has ({data}); add the same"
+            raise StateError(msg)
+        inner = _inner(sampler)
+        if isinstance(inner, SeededSampler) and inner.seed_is_given and inner.seed != self.seed:
+            msg = f"the state was saved with seed {self.seed}, this loader's is {inner.seed}; use the same rng or none"
+            raise StateError(msg)
+
+    def check_place(self, worker: Worker | None) -> None:
+        """StateError where another process goes on than the one that stopped."""
+        found = (0, 0) if worker is None else (worker.id, worker.n_workers)
+        if self.batch and found != (self.worker, self.n_workers):
+            msg = (
+                f"the state was saved in worker {self.worker} of {self.n_workers} of a DataLoader, this is worker "
+                f"{found[0]} of {found[1]}; use torchdata's StatefulDataLoader with as many workers"
+            )
+            raise StateError(msg)
+
+    def adopt_seed(self, sampler: Sampler) -> None:
+        """Give the sampler the seed the state was saved with."""
+        inner = _inner(sampler)
+        if isinstance(inner, SeededSampler) and self.seed is not None:
+            inner.seed = self.seed
+
+
+def begin(sampler: Sampler, state: State | None, worker: Worker | None) -> Progress:
+    """The progress of a pass that starts now, where the state says or as the next one."""
+    rng = None if isinstance(inner := _inner(sampler), SeededSampler) else inner.rng
+    if state is None:
+        rng_state = None if rng is None else dict(rng.bit_generator.state)
+        return Progress(sampler.epoch_counter.start(worker), rng_state=rng_state)
+    state.check_place(worker)
+    if rng is not None and state.rng_state is not None:
+        rng.bit_generator.state = state.rng_state
+    epoch = sampler.epoch_counter.start(worker, state.epoch)
+    return Progress(epoch, state.batch, rng_state=state.rng_state)
+
+
+def digest(value: object) -> str:
+    """Sixteen digits that differ where the text of the value does."""
+    return blake2b(repr(value).encode(), digest_size=8).hexdigest()
+
+
+def _inner(sampler: Sampler) -> Sampler:
+    return sampler.sampler if isinstance(sampler, DistributedSampler) else sampler

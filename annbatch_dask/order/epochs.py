@@ -1,0 +1,131 @@
+"""Which epoch comes next, agreed upon by a process and the DataLoader workers it starts.
+
+A DataLoader with worker processes starts them anew for each epoch, from copies of what the parent has: a count
+in the copies would be lost, and every epoch would be the first. So the count lies in memory they all share.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import context, reduction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from annbatch_dask.order.share import Worker
+
+__all__ = ["EpochCounter"]
+
+_N_PASSES = 64
+_NEXT, _FOREIGN, _FIRST = 0, 1, 2
+_N_CELLS = _FIRST + _N_PASSES
+_NOBODY = -1
+
+
+class EpochCounter:
+    """Numbers the passes over some data from 0 on.
+
+    Pickling and copying give an independent counter; handing it to a process that multiprocessing starts gives
+    one and the same.
+    """
+
+    def __init__(self, epoch: int = 0) -> None:
+        cells = np.full(_N_CELLS, _NOBODY, np.int64)
+        cells[_NEXT], cells[_FOREIGN] = epoch, 0
+        self._adopt(_shared_file())
+        os.pwrite(self._fd, cells.tobytes(), 0)
+
+    def _adopt(self, fd: int) -> None:
+        self._fd = fd
+        self._pass_id, self._n_passes = _NOBODY, 0
+        weakref.finalize(self, os.close, fd).atexit = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if context.get_spawning_popen() is None:
+            return EpochCounter, (self.peek(None),)
+        return _rebuild, (reduction.DupFd(self._fd),)
+
+    def share(self) -> EpochCounter:
+        """What a copy of the owner should hold: itself for a process being started, else a counter of its own."""
+        return EpochCounter(self.peek(None)) if context.get_spawning_popen() is None else self
+
+    def peek(self, worker: Worker | None) -> int:
+        """The epoch the next pass in this process will have."""
+        with self._cells() as cells:
+            return _epoch_of(cells, self._next_id(worker))
+
+    def start(self, worker: Worker | None, epoch: int | None = None) -> int:
+        """The epoch of a pass that begins now: ``epoch`` if given, else the next one."""
+        pass_id = self._next_id(worker)
+        if worker is not None:
+            self._n_passes = self._n_passes + 1 if worker.pass_id == self._pass_id else 1
+            self._pass_id = worker.pass_id
+        with self._cells() as cells:
+            if epoch is None:
+                epoch = _epoch_of(cells, pass_id)
+            cells[_FIRST + epoch % _N_PASSES] = pass_id
+            cells[_NEXT] = epoch + 1 if worker is None else max(epoch + 1, cells[_NEXT])
+            cells[_FOREIGN] = worker is not None
+        return epoch
+
+    def set(self, epoch: int) -> None:
+        """Let the next pass have this epoch."""
+        with self._cells() as cells:
+            cells[_FIRST:] = _NOBODY
+            cells[_NEXT], cells[_FOREIGN] = epoch, 0
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the latest pass was begun by a DataLoader's worker."""
+        with self._cells() as cells:
+            return bool(cells[_FOREIGN])
+
+    def _next_id(self, worker: Worker | None) -> int:
+        """Persistent workers make several passes under one seed, all equally many."""
+        if worker is None:
+            return _NOBODY
+        n_passes = self._n_passes if worker.pass_id == self._pass_id else 0
+        return (worker.pass_id + n_passes) % 2**62
+
+    @contextmanager
+    def _cells(self) -> Iterator[NDArray[np.int64]]:
+        """The shared numbers, to be read and changed by one process at a time."""
+        fcntl.lockf(self._fd, fcntl.LOCK_EX)
+        try:
+            before = os.pread(self._fd, 8 * _N_CELLS, 0)
+            cells = np.frombuffer(before, np.int64).copy()
+            yield cells
+            if cells.tobytes() != before:
+                os.pwrite(self._fd, cells.tobytes(), 0)
+        finally:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN)
+
+
+def _epoch_of(cells: NDArray[np.int64], pass_id: int) -> int:
+    """The epoch another worker of the same pass has begun already, or the next."""
+    if pass_id != _NOBODY:
+        for epoch in range(int(cells[_NEXT]) - 1, max(int(cells[_NEXT]) - _N_PASSES, 0) - 1, -1):
+            if cells[_FIRST + epoch % _N_PASSES] == pass_id:
+                return epoch
+    return int(cells[_NEXT])
+
+
+def _shared_file() -> int:
+    """A file without a name, gone with its last descriptor."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("annbatch-dask-epochs")
+    fd, path = tempfile.mkstemp()
+    os.unlink(path)
+    return fd
+
+
+def _rebuild(fd: Any) -> EpochCounter:
+    counter = EpochCounter.__new__(EpochCounter)
+    counter._adopt(fd.detach())  # noqa: SLF001
+    return counter

@@ -1,0 +1,102 @@
+"""Load requests that are known by the sizes of their batches, and made only when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from annbatch_dask.types import LoadRequest
+
+__all__ = ["Planned", "cut", "expand", "plan_request", "skip"]
+
+Ints = NDArray[np.int64]
+AnyInts = NDArray[np.integer[Any]]
+Requests = list[slice] | AnyInts
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A load request to be made.
+
+    Attributes
+    ----------
+    sizes
+        Rows of each of its batches.
+    make
+        Makes the request.
+    """
+
+    sizes: tuple[int, ...]
+    make: Callable[[], LoadRequest]
+
+    def pick(self, batches: Sequence[int]) -> Planned:
+        """The same with some of its batches only, and the rows they need."""
+        if list(batches) == list(range(len(self.sizes))):
+            return self
+        return Planned(tuple(self.sizes[b] for b in batches), partial(_pick, self.make, list(batches)))
+
+    def map_splits(self, sizes: tuple[int, ...], select: Callable[[AnyInts], AnyInts]) -> Planned:
+        """The same batches, each with only those of its positions that ``select`` takes; ``sizes`` of them."""
+        return Planned(sizes, partial(_map_splits, self.make, select))
+
+    def fill(self, batch: int, size: int, donor: Planned) -> Planned:
+        """One of its batches filled up to ``size`` with rows of ``donor``, from its first one on."""
+        return Planned((size,), partial(_fill, self.make, batch, size, donor.make))
+
+
+def plan_request(request: LoadRequest) -> Planned:
+    """A request that exists already."""
+    return Planned(tuple(len(split) for split in request["splits"]), lambda: request)
+
+
+def expand(requests: Requests) -> Ints:
+    """The rows of a request, one by one, in its order."""
+    if isinstance(requests, np.ndarray):
+        return requests.astype(np.int64)
+    parts = [np.arange(part.start or 0, part.stop, dtype=np.int64) for part in requests]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def cut(order: NDArray[Any], size: int) -> list[NDArray[Any]]:
+    """``order`` in pieces of ``size``, the last one maybe shorter."""
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def skip(stream: Iterable[Planned], n_batches: int) -> Iterator[Planned]:
+    """The stream without its first batches; none of the skipped requests is made."""
+    for item in stream:
+        n = len(item.sizes)
+        if n_batches >= n:
+            n_batches -= n
+            continue
+        yield item.pick(range(n_batches, n))
+        n_batches = 0
+
+
+def _only(rows: Ints, splits: list[AnyInts]) -> LoadRequest:
+    """A request for the rows that the splits name, and no others."""
+    needed, places = np.unique(np.concatenate(splits), return_inverse=True)
+    bounds = np.cumsum([len(split) for split in splits])[:-1]
+    return {"requests": rows[needed], "splits": np.split(places, bounds)}
+
+
+def _pick(make: Callable[[], LoadRequest], batches: list[int]) -> LoadRequest:
+    request = make()
+    return _only(expand(request["requests"]), [request["splits"][b] for b in batches])
+
+
+def _map_splits(make: Callable[[], LoadRequest], select: Callable[[AnyInts], AnyInts]) -> LoadRequest:
+    request = make()
+    return _only(expand(request["requests"]), [select(split) for split in request["splits"]])
+
+
+def _fill(make: Callable[[], LoadRequest], batch: int, size: int, make_donor: Callable[[], LoadRequest]) -> LoadRequest:
+    request, donor = make(), make_donor()
+    rows = expand(request["requests"])[request["splits"][batch]]
+    more = expand(donor["requests"])[np.concatenate(donor["splits"])]
+    return {"requests": np.concatenate([rows, np.resize(more, size - len(rows))]), "splits": [np.arange(size)]}

@@ -1,0 +1,11 @@
+"""Which rows, in which order.
+
+The k-th load request of an epoch is a function of the sampler's seed, the number of the epoch and k, and of
+nothing else: not of threads, workers, timing, or other passes that are open.
+"""
+
+from annbatch_dask.samplers.classes import ClassSampler, WeightedClassSampler
+from annbatch_dask.samplers.distributed import DistributedSampler
+from annbatch_dask.samplers.runs import RandomSampler, SequentialSampler
+
+__all__ = ["ClassSampler", "DistributedSampler", "RandomSampler", "SequentialSampler", "WeightedClassSampler"]

@@ -1,0 +1,162 @@
+"""What the samplers have in common: a seed, windows of chunks, and epochs as functions of position."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from annbatch_dask.abc import Sampler, check_mask, check_rng
+from annbatch_dask.order.epoch import Epoch
+from annbatch_dask.order.keys import Key, generator
+from annbatch_dask.order.planned import Planned
+from annbatch_dask.types import LoadRequest
+
+__all__ = ["DRAW", "MIX", "ORDER", "RunSampler", "SeededSampler", "cyclic_run", "mixed", "resolve_mask"]
+
+Ints = NDArray[np.int64]
+
+MIX, DRAW, ORDER = range(3)
+"""What a generator is for: the first number of its position in an epoch."""
+
+
+class SeededSampler(Sampler):
+    """A sampler whose k-th load request is a function of (seed, epoch, k).
+
+    A seed is drawn from ``rng`` once, when it is set; a pass takes nothing from it.
+    """
+
+    _seed: int = 0
+    _seed_is_given: bool = False
+
+    @property
+    def rng(self) -> np.random.Generator | None:
+        """Where the seed was drawn from; setting it draws another one and starts with epoch 0 again."""
+        return self._rng
+
+    @rng.setter
+    def rng(self, value: np.random.Generator | None) -> None:
+        given = check_rng(value)
+        self._rng = np.random.default_rng() if given is None else given
+        self._seed_is_given = given is not None
+        self._seed = int.from_bytes(self._rng.bytes(8), "little") >> 1
+        self.set_epoch(0)
+
+    @property
+    def seed(self) -> int:
+        """A non-negative integer that, with the number of an epoch, fixes its order."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        self._seed = value
+
+    @property
+    def seed_is_given(self) -> bool:
+        """Whether the seed comes from an ``rng`` that was passed in."""
+        return self._seed_is_given
+
+    @abstractmethod
+    def epoch(self, n_obs: int, key: Key) -> Epoch:
+        """The pass with this key over ``n_obs`` rows."""
+
+    def plan_requests(self, n_obs: int, epoch: int) -> Iterator[Planned]:
+        """The load requests of one epoch, all workers' together."""
+        return self.epoch(n_obs, (self._seed, epoch)).planned()
+
+    def _sample(self, n_obs: int) -> Iterator[LoadRequest]:
+        for planned in self.plan_requests(n_obs, self.epoch_counter.start(None)):
+            yield planned.make()
+
+
+class RunSampler(SeededSampler):
+    """Reads runs of ``chunk_size`` rows, ``preload_nchunks`` of them at a time."""
+
+    def __init__(
+        self, chunk_size: int, preload_nchunks: int, batch_size: int, *, drop_last: bool, mask: slice | None
+    ) -> None:
+        _check_window(chunk_size, preload_nchunks, batch_size)
+        self._chunk_size = chunk_size
+        self._preload_nchunks = preload_nchunks
+        self._batch_size = batch_size
+        self._drop_last = drop_last
+        self._mask = check_mask(slice(0, None) if mask is None else mask)
+        self._epochs = self.epoch_counter  # before any worker is started
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in a batch."""
+        return self._batch_size
+
+    @property
+    def window(self) -> int:
+        """Rows loaded together."""
+        return self._chunk_size * self._preload_nchunks
+
+    def n_batches(self, n_obs: int) -> int:
+        """Batches of one pass over ``n_obs`` rows."""
+        n_rows = self._n_rows(n_obs)
+        return n_rows // self._batch_size if self._drop_last else -(-n_rows // self._batch_size)
+
+    def validate(self, n_obs: int) -> None:
+        """ValueError where the mask does not fit ``n_obs`` rows."""
+        self._range(n_obs)
+
+    def state_identity(self) -> tuple[object, ...]:
+        """What a saved state must have in common with the sampler that goes on from it."""
+        return (*super().state_identity(), self._chunk_size, self._preload_nchunks, self._drop_last)
+
+    def _range(self, n_obs: int) -> tuple[int, int]:
+        return resolve_mask(self._mask, n_obs)
+
+    def _n_rows(self, n_obs: int) -> int:
+        start, stop = self._range(n_obs)
+        return stop - start
+
+
+def mixed(key: Key, k: int, n_rows: int) -> Ints:
+    """All rows of load request ``k`` in random order."""
+    return generator(key, MIX, k).permutation(n_rows)
+
+
+def cyclic_run(first: int, length: int, start: int, stop: int) -> list[slice]:
+    """``length`` rows of ``start:stop`` from ``first`` on, going on from ``start`` after ``stop``.
+
+    A run that begins anywhere and wraps around has every row of the range equally often.
+    """
+    end = first + length
+    if end <= stop:
+        return [slice(first, end)]
+    return [slice(first, stop), slice(start, start + end - stop)]
+
+
+def resolve_mask(mask: slice, n_obs: int) -> tuple[int, int]:
+    """Start and stop of a mask over ``n_obs`` rows; ValueError where it does not fit them."""
+    start, stop = mask.start or 0, n_obs if mask.stop is None else mask.stop
+    if stop > n_obs:
+        msg = f"Sampler mask.stop ({stop}) exceeds loader n_obs ({n_obs})"
+        raise ValueError(msg)
+    if start >= stop:
+        msg = f"Sampler mask.start ({start}) must be < mask.stop ({stop})"
+        raise ValueError(msg)
+    return start, stop
+
+
+def _check_window(chunk_size: int, preload_nchunks: int, batch_size: int) -> None:
+    """ValueError unless a window of ``preload_nchunks`` chunks is a whole number of batches."""
+    for name, value in (("chunk_size", chunk_size), ("preload_nchunks", preload_nchunks), ("batch_size", batch_size)):
+        if value < 1:
+            msg = f"{name} must be greater than 1, got {value}"
+            raise ValueError(msg)
+    window = chunk_size * preload_nchunks
+    if batch_size > window:
+        msg = f"batch_size cannot exceed chunk_size * preload_nchunks: {batch_size} > {window}; raise preload_nchunks"
+        raise ValueError(msg)
+    if window % batch_size:
+        msg = (
+            f"chunk_size * preload_nchunks must be divisible by batch_size: "
+            f"{window} % {batch_size} = {window % batch_size}"
+        )
+        raise ValueError(msg)

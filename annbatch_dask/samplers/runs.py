@@ -1,0 +1,234 @@
+"""Random and sequential passes over runs of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from annbatch_dask.order.epoch import Epoch
+from annbatch_dask.order.keys import Key, Shuffled, generator
+from annbatch_dask.samplers.base import DRAW, ORDER, RunSampler, cyclic_run, mixed
+
+__all__ = ["RandomSampler", "SequentialSampler"]
+
+
+class RandomSampler(RunSampler):
+    """Runs of rows in random order, rows mixed within each load window.
+
+    Every row is drawn equally often on average, those at the ends of the range too.
+
+    Parameters
+    ----------
+    chunk_size
+        Rows read together.
+    preload_nchunks
+        Runs in one load window; its rows are mixed before they are cut into batches.
+    batch_size
+        Rows in a batch; must divide ``chunk_size * preload_nchunks``.
+    replacement
+        Draw runs that start anywhere, independently, instead of each once. One that reaches the end of the range
+        goes on at its start.
+    num_samples
+        Rows in a pass; by default as many as the range has.
+    drop_last
+        Leave out the last batch if it is not full.
+    mask
+        Range of rows to draw from; by default all.
+    rng
+        Where the seed is drawn from, once; by default a fresh one.
+    """
+
+    def __init__(  # noqa: PLR0913 - annbatch's interface
+        self,
+        chunk_size: int,
+        preload_nchunks: int,
+        batch_size: int,
+        *,
+        replacement: bool = False,
+        num_samples: int | None = None,
+        drop_last: bool = False,
+        mask: slice | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        super().__init__(chunk_size, preload_nchunks, batch_size, drop_last=drop_last, mask=mask)
+        if num_samples is not None and num_samples < 1:
+            msg = f"num_samples must be greater than 1, got {num_samples}"
+            raise ValueError(msg)
+        self.rng = rng
+        self._replacement = replacement
+        self._num_samples = num_samples
+
+    @property
+    def shuffle(self) -> bool:
+        """Always True."""
+        return True
+
+    def validate(self, n_obs: int) -> None:
+        """ValueError where mask or num_samples do not fit ``n_obs`` rows."""
+        super().validate(n_obs)
+        n_range = super()._n_rows(n_obs)
+        n_rows = self._n_rows(n_obs)
+        if not self._replacement and n_rows > n_range:
+            msg = f"num_samples ({n_rows}) cannot exceed the observation range ({n_range}) without replacement"
+            raise ValueError(msg)
+        if self._replacement and n_range < self._chunk_size and n_rows > n_range:
+            msg = (
+                f"Observation range ({n_range}) is smaller than chunk_size ({self._chunk_size}) and num_samples "
+                f"({n_rows}) exceeds it; lower chunk_size, widen the mask or lower num_samples"
+            )
+            raise ValueError(msg)
+
+    def state_identity(self) -> tuple[object, ...]:
+        """What a saved state must have in common with the sampler that goes on from it."""
+        return (*super().state_identity(), self._replacement, self._num_samples)
+
+    def _n_rows(self, n_obs: int) -> int:
+        return super()._n_rows(n_obs) if self._num_samples is None else self._num_samples
+
+    def epoch(self, n_obs: int, key: Key) -> Epoch:
+        """The pass with this key over ``n_obs`` rows."""
+        start, stop = self._range(n_obs)
+        n_rows = self._n_rows(n_obs)
+        take: Callable[[int, int, int], list[slice]]
+        if self._replacement:
+            take = partial(_draw_runs, key, start, stop, min(self._chunk_size, stop - start))
+        else:
+            take = _ShuffledRuns(start, stop, self._chunk_size, n_rows, key).take
+        return Epoch(n_rows, self.window, self._batch_size, self._drop_last, take, partial(mixed, key))
+
+
+class SequentialSampler(RunSampler):
+    """Rows in their order.
+
+    Parameters
+    ----------
+    chunk_size
+        Rows read together.
+    preload_nchunks
+        Runs in one load window.
+    batch_size
+        Rows in a batch; must divide ``chunk_size * preload_nchunks``.
+    drop_last
+        Leave out the last batch if it is not full.
+    mask
+        Range of rows; by default all.
+    """
+
+    def __init__(
+        self,
+        chunk_size: int,
+        preload_nchunks: int,
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        mask: slice | None = None,
+    ) -> None:
+        super().__init__(chunk_size, preload_nchunks, batch_size, drop_last=drop_last, mask=mask)
+
+    @property
+    def shuffle(self) -> bool:
+        """Always False."""
+        return False
+
+    def epoch(self, n_obs: int, key: Key) -> Epoch:  # noqa: ARG002 - there is one order
+        """The rows of the mask in their order."""
+        first, _ = self._range(n_obs)
+        take = partial(_take_in_order, first, self._chunk_size)
+        return Epoch(self._n_rows(n_obs), self.window, self._batch_size, self._drop_last, take, _as_they_come)
+
+
+def _as_they_come(_: int, n_rows: int) -> np.ndarray:
+    return np.arange(n_rows)
+
+
+def _take_in_order(first: int, chunk_size: int, _: int, start: int, stop: int) -> list[slice]:
+    return [slice(first + at, first + min(at + chunk_size, stop)) for at in range(start, stop, chunk_size)]
+
+
+def _draw_runs(key: Key, first: int, last: int, length: int, k: int, start: int, stop: int) -> list[slice]:  # noqa: PLR0913
+    """Runs of ``first:last`` that begin anywhere, ``stop - start`` rows in all."""
+    n_rows = stop - start
+    starts = generator(key, DRAW, k).integers(first, last, size=-(-n_rows // length))
+    return [
+        part
+        for i, begin in enumerate(starts.tolist())
+        for part in cyclic_run(begin, min(length, n_rows - i * length), first, last)
+    ]
+
+
+class _ShuffledRuns:
+    """Part of a range, in runs of ``chunk_size`` rows from its start on, in random order.
+
+    All runs in random order, end to end, make a ring, of which ``n_rows`` rows from a random one on are taken: so
+    each row is in that part with the same chance. The whole runs come first and those that are shorter last, for
+    only the last batch of a pass may be partial.
+    """
+
+    def __init__(self, start: int, stop: int, chunk_size: int, n_rows: int, key: Key) -> None:
+        self._start, self._stop, self._chunk_size = start, stop, chunk_size
+        self._n_runs = -(-(stop - start) // chunk_size)
+        self._order = Shuffled(self._n_runs, key)
+        n_short = (stop - start) % chunk_size
+        # Where on the ring of runs the short one lies; nowhere if there is none.
+        self._short = int(self._order.find(np.array([self._n_runs - 1]))[0]) if n_short else None
+        is_part = n_rows < stop - start
+        begin = int(generator(key, ORDER).integers(stop - start)) if is_part else 0
+        first, head = self._locate(begin)
+        last, tail = self._locate(begin + n_rows) if is_part else (self._n_runs, 0)
+        self._first = first + (head > 0)
+        ends: list[slice] = []
+        self._gap = self._n_runs * 2  # which of the whole runs the short one comes before
+        self._n_whole = max(last - self._first, 0)
+        for place in () if self._short is None else (self._short, self._short + self._n_runs):
+            if self._first <= place < last:
+                self._gap = place - self._first
+                self._n_whole -= 1
+                ends.append(self._run(place))
+        if head and last >= self._first:
+            run = self._run(first)
+            ends.append(slice(run.start + head, run.stop))
+        if tail:
+            run = self._run(last)
+            ends.append(slice(run.start + (head if last < self._first else 0), run.start + tail))
+        self._ends = ends
+
+    def _locate(self, row: int) -> tuple[int, int]:
+        """The run on the ring that holds a row of it, counted on over its end, and how far into it the row is."""
+        n_range = self._stop - self._start
+        turns, row = divmod(row, n_range)
+        n_short = n_range % self._chunk_size
+        if self._short is None or row < self._short * self._chunk_size:
+            place, rest = divmod(row, self._chunk_size)
+        elif row < self._short * self._chunk_size + n_short:
+            place, rest = self._short, row - self._short * self._chunk_size
+        else:
+            place, rest = divmod(row - n_short, self._chunk_size)
+            place += 1
+        return place + turns * self._n_runs, rest
+
+    def _run(self, place: int) -> slice:
+        number = int(self._order.at(np.array([place % self._n_runs]))[0])
+        start = self._start + number * self._chunk_size
+        return slice(start, min(start + self._chunk_size, self._stop))
+
+    def take(self, _: int, start: int, stop: int) -> list[slice]:
+        """The runs at these rows of the pass; ``start`` is where a run begins."""
+        n_in_whole = self._n_whole * self._chunk_size
+        places = np.arange(start // self._chunk_size, min(-(-stop // self._chunk_size), self._n_whole))
+        places = places + (places >= self._gap) + self._first
+        starts = self._start + self._order.at(places % self._n_runs) * self._chunk_size
+        whole = [slice(s, s + self._chunk_size) for s in starts.tolist()]
+        return whole + _part(self._ends, max(start - n_in_whole, 0), stop - n_in_whole)
+
+
+def _part(runs: list[slice], start: int, stop: int) -> list[slice]:
+    """The rows ``start:stop`` of some runs laid end to end."""
+    found, at = [], 0
+    for run in runs:
+        low, high = max(start - at, 0), min(stop - at, run.stop - run.start)
+        if low < high:
+            found.append(slice(run.start + low, run.start + high))
+        at += run.stop - run.start
+    return found
