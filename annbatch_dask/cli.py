@@ -187,6 +187,8 @@ def _loader(collection: DatasetCollection, args: argparse.Namespace) -> Any:
             rng=np.random.default_rng(args.seed),
             dense=args.dense,
             dtype=np.float32 if args.dense else None,
+            layers=(),
+            obsm=(),
         )
     except ValueError as error:  # sizes that do not fit together
         raise AnnbatchDaskError(str(error)) from error

@@ -41,9 +41,16 @@ class LoaderOutput(TypedDict):
         The ``var`` all datasets share, or None.
     index
         The rows' global positions, or None without ``return_index``.
+    layers, obsm
+        The same rows of what was asked for beside ``X``, by name; absent if nothing was.
+    obs_codes
+        (n,) int64 codes of each column that was asked for, by name; absent if none was.
     """
 
     X: Any
     obs: pd.DataFrame | None
     var: pd.DataFrame | None
     index: NDArray[np.int64] | None
+    layers: NotRequired[dict[str, Any]]
+    obsm: NotRequired[dict[str, Any]]
+    obs_codes: NotRequired[dict[str, Any]]

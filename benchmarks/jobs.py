@@ -60,6 +60,7 @@ def load(args: argparse.Namespace) -> None:
             preload_to_gpu=False,
             rng=np.random.default_rng(epoch),
             dense=args.output == "dense",
+            obs_columns=["cell_type"],  # as annbatch's side does
         )
         loader.use_collection(collection)
         start, n_obs = time.perf_counter(), 0

@@ -121,7 +121,14 @@ def sequential_batches(files: list[Path], column: str) -> list[np.ndarray]:
 def stream(collection: DatasetCollection, column: str) -> list[np.ndarray]:
     """Stream an epoch; return the classes in each batch."""
     loader = Loader(
-        batch_size=BATCH_SIZE, chunk_size=32, preload_nchunks=256, shuffle=True, rng=np.random.default_rng(0)
+        batch_size=BATCH_SIZE,
+        chunk_size=32,
+        preload_nchunks=256,
+        shuffle=True,
+        rng=np.random.default_rng(0),
+        layers=[],
+        obsm=[],
+        obs_columns=[column],
     )
     loader.use_collection(collection)
     start = time.perf_counter()

@@ -7,22 +7,52 @@ combinations few, copies between equal dtypes run on unsigned integers of the sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["copy_rows", "scatter_rows"]
+__all__ = [
+    "Places",
+    "SparseRows",
+    "copy_rows",
+    "count_selected",
+    "half_bits",
+    "normalize_rows",
+    "scatter_rows",
+    "select_rows",
+    "take_columns",
+]
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
+Places = NDArray[np.int32]
+_Rows = tuple[Array, Ints, Array, Ints, Ints]
 F = TypeVar("F", bound=Callable[..., Any])
 
 _compiled = cast("Callable[[F], F]", numba.njit(nogil=True, cache=True))
 
 _SAME_SIZE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_IDENTITY = np.empty(0, np.int32)
+_N_KNOWN = 64
+
+
+class SparseRows(NamedTuple):
+    """Flat values and columns, 1-D, C-contiguous.
+
+    ``value_starts`` says where each row's values begin where that is not where its columns do.
+    """
+
+    values: Array
+    columns: Array
+    value_starts: Ints | None = None
+
+    def at(self, starts: Ints, lengths: Ints) -> _Rows:
+        """Some rows: values, where each row of them begins, columns, where each row of them begins, lengths."""
+        return self.values, starts if self.value_starts is None else self.value_starts, self.columns, starts, lengths
 
 
 def copy_rows(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_starts: Ints) -> None:
@@ -35,9 +65,7 @@ def copy_rows(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_star
     starts, lengths, dest_starts
         (n,) int64: stretch ``i`` goes from ``source[starts[i]:]`` to ``dest[dest_starts[i]:]``.
     """
-    if source.dtype == dest.dtype and source.itemsize in _SAME_SIZE:
-        unsigned = _SAME_SIZE[source.itemsize]
-        source, dest = source.view(unsigned), dest.view(unsigned)
+    source, dest = _as_unsigned(source, dest)
     if _has_kernels(source.dtype) and _has_kernels(dest.dtype):
         _copy(source, starts, lengths, dest, dest_starts)
         return
@@ -45,33 +73,128 @@ def copy_rows(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_star
         dest[to : to + length] = source[start : start + length]
 
 
-def scatter_rows(values: Array, columns: Array, starts: Ints, lengths: Ints, dest: Array, dest_rows: Ints) -> int:
+def normalize_rows(
+    source: Array, starts: Ints, lengths: Ints, dest: Array, dest_starts: Ints, *, target_sum: float
+) -> None:
+    """Scale each stretch to a sum, take log(1 + x): scanpy's ``normalize_total`` and ``log1p`` in one pass.
+
+    A stretch that sums to 0 stays as it is.
+
+    Parameters
+    ----------
+    source
+        1-D, C-contiguous: stretch ``i`` is ``source[starts[i]:starts[i] + lengths[i]]``, all values of a row.
+    dest
+        1-D, of floats; stretch ``i`` goes to ``dest[dest_starts[i]:]``.
+    target_sum
+        What a row is scaled to.
+    """
+    if not _has_kernels(source.dtype):
+        copy_rows(source, starts, lengths, dest, dest_starts)
+        source, starts = dest, dest_starts
+    _normalize(source, starts, lengths, dest, dest_starts, float(target_sum))
+
+
+def half_bits(values: Array, *, bfloat16: bool) -> NDArray[np.uint16]:
+    """Values in half precision, rounded to the nearest, as the 16 bits that stand for them.
+
+    numba and numpy know too little of half precision to compute in it; bits can be moved like any integer.
+    """
+    if not bfloat16:
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).view(np.uint16)
+    bits = values.astype(np.float32).view(np.uint32)
+    is_nan = np.isnan(values)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(is_nan, np.uint16(0x7FC0), rounded.astype(np.uint16))
+
+
+def scatter_rows(
+    sparse: SparseRows, starts: Ints, lengths: Ints, dest: Array, dest_rows: Ints, places: Places | None = None
+) -> tuple[int, int]:
     """Turn sparse rows into dense ones: zero the row, add its values.
 
     A row is finished while it is in the cache. Entries that name a column twice are added up, as scipy does.
 
     Parameters
     ----------
-    values, columns
-        1-D, C-contiguous: row ``i`` is ``starts[i]:starts[i] + lengths[i]`` of both.
+    sparse
+        Values and columns; row ``i`` is ``starts[i]:starts[i] + lengths[i]`` of the columns.
     dest
         2-D, C-contiguous; row ``i`` becomes ``dest[dest_rows[i]]``.
+    places
+        Where each column goes, -1 for one that is left out; None puts each where it was.
 
     Returns
     -------
-    int
-        Entries left out because their column is not in ``dest``: 0 on sound data.
+    n_outside, n_repeated
+        Entries left out because their column does not exist, 0 on sound data; entries added to another.
     """
-    if _has_kernels(values.dtype) and _has_kernels(dest.dtype):
-        return int(_scatter(values, columns, starts, lengths, dest, dest_rows))
-    n_outside = 0
-    for start, length, row in zip(starts.tolist(), lengths.tolist(), dest_rows.tolist(), strict=True):
+    if not (_has_kernels(sparse.values.dtype) and _has_kernels(dest.dtype)):
+        return _scatter_plain(sparse, starts, lengths, dest, dest_rows, places)
+    places = _IDENTITY if places is None else places
+    found: tuple[int, int] = _scatter(sparse.at(starts, lengths), places, dest, dest_rows)
+    return found
+
+
+def _scatter_plain(
+    sparse: SparseRows, starts: Ints, lengths: Ints, dest: Array, dest_rows: Ints, places: Places | None
+) -> tuple[int, int]:
+    """The same in numpy, for dtypes that numba does not know."""
+    values, value_starts, columns, *_ = sparse.at(starts, lengths)
+    n_columns, n_outside = dest.shape[1] if places is None else len(places), 0
+    for start, value_start, length, row in zip(starts, value_starts, lengths, dest_rows, strict=True):
         column = columns[start : start + length].astype(np.int64)
-        is_inside = (column >= 0) & (column < dest.shape[1])
+        is_inside = (column >= 0) & (column < n_columns)
         n_outside += int(length - is_inside.sum())
+        value, column = values[value_start : value_start + length][is_inside], column[is_inside]
+        place = column if places is None else places[column]
         dest[row] = 0
-        np.add.at(dest[row], column[is_inside], values[start : start + length][is_inside])
-    return n_outside
+        np.add.at(dest[row], place[place >= 0], value[place >= 0])
+    return n_outside, 0
+
+
+def count_selected(columns: Array, starts: Ints, lengths: Ints, places: Places) -> tuple[Ints, int]:
+    """How many entries of each row stay where ``places`` leaves columns out; entries whose column does not exist."""
+    counts = np.empty(len(starts), np.int64)
+    return counts, int(_count(columns, starts, lengths, places, counts))
+
+
+def select_rows(
+    sparse: SparseRows, starts: Ints, lengths: Ints, places: Places, dest: tuple[Array, Array], dest_starts: Ints
+) -> None:
+    """Copy the entries of chosen columns, casting; within a row they come in ascending order of the new column.
+
+    Parameters
+    ----------
+    sparse, starts, lengths, places
+        As for :func:`scatter_rows`; columns must have been checked, as :func:`count_selected` does.
+    dest, dest_starts
+        Values and columns; row ``i`` goes to ``dest_starts[i]:`` of both.
+    """
+    kept = places[places >= 0]
+    is_sorted = bool((np.diff(kept) > 0).all())
+    values, dest_values = _as_unsigned(sparse.values, dest[0])
+    rows = SparseRows(values, sparse.columns, sparse.value_starts).at(starts, lengths)
+    _select(rows, places, (dest_values, dest[1]), dest_starts, not is_sorted)
+
+
+def take_columns(source: Array, starts: Ints, columns: Ints, dest: Array, dest_rows: Ints) -> None:
+    """Copy chosen values of dense rows, casting: ``dest[dest_rows[i]] = source[starts[i] + columns]``."""
+    source, dest = _as_unsigned(source, dest)
+    if _has_kernels(source.dtype) and _has_kernels(dest.dtype):
+        _take(source, starts, columns, dest, dest_rows)
+        return
+    for start, row in zip(starts.tolist(), dest_rows.tolist(), strict=True):
+        dest[row] = source[start + columns]
+
+
+def _as_unsigned(source: Array, dest: Array) -> tuple[Array, Array]:
+    """Arrays of one dtype as integers of the same size: copying them needs no kernel of its own."""
+    if source.dtype != dest.dtype or source.itemsize not in _SAME_SIZE:
+        return source, dest
+    unsigned = _SAME_SIZE[source.itemsize]
+    return source.view(unsigned), dest.view(unsigned)
 
 
 def _has_kernels(dtype: np.dtype[Any]) -> bool:
@@ -91,18 +214,96 @@ def _copy(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_starts: 
 
 
 @_compiled
-def _scatter(values: Array, columns: Array, starts: Ints, lengths: Ints, dest: Array, dest_rows: Ints) -> int:
-    n_columns = np.uint64(dest.shape[1])
-    n_outside = 0
+def _normalize(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_starts: Ints, target_sum: float) -> None:
+    # log1p is most of the work, and most counts are small: each is computed once a row.
+    known = np.empty(_N_KNOWN, dest.dtype)
     for i in range(starts.shape[0]):
-        row_values = values[starts[i] : starts[i] + lengths[i]]
+        n = lengths[i]
+        row = source[starts[i] : starts[i] + n]
+        to = dest[dest_starts[i] : dest_starts[i] + n]
+        total = 0.0
+        for j in range(n):
+            total += row[j]
+        scale = target_sum / total if total != 0 else 1.0
+        known[:] = -1
+        for j in range(n):
+            small = int(row[j]) if 0 <= row[j] < _N_KNOWN else 0
+            if small != row[j]:
+                to[j] = math.log1p(row[j] * scale)
+                continue
+            if known[small] < 0:
+                known[small] = math.log1p(small * scale)
+            to[j] = known[small]
+
+
+@_compiled
+def _scatter(rows: _Rows, places: Places, dest: Array, dest_rows: Ints) -> tuple[int, int]:
+    values, value_starts, columns, starts, lengths = rows
+    n_columns = np.uint64(places.shape[0] if places.shape[0] else dest.shape[1])
+    n_outside = n_repeated = 0
+    for i in range(starts.shape[0]):
+        row_values = values[value_starts[i] : value_starts[i] + lengths[i]]
         row_columns = columns[starts[i] : starts[i] + lengths[i]]
         row = dest[dest_rows[i]]
         row[:] = 0
         for j in range(row_columns.shape[0]):
             column = np.uint64(row_columns[j])  # a negative one becomes huge
-            if column < n_columns:
-                row[column] += row_values[j]
-            else:
+            if column >= n_columns:
                 n_outside += 1
+                continue
+            place = np.int64(places[column]) if places.shape[0] else np.int64(column)
+            if place >= 0:
+                n_repeated += row[np.uint64(place)] != 0
+                row[np.uint64(place)] += row_values[j]
+    return n_outside, n_repeated
+
+
+@_compiled
+def _count(columns: Array, starts: Ints, lengths: Ints, places: Places, counts: Ints) -> int:
+    n_columns = np.uint64(places.shape[0])
+    n_outside = 0
+    for i in range(starts.shape[0]):
+        row = columns[starts[i] : starts[i] + lengths[i]]
+        n = 0
+        for j in range(row.shape[0]):
+            column = np.uint64(row[j])
+            if column >= n_columns:
+                n_outside += 1
+            else:
+                n += places[column] >= 0
+        counts[i] = n
     return n_outside
+
+
+@_compiled
+def _select(
+    rows: _Rows,
+    places: Places,
+    dest: tuple[Array, Array],
+    dest_starts: Ints,
+    needs_sort: bool,  # noqa: FBT001
+) -> None:
+    values, value_starts, columns, starts, lengths = rows
+    dest_values, dest_columns = dest
+    for i in range(starts.shape[0]):
+        n = 0
+        for j in range(lengths[i]):
+            place = places[np.uint64(columns[starts[i] + j])]
+            if place >= 0:
+                dest_values[dest_starts[i] + n] = values[value_starts[i] + j]
+                dest_columns[dest_starts[i] + n] = place
+                n += 1
+        if needs_sort:
+            row_values = dest_values[dest_starts[i] : dest_starts[i] + n]
+            row_columns = dest_columns[dest_starts[i] : dest_starts[i] + n]
+            order = np.argsort(row_columns)
+            row_values[:] = row_values[order]
+            row_columns[:] = row_columns[order]
+
+
+@_compiled
+def _take(source: Array, starts: Ints, columns: Ints, dest: Array, dest_rows: Ints) -> None:
+    for i in range(starts.shape[0]):
+        row = dest[dest_rows[i]]
+        for j in range(columns.shape[0]):
+            row[j] = source[starts[i] + columns[j]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,13 +12,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import IntegrityError
-from annbatch_dask.kernels.assemble import copy_rows, scatter_rows
+from annbatch_dask.kernels.assemble import (
+    Places,
+    SparseRows,
+    copy_rows,
+    count_selected,
+    half_bits,
+    normalize_rows,
+    scatter_rows,
+    select_rows,
+    take_columns,
+)
 from annbatch_dask.loader.pool import BufferPool
-from annbatch_dask.loader.requests import Window
+from annbatch_dask.loader.requests import Loaded
 from annbatch_dask.loader.sources import DenseBlock, SparseBlock
 from annbatch_dask.storage.ranges import Task
 
-__all__ = ["BatchBuilder", "CsrParts", "RunTasks"]
+__all__ = ["BatchBuilder", "CsrParts", "Form", "RunTasks", "Selection"]
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -26,6 +36,7 @@ RunTasks = Callable[[list[Task]], None]
 
 _MIN_TASK_NBYTES = 1024 * 1024
 _MAX_INT32 = np.iinfo(np.int32).max
+_ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -39,87 +50,164 @@ class CsrParts:
 
 
 @dataclass(frozen=True)
-class BatchBuilder:
-    """Makes batches of one form.
+class Selection:
+    """Columns to deliver, in an order of their own.
 
     Attributes
     ----------
+    columns
+        The chosen columns of the data.
+    places
+        For each column of the data its place in the batch; -1 where it is left out.
+    """
+
+    columns: Ints
+    places: Places
+
+    @classmethod
+    def of(cls, columns: Ints, n_columns: int) -> Selection:
+        """Select these columns out of ``n_columns``."""
+        places = np.full(n_columns, -1, np.int32)
+        places[columns] = np.arange(len(columns), dtype=np.int32)
+        return cls(columns, places)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What rows are delivered as.
+
+    Attributes
+    ----------
+    dense
+        Whether sparse rows become dense ones.
+    dtype
+        What values are delivered in; None leaves it to the window. uint16 for bfloat16, of which numpy knows
+        nothing.
+    is_bfloat16
+        Whether the 16 bits of a value are to be read as bfloat16.
+    selection
+        Columns to deliver; None for all.
+    target_sum
+        Scale every row to this sum and take log(1 + x); None leaves the values as they are.
+    """
+
+    dense: bool = False
+    dtype: np.dtype[Any] | None = None
+    is_bfloat16: bool = False
+    selection: Selection | None = None
+    target_sum: float | None = None
+
+    @property
+    def is_half(self) -> bool:
+        """Whether values are delivered in half precision."""
+        return self.is_bfloat16 or self.dtype == np.float16
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether values take more than a cast."""
+        return self.is_half or self.target_sum is not None
+
+    def dtype_of(self, loaded: Loaded) -> np.dtype[Any]:
+        """What the values of a window are delivered in."""
+        if self.dtype is not None:
+            return self.dtype
+        if self.target_sum is None or loaded.dtype == np.float64:
+            return loaded.dtype
+        return np.dtype(np.float32)
+
+    def width_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of a delivered row, from that of the data."""
+        return shape[1:] if self.selection is None else (len(self.selection.columns),)
+
+
+@dataclass(frozen=True)
+class BatchBuilder:
+    """Makes batches of one matrix.
+
+    Attributes
+    ----------
+    form
+        What rows are delivered as.
     width
-        Shape of one row.
+        Shape of a delivered row.
     is_sparse
         Whether windows hold sparse blocks.
-    dense
-        Whether sparse rows are delivered dense.
-    dtype
-        What values are delivered in; None leaves it to the window.
     pool
         Where batches are built.
     n_parts
         How many tasks a batch is cut into at most.
     """
 
+    form: Form
     width: tuple[int, ...]
     is_sparse: bool
-    dense: bool
-    dtype: np.dtype[Any] | None
     pool: BufferPool
     n_parts: int
 
-    def nbytes(self, window: Window, split: Ints) -> int:
-        """Memory the batch will take."""
-        itemsize = (self.dtype or window.dtype).itemsize
-        if self.is_sparse and not self.dense:
-            return int(window.lengths[split].sum()) * (itemsize + 4) + 4 * len(split)
+    def nbytes(self, loaded: Loaded, split: Ints) -> int:
+        """Memory the batch will take at most."""
+        itemsize = self.form.dtype_of(loaded).itemsize
+        if self.is_sparse and not self.form.dense:
+            return int(np.minimum(loaded.lengths[split], self.width[0]).sum()) * (itemsize + 4) + 4 * len(split)
         return len(split) * math.prod(self.width) * itemsize
 
-    def build(self, window: Window, split: Ints, run: RunTasks) -> CsrParts | Array:
+    def build(self, loaded: Loaded, split: Ints, run: RunTasks) -> CsrParts | Array:
         """Pick the rows of one batch; the work is handed to ``run`` in independent pieces."""
-        dtype = self.dtype or window.dtype
-        if self.is_sparse and not self.dense:
-            return self._build_csr(window, split, dtype, run)
+        dtype = self.form.dtype_of(loaded)
+        if self.is_sparse and not self.form.dense:
+            return self._build_csr(loaded, split, dtype, run)
         out = self.pool.empty((len(split), *self.width), dtype)
-        run(list(self._dense_tasks(window, split, out)))
+        run(list(self._dense_tasks(loaded, split, out)))
         return out
 
-    def _build_csr(self, window: Window, split: Ints, dtype: np.dtype[Any], run: RunTasks) -> CsrParts:
-        ends = np.cumsum(window.lengths[split])
+    def _build_csr(self, loaded: Loaded, split: Ints, dtype: np.dtype[Any], run: RunTasks) -> CsrParts:
+        counts = self._count(loaded, split, run)
+        ends = np.cumsum(counts)
         nnz = int(ends[-1]) if len(ends) else 0
         index_dtype = np.int32 if max(nnz, *self.width) <= _MAX_INT32 else np.int64
         values = self.pool.empty(nnz, dtype)
         columns = self.pool.empty(nnz, index_dtype)
-        dest = ends - window.lengths[split]
+        dest = ends - counts
         n_parts = self._n_parts(nnz * (values.itemsize + columns.itemsize))
         run(
             [
-                partial(_gather, block, starts, lengths, (values, columns), dest[places])
-                for block, places, starts, lengths in _sparse_parts(window, split, n_parts)
+                partial(_gather, self.form, block, starts, lengths, (values, columns), dest[places])
+                for block, places, starts, lengths in _sparse_parts(loaded, split, n_parts)
             ]
         )
         indptr = np.zeros(len(split) + 1, index_dtype)
         indptr[1:] = ends
         return CsrParts(values, columns, indptr, (len(split), self.width[0]))
 
-    def _dense_tasks(self, window: Window, split: Ints, out: Array) -> Iterator[Task]:
+    def _count(self, loaded: Loaded, split: Ints, run: RunTasks) -> Ints:
+        """Entries of each row of the batch."""
+        if self.form.selection is None:
+            return loaded.lengths[split]
+        counts = np.empty(len(split), np.int64)
+        parts = _sparse_parts(loaded, split, self.n_parts)
+        run([partial(_count, self.form.selection, *part, counts) for part in parts])
+        return counts
+
+    def _dense_tasks(self, loaded: Loaded, split: Ints, out: Array) -> Iterator[Task]:
         n_parts = self._n_parts(out.nbytes)
         if self.is_sparse:
-            for block, places, starts, lengths in _sparse_parts(window, split, n_parts):
-                yield partial(_densify, block, starts, lengths, out, places)
+            for block, places, starts, lengths in _sparse_parts(loaded, split, n_parts):
+                yield partial(_densify, self.form, block, starts, lengths, out, places)
             return
-        width = math.prod(self.width)
-        for number, places in _parts(window, split, n_parts):
-            source = window.blocks[number]
+        for number, places in _parts(loaded, split, n_parts):
+            source = loaded.blocks[number]
             assert isinstance(source, DenseBlock)  # noqa: S101
-            positions = source.positions[window.position[split[places]]]
-            yield partial(_pick, source.values, positions, width, out, places)
+            positions = source.positions[loaded.position[split[places]]]
+            yield partial(_pick, self.form, source.values, positions, out, places)
 
     def _n_parts(self, nbytes: int) -> int:
         return max(1, min(self.n_parts, nbytes // _MIN_TASK_NBYTES))
 
 
-def _parts(window: Window, split: Ints, n_parts: int) -> Iterator[tuple[int, Ints]]:
+def _parts(loaded: Loaded, split: Ints, n_parts: int) -> Iterator[tuple[int, Ints]]:
     """Pieces of a batch, each from one block: the block and the places in the batch."""
-    block = window.block[split]
-    for b in range(len(window.blocks)):
+    block = loaded.block[split]
+    for b in range(len(loaded.blocks)):
         places = np.flatnonzero(block == b)
         if len(places):
             n = max(1, min(len(places), -(-n_parts * len(places) // len(split))))
@@ -127,27 +215,100 @@ def _parts(window: Window, split: Ints, n_parts: int) -> Iterator[tuple[int, Int
                 yield b, piece
 
 
-def _sparse_parts(window: Window, split: Ints, n_parts: int) -> Iterator[tuple[SparseBlock, Ints, Ints, Ints]]:
-    for b, places in _parts(window, split, n_parts):
-        source = window.blocks[b]
+def _sparse_parts(loaded: Loaded, split: Ints, n_parts: int) -> Iterator[tuple[SparseBlock, Ints, Ints, Ints]]:
+    for b, places in _parts(loaded, split, n_parts):
+        source = loaded.blocks[b]
         assert isinstance(source, SparseBlock)  # noqa: S101
-        rows = window.position[split[places]]
+        rows = loaded.position[split[places]]
         yield source, places, source.starts[rows], source.lengths[rows]
 
 
-def _gather(block: SparseBlock, starts: Ints, lengths: Ints, out: tuple[Array, Array], dest: Ints) -> None:
-    values, columns = out
-    copy_rows(block.values, starts, lengths, values, dest)
+# ------------------------------------------------------------------------------- tasks over sparse blocks
+
+
+def _count(selection: Selection, block: SparseBlock, places: Ints, starts: Ints, lengths: Ints, out: Ints) -> None:
+    out[places], n_outside = count_selected(block.columns, starts, lengths, selection.places)
+    _check_columns(n_outside, len(selection.places))
+
+
+def _gather(form: Form, block: SparseBlock, starts: Ints, lengths: Ints, out: tuple[Array, Array], dest: Ints) -> None:
+    values, columns = _bits(out[0], form), out[1]
+    sparse = _prepared(form, block, starts, lengths, out[0].dtype)
+    if form.selection is not None:
+        select_rows(sparse, starts, lengths, form.selection.places, (values, columns), dest)
+        return
+    copy_rows(sparse.values, sparse.at(starts, lengths)[1], lengths, values, dest)
     copy_rows(block.columns, starts, lengths, columns, dest)
 
 
-def _densify(block: SparseBlock, starts: Ints, lengths: Ints, out: Array, places: Ints) -> None:
-    n_outside = scatter_rows(block.values, block.columns, starts, lengths, out, places)
+def _densify(form: Form, block: SparseBlock, starts: Ints, lengths: Ints, out: Array, places: Ints) -> None:
+    selected = None if form.selection is None else form.selection.places
+    for part in _steps(len(starts)):
+        rows = starts[part], lengths[part]
+        sparse = _prepared(form, block, *rows, out.dtype)
+        n_outside, n_repeated = scatter_rows(sparse, *rows, _bits(out, form), places[part], selected)
+        _check_columns(n_outside, out.shape[1] if selected is None else len(selected))
+        if n_repeated and form.is_half:
+            # The bits of half precision cannot be added up; such rows are rare, and take the long way.
+            full = np.empty((len(rows[0]), out.shape[1]), np.float32)
+            single = replace(form, dtype=full.dtype, is_bfloat16=False)
+            _densify(single, block, *rows, full, np.arange(len(full)))
+            _bits(out, form)[places[part]] = half_bits(full, bfloat16=form.is_bfloat16)
+
+
+def _prepared(form: Form, block: SparseBlock, starts: Ints, lengths: Ints, dtype: np.dtype[Any]) -> SparseRows:
+    """The rows, in place where their values only have to be cast, else with values worked out beforehand."""
+    if not form.is_computed:
+        return SparseRows(block.values, block.columns)
+    flat, flat_starts = _compute(form, block.values, starts, lengths, dtype)
+    return SparseRows(flat, block.columns, flat_starts)
+
+
+def _check_columns(n_outside: int, n_columns: int) -> None:
     if n_outside:
-        msg = f"{n_outside} entries name a column beyond the {out.shape[1]} the data has: the data is damaged"
+        msg = f"{n_outside} entries name a column beyond the {n_columns} the data has: the data is damaged"
         raise IntegrityError(msg)
 
 
-def _pick(values: Array, positions: Ints, width: int, out: Array, places: Ints) -> None:
-    lengths = np.full(len(positions), width, np.int64)
-    copy_rows(values.reshape(-1), positions * width, lengths, out.reshape(-1), places * width)
+# ------------------------------------------------------------------------------- tasks over dense blocks
+
+
+def _pick(form: Form, values: Array, positions: Ints, out: Array, places: Ints) -> None:
+    width = math.prod(values.shape[1:])
+    dest = _bits(out, form)
+    for part in _steps(len(positions)):
+        starts, lengths = positions[part] * width, np.full(len(positions[part]), width, np.int64)
+        flat = values.reshape(-1)
+        if form.is_computed:
+            flat, starts = _compute(form, flat, starts, lengths, out.dtype)
+        if form.selection is None:
+            copy_rows(flat, starts, lengths, dest.reshape(-1), places[part] * width)
+        else:
+            take_columns(flat, starts, form.selection.columns, dest, places[part])
+
+
+# ------------------------------------------------------------------------------------------------- values
+
+
+def _compute(form: Form, values: Array, starts: Ints, lengths: Ints, dtype: np.dtype[Any]) -> tuple[Array, Ints]:
+    """Values of some rows, normalised, in half precision as bits; and where each row of them begins."""
+    ends = np.cumsum(lengths)
+    flat_starts = ends - lengths
+    n_values = int(ends[-1]) if len(ends) else 0
+    if form.target_sum is None:
+        flat = np.empty(n_values, values.dtype)
+        copy_rows(values, starts, lengths, flat, flat_starts)
+    else:
+        flat = np.empty(n_values, np.float32 if form.is_half else dtype)
+        normalize_rows(values, starts, lengths, flat, flat_starts, target_sum=form.target_sum)
+    return (half_bits(flat, bfloat16=form.is_bfloat16) if form.is_half else flat), flat_starts
+
+
+def _bits(out: Array, form: Form) -> Array:
+    """Where values of half precision go: the same memory as integers."""
+    return out.view(np.uint16) if form.is_half else out
+
+
+def _steps(n_rows: int) -> Iterator[slice]:
+    """A few rows at a time: what is worked out for them stays in the cache until it is used."""
+    return (slice(first, first + _ROWS_AT_ONCE) for first in range(0, n_rows, _ROWS_AT_ONCE))

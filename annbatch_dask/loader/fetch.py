@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -24,10 +24,11 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from annbatch_dask.loader.batch import BatchBuilder, CsrParts
+from annbatch_dask.loader.batch import BatchBuilder
+from annbatch_dask.loader.contents import Contents, Matrix
 from annbatch_dask.loader.pool import BufferPool
-from annbatch_dask.loader.requests import ObsTable, Window, assign, resolve_rows, resolve_splits
-from annbatch_dask.loader.sources import Block, Source
+from annbatch_dask.loader.requests import Assignment, Loaded, Window, assign, resolve_rows, resolve_splits
+from annbatch_dask.loader.sources import Source
 from annbatch_dask.storage.ranges import Task
 from annbatch_dask.types import LoaderOutput, LoadRequest
 
@@ -105,13 +106,10 @@ class PipelineOptions:
         Bytes of windows and batches that may lie ready or be under way.
     n_threads
         Helpers of each of the two stages.
-    return_index
-        Whether batches carry the rows' global positions.
     """
 
     prefetch_nbytes: int
     n_threads: int
-    return_index: bool
 
 
 def count_threads() -> int:
@@ -128,33 +126,17 @@ class Pipeline:
 
     Parameters
     ----------
-    sources
-        The datasets.
-    obs
-        Their ``obs``, or None.
-    make_builder
-        Makes the batch builder on the iteration's own buffer pool.
-    deliver
-        From what the builder made to what the user gets.
+    contents
+        What batches are made of.
     options
         Threads and bytes.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        obs: ObsTable | None,
-        make_builder: Callable[[BufferPool], BatchBuilder],
-        deliver: Callable[[CsrParts | NDArray[Any]], Any],
-        options: PipelineOptions,
-    ) -> None:
-        self._sources = sources
-        self._bounds = np.cumsum([0, *(source.n_obs for source in sources)]).astype(np.int64)
-        self._obs = obs
-        self._deliver = deliver
-        self._return_index = options.return_index
+    def __init__(self, contents: Contents, options: PipelineOptions) -> None:
+        self._contents = contents
+        self._bounds = np.cumsum([0, *(source.n_obs for source in contents.matrices[0].sources)]).astype(np.int64)
         self._pool = BufferPool()
-        self._builder = make_builder(self._pool)
+        self._builders = [_make_builder(matrix, self._pool, 4 * options.n_threads) for matrix in contents.matrices]
         window_nbytes = int(options.prefetch_nbytes * _WINDOW_SHARE)
         self._window_budget = Budget(window_nbytes)
         self._batch_budget = Budget(options.prefetch_nbytes - window_nbytes)
@@ -236,30 +218,30 @@ class Pipeline:
         rows = resolve_rows(request, int(self._bounds[-1]))
         splits = resolve_splits(request, len(rows))
         assignments = assign(rows, self._bounds)
-        located = [self._sources[a.dataset].locate(a.rows) for a in assignments]
-        nbytes = sum(part.nbytes for part in located)
+        located = [[m.sources[a.dataset].locate(a.rows) for a in assignments] for m in self._contents.matrices]
+        nbytes = sum(part.nbytes for parts in located for part in parts)
         self._window_budget.reserve(nbytes)
 
         block, position = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
-        lengths = np.empty(len(rows), np.int64)
-        blocks: list[Block] = []
-        tasks: list[Task] = []
-        for number, (assignment, part) in enumerate(zip(assignments, located, strict=True)):
-            opened, its_tasks = self._sources[assignment.dataset].open(part, self._pool)
-            blocks.append(opened)
-            tasks.extend(its_tasks)
+        for number, assignment in enumerate(assignments):
             block[assignment.places] = number
             position[assignment.places] = np.arange(len(assignment.places))
-            lengths[assignment.places] = part.lengths
+        matrices: list[Loaded] = []
+        tasks: list[Task] = []
+        for matrix, parts in zip(self._contents.matrices, located, strict=True):
+            blocks, lengths = [], np.empty(len(rows), np.int64)
+            for assignment, part in zip(assignments, parts, strict=True):
+                opened, its_tasks = matrix.sources[assignment.dataset].open(part, self._pool)
+                blocks.append(opened)
+                tasks.extend(its_tasks)
+                lengths[assignment.places] = part.lengths
+            matrices.append(Loaded(blocks, block, position, lengths, _common_dtype(matrix.sources, assignments)))
         futures = self._start(0, tasks)
-        obs = None if self._obs is None else self._obs.take(assignments, len(rows))
+        obs, labels = self._contents.obs, self._contents.labels
+        taken = None if obs is None else obs.take(assignments, len(rows))
+        codes = {} if labels is None else labels.take(assignments, len(rows))
         self._wait(futures)
-        dtype = (
-            np.result_type(*(self._sources[a.dataset].dtype for a in assignments or []))
-            if assignments
-            else (self._sources[0].dtype)
-        )
-        return Window(rows, splits, blocks, block, position, lengths, dtype, obs, nbytes)
+        return Window(rows, splits, matrices, taken, codes, nbytes)
 
     # --- assembling
 
@@ -281,16 +263,14 @@ class Pipeline:
             self._batches.put(_Failure(error))
 
     def _assemble(self, window: Window, split: NDArray[np.int64]) -> _Ready[LoaderOutput]:
-        nbytes = self._builder.nbytes(window, split)
+        parts = list(zip(self._builders, window.matrices, strict=True))
+        nbytes = sum(builder.nbytes(loaded, split) for builder, loaded in parts)
         self._batch_budget.reserve(nbytes)
-        built = self._builder.build(window, split, lambda tasks: self._wait(self._start(1, tasks)))
-        output: LoaderOutput = {
-            "X": self._deliver(built),
-            "obs": None if window.obs is None else window.obs.iloc[split],
-            "var": None,
-            "index": window.rows[split] if self._return_index else None,
-        }
-        return _Ready(output, nbytes)
+        built = [builder.build(loaded, split, self._run_all) for builder, loaded in parts]
+        return _Ready(self._contents.batch(window, split, built), nbytes)
+
+    def _run_all(self, tasks: list[Task]) -> None:
+        self._wait(self._start(1, tasks))
 
     # --- helpers
 
@@ -318,3 +298,13 @@ class Pipeline:
                 errors.append(error)
         if errors:
             raise errors[0]
+
+
+def _make_builder(matrix: Matrix, pool: BufferPool, n_parts: int) -> BatchBuilder:
+    first = matrix.sources[0]
+    return BatchBuilder(matrix.form, matrix.form.width_of(first.shape), first.is_sparse, pool, n_parts)
+
+
+def _common_dtype(sources: Sequence[Source], assignments: Sequence[Assignment]) -> np.dtype[Any]:
+    """The dtype that holds the values of all datasets a window is from."""
+    return np.result_type(*([sources[a.dataset].dtype for a in assignments] or [sources[0].dtype]))

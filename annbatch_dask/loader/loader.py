@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -19,10 +18,11 @@ from anndata.abc import CSRDataset
 from numpy.typing import DTypeLike
 
 from annbatch_dask.abc import Sampler
-from annbatch_dask.loader.batch import BatchBuilder
+from annbatch_dask.loader.contents import Key, Transform, Wanted
 from annbatch_dask.loader.fetch import Pipeline, PipelineOptions, count_threads
-from annbatch_dask.loader.output import Framework, check_framework, make_deliver
-from annbatch_dask.loader.requests import ObsTable
+from annbatch_dask.loader.output import Framework
+from annbatch_dask.loader.reading import load_dataset
+from annbatch_dask.loader.requests import Labels
 from annbatch_dask.loader.sources import Source, make_source
 from annbatch_dask.loader.state import Progress, State, begin, digest
 from annbatch_dask.order.share import current_worker
@@ -30,6 +30,7 @@ from annbatch_dask.samplers import RandomSampler, SequentialSampler
 from annbatch_dask.types import LoaderOutput, LoadRequest
 
 if TYPE_CHECKING:
+    import anndata as ad
 
     class _Base:
         """torch's IterableDataset, or nothing."""
@@ -43,7 +44,7 @@ else:
             """Stands in for torch's IterableDataset."""
 
 
-__all__ = ["Loader", "load_all_aligned"]
+__all__ = ["Loader"]
 
 BackingArray_T = TypeVar("BackingArray_T")
 OutputInMemoryArray_T = TypeVar("OutputInMemoryArray_T")
@@ -60,7 +61,8 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
     """Mini-batches from one or more datasets, loaded ahead in background threads.
 
     Iterating yields dictionaries with the keys ``X``, ``obs``, ``var`` and ``index``
-    (:class:`annbatch_dask.types.LoaderOutput`). A batch belongs to the user: its memory is used again only
+    (:class:`annbatch_dask.types.LoaderOutput`), and ``layers``, ``obsm`` and ``obs_codes`` where they are asked for.
+    A batch belongs to the user: its memory is used again only
     once nothing refers to it any more.
 
     It is a ``torch.utils.data.IterableDataset`` where torch is installed, and works in a ``DataLoader``
@@ -93,7 +95,24 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
     dense
         Deliver sparse data as dense rows, in the same pass that picks them.
     dtype
-        Deliver values in this dtype. By default the dtype the data had before it was stored compactly.
+        Deliver the values of ``X`` in this dtype: any of numpy's, ``"bfloat16"`` (with ``to="torch"``), or
+        ``"stored"`` for what they are stored in, often small integers. By default the dtype the data had before it
+        was stored compactly.
+    var_names
+        Genes to deliver, in this order, picked in the same pass; by default all. ``var`` and ``n_var`` follow.
+    transform
+        What to do to a batch: :class:`annbatch_dask.transforms.NormalizeLog1p`, which is fused into the same pass,
+        or a function that takes the batch and returns what is yielded in its place, or a list of both in this
+        order. Functions are called one batch at a time, in order, in a background thread.
+    layers, obsm
+        Names of the matrices that batches carry beside ``X``, under ``batch["layers"]`` and ``batch["obsm"]``. They
+        follow ``dense`` and ``to``, layers ``var_names`` as well; their dtype is that of the source. By default
+        none, with a warning that names them; an empty list leaves them out on purpose.
+    obs_columns
+        Columns of ``obs`` that batches carry; only these are read. By default all.
+    obs_codes
+        Columns of ``obs`` to deliver as integers, under ``batch["obs_codes"]``: (n,) int64, -1 where a value is
+        missing. ``loader.obs_categories[column]`` says what the codes mean, alike in all datasets.
     prefetch_bytes
         How many bytes of loaded windows and finished batches may lie ready or be under way. One of each is
         always allowed. Batches the user holds, and buffers waiting to be used again, come on top.
@@ -120,6 +139,12 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         rng: np.random.Generator | int | None = None,
         dense: bool = False,
         dtype: DTypeLike | None = None,
+        var_names: Sequence[str] | None = None,
+        transform: Transform | Sequence[Transform] | None = None,
+        layers: Sequence[str] | None = None,
+        obsm: Sequence[str] | None = None,
+        obs_columns: Sequence[str] | None = None,
+        obs_codes: Sequence[str] | None = None,
         prefetch_bytes: int = _PREFETCH_NBYTES,
     ) -> None:
         given = {
@@ -137,18 +162,26 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         for name in ("chunk_size", "preload_nchunks", "batch_size"):
             _check_positive(name, given[name])
         _check_positive("prefetch_bytes", prefetch_bytes)
-        check_framework(to, preload_to_gpu=preload_to_gpu)
+        self._wanted = Wanted.of(
+            to=to,
+            preload_to_gpu=preload_to_gpu,
+            dense=dense,
+            dtype=dtype,
+            var_names=var_names,
+            transform=transform,
+            layers=layers,
+            obsm=obsm,
+            obs_columns=obs_columns,
+            obs_codes=obs_codes,
+        )
         self._batch_sampler: Sampler = batch_sampler or _default_sampler(
             chunk_size, preload_nchunks, batch_size or 1, shuffle=bool(shuffle), drop_last=bool(drop_last), rng=rng
         )
         self._return_index = return_index
-        self._preload_to_gpu = preload_to_gpu
-        self._to: Framework | None = to
-        self._dense = dense
-        self._dtype = None if dtype is None else np.dtype(dtype)
         self._prefetch_nbytes = prefetch_bytes
         # Replaced, never changed in place: a shallow copy keeps what it was copied with.
         self._sources: tuple[Source, ...] = ()
+        self._beside: dict[Key, tuple[Source, ...]] = {}
         self._dataset_type: type[Any] | None = None
         self._obs: list[pd.DataFrame] | None = None
         self._var: pd.DataFrame | None = None
@@ -188,16 +221,27 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
 
     @property
     def n_var(self) -> int:
-        """Columns of every dataset."""
+        """Columns of ``X`` in a batch."""
         if not self._sources:
             msg = "No datasets added yet"
             raise ValueError(msg)
-        return self._sources[0].shape[1]
+        chosen = self._wanted.var_names
+        return self._sources[0].shape[1] if chosen is None else len(chosen)
 
     @property
     def var(self) -> pd.DataFrame | None:
-        """What all datasets have as ``var``."""
-        return self._var
+        """The ``var`` of every batch."""
+        chosen = None if self._var is None else self._wanted.select(self._var)
+        return self._var if self._var is None or chosen is None else self._var.iloc[chosen]
+
+    @property
+    def obs_categories(self) -> dict[str, pd.Index[Any]]:
+        """What the codes of each column of ``obs_codes`` stand for; grows when datasets are added.
+
+        The categories of all datasets in order of first appearance, or the sorted distinct values of a column that
+        is not categorical.
+        """
+        return Labels(self._obs or [], self._wanted.obs_codes).categories if self._obs else {}
 
     # --- adding data
 
@@ -209,7 +253,7 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         collection
             A :class:`annbatch_dask.DatasetCollection` (annbatch's own works too).
         load_adata
-            From a dataset's group to an AnnData whose ``X`` is backed; by default :func:`load_all_aligned`.
+            From a dataset's group to an AnnData whose matrices are backed; by default all that is asked for.
         """
         if collection.is_empty:
             msg = "DatasetCollection is empty"
@@ -220,7 +264,7 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
                 "use add_adatas if rows of different collections need not be mixed"
             )
             raise RuntimeError(msg)
-        load = load_all_aligned if load_adata is None else load_adata
+        load = partial(load_dataset, obs_columns=self._wanted.columns) if load_adata is None else load_adata
         if hasattr(collection, "lease"):  # annbatch's has none
             self._lease = collection.lease()
         self.add_adatas([load(group) for group in collection])
@@ -229,23 +273,23 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         return self
 
     def add_adatas(self, adatas: Sequence[ad.AnnData]) -> Self:
-        """Add the ``X``, ``obs`` and ``var`` of several AnnData objects."""
+        """Add several AnnData objects; see :meth:`add_adata`."""
         _check_positive("Number of adatas", len(adatas))
         for adata in adatas:
             self._add_adata(adata)
         return self
 
     def add_adata(self, adata: ad.AnnData) -> Self:
-        """Add the ``X``, ``obs`` and ``var`` of an AnnData; an ``obs`` without columns counts as none."""
+        """Add the ``X``, ``obs``, ``var`` and what else is asked for; an ``obs`` without columns counts as none."""
         return self._add_adata(adata)
 
     def _add_adata(self, adata: ad.AnnData) -> Self:
         if not isinstance(adata.X, _ACCEPTED):
             msg = f"Cannot add an AnnData with X of type {type(adata.X)}; use one of {_names(_ACCEPTED)}"
             raise TypeError(msg)
-        _warn_left_out(adata)
+        _warn_left_out(adata, self._wanted)
         obs = adata.obs if len(adata.obs.columns) else None
-        self._add(adata.X, obs, adata.var)
+        self._add(adata.X, obs, adata.var, {key: _element(adata, key) for key in self._wanted.keys})
         return self
 
     def add_datasets(
@@ -269,22 +313,35 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         self._add(dataset, obs, var)
         return self
 
-    def _add(self, dataset: Any, obs: pd.DataFrame | None, var: pd.DataFrame | None) -> None:
+    def _add(
+        self,
+        dataset: Any,
+        obs: pd.DataFrame | None,
+        var: pd.DataFrame | None,
+        beside: Mapping[Key, Any] | None = None,
+    ) -> None:
         if self._n_open:
             msg = "Cannot add datasets while the loader is being iterated; finish or close the iterator first"
             raise RuntimeError(msg)
+        if beside is None and self._wanted.keys:
+            msg = f"{self._wanted.keys[0]} is asked for, but only X can be added this way; use add_adata"
+            raise ValueError(msg)
         _check_dataset(dataset, obs, var)
         source = make_source(dataset)
+        others = {key: make_source(element) for key, element in (beside or {}).items()}
         if obs is not None and len(obs) != source.n_obs:
             msg = f"obs has {len(obs)} rows, the dataset has {source.n_obs}"
             raise ValueError(msg)
         if self._sources:
             self._check_fits(dataset, source, obs, var)
+            _check_alike(self._beside, others)
+        self._wanted.check_data({Key("X"): source, **others}, obs, var)
         self._obs = None if obs is None else [*(self._obs or []), obs]
         if not self._sources:
             self._dataset_type = _family(dataset)
             self._var = var
         self._sources = (*self._sources, source)
+        self._beside = {key: (*self._beside.get(key, ()), other) for key, other in others.items()}
 
     def _check_fits(self, dataset: Any, source: Source, obs: pd.DataFrame | None, var: pd.DataFrame | None) -> None:
         """A dataset must be like those already there."""
@@ -328,7 +385,7 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         self._n_open += 1
         try:
             pipeline = self._start()
-            for batch in _batches(pipeline, requests, self._var):
+            for batch in _batches(pipeline, requests):
                 progress.n_batches += 1
                 yield batch
             progress.is_over = True
@@ -402,24 +459,12 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         return digest(([source.shape for source in self._sources], ends, self._collection_digest))
 
     def _start(self) -> Pipeline:
-        n_threads = count_threads()
-        return Pipeline(
-            self._sources,
-            None if self._obs is None else ObsTable(self._obs),
-            partial(
-                BatchBuilder,
-                self._sources[0].shape[1:],
-                self._sources[0].is_sparse,
-                self._dense,
-                self._dtype,
-                n_parts=4 * n_threads,
-            ),
-            make_deliver(self._to, on_gpu=self._preload_to_gpu),
-            PipelineOptions(self._prefetch_nbytes, n_threads, self._return_index),
-        )
+        sources = {Key("X"): self._sources, **self._beside}
+        contents = self._wanted.contents(sources, self._obs, self._var, with_index=self._return_index)
+        return Pipeline(contents, PipelineOptions(self._prefetch_nbytes, count_threads()))
 
 
-def _batches(pipeline: Pipeline, requests: Iterator[LoadRequest], var: pd.DataFrame | None) -> Iterator[LoaderOutput]:
+def _batches(pipeline: Pipeline, requests: Iterator[LoadRequest]) -> Iterator[LoaderOutput]:
     """Keep a few requests under way; the sampler runs in this, the consumer's, thread."""
     pending: deque[int] = deque()
     is_over = False
@@ -432,7 +477,6 @@ def _batches(pipeline: Pipeline, requests: Iterator[LoadRequest], var: pd.DataFr
         pending[0] -= 1
         if pending[0] == 0:
             pending.popleft()
-        batch["var"] = var
         yield batch
 
 
@@ -513,30 +557,38 @@ def _check_dataset(dataset: Any, obs: Any, var: Any) -> None:
             raise TypeError(msg)
 
 
-def _warn_left_out(adata: ad.AnnData) -> None:
-    """Say by name what of a given AnnData batches will not carry."""
-    for element in ("layers", "obsm"):
-        keys = sorted(k for k in getattr(adata, element) if k is not None)  # anndata 0.13 lists X as layer None
-        if keys:
-            msg = f"Batches do not carry {element} yet; left out: {', '.join(keys)}"
+def _element(adata: ad.AnnData, key: Key) -> Any:
+    """A layer or an entry of obsm; an error where it is absent or cannot be read row by row."""
+    there = getattr(adata, key.kind)
+    if key.name not in there:
+        names = ", ".join(sorted(k for k in there if k is not None)) or "none"
+        msg = f"{key} is asked for, the AnnData has of {key.kind}: {names}"
+        raise ValueError(msg)
+    if not isinstance(there[key.name], _ACCEPTED):
+        msg = f"Cannot add {key} of type {type(there[key.name])}; use one of {_names(_ACCEPTED)}"
+        raise TypeError(msg)
+    return there[key.name]
+
+
+def _check_alike(old: Mapping[Key, tuple[Source, ...]], new: Mapping[Key, Source]) -> None:
+    """A matrix beside X must be of one kind and width in all datasets."""
+    for key, source in new.items():
+        first = old[key][0]
+        if (source.is_sparse, source.shape[1:]) != (first.is_sparse, first.shape[1:]):
+            kinds = [
+                f"{'sparse' if s.is_sparse else 'dense'} with rows of shape {s.shape[1:]}" for s in (first, source)
+            ]
+            msg = f"{key} must be alike in all datasets: it was {kinds[0]}, and is {kinds[1]} in the new one"
+            raise ValueError(msg)
+
+
+def _warn_left_out(adata: ad.AnnData, wanted: Wanted) -> None:
+    """Say by name what batches will not carry because nobody asked for it, nor left it out on purpose."""
+    for kind, asked in (("layers", wanted.layers), ("obsm", wanted.obsm)):
+        keys = sorted(k for k in getattr(adata, kind) if k is not None)  # anndata 0.13 lists X as layer None
+        if keys and asked is None:
+            msg = (
+                f"Batches do not carry {kind}: {', '.join(keys)}; pass {kind}=[...] to the Loader, or [] to do without"
+            )
             # stacklevel: user -> add_adata(s) -> _add_adata -> here
             warnings.warn(msg, FutureWarning, stacklevel=4)
-
-
-def load_all_aligned(group: zarr.Group) -> ad.AnnData:
-    """A dataset of a collection with ``X`` left on disk, all of ``obs`` in memory, and the index of ``var``.
-
-    TypeError where ``X`` is neither a CSR matrix nor a dense array.
-    """
-    element = group["X"]
-    encoding = element.attrs.get("encoding-type")
-    if isinstance(element, zarr.Group) and encoding == "csr_matrix":
-        x = ad.io.sparse_dataset(element)
-    elif isinstance(element, zarr.Array) and encoding in (None, "array"):
-        x = element
-    else:
-        msg = f"Unrecognized encoding type {encoding} for {element.name}"
-        raise TypeError(msg)
-    obs = ad.io.read_elem(group["obs"])
-    var = ad.io.read_elem(group["var"])
-    return ad.AnnData(X=x, obs=obs, var=pd.DataFrame(index=var.index))

@@ -33,8 +33,13 @@ def check_framework(to: Framework | None, *, preload_to_gpu: bool) -> None:
         raise ImportError(msg)
 
 
-def make_deliver(to: Framework | None, *, on_gpu: bool) -> Callable[[CsrParts | Array], Any]:
-    """The function that turns an assembled batch into what is yielded as ``X``."""
+def make_deliver(to: Framework | None, *, on_gpu: bool, bfloat16: bool = False) -> Callable[[CsrParts | Array], Any]:
+    """The function that turns an assembled matrix into what is yielded.
+
+    With ``bfloat16`` the values are the bits of such numbers; only torch can read them.
+    """
+    if bfloat16:
+        return _to_torch_bfloat16
     if on_gpu:
         return {None: _to_cupy, "torch": _to_torch_cuda, "jax": _to_jax}[to]
     return {None: _to_scipy, "torch": _to_torch, "jax": _to_jax}[to]
@@ -52,6 +57,14 @@ def _to_torch(batch: CsrParts | Array) -> Any:
         parts = [torch.from_numpy(part) for part in (batch.indptr, batch.columns, batch.values)]
         return torch.sparse_csr_tensor(*parts, size=batch.shape)
     return torch.from_numpy(batch)
+
+
+def _to_torch_bfloat16(batch: CsrParts | Array) -> Any:
+    torch: Any = _import_torch()
+    if isinstance(batch, CsrParts):
+        indptr, columns, bits = (torch.from_numpy(part) for part in (batch.indptr, batch.columns, batch.values))
+        return torch.sparse_csr_tensor(indptr, columns, bits.view(torch.bfloat16), size=batch.shape)
+    return torch.from_numpy(batch).view(torch.bfloat16)
 
 
 @cache

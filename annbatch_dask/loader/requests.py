@@ -13,9 +13,30 @@ from numpy.typing import NDArray
 from annbatch_dask.loader.sources import Block
 from annbatch_dask.types import LoadRequest
 
-__all__ = ["Assignment", "ObsTable", "Window", "assign", "resolve_rows", "resolve_splits"]
+__all__ = ["Assignment", "Labels", "Loaded", "ObsTable", "Window", "assign", "resolve_rows", "resolve_splits"]
 
 Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The rows of one matrix in a load window.
+
+    Attributes
+    ----------
+    blocks, block, position
+        Row ``j`` is row ``position[j]`` of ``blocks[block[j]]``.
+    lengths
+        Entries of each row; zeros for dense blocks.
+    dtype
+        The dtype the values had in the sources.
+    """
+
+    blocks: list[Block]
+    block: Ints
+    position: Ints
+    lengths: Ints
+    dtype: np.dtype[Any]
 
 
 @dataclass(frozen=True)
@@ -28,26 +49,21 @@ class Window:
         Their global positions.
     splits
         One array of positions in this window per batch.
-    blocks, block, position
-        Row ``j`` is row ``position[j]`` of ``blocks[block[j]]``.
-    lengths
-        Entries of each row; zeros for dense blocks.
-    dtype
-        What the values are delivered in.
+    matrices
+        What was loaded of each matrix.
     obs
         The rows of ``obs``, or None.
+    codes
+        The codes of each label column.
     nbytes
         Memory reserved for the blocks.
     """
 
     rows: Ints
     splits: list[Ints]
-    blocks: list[Block]
-    block: Ints
-    position: Ints
-    lengths: Ints
-    dtype: np.dtype[Any]
+    matrices: list[Loaded]
     obs: pd.DataFrame | None
+    codes: dict[str, Ints]
     nbytes: int
 
 
@@ -113,6 +129,38 @@ class ObsTable:
         order = np.empty(n_rows, np.int64)
         order[np.concatenate([a.places for a in assignments])] = np.arange(n_rows)
         return pd.concat(parts).iloc[order]
+
+
+class Labels:
+    """Columns of ``obs`` as integer codes, in one code space for all datasets.
+
+    The categories of a column are those of all datasets in order of first appearance; the sorted distinct values
+    where the column is not categorical. A missing value has code -1.
+    """
+
+    def __init__(self, frames: Sequence[pd.DataFrame], names: Sequence[str]) -> None:
+        self.categories = {name: _categories([frame[name] for frame in frames]) for name in names}
+        self._codes = {
+            name: [pd.Categorical(frame[name], categories=categories).codes for frame in frames]
+            for name, categories in self.categories.items()
+        }
+
+    def take(self, assignments: Sequence[Assignment], n_rows: int) -> dict[str, Ints]:
+        """The codes of a window's rows, in request order."""
+        taken = {name: np.empty(n_rows, np.int64) for name in self._codes}
+        for name, parts in self._codes.items():
+            for a in assignments:
+                taken[name][a.places] = parts[a.dataset][a.rows]
+        return taken
+
+
+def _categories(columns: Sequence[pd.Series[Any]]) -> pd.Index[Any]:
+    if all(isinstance(column.dtype, pd.CategoricalDtype) for column in columns):
+        distinct = list(dict.fromkeys(value for column in columns for value in column.cat.categories))
+    else:
+        distinct = sorted({value for column in columns for value in column.dropna().unique()})
+    categories: pd.Index[Any] = pd.Index(distinct)
+    return categories
 
 
 def _aligned(frames: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:

@@ -95,13 +95,16 @@ class Source(ABC):
     shape
         The first axis is rows.
     dtype
-        The dtype in which values are delivered; the stored one may be smaller.
+        The dtype the values had in the source; the stored one may be smaller.
+    stored_dtype
+        What they are stored in.
     is_sparse
         Whether blocks are sparse.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    stored_dtype: np.dtype[Any]
     is_sparse: bool
 
     @property
@@ -156,7 +159,8 @@ class ZarrCsrSource(Source):
         self._columns = RangeReader(_array(group, "indices"))
         shape: Any = group.attrs["shape"]
         self.shape = tuple(int(n) for n in shape)
-        self.dtype = np.dtype(str(group.attrs.get(SOURCE_DTYPE, self._values.dtype)))
+        self.stored_dtype = self._values.dtype
+        self.dtype = np.dtype(str(group.attrs.get(SOURCE_DTYPE, self.stored_dtype)))
         self._indptr: Ints | None = None
         self._lock = threading.Lock()
 
@@ -226,7 +230,8 @@ class ZarrArraySource(Source):
             raise SourceError(msg)
         self._reader = RangeReader(array)
         self.shape = self._reader.shape
-        self.dtype = np.dtype(str(array.attrs.get(SOURCE_DTYPE, self._reader.dtype)))
+        self.stored_dtype = self._reader.dtype
+        self.dtype = np.dtype(str(array.attrs.get(SOURCE_DTYPE, self.stored_dtype)))
 
     def locate(self, rows: Ints) -> Located:
         """Find the rows."""
@@ -252,7 +257,7 @@ class CsrSource(Source):
         self._columns = np.ascontiguousarray(matrix.indices)
         self._indptr: Ints = matrix.indptr.astype(np.int64, copy=False)
         self.shape = tuple(matrix.shape)
-        self.dtype = self._values.dtype
+        self.dtype = self.stored_dtype = self._values.dtype
 
     def locate(self, rows: Ints) -> Located:
         """Nothing to load."""
@@ -272,7 +277,7 @@ class ArraySource(Source):
     def __init__(self, array: Array) -> None:
         self._array = array
         self.shape = array.shape
-        self.dtype = array.dtype.newbyteorder("=")
+        self.dtype = self.stored_dtype = array.dtype.newbyteorder("=")
 
     @property
     def _is_direct(self) -> bool:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from annbatch_dask.loader import Loader
-from annbatch_dask.loader.loader import load_all_aligned
+from annbatch_dask.loader.reading import load_all_aligned
 from annbatch_dask.samplers import RandomSampler, SequentialSampler
 from tests.loader.data import N_VAR, Collection, dense, frame, genes, matrix, quiet, write_collection, write_zarr
 from tests.loader.test_samplers import Minimal
@@ -203,7 +203,12 @@ def test_what_is_left_out_is_named():
     adata = ad.AnnData(csr(), layers={"raw": csr()}, obsm={"pca": np.zeros((20, 2))})
     with pytest.warns(FutureWarning) as caught:
         Loader(batch_size=5, **SMALL).add_adata(adata)
-    assert [str(w.message).split("; ")[1] for w in caught] == ["left out: raw", "left out: pca"]
+    assert [str(w.message).split("; ")[0] for w in caught] == [
+        "Batches do not carry layers: raw",
+        "Batches do not carry obsm: pca",
+    ]
+    assert {w.filename for w in caught} == {__file__}
+    Loader(batch_size=5, **SMALL, layers=[], obsm=[]).add_adata(adata)  # on purpose: no warning
 
 
 def test_obs_of_different_datasets_is_united():

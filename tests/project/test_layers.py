@@ -22,10 +22,11 @@ ALLOWED = {
     "mixing": set(),
     "progress": {"events"},
     "types": {"errors"},
+    "transforms": {"errors"},
     "order": {"errors", "kernels", "types"},
     "abc": {"errors", "order", "types"},
     "samplers": {"abc", "errors", "order", "types"},
-    "loader": {"abc", "errors", "kernels", "manifest", "order", "samplers", "storage", "types"},
+    "loader": {"abc", "errors", "kernels", "manifest", "order", "samplers", "storage", "transforms", "types"},
     "lazy": {"errors", "manifest", "storage"},
     "etl": {"errors", "events", "kernels", "manifest", "plan", "storage"},
 }

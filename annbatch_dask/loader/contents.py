@@ -1,0 +1,301 @@
+"""What batches carry: X and what lies beside it, in the form that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import DTypeLike, NDArray
+
+from annbatch_dask.loader.batch import CsrParts, Form, Selection
+from annbatch_dask.loader.output import Framework, check_framework, make_deliver
+from annbatch_dask.loader.requests import Labels, ObsTable, Window
+from annbatch_dask.loader.sources import Source
+from annbatch_dask.transforms import NormalizeLog1p
+
+__all__ = ["Contents", "Key", "Matrix", "Transform", "Wanted"]
+
+Array = NDArray[Any]
+Transform = NormalizeLog1p | Callable[[Any], Any]
+STORED = "stored"
+
+
+class Key(NamedTuple):
+    """Where a matrix stands in an AnnData, and in a batch. ``Key("X")`` is X itself."""
+
+    kind: Literal["X", "layers", "obsm"]
+    name: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}[{self.name!r}]" if self.name else self.kind
+
+
+X = Key("X")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix over all datasets, and how its rows are delivered."""
+
+    key: Key
+    sources: tuple[Source, ...]
+    form: Form
+    deliver: Callable[[CsrParts | Array], Any]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the batches of one iteration are made of.
+
+    Attributes
+    ----------
+    matrices
+        X first.
+    obs, labels, var
+        Frames, label codes, and the ``var`` of all batches; None where there is none.
+    with_index
+        Whether batches carry the rows' global positions.
+    deliver
+        From an array of codes to what the user gets.
+    transform
+        The last thing that happens to a batch, or None.
+    """
+
+    matrices: tuple[Matrix, ...]
+    obs: ObsTable | None
+    labels: Labels | None
+    var: pd.DataFrame | None
+    with_index: bool
+    deliver: Callable[[Array], Any]
+    transform: Callable[[Any], Any] | None
+
+    def batch(self, window: Window, split: NDArray[np.int64], built: Sequence[CsrParts | Array]) -> Any:
+        """Put a batch together."""
+        delivered = {m.key: m.deliver(part) for m, part in zip(self.matrices, built, strict=True)}
+        batch: dict[str, Any] = {
+            "X": delivered.pop(X),
+            "obs": None if window.obs is None else window.obs.iloc[split],
+            "var": self.var,
+            "index": window.rows[split] if self.with_index else None,
+        }
+        for key, matrix in delivered.items():
+            batch.setdefault(key.kind, {})[key.name] = matrix
+        if self.labels is not None:
+            batch["obs_codes"] = {name: self.deliver(codes[split]) for name, codes in window.codes.items()}
+        return batch if self.transform is None else self.transform(batch)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a user asked batches to carry, checked as far as it can be before there is data."""
+
+    to: Framework | None
+    on_gpu: bool
+    dense: bool
+    dtype: DTypeLike | None
+    var_names: tuple[str, ...] | None
+    normalize: NormalizeLog1p | None
+    transform: Callable[[Any], Any] | None
+    layers: tuple[str, ...] | None
+    obsm: tuple[str, ...] | None
+    obs_columns: tuple[str, ...] | None
+    obs_codes: tuple[str, ...]
+
+    @classmethod
+    def of(  # noqa: PLR0913 - the Loader's arguments
+        cls,
+        *,
+        to: Framework | None,
+        preload_to_gpu: bool,
+        dense: bool,
+        dtype: DTypeLike | None,
+        var_names: Sequence[str] | None,
+        transform: Transform | Sequence[Transform] | None,
+        layers: Sequence[str] | None,
+        obsm: Sequence[str] | None,
+        obs_columns: Sequence[str] | None,
+        obs_codes: Sequence[str] | None,
+    ) -> Wanted:
+        """From the arguments of the Loader."""
+        check_framework(to, preload_to_gpu=preload_to_gpu)
+        normalize, rest = _split_transform(transform)
+        wanted = cls(
+            to,
+            preload_to_gpu,
+            dense,
+            _checked_dtype(dtype),
+            _names("var_names", var_names),
+            normalize,
+            rest,
+            _names("layers", layers),
+            _names("obsm", obsm),
+            _names("obs_columns", obs_columns),
+            _names("obs_codes", obs_codes) or (),
+        )
+        wanted._check()
+        return wanted
+
+    def _check(self) -> None:
+        if self.dtype == "bfloat16" and (self.to != "torch" or self.on_gpu):
+            msg = f"dtype='bfloat16' needs to='torch', and is made on the CPU; got to={self.to!r}"
+            raise ValueError(msg)
+        is_float = self.dtype in (None, "bfloat16") or (self.dtype != STORED and np.dtype(self.dtype).kind == "f")
+        if self.normalize is not None and not is_float:
+            msg = f"NormalizeLog1p makes floats, dtype is {self.dtype!r}; give a float dtype or none"
+            raise ValueError(msg)
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """The matrices beside X."""
+        return (
+            *(Key("layers", name) for name in self.layers or ()),
+            *(Key("obsm", name) for name in self.obsm or ()),
+        )
+
+    @property
+    def columns(self) -> tuple[str, ...] | None:
+        """The columns of obs that are needed; None for all."""
+        return None if self.obs_columns is None else tuple(dict.fromkeys((*self.obs_columns, *self.obs_codes)))
+
+    def select(self, var: pd.DataFrame | None) -> NDArray[np.int64] | None:
+        """Positions of the chosen genes; None for all."""
+        if self.var_names is None:
+            return None
+        if var is None:
+            msg = f"var_names asks for {len(self.var_names)} genes, but the datasets have no var to look them up in"
+            raise ValueError(msg)
+        if not var.index.is_unique:
+            msg = f"var_names cannot be looked up: {var.index[var.index.duplicated()][0]!r} stands twice in var"
+            raise ValueError(msg)
+        found = var.index.get_indexer(pd.Index(self.var_names))
+        _refuse_missing("var", [n for n, at in zip(self.var_names, found, strict=True) if at < 0], len(var))
+        return found.astype(np.int64)
+
+    def check_data(self, sources: Mapping[Key, Source], obs: pd.DataFrame | None, var: pd.DataFrame | None) -> None:
+        """ValueError where a dataset cannot be delivered as asked for."""
+        source = sources[X]
+        self.select(var)
+        for what, is_asked in (("var_names", self.var_names is not None), ("NormalizeLog1p", self.normalize)):
+            if is_asked and len(source.shape) != 2:
+                msg = f"{what} needs rows of one dimension, the dataset has shape {source.shape}"
+                raise ValueError(msg)
+        for key, other in sources.items():
+            if other.n_obs != source.n_obs:
+                msg = f"{key} has {other.n_obs} rows, X has {source.n_obs}"
+                raise ValueError(msg)
+            if key.kind == "layers" and other.shape != source.shape:
+                msg = f"{key} has shape {other.shape}, X has {source.shape}"
+                raise ValueError(msg)
+        is_sparse = source.is_sparse and not self.dense
+        if is_sparse and self.to is None and self.dtype is not None and self.dtype == np.float16:
+            msg = "scipy has no sparse float16; add dense=True, or take another dtype"
+            raise ValueError(msg)
+        needed = (*(self.obs_columns or ()), *self.obs_codes)
+        if needed and obs is None:
+            msg = f"obs column {needed[0]!r} is asked for, but the dataset has no obs"
+            raise ValueError(msg)
+        if obs is not None:
+            _refuse_missing("obs", [name for name in needed if name not in obs.columns], len(obs.columns))
+
+    def contents(
+        self,
+        sources: Mapping[Key, tuple[Source, ...]],
+        frames: list[pd.DataFrame] | None,
+        var: pd.DataFrame | None,
+        *,
+        with_index: bool,
+    ) -> Contents:
+        """Bring what is wanted together with the data."""
+        chosen = self.select(var)
+        selection = None if chosen is None else Selection.of(chosen, sources[X][0].shape[1])
+        shown = frames if frames is None or self.obs_columns is None else [f[list(self.obs_columns)] for f in frames]
+        deliver = make_deliver(self.to, on_gpu=self.on_gpu)
+        matrices = []
+        for key, parts in sources.items():
+            form = Form(dense=self.dense, selection=None if key.kind == "obsm" else selection)
+            if key == X:
+                form = self._form_of_x(parts, form)
+            its_deliver = make_deliver(self.to, on_gpu=self.on_gpu, bfloat16=True) if form.is_bfloat16 else deliver
+            matrices.append(Matrix(key, parts, form, its_deliver))
+        return Contents(
+            tuple(matrices),
+            None if shown is None else ObsTable(shown),
+            Labels(frames, self.obs_codes) if frames is not None and self.obs_codes else None,
+            var if var is None or chosen is None else var.iloc[chosen],
+            with_index,
+            deliver,
+            self.transform,
+        )
+
+    def _form_of_x(self, sources: tuple[Source, ...], form: Form) -> Form:
+        is_bfloat16 = self.dtype == "bfloat16"
+        if self.dtype == STORED:
+            dtype: np.dtype[Any] | None = np.result_type(*(source.stored_dtype for source in sources))
+        elif is_bfloat16:
+            dtype = np.dtype(np.uint16)
+        else:
+            dtype = None if self.dtype is None else np.dtype(self.dtype)
+        target_sum = None if self.normalize is None else self.normalize.target_sum
+        return Form(form.dense, dtype, is_bfloat16, form.selection, target_sum)
+
+
+def _names(argument: str, names: Iterable[str] | None) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if isinstance(names, str):
+        msg = f"{argument} is the text {names!r}; give a list of names"
+        raise TypeError(msg)
+    given = tuple(str(name) for name in names)
+    if len(set(given)) < len(given):
+        twice = next(name for name in given if given.count(name) > 1)
+        msg = f"{argument} names {twice!r} {given.count(twice)} times; name each once"
+        raise ValueError(msg)
+    return given
+
+
+def _refuse_missing(where: str, missing: Sequence[str], n_there: int) -> None:
+    if missing:
+        some = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")
+        msg = f"{len(missing)} of the names asked for are not among the {n_there} of {where}: {some}"
+        raise ValueError(msg)
+
+
+def _checked_dtype(dtype: Any) -> Any:
+    """The dtype, with torch's taken by name; bfloat16 and "stored" stay the names they are."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype is None or name in (STORED, "bfloat16"):
+        return None if dtype is None else name
+    return np.dtype(name if str(dtype).startswith("torch.") else dtype)
+
+
+def _split_transform(
+    transform: Transform | Sequence[Transform] | None,
+) -> tuple[NormalizeLog1p | None, Callable[[Any], Any] | None]:
+    """What is fused, and what is called with the batch."""
+    steps: list[Any] = [] if transform is None else list(transform) if isinstance(transform, Sequence) else [transform]
+    normalize = steps.pop(0) if steps and isinstance(steps[0], NormalizeLog1p) else None
+    functions: list[Callable[[Any], Any]] = []
+    for step in steps:
+        if isinstance(step, NormalizeLog1p):
+            msg = "NormalizeLog1p is done while the batch is put together: give it once, and first"
+            raise TypeError(msg)
+        if not callable(step):
+            msg = f"transform must be callable, got {type(step).__name__}"
+            raise TypeError(msg)
+        functions.append(step)
+    return normalize, _Chain(tuple(functions)) if functions else None
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """Functions one after the other; pickles where they do."""
+
+    functions: tuple[Callable[[Any], Any], ...]
+
+    def __call__(self, batch: Any) -> Any:
+        for function in self.functions:
+            batch = function(batch)
+        return batch

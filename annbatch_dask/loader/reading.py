@@ -1,0 +1,65 @@
+"""Datasets of a collection as AnnData objects whose matrices stay on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import anndata as ad
+import pandas as pd
+import zarr
+
+__all__ = ["load_all_aligned", "load_dataset"]
+
+
+def load_all_aligned(group: zarr.Group) -> ad.AnnData:
+    """A dataset of a collection: ``X``, ``layers`` and ``obsm`` left on disk, all of ``obs``, the index of ``var``.
+
+    Entries of ``layers`` and ``obsm`` that are neither dense arrays nor CSR matrices are left out; TypeError where
+    ``X`` is neither.
+    """
+    return load_dataset(group, None)
+
+
+def load_dataset(group: zarr.Group, obs_columns: Sequence[str] | None) -> ad.AnnData:
+    """The same with some columns of ``obs``; None reads all."""
+    var = ad.io.read_elem(group["var"])
+    return ad.AnnData(
+        X=_backed(group["X"]),
+        obs=_read_obs(group["obs"], obs_columns),
+        var=pd.DataFrame(index=var.index),
+        layers=dict(_backed_entries(group, "layers")),
+        obsm=dict(_backed_entries(group, "obsm")),
+    )
+
+
+def _backed_entries(group: zarr.Group, kind: str) -> Iterator[tuple[str, Any]]:
+    parent = group.get(kind)
+    for name, element in parent.members() if isinstance(parent, zarr.Group) else ():
+        try:
+            yield name, _backed(element)
+        except TypeError:  # a data frame, say: it has no rows that could be read one by one
+            continue
+
+
+def _backed(element: Any) -> Any:
+    encoding = element.attrs.get("encoding-type")
+    if isinstance(element, zarr.Group) and encoding == "csr_matrix":
+        return ad.io.sparse_dataset(element)
+    if isinstance(element, zarr.Array) and encoding in (None, "array"):
+        return element
+    msg = f"Unrecognized encoding type {encoding} for {element.name}"
+    raise TypeError(msg)
+
+
+def _read_obs(element: Any, columns: Sequence[str] | None) -> pd.DataFrame:
+    if columns is None:
+        whole: pd.DataFrame = ad.io.read_elem(element)
+        return whole
+    there = [name for name in columns if name in element.attrs["column-order"]]
+    index = str(element.attrs["_index"])
+    frame = pd.DataFrame(
+        {name: ad.io.read_elem(element[name]) for name in there}, index=ad.io.read_elem(element[index]), columns=there
+    )
+    frame.index.name = None if index == "_index" else index
+    return frame
