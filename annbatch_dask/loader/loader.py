@@ -25,8 +25,9 @@ from annbatch_dask.loader.reading import load_dataset
 from annbatch_dask.loader.requests import Labels
 from annbatch_dask.loader.sources import Source, make_source
 from annbatch_dask.loader.state import Progress, State, begin, digest
-from annbatch_dask.order.share import current_worker
-from annbatch_dask.samplers import RandomSampler, SequentialSampler
+from annbatch_dask.order.share import Even, current_worker
+from annbatch_dask.samplers import DistributedSampler, RandomSampler, SequentialSampler
+from annbatch_dask.samplers.distributed import DistInfo
 from annbatch_dask.types import LoaderOutput, LoadRequest
 
 if TYPE_CHECKING:
@@ -113,6 +114,14 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
     obs_codes
         Columns of ``obs`` to deliver as integers, under ``batch["obs_codes"]``: (n,) int64, -1 where a value is
         missing. ``loader.obs_categories[column]`` says what the codes mean, alike in all datasets.
+    dist_info
+        Share the batches among ranks: where the ranks come from, see
+        :class:`annbatch_dask.samplers.DistributedSampler`. None reads everything.
+    even
+        ``"drop"``, ``"pad"`` or None: how ranks come to equal numbers of batches, see there.
+    global_batch_size
+        Instead of ``batch_size``: rows of the batches of all ranks together, which are then the same on any number
+        of ranks.
     prefetch_bytes
         How many bytes of loaded windows and finished batches may lie ready or be under way. One of each is
         always allowed. Batches the user holds, and buffers waiting to be used again, come on top.
@@ -145,6 +154,9 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         obsm: Sequence[str] | None = None,
         obs_columns: Sequence[str] | None = None,
         obs_codes: Sequence[str] | None = None,
+        dist_info: DistInfo | None = None,
+        even: Even | None = "drop",
+        global_batch_size: int | None = None,
         prefetch_bytes: int = _PREFETCH_NBYTES,
     ) -> None:
         given = {
@@ -154,12 +166,16 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
             "drop_last": drop_last,
             "shuffle": shuffle,
             "rng": rng,
+            "global_batch_size": global_batch_size,
         }
         names = [name for name, value in given.items() if value is not None]
         if batch_sampler is not None and names:
             msg = f"Cannot specify {', '.join(names)} when providing a custom sampler: the sampler decides these"
             raise ValueError(msg)
-        for name in ("chunk_size", "preload_nchunks", "batch_size"):
+        if batch_size is not None and global_batch_size is not None:
+            msg = f"Cannot specify batch_size ({batch_size}) and global_batch_size ({global_batch_size}); give one"
+            raise ValueError(msg)
+        for name in ("chunk_size", "preload_nchunks", "batch_size", "global_batch_size"):
             _check_positive(name, given[name])
         _check_positive("prefetch_bytes", prefetch_bytes)
         self._wanted = Wanted.of(
@@ -174,9 +190,17 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
             obs_columns=obs_columns,
             obs_codes=obs_codes,
         )
+        size = global_batch_size or batch_size or 1
         self._batch_sampler: Sampler = batch_sampler or _default_sampler(
-            chunk_size, preload_nchunks, batch_size or 1, shuffle=bool(shuffle), drop_last=bool(drop_last), rng=rng
+            chunk_size, preload_nchunks, size, shuffle=bool(shuffle), drop_last=bool(drop_last), rng=rng
         )
+        if dist_info is not None or global_batch_size is not None:
+            self._batch_sampler = DistributedSampler(
+                self._batch_sampler,
+                dist_info=dist_info or (0, 1),
+                even=even,
+                global_batches=global_batch_size is not None,
+            )
         self._return_index = return_index
         self._prefetch_nbytes = prefetch_bytes
         # Replaced, never changed in place: a shallow copy keeps what it was copied with.
@@ -404,6 +428,8 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         state, self._resume_from = self._resume_from, None
         progress.__dict__.update(begin(sampler, state, current_worker()).__dict__)
         assert progress.epoch is not None  # it has begun
+        if progress.is_over:
+            return iter(())
         return sampler.resume_requests(self.n_obs, progress.epoch, progress.n_batches)
 
     # --- stopping and going on
@@ -443,7 +469,7 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         """
         loaded = State.read(state)
         loaded.check(self._batch_sampler, self._data_digest())
-        loaded.adopt_seed(self._batch_sampler)
+        loaded.restore_rng(self._batch_sampler)
         worker = current_worker()
         if worker is not None:  # one whose part is over must wait for the others' before a new pass begins
             self._resume_from = loaded

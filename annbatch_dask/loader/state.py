@@ -76,12 +76,14 @@ class State:
     def of(cls, progress: Progress, epoch: int, sampler: Sampler, data: str, worker: Worker | None) -> State:
         """The state of a loader in which one iteration has come this far."""
         inner = _inner(sampler)
+        # Before the first batch, and after the last one, the next pass will begin with what the generator has now.
+        is_under_way = progress.epoch is not None and not progress.is_over
         return cls(
             epoch=epoch,
             batch=progress.n_batches,
             is_over=progress.is_over,
             seed=inner.seed if isinstance(inner, SeededSampler) else None,
-            rng_state=progress.rng_state,
+            rng_state=progress.rng_state if is_under_way else _rng_state(inner),
             sampler=digest(sampler.state_identity()),
             data=data,
             worker=0 if worker is None else worker.id,
@@ -126,24 +128,29 @@ class State:
             )
             raise StateError(msg)
 
-    def adopt_seed(self, sampler: Sampler) -> None:
-        """Give the sampler the seed the state was saved with."""
+    def restore_rng(self, sampler: Sampler) -> None:
+        """Give the sampler the seed, or the generator's state, that were saved."""
         inner = _inner(sampler)
-        if isinstance(inner, SeededSampler) and self.seed is not None:
-            inner.seed = self.seed
+        if isinstance(inner, SeededSampler):
+            inner.seed = inner.seed if self.seed is None else self.seed
+        elif inner.rng is not None and self.rng_state is not None:
+            inner.rng.bit_generator.state = self.rng_state
 
 
 def begin(sampler: Sampler, state: State | None, worker: Worker | None) -> Progress:
     """The progress of a pass that starts now, where the state says or as the next one."""
-    rng = None if isinstance(inner := _inner(sampler), SeededSampler) else inner.rng
     if state is None:
-        rng_state = None if rng is None else dict(rng.bit_generator.state)
-        return Progress(sampler.epoch_counter.start(worker), rng_state=rng_state)
+        return Progress(sampler.epoch_counter.start(worker), rng_state=_rng_state(_inner(sampler)))
     state.check_place(worker)
-    if rng is not None and state.rng_state is not None:
-        rng.bit_generator.state = state.rng_state
-    epoch = sampler.epoch_counter.start(worker, state.epoch)
-    return Progress(epoch, state.batch, rng_state=state.rng_state)
+    state.restore_rng(sampler)
+    return Progress(sampler.epoch_counter.start(worker, state.epoch), state.batch, state.is_over, state.rng_state)
+
+
+def _rng_state(sampler: Sampler) -> dict[str, Any] | None:
+    """What the order depends on beside a seed: nothing, for our own samplers."""
+    if isinstance(sampler, SeededSampler) or sampler.rng is None:
+        return None
+    return dict(sampler.rng.bit_generator.state)
 
 
 def digest(value: object) -> str:

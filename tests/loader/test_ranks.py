@@ -1,0 +1,87 @@
+"""Real ranks: processes of torch.distributed that train one model, stop, and go on as fewer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+# The imports take longer than all the rest: one process makes them, the ranks are forked from it.
+SCRIPT = """
+import json, multiprocessing, os, socket, sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from annbatch_dask import Loader
+
+
+def train(rank, world_size, port, folder, state):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    x = np.random.default_rng(0).random((203, 5)).astype(np.float32)
+    loader = Loader(
+        global_batch_size=12, chunk_size=4, preload_nchunks=6, shuffle=True, rng=7, dist_info="torch", to="torch",
+        return_index=True, preload_to_gpu=False,
+    ).add_dataset(x)
+    if state is not None:
+        loader.load_state_dict(json.loads(state.read_text()))
+    model = DistributedDataParallel(torch.nn.Linear(5, 1))
+    seen = []
+    for n, batch in enumerate(loader, 1):
+        model(batch["X"]).square().mean().backward()  # waits for every other rank
+        seen.append(batch["index"].tolist())
+        if state is None and n == 5:
+            break
+    (folder / f"seen_{rank}_of_{world_size}.json").write_text(json.dumps(seen))
+    (folder / f"state_{rank}_of_{world_size}.json").write_text(json.dumps(loader.state_dict()))
+    dist.destroy_process_group()
+
+
+def run(world_size, state):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    start = multiprocessing.get_context("fork").Process
+    ranks = [start(target=train, args=(r, world_size, port, folder, state)) for r in range(world_size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0] * world_size
+
+
+folder = Path(sys.argv[1])
+run(3, None)
+run(2, folder / "state_2_of_3.json")
+"""
+
+
+def test_three_ranks_train_and_stop_and_two_go_on(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    three, two = (
+        [json.loads((tmp_path / f"seen_{rank}_of_{world_size}.json").read_text()) for rank in range(world_size)]
+        for world_size in (3, 2)
+    )
+    assert [len(seen) for seen in three] == [5] * 3
+    assert [len(seen) for seen in two] == [11] * 2  # 203 rows: 16 batches of 12, and 11 rows that are left out
+    assert {len(batch) for seen in three for batch in seen} == {4}
+    assert {len(batch) for seen in two for batch in seen} == {6}
+    drawn = np.concatenate([np.ravel(three), np.ravel(two)])
+    assert len(set(drawn.tolist())) == len(drawn) == 192

@@ -1,0 +1,314 @@
+"""Stop anywhere, go on exactly there: in one process, in DataLoader workers, on other ranks."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from itertools import islice
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from annbatch_dask.errors import StateError
+from annbatch_dask.loader import Loader
+from annbatch_dask.samplers import (
+    ClassSampler,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    WeightedClassSampler,
+)
+from tests.loader.data import matrix
+from tests.loader.test_samplers import Minimal
+
+N_OBS = 95
+X = matrix(N_OBS)
+CLASSES = pd.Categorical.from_codes(np.repeat([0, 1, 2], [30, 40, 25]), list("ABC"))
+
+
+class Drawn(Minimal):
+    """A sampler of a user's, which asks its generator as it goes."""
+
+    def n_batches(self, n_obs):
+        return 10
+
+    def _sample(self, n_obs):
+        for _ in range(5):
+            yield {"requests": self.rng.integers(0, n_obs, 10), "splits": np.array_split(self.rng.permutation(10), 2)}
+
+
+def drawn():
+    sampler = Drawn([])
+    sampler.rng = np.random.default_rng(5)
+    return sampler
+
+
+def rng():
+    return np.random.default_rng(3)
+
+
+SAMPLERS = {
+    "sequential": lambda: SequentialSampler(5, 4, 4),
+    "random": lambda: RandomSampler(5, 4, 4, rng=rng()),
+    "unseeded": lambda: RandomSampler(5, 4, 4),
+    "replacement": lambda: RandomSampler(5, 4, 4, replacement=True, num_samples=70, rng=rng()),
+    "class": lambda: ClassSampler(5, 4, 4, classes=CLASSES, num_samples=90, rng=rng()),
+    "weighted class": lambda: WeightedClassSampler(5, 4, 4, classes=CLASSES, num_samples=90, rng=rng()),
+    "rank": lambda: DistributedSampler(RandomSampler(5, 2, 2, rng=rng()), dist_info=(1, 3)),
+    "global": lambda: DistributedSampler(RandomSampler(5, 4, 4, rng=rng()), dist_info=(1, 2), global_batches=True),
+    "user": drawn,
+}
+
+
+def make(name, **kwargs):
+    return Loader(batch_sampler=SAMPLERS[name](), return_index=True, preload_to_gpu=False, **kwargs).add_dataset(X)
+
+
+def indices(batches):
+    return [batch["index"].tolist() for batch in batches]
+
+
+def saved(loader):
+    """Through text: a state is plain values."""
+    return json.loads(json.dumps(loader.state_dict()))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("stop", ["start", "first", "middle", "last", "over"])
+def test_a_run_goes_on_where_it_stopped(name, stop):
+    loader = make(name)
+    list(loader)  # the second epoch is the one that is broken off
+    n = len(loader)
+    n_before = {"start": 0, "first": 1, "middle": n // 2, "last": n, "over": n}[stop]
+    epoch = iter(loader)
+    before = indices(islice(epoch, n_before))
+    if stop == "over":
+        assert next(epoch, None) is None
+    state = saved(loader)
+    rest = indices(epoch)
+    following = indices(loader)
+    assert len(before + rest) == n
+
+    other = make(name)
+    other.load_state_dict(state)
+    assert saved(other) == state or stop in ("start", "over")
+    if stop != "over":
+        assert indices(other) == rest
+    assert indices(other) == following
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "unseeded"])
+def test_a_run_may_stop_again_and_again(name):
+    expected = [batch for loader in [make(name)] for _ in range(9) for batch in indices(loader)]
+    state, found = None, []
+    for n in (1, 2, 3, 1, 5, 4, 9, 100, 100):
+        loader = make(name)
+        if state is not None:
+            loader.load_state_dict(state)
+        found += indices(islice(iter(loader), n))
+        state = saved(loader)
+    assert found == expected[: len(found)]
+    assert len(found) >= 3 * len(make(name))
+
+
+def test_the_state_counts_what_was_consumed_not_what_was_loaded():
+    loader = make("random")
+    for number, _ in enumerate(loader, 1):
+        assert loader.state_dict()["batch"] == number
+        if number == 3:
+            break
+    assert loader.state_dict()["batch"] == 3
+    assert len(json.dumps(loader.state_dict())) < 300
+
+
+def test_nothing_is_read_of_what_was_consumed(monkeypatch):
+    asked = []
+    original = RandomSampler.epoch
+
+    def epoch(self, n_obs, key):
+        made = original(self, n_obs, key)
+        take = made.take
+        object.__setattr__(made, "take", lambda k, start, stop: asked.append(k) or take(k, start, stop))
+        return made
+
+    monkeypatch.setattr(RandomSampler, "epoch", epoch)
+    loader = make("random")
+    list(islice(iter(loader), 17))
+    state = saved(loader)
+    asked.clear()
+    loader = make("random")
+    loader.load_state_dict(state)
+    assert len(list(loader)) == len(loader) - 17
+    assert asked == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: make("sequential"), "another sampler"),
+        (lambda: Loader(batch_sampler=RandomSampler(5, 8, 4, rng=rng())).add_dataset(X), "another sampler"),
+        (lambda: Loader(batch_sampler=RandomSampler(5, 4, 4, rng=rng())).add_dataset(X[:-1]), "other data"),
+        (
+            lambda: Loader(batch_sampler=RandomSampler(5, 4, 4, rng=np.random.default_rng(4))).add_dataset(X),
+            "saved with seed",
+        ),
+    ],
+)
+def test_a_state_of_something_else_is_refused(other, message):
+    loader = make("random")
+    next(iter(loader))
+    with pytest.raises(StateError, match=message):
+        other().load_state_dict(loader.state_dict())
+
+
+def test_a_state_of_another_release_is_refused():
+    with pytest.raises(StateError, match="not a state of this release"):
+        make("random").load_state_dict({"version": 0})
+
+
+def test_a_pickled_loader_goes_on_from_a_loaded_state():
+    loader = make("random")
+    epoch = iter(loader)
+    next(epoch)
+    other = make("random")
+    other.load_state_dict(saved(loader))
+    assert indices(pickle.loads(pickle.dumps(other))) == indices(epoch)
+
+
+def test_any_epoch_can_be_gone_to():
+    loader = make("random")
+    epochs = [indices(loader) for _ in range(3)]
+    loader.set_epoch(1)
+    assert [indices(loader), indices(loader)] == epochs[1:]
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_global_batches():
+    def ranks(world_size):
+        return [
+            Loader(
+                global_batch_size=24,
+                chunk_size=4,
+                preload_nchunks=6,
+                shuffle=True,
+                rng=1,
+                dist_info=(rank, world_size),
+                return_index=True,
+                preload_to_gpu=False,
+            ).add_dataset(X)
+            for rank in range(world_size)
+        ]
+
+    whole = [sorted(batch) for batch in indices(ranks(1)[0])]
+    for before, after in ((8, 2), (3, 2), (1, 4)):
+        stopped = ranks(before)
+        first = [[next(epoch) for epoch in map(iter, stopped)]]
+        states = [saved(loader) for loader in stopped]
+        assert all(state == states[0] for state in states)
+        resumed = ranks(after)
+        for loader in resumed:
+            loader.load_state_dict(states[0])
+        rest = list(zip(*resumed, strict=True))
+        together = [sorted(np.concatenate([b["index"] for b in step]).tolist()) for step in (*first, *rest)]
+        assert together == whole[:3]
+
+
+def test_a_loader_with_ranks_says_what_cannot_be():
+    with pytest.raises(ValueError, match=r"batch_size \(8\) and global_batch_size \(24\)"):
+        Loader(batch_size=8, global_batch_size=24)
+    with pytest.raises(ValueError, match="Cannot specify global_batch_size"):
+        Loader(batch_sampler=SequentialSampler(5, 4, 4), global_batch_size=24)
+    loader, other = (
+        Loader(batch_sampler=SequentialSampler(5, 4, 4), dist_info=(rank, 2)).add_dataset(X) for rank in (0, 1)
+    )
+    next(iter(loader))
+    with pytest.raises(StateError, match="another sampler"):
+        other.load_state_dict(loader.state_dict())
+
+
+# --- DataLoader workers
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes:UserWarning"),
+    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning"),  # torchdata 0.11 with torch 2.13
+]
+
+
+def plain(batch):
+    return batch["index"].tolist()
+
+
+def dataloader(loader, n_workers, kind=None, **kwargs):
+    data = pytest.importorskip("torch.utils.data")
+    kind = kind or data.DataLoader
+    return kind(loader, batch_size=None, num_workers=n_workers, collate_fn=plain, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["random", "sequential", "class"])
+@pytest.mark.parametrize(
+    ("n_workers", "kwargs"),
+    [
+        (1, {}),
+        (2, {}),
+        (4, {"persistent_workers": True}),
+        pytest.param(2, {"multiprocessing_context": "spawn"}, marks=pytest.mark.chaos),  # slow starts
+    ],
+)
+def test_epochs_are_the_same_with_any_workers(name, n_workers, kwargs):
+    alone = make(name)
+    expected = [indices(alone) for _ in range(3)]
+    with_workers = dataloader(make(name), n_workers, **kwargs)
+    found = [list(with_workers) for _ in range(3)]
+    if name != "sequential":  # whole requests are dealt
+        found, expected = ([sorted(epoch) for epoch in epochs] for epochs in (found, expected))
+    assert found == expected
+
+
+def test_a_broken_off_epoch_counts_and_workers_still_agree():
+    alone = make("random")
+    expected = [sorted(indices(alone)) for _ in range(3)]
+    with_workers = dataloader(make("random"), 2)
+    next(iter(with_workers))
+    assert [sorted(with_workers), sorted(with_workers)] == expected[1:]
+
+
+def test_what_only_workers_know_is_not_made_up():
+    loader = make("random")
+    list(dataloader(loader, 2))
+    with pytest.raises(RuntimeError, match="StatefulDataLoader"):
+        loader.state_dict()
+
+
+@pytest.mark.parametrize("n_before", [0, 1, 7, 23, 24, "over"])
+@pytest.mark.parametrize(
+    ("n_workers", "kwargs"), [(0, {}), (2, {}), (2, {"persistent_workers": True})], ids=["0", "2", "2 persistent"]
+)
+def test_stateful_dataloader(n_workers, kwargs, n_before):
+    """Twice broken off: in the second epoch, and once more after that."""
+    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+
+    def new():
+        return dataloader(make("random"), n_workers, stateful, **kwargs)
+
+    def take(loader, n):
+        epoch = iter(loader)
+        taken = list(epoch) if n == "over" else list(islice(epoch, n))
+        return taken, epoch, loader.state_dict()
+
+    run = new()
+    list(run)
+    before, epoch, state = take(run, n_before)
+    rest = list(epoch) if n_before != "over" else []
+    following = list(run)
+    assert sorted(before + rest) != sorted(following)
+
+    resumed = new()
+    resumed.load_state_dict(state)
+    if n_before != "over":
+        taken, epoch, state = take(resumed, min(2, len(rest)))
+        assert taken == rest[:2]
+        again = new()
+        again.load_state_dict(state)
+        assert list(again) == rest[2:] == list(epoch)
+    assert list(resumed) == following
