@@ -26,6 +26,7 @@ from annbatch_dask.etl.scan import merge_var, scan
 from annbatch_dask.etl.verify import (
     Verification,
     check_dataset,
+    check_readable,
     check_root,
     check_source,
     match_sources,
@@ -124,6 +125,10 @@ class DatasetCollection:
         return folder_of(self._group)
 
     @property
+    def _is_in_memory(self) -> bool:
+        return isinstance(self._group, zarr.Group) and isinstance(self._group.store, zarr.storage.MemoryStore)
+
+    @property
     def path(self) -> str:
         """Path or URL of the collection."""
         try:
@@ -198,7 +203,7 @@ class DatasetCollection:
         CollectionError
             If the collection was changed since it was opened.
         """
-        if isinstance(self._group, zarr.Group) and isinstance(self._group.store, zarr.storage.MemoryStore):
+        if self._is_in_memory:
             return Lease(None)
         lease = Lease(self._folder)
         now = dataset_names(lease.document())
@@ -557,6 +562,21 @@ class DatasetCollection:
             n_bytes=sum(n for d in manifest.datasets for n, _ in d.files.values()),
             against=tuple(r.label for r in refs),
         )
+
+    def check(self) -> None:
+        """Refuse a collection that a loader would read wrong rows of.
+
+        All files must be there and have their size, and what is read whole (obs, var, metadata) must have its checksum.
+        :meth:`annbatch_dask.Loader.use_collection` calls this. Chunks of matrices have checksums that are checked when
+        a chunk is read first; :meth:`verify` reads them all.
+
+        Raises
+        ------
+        IntegrityError
+            With the name of a file that is not as it was written.
+        """
+        if self.manifest is not None and not self._is_in_memory:
+            check_readable(self._target, self.manifest)
 
     def gc(self) -> list[str]:
         """Remove what interrupted builds left in the collection's folder, and their scratch folder beside it.

@@ -114,6 +114,8 @@ class Manifest:
         From the first to the last.
     last_dataset
         The highest number a dataset ever had: names are not used twice.
+    metadata
+        crc32c (8 hex digits) of the datasets' consolidated metadata, which stand beside the manifest.
     """
 
     n_obs: int
@@ -123,7 +125,12 @@ class Manifest:
     sources: tuple[SourceRecord, ...]
     builds: tuple[BuildRecord, ...]
     last_dataset: int
+    metadata: str = ""
     format_version: int = FORMAT_VERSION
+
+    def is_shard(self, name: str) -> bool:
+        """Whether a file of a dataset is a shard of a matrix, whose chunks have checksums of their own."""
+        return any(name.startswith(f"{matrix}/") and "/c/" in name for matrix in self.matrices)
 
     @property
     def seed(self) -> int:

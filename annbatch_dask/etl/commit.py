@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from annbatch_dask.manifest import (
 from annbatch_dask.plan.build import Plan
 from annbatch_dask.plan.dtypes import ValueRange, merge_ranges
 from annbatch_dask.storage.lock import held_generations, keep_generation
-from annbatch_dask.storage.metadata import consolidate, metadata_below
+from annbatch_dask.storage.metadata import consolidate, metadata_below, nodes_checksum
 from annbatch_dask.storage.publish import Folder
 
 __all__ = ["commit", "leftovers", "make_manifest", "merged_range", "source_fingerprints", "sweep"]
@@ -41,6 +42,7 @@ def commit(target: Folder, manifest: Manifest) -> None:
     nodes: dict[str, Any] = {}
     for record in manifest.datasets:
         nodes |= metadata_below(target / record.name, record.name)
+    manifest = replace(manifest, metadata=nodes_checksum(nodes))
     keep_generation(target)
     consolidate(target, ANNBATCH_ENCODING | {MANIFEST_KEY: manifest.to_json()}, nodes)
 

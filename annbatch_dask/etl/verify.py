@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
@@ -16,11 +15,11 @@ from annbatch_dask.manifest import DatasetRecord, Manifest, SourceRecord
 from annbatch_dask.plan.build import Extension, Options, build_plan
 from annbatch_dask.plan.memory import Budget
 from annbatch_dask.storage.checksums import checksum
-from annbatch_dask.storage.metadata import METADATA, metadata_below
+from annbatch_dask.storage.metadata import METADATA, consolidated_below, metadata_below, nodes_checksum
 from annbatch_dask.storage.publish import Folder
 from annbatch_dask.storage.sources import SourceRef, open_source
 
-__all__ = ["Problem", "Verification", "check_dataset", "check_root", "check_source", "match_sources"]
+__all__ = ["Problem", "Verification", "check_dataset", "check_readable", "check_root", "check_source", "match_sources"]
 
 _BUDGET = Budget(2**40)
 """No limit: rows are read in blocks of the default size."""
@@ -94,7 +93,7 @@ def check_root(target: Folder, manifest: Manifest) -> list[Problem]:
         if one != two:
             what = f"rows of the datasets have fingerprint {one:016x} and rows of the sources {two:016x}"
             problems.append(Problem(METADATA, what))
-    consolidated = json.loads(target.read(METADATA)).get("consolidated_metadata", {}).get("metadata", {})
+    consolidated = consolidated_below(target)
     for record in manifest.datasets:
         try:
             nodes = metadata_below(target / record.name, record.name)
@@ -114,7 +113,7 @@ def _recorded(manifest: Manifest) -> bool:
 def check_dataset(target: Folder, record: DatasetRecord, n_vars: int) -> dict[str, Any]:
     """Compare a dataset's files and rows with its record: ``problems``, ``n_rows`` and ``n_bytes`` read."""
     folder = target / record.name
-    problems = _check_files(folder, record) if record.files else []
+    problems = _check_files(folder, record, read=record.files) if record.files else []
     if not problems:
         problems = _check_rows(SourceRef(record.name, folder.url, tagged=True), record, n_vars=n_vars)
     return {
@@ -124,7 +123,30 @@ def check_dataset(target: Folder, record: DatasetRecord, n_vars: int) -> dict[st
     }
 
 
-def _check_files(folder: Folder, record: DatasetRecord) -> list[Problem]:
+def check_readable(target: Folder, manifest: Manifest) -> None:
+    """Refuse a collection of which a file is missing or short, or of which damage would go unnoticed by a loader.
+
+    That is all but the shards of matrices, each chunk of which is checked when it is read.
+
+    Raises
+    ------
+    IntegrityError
+        With the first of such files.
+    """
+    problems = []
+    if manifest.metadata not in ("", found := nodes_checksum(consolidated_below(target))):
+        problems.append(Problem(METADATA, f"its metadata have crc32c {found} and had {manifest.metadata}"))
+    for record in manifest.datasets:
+        if record.files and not problems:
+            whole = {name for name in record.files if not manifest.is_shard(name)}
+            problems = _check_files(target / record.name, record, read=whole)
+    if problems:
+        msg = f"{target.url} cannot be read: {problems[0]}; verify() names all that is damaged; restore it"
+        raise IntegrityError(msg)
+
+
+def _check_files(folder: Folder, record: DatasetRecord, *, read: Collection[str]) -> list[Problem]:
+    """What differs from the record: sizes of all files, and checksums of those to ``read``."""
     problems, sizes = [], folder.sizes()
     for name, (size, crc) in record.files.items():
         where = f"{record.name}/{name}"
@@ -132,7 +154,7 @@ def _check_files(folder: Folder, record: DatasetRecord) -> list[Problem]:
             problems.append(Problem(where, "is missing"))
         elif sizes[name] != size:
             problems.append(Problem(where, f"has {sizes[name]:,} bytes and was written with {size:,}"))
-        elif (found := checksum(folder, name)[1]) != crc:
+        elif name in read and (found := checksum(folder, name)[1]) != crc:
             problems.append(Problem(where, f"has crc32c {found} and was written with {crc}"))
     extra = sorted(sizes.keys() - record.files.keys())
     return [*problems, *(Problem(f"{record.name}/{name}", "was not written by the build") for name in extra)]

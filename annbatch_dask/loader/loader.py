@@ -278,6 +278,12 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
             A :class:`annbatch_dask.DatasetCollection` (annbatch's own works too).
         load_adata
             From a dataset's group to an AnnData whose matrices are backed; by default all that is asked for.
+
+        Raises
+        ------
+        IntegrityError
+            If a file of the collection is missing or damaged. A damaged chunk of a matrix, which is found when it is
+            read, ends the iteration with this error before any of its rows is delivered.
         """
         if collection.is_empty:
             msg = "DatasetCollection is empty"
@@ -291,6 +297,7 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         load = partial(load_dataset, obs_columns=self._wanted.columns) if load_adata is None else load_adata
         if hasattr(collection, "lease"):  # annbatch's has none
             self._lease = collection.lease()
+            collection.check()
         self.add_adatas([load(group) for group in collection])
         self._collection_added = True
         self._collection_digest = digest(getattr(collection, "manifest", None))

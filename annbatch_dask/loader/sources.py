@@ -180,7 +180,10 @@ class ZarrCsrSource(Source):
             return self._indptr
 
     def _read_indptr(self) -> Ints:
-        indptr: Ints = np.asarray(_array(self._group, "indptr")[:]).astype(np.int64)
+        reader = RangeReader(_array(self._group, "indptr"))
+        stored = np.empty(reader.shape, reader.dtype)
+        reader.read(np.array([[0, len(stored)]]), stored)
+        indptr: Ints = stored.astype(np.int64, copy=False)
         n_values, n_columns = self._values.shape[0], self._columns.shape[0]
         is_sound = len(indptr) == self.n_obs + 1 and indptr[0] == 0 and (np.diff(indptr) >= 0).all()
         if not is_sound or indptr[-1] > min(n_values, n_columns):

@@ -10,9 +10,10 @@ import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+import zarr
 from numpy.typing import NDArray
 
-from annbatch_dask.errors import SchemaError
+from annbatch_dask.errors import IntegrityError, SchemaError
 from annbatch_dask.plan.schema import SOURCE_DTYPE, MatrixKind, MatrixSchema
 from annbatch_dask.storage.h5ad import SLAB_NBYTES, read_h5_rows, visit_h5
 
@@ -109,6 +110,8 @@ def matrix_rows(values: Any, matrix: MatrixSchema, start: int, stop: int) -> Csr
         return _stored_csr(values, start, stop) if matrix.kind == "csr" else _csc_rows(values, start, stop)
     elif isinstance(values, h5py.Dataset):
         values = read_h5_rows(values, start, stop)
+    elif isinstance(values, zarr.Array):
+        values = _zarr_rows(values, start, stop)
     else:
         values = values[start:stop]
     if sp.issparse(values):
@@ -122,7 +125,7 @@ def _csr_in_memory(rows: Any) -> CsrRows:
 
 
 def _stored_csr(group: Any, start: int, stop: int) -> CsrRows:
-    bounds = np.asarray(group["indptr"][start : stop + 1]).astype(np.int64)
+    bounds = _read_pointers(group, start, stop + 1)
     if len(bounds) != stop - start + 1:
         msg = (
             f"indptr ends after {start + len(bounds) - 1:,} rows and shape says at least {stop:,}; write the file anew"
@@ -136,6 +139,12 @@ def _stored_csr(group: Any, start: int, stop: int) -> CsrRows:
     )
 
 
+def _read_pointers(group: Any, start: int, stop: int) -> NDArray[np.int64]:
+    pointers = group["indptr"]
+    rows = _zarr_rows(pointers, start, stop) if isinstance(pointers, zarr.Array) else pointers[start:stop]
+    return np.asarray(rows).astype(np.int64)
+
+
 def _visit(array: Any, start: int, stop: int, visit: Visitor) -> None:
     if isinstance(array, h5py.Dataset):
         visit_h5(array, start, stop, visit)
@@ -145,7 +154,15 @@ def _visit(array: Any, start: int, stop: int, visit: Visitor) -> None:
     first = start // step * step
     for a in range(first, stop, step):
         lo, hi = max(a, start), min(a + step, stop)
-        visit(lo - start, np.asarray(array[lo:hi]))
+        visit(lo - start, _zarr_rows(array, lo, hi))
+
+
+def _zarr_rows(array: zarr.Array, start: int, stop: int) -> NDArray:
+    try:
+        return np.asarray(array[start:stop])
+    except (ValueError, RuntimeError) as e:  # zarr's own pipeline, and that of zarrs
+        msg = f"{array.store_path}: entries {start:,} to {stop:,} are damaged ({e}); restore the file"
+        raise IntegrityError(msg) from e
 
 
 def _csc_rows(group: Any, start: int, stop: int) -> CsrRows:

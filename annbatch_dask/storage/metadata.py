@@ -6,9 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import google_crc32c
+
 from annbatch_dask.storage.publish import Folder
 
-__all__ = ["METADATA", "consolidate", "metadata_below"]
+__all__ = ["METADATA", "consolidate", "consolidated_below", "metadata_below", "nodes_checksum"]
 
 METADATA = "zarr.json"
 
@@ -46,3 +48,14 @@ def consolidate(folder: Folder, attributes: Mapping[str, Any], nodes: Mapping[st
         },
     }
     folder.write(METADATA, json.dumps(document, indent=2).encode())
+
+
+def consolidated_below(folder: Folder) -> dict[str, Any]:
+    """What a folder's group document says of the nodes below it, as :func:`consolidate` wrote it."""
+    nodes: dict[str, Any] = json.loads(folder.read(METADATA)).get("consolidated_metadata", {}).get("metadata", {})
+    return nodes
+
+
+def nodes_checksum(nodes: Mapping[str, Any]) -> str:
+    """crc32c (8 hex digits) of some nodes' metadata."""
+    return f"{google_crc32c.value(json.dumps(nodes, sort_keys=True).encode()):08x}"

@@ -35,7 +35,10 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import IntegrityError
 
-__all__ = ["MAX_GAP_NBYTES", "MAX_READ_NBYTES", "RangeReader", "Task"]
+__all__ = ["ALL_WRITTEN", "MAX_GAP_NBYTES", "MAX_READ_NBYTES", "RangeReader", "Task"]
+
+ALL_WRITTEN = "all-chunks-written"
+"""Attribute of an array of which every chunk was written: a file that is not there was lost, and is no fill value."""
 
 Task = Callable[[], None]
 Array = NDArray[Any]
@@ -181,6 +184,7 @@ class _Layout:
     is_sharded: bool
     index_at_end: bool
     index_has_crc: bool
+    all_written: bool
 
     @property
     def chunks_per_shard(self) -> tuple[int, ...]:
@@ -245,6 +249,7 @@ def _find_layout(array: zarr.Array[Any]) -> _Layout | None:
         is_sharded=packing.is_sharded,
         index_at_end=packing.index_at_end,
         index_has_crc=packing.index_has_crc,
+        all_written=bool(array.attrs.get(ALL_WRITTEN)),
     )
 
 
@@ -299,12 +304,17 @@ def _find_codec(codecs: Sequence[Mapping[str, Any]], dtype: np.dtype[Any]) -> _C
 
 @dataclass(frozen=True)
 class _ShardIndex:
-    """Offset and size of every chunk of one file; size -1 where the chunk was not written."""
+    """Offset and size of every chunk of one file; size -1 where the chunk was not written.
+
+    ``checked`` says which chunks had the right checksum when they were read first. They are not checked again while the
+    file stays as it is, as checksums cost a twelfth of an epoch's time (measured: CSR batches, two cores).
+    """
 
     path: Path
     identity: tuple[int, ...] | None
     offsets: Ints
     sizes: Ints
+    checked: NDArray[np.bool_]
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
@@ -318,11 +328,15 @@ def _identity(path: Path) -> tuple[int, ...] | None:
 
 def _read_index(layout: _Layout, path: Path, identity: tuple[int, ...] | None) -> _ShardIndex:
     n_chunks = math.prod(layout.chunks_per_shard)
+    unchecked = np.zeros(n_chunks, bool)
     if identity is None:  # a file of nothing but fill values is not written
-        return _ShardIndex(path, None, np.zeros(n_chunks, np.int64), np.full(n_chunks, _MISSING))
+        if layout.all_written:
+            msg = f"{path} is missing, and it was written; restore it, or build the collection again"
+            raise IntegrityError(msg)
+        return _ShardIndex(path, None, np.zeros(n_chunks, np.int64), np.full(n_chunks, _MISSING), unchecked)
     file_nbytes = identity[2]
     if not layout.is_sharded:
-        return _ShardIndex(path, identity, np.zeros(1, np.int64), np.array([file_nbytes], np.int64))
+        return _ShardIndex(path, identity, np.zeros(1, np.int64), np.array([file_nbytes], np.int64), unchecked)
     nbytes = layout.index_nbytes
     if file_nbytes < nbytes:
         msg = f"{path} has {file_nbytes} bytes, its shard index alone needs {nbytes}: the file is truncated"
@@ -331,22 +345,22 @@ def _read_index(layout: _Layout, path: Path, identity: tuple[int, ...] | None) -
         file.seek(file_nbytes - nbytes if layout.index_at_end else 0)
         raw = file.read(nbytes)
     if layout.index_has_crc:
-        raw = _checked(raw, f"the shard index of {path}")
+        raw = bytes(_checked(memoryview(raw), f"the shard index of {path}"))
     entries = np.frombuffer(raw, dtype="<u8").reshape(n_chunks, 2)
     is_missing = entries[:, 0] == _EMPTY_ENTRY
     entries = np.where(is_missing[:, None], 0, entries).astype(np.int64)
     if (entries < 0).any() or (entries.sum(axis=1) > file_nbytes).any():
         msg = f"the shard index of {path} points beyond the file's {file_nbytes} bytes"
         raise IntegrityError(msg)
-    return _ShardIndex(path, identity, entries[:, 0], np.where(is_missing, _MISSING, entries[:, 1]))
+    return _ShardIndex(path, identity, entries[:, 0], np.where(is_missing, _MISSING, entries[:, 1]), unchecked)
 
 
-def _checked(raw: Any, what: str) -> Any:
+def _checked(raw: memoryview, what: str) -> memoryview:
     """The bytes without their trailing crc32c, once it matches."""
     body, stored = raw[:-_CRC_NBYTES], int.from_bytes(raw[-_CRC_NBYTES:], "little")
-    computed = google_crc32c.value(bytes(body))
+    computed = google_crc32c.value(np.asarray(body))  # takes an array as it lies, but no memoryview
     if computed != stored:
-        msg = f"{what} is damaged: checksum {computed:#010x}, stored {stored:#010x}"
+        msg = f"{what} is damaged: checksum {computed:#010x}, stored {stored:#010x}; restore the file"
         raise IntegrityError(msg)
     return body
 
@@ -391,11 +405,11 @@ class _Pieces:
 
 @dataclass
 class _Read:
-    """Neighbouring chunks of one file: positions in ``_Pieces.chunks``, their offsets and sizes."""
+    """Neighbouring chunks of one file: positions in ``_Pieces.chunks``, numbers in the file, offsets and sizes."""
 
     offset: int
     end: int
-    chunks: list[tuple[int, int, int]]
+    chunks: list[tuple[int, int, int, int]]
 
 
 def _shard_tasks(
@@ -411,15 +425,16 @@ def _shard_tasks(
         yield partial(_fill, layout, column, pieces, (first + missing).tolist(), out)
     present = np.flatnonzero(sizes != _MISSING)
     present = present[np.argsort(offsets[present], kind="stable")]
-    located = zip((first + present).tolist(), offsets[present].tolist(), sizes[present].tolist(), strict=True)
+    places = (first + present, flat[present], offsets[present], sizes[present])
+    located = zip(*(x.tolist() for x in places), strict=True)
     for read in _coalesce(located):
         yield partial(_run, layout, column, index, pieces, read, out)
 
 
-def _coalesce(located: Iterator[tuple[int, int, int]]) -> Iterator[_Read]:
+def _coalesce(located: Iterator[tuple[int, int, int, int]]) -> Iterator[_Read]:
     read: _Read | None = None
     for chunk in located:
-        _, offset, size = chunk
+        _, _, offset, size = chunk
         if read is not None and offset - read.end <= MAX_GAP_NBYTES and offset + size - read.offset <= MAX_READ_NBYTES:
             read.end = max(read.end, offset + size)
             read.chunks.append(chunk)
@@ -440,10 +455,16 @@ def _fill(layout: _Layout, column: _Column, pieces: _Pieces, chunks: list[int], 
 
 def _run(layout: _Layout, column: _Column, index: _ShardIndex, pieces: _Pieces, read: _Read, out: Array) -> None:
     raw = _pread(index, read)
-    for chunk, offset, size in read.chunks:
+    for chunk, number, offset, size in read.chunks:
         start = offset - read.offset
+        encoded = raw[start : start + size]
+        if layout.codec.has_crc:
+            if not index.checked[number]:
+                _checked(encoded, f"the chunk at byte {offset} of {index.path}")
+                index.checked[number] = True
+            encoded = encoded[:-_CRC_NBYTES]
         try:
-            _place(layout, column, raw[start : start + size], pieces, chunk, out)
+            _place(layout, column, encoded, pieces, chunk, out)
         except Exception as error:
             error.add_note(f"while decoding {size} bytes at offset {offset} of {index.path}")
             raise
@@ -503,8 +524,6 @@ def _scratch(name: str, nbytes: int) -> NDArray[np.uint8]:
 
 def _decode(layout: _Layout, raw: memoryview, dest: Array) -> None:
     """Unpack one chunk into ``dest``, C-contiguous and exactly as large."""
-    if layout.codec.has_crc:
-        raw = _checked(raw, "a chunk")
     if layout.codec.name == "blosc":
         _check_size(int.from_bytes(raw[4:8], "little"), dest)  # numcodecs accepts a short chunk
         numcodecs.blosc.decompress(raw, dest)

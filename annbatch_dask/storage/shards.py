@@ -2,8 +2,10 @@
 
 zarr's own writer needs a shard's uncompressed bytes at once, so a worker's peak would follow ``shard_size``. This one
 encodes chunks in the codec pool and appends them to the shard's file; the result is the format of zarr's sharding codec
-(chunks in order, then the index with its crc32c), which zarr, zarrs and annbatch read. Chunks are always encoded
-outside the main thread: there c-blosc would use its global threads, whose block order varies from run to run.
+(chunks in order, then the index with its crc32c), which zarr, zarrs and annbatch read. Each chunk ends with its own
+crc32c, zarr's codec of that name, so that a reader of a few chunks knows that they are what was written; every chunk is
+written, so that it knows that none is missing. Chunks are always encoded outside the main thread: there c-blosc would
+use its global threads, whose block order varies from run to run.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import LayoutError
 from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.ranges import ALL_WRITTEN
 from annbatch_dask.storage.threads import map_ordered
 
 __all__ = ["ShardWriter", "compressor_json"]
@@ -47,13 +50,14 @@ def compressor_json(compressors: Any) -> str | None:
     return json.dumps(metadata[0], sort_keys=True, default=str)
 
 
-def _zarr_codec(compressor: str | None, dtype: np.dtype) -> list[dict[str, Any]]:
+def _zarr_codecs(compressor: str | None, dtype: np.dtype) -> list[dict[str, Any]]:
+    checksum = {"name": "crc32c"}
     if compressor is None:
-        return []
+        return [checksum]
     metadata = json.loads(compressor)
     if metadata["name"] == "blosc":
         metadata["configuration"] = metadata["configuration"] | {"typesize": dtype.itemsize}
-    return [metadata]
+    return [metadata, checksum]
 
 
 def _numcodec(compressor: str | None) -> numcodecs.abc.Codec | None:
@@ -117,9 +121,9 @@ class ShardWriter:
             dtype=dtype,
             chunks=(chunk_rows, *rest),
             shards=(shard_rows, *rest),
-            compressors=_zarr_codec(compressor, dtype) or None,
+            compressors=_zarr_codecs(compressor, dtype),
             fill_value=False if dtype.kind == "b" else 0,
-            attributes=attributes,
+            attributes=attributes | {ALL_WRITTEN: True},
             overwrite=True,
         )
         self._folder, self._key = folder / key, key
@@ -179,7 +183,8 @@ class ShardWriter:
 
     def _encode(self, chunk: NDArray) -> bytes:
         chunk = np.ascontiguousarray(chunk)
-        return chunk.tobytes() if self._codec is None else self._codec.encode(chunk)
+        encoded: bytes = chunk.tobytes() if self._codec is None else self._codec.encode(chunk)
+        return encoded + _crc_bytes(encoded)
 
     def _finish_shard(self) -> None:
         if self._shard is not None:
@@ -191,6 +196,11 @@ class ShardWriter:
         if self._shard is not None:
             self._shard.abandon()
             self._shard = None
+
+
+def _crc_bytes(payload: bytes) -> bytes:
+    crc: int = google_crc32c.value(payload)
+    return crc.to_bytes(4, "little")
 
 
 class _Shard:
@@ -219,8 +229,7 @@ class _Shard:
     def close(self) -> tuple[int, int]:
         """Finish; returns the file's bytes and its crc32c."""
         index = self._index.tobytes()
-        self._write(index)
-        self._write(np.array([google_crc32c.value(index)], "<u4").tobytes())
+        self._write(index + _crc_bytes(index))
         self._context.__exit__(None, None, None)
         return self._at, self._crc
 

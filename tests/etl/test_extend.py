@@ -8,6 +8,7 @@ import dask
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -160,15 +161,30 @@ def test_append_cannot_add_genes(tmp_path, three):
         collection.add_adatas(three[0][1:], mode="append", genes="union")
 
 
-def test_old_rows_that_are_damaged_are_not_carried_over(tmp_path, three):
-    paths, _ = three
-    collection = create(tmp_path / "o.zarr", paths[:1], zarr_compressor=())
-    shard = tmp_path / "o.zarr/dataset_1/X/data/c/0"
+def flip_a_bit(dataset):
+    shard = dataset / "X/data/c/0"
     raw = bytearray(shard.read_bytes())
     raw[3] ^= 1
     shard.write_bytes(raw)
+
+
+def change_a_value(dataset):
+    zarr.open_array(dataset / "obs/n_counts", mode="r+")[0] = -1
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (flip_a_bit, "dataset_1/X/data: entries 0 to .* are damaged .*; restore the file"),
+        (change_a_value, "dataset_1: its rows have fingerprint"),
+    ],
+)
+def test_old_rows_that_are_damaged_are_not_carried_over(tmp_path, three, damage, match):
+    paths, _ = three
+    collection = create(tmp_path / "o.zarr", paths[:1])
+    damage(tmp_path / "o.zarr/dataset_1")
     before = (tmp_path / "o.zarr/zarr.json").read_bytes()
-    with pytest.raises(IntegrityError, match="dataset_1: its rows have fingerprint"):
+    with pytest.raises(IntegrityError, match=match):
         create(tmp_path / "o.zarr", paths[1:])
     assert (tmp_path / "o.zarr/zarr.json").read_bytes() == before
     assert collection.manifest.n_obs == 120

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, ZstdCodec
 
 from annbatch_dask.errors import IntegrityError
+from annbatch_dask.storage import ranges
 from annbatch_dask.storage.ranges import RangeReader
 from tests.loader.data import open_files
 
@@ -189,8 +190,29 @@ def test_damaged_chunk_with_checksum(tmp_path):
     raw = bytearray(shard(tmp_path / "a").read_bytes())
     raw[3] ^= 1
     shard(tmp_path / "a").write_bytes(raw)
-    with pytest.raises(IntegrityError, match="a chunk is damaged"):
+    with pytest.raises(IntegrityError, match="the chunk at byte 0 of .*/c/0 is damaged"):
         read(array, [(0, 64)])
+
+
+def test_a_chunk_is_checked_once_for_each_version_of_its_file(tmp_path, monkeypatch):
+    array = create(tmp_path / "a", "sharded", "crc")
+    reader, spans, checked = RangeReader(array), np.array([[0, 45]]), []
+    original = ranges._checked
+    monkeypatch.setattr(ranges, "_checked", lambda raw, what: checked.append(what) or original(raw, what))
+    for _ in range(2):
+        reader.read(spans, np.empty(45, np.uint16))
+    assert len(checked) == 3  # the shard's index and two chunks
+    (tmp_path / "a/c/0").touch()
+    reader.read(spans, np.empty(45, np.uint16))
+    assert len(checked) == 6
+
+
+def test_a_file_that_was_written_and_is_missing_is_no_fill_value(tmp_path):
+    array = create(tmp_path / "a", attributes={ranges.ALL_WRITTEN: True})
+    shard(tmp_path / "a").unlink()
+    with pytest.raises(IntegrityError, match="/c/0 is missing, and it was written"):
+        read(array, [(0, 10)])
+    read(array, [(120, 130)])
 
 
 def test_a_replaced_file_is_noticed(tmp_path):

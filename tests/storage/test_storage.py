@@ -104,7 +104,7 @@ def test_shards_equal_zarrs_own(tmp_path, compressor, dtype):
             dtype=dtype,
             chunks=(chunk, *rest),
             shards=(shard, *rest),
-            compressors=list(compressor) if isinstance(compressor, tuple) else [compressor],
+            compressors=[*(compressor if isinstance(compressor, tuple) else [compressor]), zarr.codecs.Crc32cCodec()],
             fill_value=0,
             attributes={"k": 1},
         )
