@@ -7,8 +7,9 @@ import os
 import re
 import secrets
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal
 
 import anndata as ad
@@ -44,6 +45,7 @@ from annbatch_dask.manifest import (
 )
 from annbatch_dask.plan.build import Extension, Options, Plan, build_plan
 from annbatch_dask.progress import default_callbacks
+from annbatch_dask.splits import Splits, make_splits
 from annbatch_dask.storage.lock import Lease, exclusive
 from annbatch_dask.storage.matrices import describe_matrix
 from annbatch_dask.storage.metadata import METADATA
@@ -244,6 +246,54 @@ class DatasetCollection:
         for name in sorted(names, key=lambda n: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", n)]):
             with h5py.File(f"{self._folder.path}/{name}") as f:
                 yield f["obs"]
+
+    # --- splitting ---------------------------------------------------------------------------------------------
+
+    def split(
+        self,
+        fractions: Mapping[str, float],
+        *,
+        by: str | Sequence[str] | None = None,
+        stratify: str | Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> Splits:
+        """Deal the cells into named parts, the same for the same seed.
+
+        Parameters
+        ----------
+        fractions
+            Share of the cells of each part, by its name; together 1.
+        by
+            Columns of obs whose combinations stay together: all cells of a donor in one part. By default every cell
+            goes by itself.
+        stratify
+            Columns of obs whose values shall have these shares in every part, as far as whole groups allow.
+        seed
+            Any non-negative integer.
+
+        Returns
+        -------
+        Splits
+            ``splits["train"]`` is a mask for ``Loader(where=...)``; ``splits.report`` says what was achieved;
+            ``splits.save(path)`` keeps it.
+
+        Examples
+        --------
+        >>> splits = collection.split({"train": 0.8, "test": 0.2}, by="donor", seed=0)  # doctest: +SKIP
+        >>> loader = Loader(where=splits["train"], batch_size=512).use_collection(collection)  # doctest: +SKIP
+        """
+        groups, strata = ([c] if isinstance(c, str) else list(c or ()) for c in (by, stratify))
+        obs = self.obs(columns=[*groups, *strata]) if groups or strata else pd.DataFrame(index=range(self.n_obs))
+        return make_splits(obs, fractions, by=groups, stratify=strata, seed=seed, collection=self._digest())
+
+    def read_split(self, path: str | os.PathLike[str]) -> Splits:
+        """Read a split that was saved; SelectionError if it is of another collection or of an earlier one."""
+        return Splits.read(os.fspath(path), self._digest(), self.n_obs)
+
+    def _digest(self) -> str:
+        """Differs where the cells, or their order, do."""
+        about = repr(self.manifest or [str(group.name) for group in self])
+        return blake2b(f"{about}/{self.n_obs}".encode(), digest_size=8).hexdigest()
 
     # --- building ----------------------------------------------------------------------------------------------
 

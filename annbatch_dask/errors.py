@@ -12,6 +12,7 @@ __all__ = [
     "MemoryBudgetError",
     "SchedulerError",
     "SchemaError",
+    "SelectionError",
     "SourceError",
     "SourceNotFoundError",
     "StateError",
@@ -60,3 +61,7 @@ class SchedulerError(AnnbatchDaskError, ConnectionError):
 
 class StateError(AnnbatchDaskError, ValueError):
     """A saved state belongs to another sampler, other data, or another place among workers and ranks."""
+
+
+class SelectionError(AnnbatchDaskError, ValueError):
+    """A selection or split of rows does not fit the data."""

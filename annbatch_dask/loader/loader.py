@@ -23,6 +23,7 @@ from annbatch_dask.loader.fetch import Pipeline, PipelineOptions, count_threads
 from annbatch_dask.loader.output import Framework
 from annbatch_dask.loader.reading import load_dataset
 from annbatch_dask.loader.requests import Labels
+from annbatch_dask.loader.selection import Selected, Where, select
 from annbatch_dask.loader.sources import Source, make_source
 from annbatch_dask.loader.state import Progress, State, begin, digest
 from annbatch_dask.order.share import Even, current_worker
@@ -114,6 +115,10 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
     obs_codes
         Columns of ``obs`` to deliver as integers, under ``batch["obs_codes"]``: (n,) int64, -1 where a value is
         missing. ``loader.obs_categories[column]`` says what the codes mean, alike in all datasets.
+    where
+        Which rows take part: a query on ``obs`` as :meth:`pandas.DataFrame.query` takes it, a mask over all rows, or
+        indices. Samplers count the selected rows only, ``index`` stays the position among all. Only chunks that
+        hold a selected row are read.
     dist_info
         Share the batches among ranks: where the ranks come from, see
         :class:`annbatch_dask.samplers.DistributedSampler`. None reads everything.
@@ -154,6 +159,7 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         obsm: Sequence[str] | None = None,
         obs_columns: Sequence[str] | None = None,
         obs_codes: Sequence[str] | None = None,
+        where: Where | None = None,
         dist_info: DistInfo | None = None,
         even: Even | None = "drop",
         global_batch_size: int | None = None,
@@ -201,6 +207,8 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
                 even=even,
                 global_batches=global_batch_size is not None,
             )
+        self._where = where
+        self._selected: Selected | None = None
         self._return_index = return_index
         self._prefetch_nbytes = prefetch_bytes
         # Replaced, never changed in place: a shallow copy keeps what it was copied with.
@@ -221,7 +229,7 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         return self.__dict__ | {"_n_open": 0, "_progress": Progress()}
 
     def __len__(self) -> int:
-        return self._batch_sampler.n_batches(self.n_obs)
+        return self._batch_sampler.n_batches(self.n_selected)
 
     # --- properties
 
@@ -242,6 +250,17 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
     def n_obs(self) -> int:
         """Rows of all datasets."""
         return sum(source.n_obs for source in self._sources)
+
+    @property
+    def n_selected(self) -> int:
+        """Rows that take part in a pass: all, unless ``where`` was given."""
+        selected = self._select()
+        return self.n_obs if selected is None else len(selected)
+
+    def _select(self) -> Selected | None:
+        if self._where is not None and self._selected is None:
+            self._selected = select(self._where, self._obs, self.n_obs)
+        return self._selected
 
     @property
     def n_var(self) -> int:
@@ -372,6 +391,7 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
             self._dataset_type = _family(dataset)
             self._var = var
         self._sources = (*self._sources, source)
+        self._selected = None
         self._beside = {key: (*self._beside.get(key, ()), other) for key, other in others.items()}
 
     def _check_fits(self, dataset: Any, source: Source, obs: pd.DataFrame | None, var: pd.DataFrame | None) -> None:
@@ -428,16 +448,17 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
 
     def _open(self, progress: Progress) -> Iterator[LoadRequest]:
         """The requests of the pass that begins, from where it was left if a state was loaded."""
-        sampler = self._batch_sampler
-        if not isinstance(sampler, Sampler):  # annbatch's own: it numbers no epochs
-            return sampler.sample(self.n_obs)
-        sampler.validate(self.n_obs)
-        state, self._resume_from = self._resume_from, None
-        progress.__dict__.update(begin(sampler, state, current_worker()).__dict__)
-        assert progress.epoch is not None  # it has begun
-        if progress.is_over:
-            return iter(())
-        return sampler.resume_requests(self.n_obs, progress.epoch, progress.n_batches)
+        sampler, n_obs, selected = self._batch_sampler, self.n_selected, self._select()
+        if isinstance(sampler, Sampler):
+            sampler.validate(n_obs)
+            state, self._resume_from = self._resume_from, None
+            progress.__dict__.update(begin(sampler, state, current_worker()).__dict__)
+            assert progress.epoch is not None  # it has begun
+            is_over = progress.is_over
+            requests = iter(()) if is_over else sampler.resume_requests(n_obs, progress.epoch, progress.n_batches)
+        else:  # annbatch's own: it numbers no epochs
+            requests = sampler.sample(n_obs)
+        return requests if selected is None else selected.translate(requests)
 
     # --- stopping and going on
 
@@ -489,7 +510,9 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
 
     def _data_digest(self) -> str:
         ends = [list(frame.index[[0, -1]]) for frame in self._obs or [] if len(frame)]
-        return digest(([source.shape for source in self._sources], ends, self._collection_digest))
+        selected = self._select()
+        rows = None if selected is None else selected.digest
+        return digest(([source.shape for source in self._sources], ends, self._collection_digest, rows))
 
     def _start(self) -> Pipeline:
         sources = {Key("X"): self._sources, **self._beside}

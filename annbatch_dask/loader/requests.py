@@ -119,6 +119,10 @@ class ObsTable:
     def __init__(self, frames: Sequence[pd.DataFrame]) -> None:
         self._frames = _aligned(frames)
 
+    def whole(self) -> pd.DataFrame:
+        """All rows of all datasets."""
+        return pd.concat(self._frames)
+
     def take(self, assignments: Sequence[Assignment], n_rows: int) -> pd.DataFrame:
         """The rows of a window, in request order."""
         if not assignments:

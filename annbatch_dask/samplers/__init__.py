@@ -6,6 +6,14 @@ nothing else: not of threads, workers, timing, or other passes that are open.
 
 from annbatch_dask.samplers.classes import ClassSampler, WeightedClassSampler
 from annbatch_dask.samplers.distributed import DistributedSampler
+from annbatch_dask.samplers.matched import MatchedControlSampler
 from annbatch_dask.samplers.runs import RandomSampler, SequentialSampler
 
-__all__ = ["ClassSampler", "DistributedSampler", "RandomSampler", "SequentialSampler", "WeightedClassSampler"]
+__all__ = [
+    "ClassSampler",
+    "DistributedSampler",
+    "MatchedControlSampler",
+    "RandomSampler",
+    "SequentialSampler",
+    "WeightedClassSampler",
+]

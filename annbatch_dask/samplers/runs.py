@@ -11,7 +11,7 @@ from annbatch_dask.order.epoch import Epoch
 from annbatch_dask.order.keys import Key, Shuffled, generator
 from annbatch_dask.samplers.base import DRAW, ORDER, RunSampler, cyclic_run, mixed
 
-__all__ = ["RandomSampler", "SequentialSampler"]
+__all__ = ["RandomSampler", "SequentialSampler", "shuffled_runs"]
 
 
 class RandomSampler(RunSampler):
@@ -95,7 +95,7 @@ class RandomSampler(RunSampler):
         if self._replacement:
             take = partial(_draw_runs, key, start, stop, min(self._chunk_size, stop - start))
         else:
-            take = _ShuffledRuns(start, stop, self._chunk_size, n_rows, key).take
+            take = shuffled_runs(start, stop, self._chunk_size, n_rows, key)
         return Epoch(n_rows, self.window, self._batch_size, self._drop_last, take, partial(mixed, key))
 
 
@@ -156,6 +156,13 @@ def _draw_runs(key: Key, first: int, last: int, length: int, k: int, start: int,
         for i, begin in enumerate(starts.tolist())
         for part in cyclic_run(begin, min(length, n_rows - i * length), first, last)
     ]
+
+
+def shuffled_runs(
+    start: int, stop: int, chunk_size: int, n_rows: int, key: Key
+) -> Callable[[int, int, int], list[slice]]:
+    """The ``take`` of an epoch of ``n_rows`` rows of ``start:stop``, in runs of ``chunk_size`` in random order."""
+    return _ShuffledRuns(start, stop, chunk_size, n_rows, key).take
 
 
 class _ShuffledRuns:

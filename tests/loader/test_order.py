@@ -20,6 +20,7 @@ from annbatch_dask.order.share import Worker, by_rank, by_worker
 from annbatch_dask.samplers import (
     ClassSampler,
     DistributedSampler,
+    MatchedControlSampler,
     RandomSampler,
     SequentialSampler,
     WeightedClassSampler,
@@ -60,6 +61,9 @@ ALL = {
     "replacement": lambda: RandomSampler(5, 4, 4, replacement=True, rng=rng(1)),
     "class": of_classes,
     "weighted class": lambda: of_classes(WeightedClassSampler),
+    "matched": lambda: MatchedControlSampler(
+        5, 4, 4, is_control=np.arange(N_CLASSED) % 4 > 0, match=np.arange(N_CLASSED) % 3, rng=rng(2)
+    ),
     "rank": lambda: DistributedSampler(RandomSampler(5, 4, 4, rng=rng(1)), dist_info=(1, 3)),
 }
 

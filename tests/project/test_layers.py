@@ -20,6 +20,7 @@ ALLOWED = {
     "manifest": {"errors"},
     "storage": {"errors", "kernels", "plan"},
     "mixing": set(),
+    "splits": {"errors"},
     "progress": {"events"},
     "types": {"errors"},
     "transforms": {"errors"},

@@ -1,0 +1,88 @@
+"""Which rows of the data take part: a query on ``obs``, a mask, or indices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from annbatch_dask.errors import SelectionError
+from annbatch_dask.loader.requests import ObsTable
+from annbatch_dask.order.planned import expand
+from annbatch_dask.types import LoadRequest
+
+__all__ = ["Selected", "Where", "select"]
+
+Ints = NDArray[np.int64]
+Where = str | ArrayLike
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The rows that take part, ascending; samplers count only these."""
+
+    rows: Ints
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def digest(self) -> str:
+        """Differs where the rows do."""
+        return blake2b(self.rows.tobytes(), digest_size=8).hexdigest()
+
+    def translate(self, requests: Iterator[LoadRequest]) -> Iterator[LoadRequest]:
+        """From requests for the n-th selected row to requests for rows of the data."""
+        for request in requests:
+            yield request | {"requests": self.rows[expand(request["requests"])]}
+
+
+def select(where: Where, frames: Sequence[pd.DataFrame] | None, n_obs: int) -> Selected:
+    """The selected rows; SelectionError where ``where`` is not about these data or selects nothing."""
+    rows = _query(where, frames) if isinstance(where, str) else _given(np.asarray(where), n_obs)
+    if not len(rows):
+        msg = f"where selects none of {n_obs} rows: {where!r}"
+        raise SelectionError(msg)
+    return Selected(rows)
+
+
+def _query(where: str, frames: Sequence[pd.DataFrame] | None) -> Ints:
+    if frames is None:
+        msg = f"where={where!r} asks for obs, and the datasets were added without; give a mask or indices"
+        raise SelectionError(msg)
+    obs = ObsTable(frames).whole()
+    try:
+        found: Any = obs.eval(where, local_dict={}, global_dict={})
+    except (pd.errors.UndefinedVariableError, SyntaxError, TypeError, ValueError) as error:
+        msg = f"where={where!r}: {error}; obs has the columns {list(obs.columns)} (obs_columns= limits them)"
+        raise SelectionError(msg) from error
+    mask = np.asarray(found)
+    if mask.dtype != bool or mask.shape != (len(obs),):
+        msg = f"where={where!r} must be true or false for each row, it gives {mask.dtype} of shape {mask.shape}"
+        raise SelectionError(msg)
+    return np.flatnonzero(mask)
+
+
+def _given(where: NDArray[Any], n_obs: int) -> Ints:
+    if where.dtype == bool:
+        if where.shape != (n_obs,):
+            msg = f"where is a mask of shape {where.shape}, the data has {n_obs} rows"
+            raise SelectionError(msg)
+        return np.flatnonzero(where)
+    if where.ndim != 1 or (where.dtype.kind not in "iu" and len(where)):
+        msg = f"where must be a query, a mask or indices, got an array of {where.dtype} of shape {where.shape}"
+        raise SelectionError(msg)
+    rows = np.unique(where.astype(np.int64))
+    if len(rows) < len(where):
+        msg = f"where names {len(where) - len(rows)} rows more than once; a sampler with replacement repeats rows"
+        raise SelectionError(msg)
+    if len(rows) and (rows[0] < 0 or rows[-1] >= n_obs):
+        msg = f"where names rows {rows[0]} to {rows[-1]}, the data has rows 0 to {n_obs - 1}"
+        raise SelectionError(msg)
+    return rows

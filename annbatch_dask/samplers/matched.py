@@ -1,0 +1,145 @@
+"""Cells drawn together with controls of their own group: for models of perturbations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from annbatch_dask.errors import SelectionError
+from annbatch_dask.order.epoch import Epoch
+from annbatch_dask.order.keys import Key, generator
+from annbatch_dask.order.planned import Planned, expand
+from annbatch_dask.samplers.base import DRAW, RunSampler, mixed
+from annbatch_dask.samplers.runs import shuffled_runs
+from annbatch_dask.types import LoadRequest
+
+__all__ = ["MatchedControlSampler"]
+
+Ints = NDArray[np.int64]
+
+
+class MatchedControlSampler(RunSampler):
+    """Each perturbed cell once, in random order, followed by controls of the same group.
+
+    A batch has groups of ``1 + n_controls`` rows: a perturbed cell, then its controls. So
+    ``X.reshape(-1, 1 + n_controls, n_var)`` pairs them. Controls are drawn with replacement, all of a group alike.
+
+    Parameters
+    ----------
+    chunk_size
+        Perturbed cells read together.
+    preload_nchunks
+        Chunks in one load window.
+    batch_size
+        Rows in a batch, controls counted.
+    is_control
+        (n_obs,) whether a row is a control.
+    match
+        (n_obs,) what a cell and its controls have in common: batch, cell line, or both (as a categorical, strings
+        or numbers).
+    n_controls
+        Controls for each perturbed cell.
+    drop_last
+        Leave out the last batch if it is not full.
+    rng
+        Where the seed is drawn from, once; by default a fresh one.
+
+    Raises
+    ------
+    SelectionError
+        If a perturbed cell's group has no control.
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        chunk_size: int,
+        preload_nchunks: int,
+        batch_size: int,
+        *,
+        is_control: ArrayLike,
+        match: Any,
+        n_controls: int = 1,
+        drop_last: bool = False,
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        n_together = 1 + n_controls
+        if n_controls < 1 or batch_size % n_together:
+            msg = f"a batch of {batch_size} rows cannot hold whole groups of a cell and {n_controls} controls"
+            raise ValueError(msg)
+        super().__init__(chunk_size, preload_nchunks, batch_size // n_together, drop_last=drop_last, mask=None)
+        controls = np.asarray(is_control, bool)
+        codes, groups = pd.factorize(pd.Series(match), use_na_sentinel=False)
+        if controls.shape != codes.shape:
+            msg = f"is_control has shape {controls.shape}, match {codes.shape}; both need one value per row"
+            raise SelectionError(msg)
+        self._n_controls = n_controls
+        self._perturbed = np.flatnonzero(~controls)
+        self._groups = codes[self._perturbed]
+        rows = np.flatnonzero(controls)
+        self._controls = rows[np.argsort(codes[rows], kind="stable")]
+        self._bounds = np.concatenate([[0], np.cumsum(np.bincount(codes[rows], minlength=len(groups)))])
+        alone = np.unique(self._groups[np.diff(self._bounds)[self._groups] == 0])
+        if len(alone):
+            names = [groups[code] for code in alone[:5].tolist()]
+            msg = f"{len(alone)} groups have perturbed cells and no control, such as {names}; leave them out (where=)"
+            raise SelectionError(msg)
+        self._n_obs = len(codes)
+        self.rng = rng
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in a batch, controls counted."""
+        return self._batch_size * (1 + self._n_controls)
+
+    @property
+    def shuffle(self) -> bool:
+        """Always True."""
+        return True
+
+    def validate(self, n_obs: int) -> None:
+        """ValueError unless it was made for as many rows."""
+        if n_obs != self._n_obs:
+            msg = f"is_control has {self._n_obs} rows, which does not match loader n_obs ({n_obs})"
+            raise ValueError(msg)
+
+    def state_identity(self) -> tuple[object, ...]:
+        """What a saved state must have in common with the sampler that goes on from it."""
+        content = b"".join(part.tobytes() for part in (self._perturbed, self._groups, self._controls))
+        return (*super().state_identity(), self._n_controls, blake2b(content, digest_size=8).hexdigest())
+
+    def _n_rows(self, n_obs: int) -> int:  # noqa: ARG002 - it was made for these rows
+        return len(self._perturbed)
+
+    def epoch(self, n_obs: int, key: Key) -> Epoch:  # noqa: ARG002
+        """The pass over the perturbed cells, without their controls."""
+        n = len(self._perturbed)
+        take = shuffled_runs(0, n, self._chunk_size, n, key)
+        return Epoch(n, self.window, self._batch_size, self._drop_last, take, partial(mixed, key))
+
+    def plan_requests(self, n_obs: int, epoch: int) -> Iterator[Planned]:
+        """The load requests of one epoch, all workers' together."""
+        for k, planned in enumerate(super().plan_requests(n_obs, epoch)):
+            sizes = tuple(size * (1 + self._n_controls) for size in planned.sizes)
+            yield Planned(sizes, partial(self._add_controls, planned.make, (self._seed, epoch), k))
+
+    def _add_controls(self, make: Callable[[], LoadRequest], key: Key, k: int) -> LoadRequest:
+        request = make()
+        places = expand(request["requests"])
+        drawn = self._draw(generator(key, DRAW, k), self._groups[places])
+        # Row of the request: first all perturbed cells, then the controls of each.
+        of_cell = np.arange(len(places))[:, None]
+        of_controls = len(places) + np.arange(drawn.size).reshape(drawn.shape)
+        together = np.concatenate([of_cell, of_controls], axis=1)
+        rows = np.concatenate([self._perturbed[places], drawn.ravel()])
+        return {"requests": rows, "splits": [together[split].ravel() for split in request["splits"]]}
+
+    def _draw(self, rng: np.random.Generator, groups: Ints) -> Ints:
+        """(n, n_controls) rows of controls of these groups."""
+        first, n_rows = self._bounds[groups], np.diff(self._bounds)[groups]
+        return self._controls[first[:, None] + rng.integers(n_rows[:, None], size=(len(groups), self._n_controls))]
