@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.etl.job import Job, load_job
 from annbatch_dask.etl.rows import all_columns, decode_strings, head, row_hashes, sum_hashes
-from annbatch_dask.etl.scatter import PLACE, Flats, Heads
+from annbatch_dask.etl.scatter import PLACE, Flats, Heads, scatter_again
 from annbatch_dask.kernels.rows import bounds_of, copy_runs
 from annbatch_dask.manifest import DATASET_PREFIX, MANIFEST_KEY
 from annbatch_dask.plan.build import Options, Plan
@@ -27,10 +28,12 @@ from annbatch_dask.storage.columns import to_pandas
 from annbatch_dask.storage.metadata import METADATA, consolidate, metadata_below
 from annbatch_dask.storage.publish import Folder
 from annbatch_dask.storage.shards import ShardWriter
-from annbatch_dask.storage.spill import SpillReader, find_receipt, write_receipt
+from annbatch_dask.storage.spill import SpillError, SpillReader, find_receipt, write_receipt
 from annbatch_dask.storage.threads import one_ahead
 
 __all__ = ["GatherTask", "gather"]
+
+logger = logging.getLogger(__name__)
 
 _MAX_OPEN = 128
 """Spill files a task keeps open; with more of them, each read opens its file."""
@@ -64,7 +67,7 @@ def gather(scratch: Folder, task: GatherTask) -> dict[str, Any]:
     Returns
     -------
     The task's receipt: ``name``, ``n_rows``, ``nnz`` of X, ``fingerprint``, ``n_bytes`` (uncompressed,
-    written), and the size and checksum of all ``files``.
+    written), the size and checksum of all ``files``, and the blocks ``scattered_again``.
 
     Raises
     ------
@@ -78,7 +81,7 @@ def gather(scratch: Folder, task: GatherTask) -> dict[str, Any]:
     if (done := find_receipt(scratch, name)) is not None and _is_intact(job.target / dataset, done["files"]):
         return done | {"reused": True}
     try:
-        receipt = _write_dataset(job, task, dataset)
+        receipt = _write_and_repair(job, task, dataset)
     except Exception as e:
         e.add_note(f"while writing {job.target.url}/{dataset}")
         raise
@@ -91,6 +94,24 @@ def _is_intact(folder: Folder, files: FileSums) -> bool:
     if folder.sizes() != {name: size for name, (size, _) in files.items()}:
         return False
     return checksum(folder, METADATA) == tuple(files[METADATA])
+
+
+def _write_and_repair(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
+    """Write a dataset; a block whose spill file turns out to be damaged is scattered again, by this task, once.
+
+    That needs the memory of a scatter task, and not that of the gather task beside it, which has ended by then.
+    """
+    again: list[int] = []
+    while True:
+        try:
+            return _write_dataset(job, task, dataset) | {"scattered_again": again}
+        except SpillError as e:
+            if e.block in again:
+                msg = f"{e}, and so it was after it was written anew; check the disk under the scratch folder"
+                raise IntegrityError(msg) from e
+            logger.warning("%s: block %d is read again", e, e.block)
+            again.append(e.block)
+        scatter_again(job.scratch, again[-1])
 
 
 def _write_dataset(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:

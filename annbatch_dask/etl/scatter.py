@@ -22,9 +22,9 @@ from annbatch_dask.storage.columns import ColumnRows
 from annbatch_dask.storage.matrices import CsrRows
 from annbatch_dask.storage.publish import Folder
 from annbatch_dask.storage.sources import Source
-from annbatch_dask.storage.spill import find_receipt, write_receipt, write_spill
+from annbatch_dask.storage.spill import find_receipt, forget_receipt, is_spilled, write_receipt, write_spill
 
-__all__ = ["PLACE", "hash_block", "read_block", "scatter"]
+__all__ = ["PLACE", "hash_block", "read_block", "scatter", "scatter_again"]
 
 PLACE = "#place"
 """Head array: a row's position within its part."""
@@ -52,8 +52,8 @@ def scatter(scratch: Folder, index: int) -> dict[str, Any]:
     The task's receipt: per dataset the rows' ``fingerprint`` and each sparse matrix's ``nnz``; ``ranges`` of values;
     ``n_rows``, ``n_bytes`` (uncompressed, read) and ``spilled`` bytes.
     """
-    task = f"scatter-{index:06d}"
-    if (done := find_receipt(scratch, task)) is not None:
+    task = _name(index)
+    if (done := find_receipt(scratch, task)) is not None and is_spilled(scratch, index, done["spilled"]):
         return done | {"reused": True}
     job = load_job(scratch)
     plan, block = job.plan, job.plan.blocks[index]
@@ -69,6 +69,16 @@ def scatter(scratch: Folder, index: int) -> dict[str, Any]:
     del rows
     trim_memory()
     return receipt
+
+
+def scatter_again(scratch: Folder, index: int) -> None:
+    """Write anew the spill file of a task that was finished, because it was damaged since."""
+    forget_receipt(scratch, _name(index))
+    scatter(scratch, index)
+
+
+def _name(index: int) -> str:
+    return f"scatter-{index:06d}"
 
 
 # --- read ----------------------------------------------------------------------------------------------------------

@@ -68,6 +68,18 @@ class Folder:
         """Whether a file of this name is there."""
         return bool(self.fs.isfile(f"{self.path}/{name}"))
 
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is none."""
+        try:
+            return int(self.fs.size(f"{self.path}/{name}"))
+        except FileNotFoundError:
+            return None
+
+    def unlink(self, name: str) -> None:
+        """Remove a file; no error where there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(f"{self.path}/{name}")
+
     def read(self, name: str) -> bytes:
         """All bytes of a file."""
         return bytes(self.fs.cat_file(f"{self.path}/{name}"))

@@ -3,17 +3,21 @@
 One file a row block. Its rows stand in the order of their part of the output, so a gather task reads one range of each
 file; a file's header tells where, so the task reads of it only what concerns its own parts::
 
-    uint64 length of the description | description (JSON: name, dtype, row shape of each array)
-    table: (n_parts, 2 + n_flats) int64, per part: first byte, rows, entries of each flat array
+    uint64: length of the description, first byte of the table, crc32c of the description
+    description (JSON: name, dtype, row shape of each array)
     part 0: head arrays (one entry a row), then flat arrays (any number of entries a row)
     part 1: ...
+    table: (n_parts, 5 + n_flats) int64, per part: first byte, rows, entries of each flat array, then the crc32c of its
+    head arrays, of its flat arrays, and of this line
 
 Every array starts at a multiple of 8 bytes. The receipt, a JSON file written after it, says that a block is finished.
+Whatever is read is checked: a damaged file costs its block's work again, and no more.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,6 +25,7 @@ from itertools import pairwise
 from math import prod
 from typing import IO, Any
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,14 +33,25 @@ from annbatch_dask.errors import IntegrityError
 from annbatch_dask.kernels.rows import bounds_of, copy_runs
 from annbatch_dask.storage.publish import Folder
 
-__all__ = ["SpillReader", "find_receipt", "write_receipt", "write_spill"]
+__all__ = ["SpillError", "SpillReader", "find_receipt", "forget_receipt", "is_spilled", "write_receipt", "write_spill"]
+
+logger = logging.getLogger(__name__)
 
 _ALIGN = 8
+_HEADER_NBYTES = 24
 _COPY_NBYTES = 8 * 2**20
 """About what is put in order at once."""
 
 Heads = Mapping[str, NDArray]
 Flats = Mapping[str, tuple[NDArray, NDArray[np.int64]]]
+
+
+class SpillError(IntegrityError):
+    """A spill file is missing or damaged: its ``block`` must be read again."""
+
+    def __init__(self, message: str, block: int) -> None:
+        super().__init__(message)
+        self.block = block
 
 
 @dataclass(frozen=True)
@@ -57,18 +73,40 @@ def _body(block: int) -> str:
 
 
 def find_receipt(folder: Folder, task: str) -> dict[str, Any] | None:
-    """What a finished task reported, or None where it is not finished."""
+    """What a finished task reported, or None where it is not finished, or its receipt is damaged."""
     name = f"{task}.json"
-    return json.loads(folder.read(name)) if folder.exists(name) else None
+    if not folder.exists(name):
+        return None
+    crc, _, payload = folder.read(name).partition(b"\n")
+    if crc != _crc_line(payload):
+        logger.warning("%s/%s is damaged: the task is run again", folder.url, name)
+        return None
+    receipt: dict[str, Any] = json.loads(payload)
+    return receipt
 
 
 def write_receipt(folder: Folder, task: str, receipt: Mapping[str, Any]) -> None:
     """Say that a task is finished.
 
-    Scratch files are not synced: after a power cut they may be gone or damaged, which costs their work again (a damaged
-    one is found by its rows' fingerprint), while syncing them would cost every build the disk's full write time.
+    Scratch files are not synced: after a power cut they may be gone or damaged, which costs their work again (each part
+    of one has a checksum), while syncing them would cost every build the disk's full write time.
     """
-    folder.write(f"{task}.json", json.dumps(receipt).encode(), durable=False)
+    payload = json.dumps(receipt).encode()
+    folder.write(f"{task}.json", _crc_line(payload) + b"\n" + payload, durable=False)
+
+
+def _crc_line(payload: bytes) -> bytes:
+    return f"{google_crc32c.value(payload):08x}".encode()
+
+
+def forget_receipt(folder: Folder, task: str) -> None:
+    """Make a task count as not finished."""
+    folder.unlink(f"{task}.json")
+
+
+def is_spilled(folder: Folder, block: int, n_bytes: int) -> bool:
+    """Whether a block's spill file is there, with the size it was written with."""
+    return folder.size(_body(block)) == n_bytes
 
 
 def write_spill(
@@ -103,20 +141,23 @@ def write_spill(
     arrays += [_Array(n, v.dtype) for n, (v, _) in flats.items()]
     about = json.dumps({"n_heads": len(heads), "arrays": [(a.name, a.dtype.str, a.shape) for a in arrays]}).encode()
     about += b" " * (-len(about) % _ALIGN)
-    table = np.zeros((len(rows) - 1, 2 + len(flats)), np.int64)
+    table = np.zeros((len(rows) - 1, 5 + len(flats)), np.int64)
     table[:, 1] = np.diff(rows)
     for k, (_, bounds) in enumerate(flats.values()):
         table[:, 2 + k] = np.diff(bounds_of(np.diff(bounds)[order])[rows])
     sizes = np.array([_sizes(arrays, len(heads), line).sum() for line in table], np.int64)
-    start = 8 + len(about) + table.nbytes
+    start = _HEADER_NBYTES + len(about)
     table[:, 0] = start + bounds_of(sizes)[:-1]
+    end = int(start + sizes.sum())
     with folder.create(_body(block), durable=False) as f:
-        f.write(np.uint64(len(about)).tobytes() + about)
-        f.write(table.tobytes())
+        f.write(np.array([len(about), end, google_crc32c.value(about)], np.uint64).tobytes() + about)
         for first, last in _runs(sizes):
             write = _write_part if last - first == 1 else _write_parts
-            write(f, order[rows[first] : rows[last]], rows[first : last + 1] - rows[first], heads, flats)
-    return int(start + sizes.sum())
+            crcs = write(f, order[rows[first] : rows[last]], rows[first : last + 1] - rows[first], heads, flats)
+            table[first:last, -3:-1] = crcs
+        table[:, -1] = [google_crc32c.value(line[:-1]) for line in table]
+        f.write(table.tobytes())
+    return end + table.nbytes
 
 
 def _runs(sizes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
@@ -129,26 +170,34 @@ def _runs(sizes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
             first, nbytes = last, 0
 
 
-def _write_parts(f: IO[bytes], order: NDArray[np.int64], rows: NDArray[np.int64], heads: Heads, flats: Flats) -> None:
-    """Small parts, put in order together."""
+def _write_parts(
+    f: IO[bytes], order: NDArray[np.int64], rows: NDArray[np.int64], heads: Heads, flats: Flats
+) -> list[tuple[int, int]]:
+    """Small parts, put in order together; returns the crc32c of the heads and of the flats of each."""
     sorted_heads = [values[order] for values in heads.values()]
     sorted_flats = [_reorder(values, bounds, order) for values, bounds in flats.values()]
+    crcs = []
     for a, b in pairwise(rows.tolist()):
-        if a < b:
-            for values in sorted_heads:
-                _write_aligned(f, [values[a:b]])
-            for values, bounds in sorted_flats:
-                _write_aligned(f, [values[bounds[a] : bounds[b]]])
+        head_crc = _write_aligned(f, ([values[a:b]] for values in sorted_heads))
+        crcs.append((head_crc, _write_aligned(f, ([values[at[a] : at[b]]] for values, at in sorted_flats))))
+    return crcs
 
 
-def _write_part(f: IO[bytes], order: NDArray[np.int64], _: NDArray[np.int64], heads: Heads, flats: Flats) -> None:
+def _write_part(
+    f: IO[bytes], order: NDArray[np.int64], _: NDArray[np.int64], heads: Heads, flats: Flats
+) -> list[tuple[int, int]]:
     """One part of any size, some rows of an array at a time."""
-    for values in heads.values():
+
+    def head(values: NDArray) -> Iterator[NDArray]:
         step = max(1, _COPY_NBYTES // max(1, values[:1].nbytes))
-        _write_aligned(f, (values[order[at : at + step]] for at in range(0, len(order), step)))
-    for values, bounds in flats.values():
+        return (values[order[at : at + step]] for at in range(0, len(order), step))
+
+    def flat(values: NDArray, bounds: NDArray[np.int64]) -> Iterator[NDArray]:
         step = max(1, _COPY_NBYTES * len(order) // max(1, values.nbytes))
-        _write_aligned(f, (_reorder(values, bounds, order[at : at + step])[0] for at in range(0, len(order), step)))
+        return (_reorder(values, bounds, order[at : at + step])[0] for at in range(0, len(order), step))
+
+    head_crc = _write_aligned(f, map(head, heads.values()))
+    return [(head_crc, _write_aligned(f, (flat(*pair) for pair in flats.values())))]
 
 
 def _reorder(values: NDArray, bounds: NDArray[np.int64], order: NDArray[np.int64]) -> tuple[NDArray, NDArray[np.int64]]:
@@ -162,17 +211,24 @@ def _reorder(values: NDArray, bounds: NDArray[np.int64], order: NDArray[np.int64
 
 def _sizes(arrays: Sequence[_Array], n_heads: int, line: NDArray[np.int64]) -> NDArray[np.int64]:
     """Padded bytes of each array of a part, from its line of the table."""
-    counts = [line[1]] * n_heads + list(line[2:])
+    counts = [line[1]] * n_heads + list(line[2:-3])
     return np.array([_aligned(a.nbytes(int(n))) for a, n in zip(arrays, counts, strict=True)], np.int64)
 
 
-def _write_aligned(f: IO[bytes], pieces: Iterable[NDArray]) -> None:
-    nbytes = 0
-    for values in pieces:
-        raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        f.write(memoryview(raw))
-        nbytes += raw.nbytes
-    f.write(bytes(-nbytes % _ALIGN))
+def _write_aligned(f: IO[bytes], arrays: Iterable[Iterable[NDArray]]) -> int:
+    """Write arrays, each given in pieces; returns the crc32c of all bytes."""
+    crc = 0
+    for pieces in arrays:
+        nbytes = 0
+        for values in pieces:
+            raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+            crc = google_crc32c.extend(crc, raw)
+            f.write(memoryview(raw))
+            nbytes += raw.nbytes
+        padding = bytes(-nbytes % _ALIGN)
+        crc = google_crc32c.extend(crc, padding)
+        f.write(padding)
+    return crc
 
 
 class SpillReader(AbstractContextManager["SpillReader"]):
@@ -186,18 +242,30 @@ class SpillReader(AbstractContextManager["SpillReader"]):
         The parts wanted.
     keep_open
         Keep a local file open until the reader is closed; False where there are too many.
+
+    Raises
+    ------
+    SpillError
+        From any method, if the file is missing, ends early, or is not what was written.
     """
 
     def __init__(self, folder: Folder, block: int, parts: range, *, keep_open: bool = True) -> None:
-        self._first = parts.start
-        self._file = folder.ranges(_body(block), keep_open=keep_open)
-        n = int(self._read(0, np.empty(8, np.uint8)).view(np.uint64)[0])
-        about = json.loads(self._read(8, np.empty(n, np.uint8)).tobytes())
+        self._first, self._block, self._path = parts.start, block, f"{folder.url}/{_body(block)}"
+        try:
+            self._file = folder.ranges(_body(block), keep_open=keep_open)
+            n, table, crc = self._read(0, np.empty(_HEADER_NBYTES, np.uint8)).view(np.uint64).tolist()
+        except FileNotFoundError:
+            raise self._damaged("is missing") from None
+        if n > table:
+            raise self._damaged("has a damaged header")
+        about = json.loads(self._checked(self._read(_HEADER_NBYTES, np.empty(n, np.uint8)), crc).tobytes())
         self._arrays = [_Array(name, np.dtype(d), tuple(shape)) for name, d, shape in about["arrays"]]
         self._n_heads: int = about["n_heads"]
-        width = 8 * (2 + len(self._arrays) - self._n_heads)
-        raw = self._read(8 + n + parts.start * width, np.empty(len(parts) * width, np.uint8))
+        width = 8 * (5 + len(self._arrays) - self._n_heads)
+        raw = self._read(table + parts.start * width, np.empty(len(parts) * width, np.uint8))
         self._table = raw.view(np.int64).reshape(len(parts), -1)
+        for line in self._table:
+            self._checked(line[:-1], int(line[-1]))
 
     def __exit__(self, *_: object) -> None:
         """Close the file."""
@@ -206,9 +274,16 @@ class SpillReader(AbstractContextManager["SpillReader"]):
     def _read(self, start: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
         n = self._file.read_into(start, memoryview(out))
         if n < len(out):
-            msg = f"a spill file ends {len(out) - n:,} bytes early; remove the scratch folder and build again"
-            raise IntegrityError(msg)
+            raise self._damaged(f"ends {len(out) - n:,} bytes early")
         return out
+
+    def _checked(self, raw: NDArray, crc: int) -> NDArray:
+        if (found := google_crc32c.value(raw)) != crc:
+            raise self._damaged(f"has crc32c {found:08x} where {crc:08x} was written")
+        return raw
+
+    def _damaged(self, how: str) -> SpillError:
+        return SpillError(f"{self._path} {how}", self._block)
 
     def n_rows(self, part: int) -> int:
         """Rows of the block that go to a part."""
@@ -222,7 +297,7 @@ class SpillReader(AbstractContextManager["SpillReader"]):
         """Arrays with one entry a row, each (n_rows(part), ...), from one read."""
         line = self._table[part - self._first]
         sizes = _sizes(self._arrays, self._n_heads, line)[: self._n_heads]
-        raw = self._read(int(line[0]), np.empty(int(sizes.sum()), np.uint8))
+        raw = self._checked(self._read(int(line[0]), np.empty(int(sizes.sum()), np.uint8)), int(line[-3]))
         out, at, n = {}, 0, int(line[1])
         for a, size in zip(self._arrays, sizes.tolist(), strict=False):
             out[a.name] = raw[at : at + a.nbytes(n)].view(a.dtype).reshape(n, *a.shape)
@@ -234,8 +309,9 @@ class SpillReader(AbstractContextManager["SpillReader"]):
         line = self._table[part - self._first]
         sizes = _sizes(self._arrays, self._n_heads, line)
         raw = self._read(int(line[0] + sizes[: self._n_heads].sum()), buffer[: self.flats_nbytes(part)])
+        self._checked(raw, int(line[-2]))
         out, at = {}, 0
-        flats = zip(self._arrays[self._n_heads :], line[2:].tolist(), sizes[self._n_heads :].tolist(), strict=True)
+        flats = zip(self._arrays[self._n_heads :], line[2:-3].tolist(), sizes[self._n_heads :].tolist(), strict=True)
         for a, n, size in flats:
             out[a.name] = raw[at : at + a.nbytes(n)].view(a.dtype)
             at += size
