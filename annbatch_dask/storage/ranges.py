@@ -527,12 +527,14 @@ def _decode(layout: _Layout, raw: memoryview, dest: Array) -> None:
     if layout.codec.name == "blosc":
         _check_size(int.from_bytes(raw[4:8], "little"), dest)  # numcodecs accepts a short chunk
         numcodecs.blosc.decompress(raw, dest)
-    elif layout.codec.name == "zstd":
-        numcodecs.zstd.decompress(raw, dest)
-    else:
-        plain = zlib.decompress(raw, wbits=31, bufsize=dest.nbytes) if layout.codec.name == "gzip" else raw
-        _check_size(len(plain), dest)
-        dest.reshape(-1)[:] = np.frombuffer(plain, dtype=dest.dtype)
+        return
+    plain: Any = raw
+    if layout.codec.name == "zstd":
+        plain = numcodecs.zstd.decompress(raw)  # given a destination, it would accept a short chunk as well
+    elif layout.codec.name == "gzip":
+        plain = zlib.decompress(raw, wbits=31, bufsize=dest.nbytes)
+    _check_size(len(plain), dest)
+    dest.reshape(-1)[:] = np.frombuffer(plain, dtype=dest.dtype)
 
 
 def _check_size(nbytes: int, dest: Array) -> None:

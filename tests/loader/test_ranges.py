@@ -173,7 +173,7 @@ def test_truncated_shard(tmp_path):
         read(array, [(0, 10)])
 
 
-@pytest.mark.parametrize("codec", ["blosc-lz4", "none", "gzip"])
+@pytest.mark.parametrize("codec", ["blosc-lz4", "blosc-zstd", "zstd", "gzip", "none"])
 def test_chunk_of_the_wrong_size(tmp_path, codec):
     array = create(tmp_path / "a", "unsharded", codec)
     other = zarr.create_array(tmp_path / "c", shape=(10,), chunks=(10,), dtype="uint16", compressors=CODECS[codec])
