@@ -15,6 +15,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
+import psutil
 import scipy.sparse as sp
 import zarr
 from zarr.codecs import BloscCodec
@@ -143,5 +144,19 @@ def loader_threads() -> list[threading.Thread]:
 def open_files(folder: Path) -> list[str]:
     """Files under the folder that this process has open."""
     links = (link for link in Path("/proc/self/fd").iterdir())
-    targets = [str(link.readlink()) for link in links if link.is_symlink()]
-    return [target for target in targets if target.startswith(str(folder))]
+    targets = [link.readlink() for link in links if link.is_symlink()]
+    return [str(target) for target in targets if target.is_relative_to(folder) and target.is_file()]
+
+
+def children() -> list[psutil.Process]:
+    """Processes this one has started that still run, but for multiprocessing's own two, which stay."""
+    found = [p for p in psutil.Process().children() if not _is_standing(p)]
+    return psutil.wait_procs(found, timeout=5)[1]
+
+
+def _is_standing(process: psutil.Process) -> bool:
+    try:
+        command = " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+    return "multiprocessing.resource_tracker" in command or "multiprocessing.forkserver" in command

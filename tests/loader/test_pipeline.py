@@ -24,6 +24,7 @@ from tests.loader.data import dense, loader_threads, matrix, open_files, quiet, 
 from tests.loader.test_loader import check_epoch, csr, make
 from tests.loader.test_samplers import Minimal
 
+pytestmark = pytest.mark.timeout(60)  # a hang
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 
 
@@ -263,13 +264,19 @@ class Plain:
 
 @needs_torch
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
-@pytest.mark.parametrize(("n_workers", "context"), [(0, None), (2, "fork"), (2, "spawn")])
+@pytest.mark.parametrize(
+    ("n_workers", "context"), [(0, None), (1, "fork"), (2, "fork"), (2, "spawn"), (1, "forkserver"), (2, "forkserver")]
+)
+@pytest.mark.timeout(150)  # new interpreters take their time; a worker that hangs is found by DataLoader's own limit
 def test_dataloader(collection, n_workers, context):
     from torch.utils.data import DataLoader
 
     loader = make(collection, batch_size=1, shuffle=True, rng=0)
-    workers = {"num_workers": n_workers, "multiprocessing_context": context} if n_workers else {}
+    busy = iter(make(collection))
+    next(busy)  # threads run while workers are forked
+    workers = {"num_workers": n_workers, "multiprocessing_context": context, "timeout": 60} if n_workers else {}
     found = [row for rows in DataLoader(loader, batch_size=16, collate_fn=Plain(), **workers) for row in rows]
+    busy.close()
     assert sorted(index for (index,), _ in found) == list(range(221))
     for (index,), (x,) in found:
         assert x == collection.x[index].tolist()
