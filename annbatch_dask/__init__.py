@@ -9,16 +9,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from annbatch_dask import abc, errors, events, samplers, transforms, types
+    from annbatch_dask import abc, errors, events, samplers, scdataset, transforms, types
     from annbatch_dask.collection import DatasetCollection
     from annbatch_dask.loader import Loader
 
-__all__ = ["DatasetCollection", "Loader", "__version__", "abc", "errors", "events", "samplers", "transforms", "types"]
+__all__ = [
+    "DatasetCollection",
+    "Loader",
+    "__version__",
+    "abc",
+    "errors",
+    "events",
+    "samplers",
+    "scdataset",
+    "transforms",
+    "types",
+]
 
 __version__ = "0.1.0"
 
 _HOMES = {"DatasetCollection": "annbatch_dask.collection", "Loader": "annbatch_dask.loader"}
-_MODULES = ("abc", "errors", "events", "samplers", "transforms", "types")
+_MODULES = ("abc", "errors", "events", "samplers", "scdataset", "transforms", "types")
 
 
 def __getattr__(name: str) -> Any:

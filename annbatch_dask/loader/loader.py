@@ -25,8 +25,8 @@ from annbatch_dask.loader.reading import load_dataset
 from annbatch_dask.loader.requests import Labels
 from annbatch_dask.loader.selection import Selected, Where, select
 from annbatch_dask.loader.sources import Source, make_source
-from annbatch_dask.loader.state import Progress, State, begin, digest
-from annbatch_dask.order.share import Even, current_worker
+from annbatch_dask.loader.state import Progress, Resumable, State, digest
+from annbatch_dask.order.share import Even
 from annbatch_dask.samplers import DistributedSampler, RandomSampler, SequentialSampler
 from annbatch_dask.samplers.distributed import DistInfo
 from annbatch_dask.types import LoaderOutput, LoadRequest
@@ -59,7 +59,7 @@ _PREFETCH_NBYTES = 1024**3
 _ACCEPTED = (zarr.Array, CSRDataset, sp.csr_matrix, sp.csr_array, np.ndarray)
 
 
-class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
+class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
     """Mini-batches from one or more datasets, loaded ahead in background threads.
 
     Iterating yields dictionaries with the keys ``X``, ``obs``, ``var`` and ``index``
@@ -450,63 +450,10 @@ class Loader(_Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         """The requests of the pass that begins, from where it was left if a state was loaded."""
         sampler, n_obs, selected = self._batch_sampler, self.n_selected, self._select()
         if isinstance(sampler, Sampler):
-            sampler.validate(n_obs)
-            state, self._resume_from = self._resume_from, None
-            progress.__dict__.update(begin(sampler, state, current_worker()).__dict__)
-            assert progress.epoch is not None  # it has begun
-            is_over = progress.is_over
-            requests = iter(()) if is_over else sampler.resume_requests(n_obs, progress.epoch, progress.n_batches)
+            requests = self._begin(progress, n_obs)
         else:  # annbatch's own: it numbers no epochs
             requests = sampler.sample(n_obs)
         return requests if selected is None else selected.translate(requests)
-
-    # --- stopping and going on
-
-    def set_epoch(self, epoch: int) -> None:
-        """Let the next pass be this one, counted from 0. Passes count themselves otherwise."""
-        self._resume_from, self._progress = None, Progress()
-        self._batch_sampler.set_epoch(epoch)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the latest iteration is, by the batches that were taken from it: a few integers.
-
-        Raises
-        ------
-        RuntimeError
-            If workers of a DataLoader iterate: only they know. torchdata's ``StatefulDataLoader`` asks them.
-        """
-        if self._resume_from is not None:
-            return self._resume_from.to_dict()
-        worker, counter = current_worker(), self._batch_sampler.epoch_counter
-        if worker is None and counter.is_elsewhere:
-            msg = (
-                "the loader is iterated by workers of a DataLoader, and only they know how far they are; use "
-                "torchdata.stateful_dataloader.StatefulDataLoader and its state_dict, or num_workers=0"
-            )
-            raise RuntimeError(msg)
-        epoch = counter.peek(worker) if self._progress.epoch is None else self._progress.epoch
-        return State.of(self._progress, epoch, self._batch_sampler, self._data_digest(), worker).to_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next pass go on after the last batch that was taken before the state was saved.
-
-        Raises
-        ------
-        StateError
-            If the state was saved with another sampler or seed, over other data, or in another worker or rank.
-        """
-        loaded = State.read(state)
-        loaded.check(self._batch_sampler, self._data_digest())
-        loaded.restore_rng(self._batch_sampler)
-        worker = current_worker()
-        if worker is not None:  # one whose part is over must wait for the others' before a new pass begins
-            self._resume_from = loaded
-        elif loaded.is_over or not loaded.batch:
-            self.set_epoch(loaded.epoch + loaded.is_over)
-        else:
-            loaded.check_place(None)
-            self._batch_sampler.set_epoch(loaded.epoch)
-            self._resume_from = loaded
 
     def _data_digest(self) -> str:
         ends = [list(frame.index[[0, -1]]) for frame in self._obs or [] if len(frame)]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from typing import Any
 
 from annbatch_dask.abc import Sampler
 from annbatch_dask.errors import StateError
-from annbatch_dask.order.share import Worker
+from annbatch_dask.order.share import Worker, current_worker
 from annbatch_dask.samplers.base import SeededSampler
 from annbatch_dask.samplers.distributed import DistributedSampler
+from annbatch_dask.types import LoadRequest
 
-__all__ = ["Progress", "State", "begin", "digest"]
+__all__ = ["Progress", "Resumable", "State", "digest"]
 
 _VERSION = 1
 
@@ -37,6 +40,17 @@ class Progress:
     n_batches: int = 0
     is_over: bool = False
     rng_state: dict[str, Any] | None = None
+
+    def begin(self, sampler: Sampler, state: State | None, worker: Worker | None) -> int:
+        """Start as the next pass, or where the state says; returns the epoch."""
+        if state is None:
+            self.epoch, self.rng_state = sampler.epoch_counter.start(worker), _rng_state(_inner(sampler))
+            return self.epoch
+        state.check_place(worker)
+        state.restore_rng(sampler)
+        self.epoch = sampler.epoch_counter.start(worker, state.epoch)
+        self.n_batches, self.is_over, self.rng_state = state.batch, state.is_over, state.rng_state
+        return self.epoch
 
 
 @dataclass(frozen=True)
@@ -137,13 +151,70 @@ class State:
             inner.rng.bit_generator.state = self.rng_state
 
 
-def begin(sampler: Sampler, state: State | None, worker: Worker | None) -> Progress:
-    """The progress of a pass that starts now, where the state says or as the next one."""
-    if state is None:
-        return Progress(sampler.epoch_counter.start(worker), rng_state=_rng_state(_inner(sampler)))
-    state.check_place(worker)
-    state.restore_rng(sampler)
-    return Progress(sampler.epoch_counter.start(worker, state.epoch), state.batch, state.is_over, state.rng_state)
+class Resumable(ABC):
+    """Passes over data that a sampler orders: counted, stopped and gone on with."""
+
+    _batch_sampler: Sampler
+    _progress: Progress
+    _resume_from: State | None
+
+    @abstractmethod
+    def _data_digest(self) -> str:
+        """Differs where the data do."""
+
+    def _begin(self, progress: Progress, n_obs: int) -> Iterator[LoadRequest]:
+        """The requests of the pass that begins, from where it was left if a state was loaded."""
+        sampler, worker = self._batch_sampler, current_worker()
+        sampler.validate(n_obs)
+        state, self._resume_from = self._resume_from, None
+        epoch = progress.begin(sampler, state, worker)
+        return iter(()) if progress.is_over else sampler.resume_requests(n_obs, epoch, progress.n_batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next pass be this one, counted from 0. Passes count themselves otherwise."""
+        self._resume_from, self._progress = None, Progress()
+        self._batch_sampler.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the latest iteration is, by the batches that were taken from it: a few integers.
+
+        Raises
+        ------
+        RuntimeError
+            If workers of a DataLoader iterate: only they know. torchdata's ``StatefulDataLoader`` asks them.
+        """
+        if self._resume_from is not None:
+            return self._resume_from.to_dict()
+        worker, counter = current_worker(), self._batch_sampler.epoch_counter
+        if worker is None and counter.is_elsewhere:
+            msg = (
+                "the loader is iterated by workers of a DataLoader, and only they know how far they are; use "
+                "torchdata.stateful_dataloader.StatefulDataLoader and its state_dict, or num_workers=0"
+            )
+            raise RuntimeError(msg)
+        epoch = counter.peek(worker) if self._progress.epoch is None else self._progress.epoch
+        return State.of(self._progress, epoch, self._batch_sampler, self._data_digest(), worker).to_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next pass go on after the last batch that was taken before the state was saved.
+
+        Raises
+        ------
+        StateError
+            If the state was saved with another sampler or seed, over other data, or in another worker or rank.
+        """
+        loaded = State.read(state)
+        loaded.check(self._batch_sampler, self._data_digest())
+        loaded.restore_rng(self._batch_sampler)
+        worker = current_worker()
+        if worker is not None:  # one whose part is over must wait for the others' before a new pass begins
+            self._resume_from = loaded
+        elif loaded.is_over or not loaded.batch:
+            self.set_epoch(loaded.epoch + loaded.is_over)
+        else:
+            loaded.check_place(None)
+            self._batch_sampler.set_epoch(loaded.epoch)
+            self._resume_from = loaded
 
 
 def _rng_state(sampler: Sampler) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.kernels.permute import count_rounds, round_keys, swap_or_not
 
-__all__ = ["Key", "Shuffled", "generator"]
+__all__ = ["Key", "Shuffled", "generator", "uniforms"]
 
 Ints = NDArray[np.int64]
 Key = tuple[int, int]
@@ -17,6 +17,19 @@ Key = tuple[int, int]
 def generator(key: Key, *position: int) -> np.random.Generator:
     """The generator that belongs to one position of one epoch."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key, spawn_key=position)))
+
+
+def uniforms(key: Key, role: int, counters: NDArray[np.integer]) -> NDArray[np.float64]:
+    """(k,) numbers in [0, 1), each a function of the key, the role and its own one of the (k,) counters.
+
+    The finaliser of SplitMix64 (Steele, Lea, Flood 2014) on an arithmetic sequence, as it is meant to be used.
+    """
+    start = generator(key, role).integers(2**64, dtype=np.uint64)
+    z = counters.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    top_53_bits: NDArray[np.uint64] = (z ^ (z >> np.uint64(31))) >> np.uint64(11)
+    return top_53_bits.astype(np.float64) * 2.0**-53
 
 
 class Shuffled:

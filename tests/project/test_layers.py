@@ -28,6 +28,7 @@ ALLOWED = {
     "abc": {"errors", "order", "types"},
     "samplers": {"abc", "errors", "order", "types"},
     "loader": {"abc", "errors", "kernels", "manifest", "order", "samplers", "storage", "transforms", "types"},
+    "scdataset": {"loader", "order", "samplers", "types"},
     "lazy": {"errors", "manifest", "storage"},
     "etl": {"errors", "events", "kernels", "manifest", "plan", "storage"},
 }

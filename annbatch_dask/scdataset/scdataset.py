@@ -1,0 +1,249 @@
+"""scDataset: batches from anything that can be indexed, through four hooks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from annbatch_dask.loader.state import Progress, Resumable, State, digest
+from annbatch_dask.order.planned import expand
+from annbatch_dask.order.share import Even, current_worker
+from annbatch_dask.samplers.distributed import DistributedSampler
+from annbatch_dask.scdataset.strategy import SamplingStrategy, StrategySampler, count_rows
+from annbatch_dask.types import LoadRequest
+
+if TYPE_CHECKING:
+
+    class _Base:
+        """torch's IterableDataset, or nothing."""
+
+else:
+    try:
+        from torch.utils.data import IterableDataset as _Base
+    except ImportError:
+
+        class _Base:
+            """Stands in for torch's IterableDataset."""
+
+
+__all__ = ["scDataset", "take_rows"]
+
+Ints = NDArray[np.integer[Any]]
+
+
+class scDataset(Resumable, _Base):  # noqa: N801 - scDataset's name
+    """Batches of a collection in the order of a strategy.
+
+    Rows are read ``batch_size * fetch_factor`` at a time, in ascending order, then cut into batches. Use it by
+    itself, or in a ``DataLoader`` with ``batch_size=None``.
+
+    Parameters
+    ----------
+    data_collection
+        Anything with rows and ``[integer array]``, or anything at all with a ``fetch_callback``.
+    strategy
+        Which rows, in which order.
+    batch_size
+        Rows in a batch.
+    fetch_factor
+        Batches read together.
+    drop_last
+        Leave out the last batch of the epoch if it is not full.
+    fetch_callback
+        ``(collection, ascending int64 rows) -> chunk``; by default ``collection[rows]``.
+    fetch_transform
+        ``chunk -> chunk``, once per fetch. Keeps number and order of rows.
+    batch_callback
+        ``(chunk, positions) -> batch``; by default ``chunk[positions]``.
+    batch_transform
+        ``batch -> batch``.
+    rank, world_size
+        Of this process; by default those of ``torch.distributed`` where it is initialised, else 0 and 1.
+    seed
+        Of the order; by default one is drawn from torch's generator and sent to all ranks.
+    even
+        How ranks come to equal numbers of batches, see :class:`annbatch_dask.samplers.DistributedSampler`.
+
+    Raises
+    ------
+    TypeError
+        If ``strategy`` is none.
+    ValueError
+        If a size is below 1, or the rank is none of ``world_size``.
+    RuntimeError
+        If there are several ranks, no seed, and no process group to agree on one.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 - scDataset's interface
+        self,
+        data_collection: Any,
+        strategy: SamplingStrategy,
+        batch_size: int,
+        fetch_factor: int = 16,
+        drop_last: bool = False,  # noqa: FBT001, FBT002
+        fetch_callback: Callable[[Any, Ints], Any] | None = None,
+        fetch_transform: Callable[[Any], Any] | None = None,
+        batch_callback: Callable[[Any, Ints], Any] | None = None,
+        batch_transform: Callable[[Any], Any] | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        seed: int | None = None,
+        *,
+        even: Even | None = "drop",
+    ) -> None:
+        if not isinstance(strategy, SamplingStrategy):
+            msg = f"strategy must be a SamplingStrategy, got {type(strategy).__name__}"
+            raise TypeError(msg)
+        for name, value in (("batch_size", batch_size), ("fetch_factor", fetch_factor)):
+            if value < 1:
+                msg = f"{name} must be 1 or more, got {value}"
+                raise ValueError(msg)
+        self.collection = data_collection
+        self.strategy = strategy
+        self.batch_size = batch_size
+        self.fetch_factor = fetch_factor
+        self.fetch_size = batch_size * fetch_factor
+        self.drop_last = drop_last
+        self.fetch_callback = fetch_callback
+        self.fetch_transform = fetch_transform
+        self.batch_callback = batch_callback
+        self.batch_transform = batch_transform
+        self.rank, self.world_size = _resolve_ranks(rank, world_size)
+        self.sort_before_fetch = True
+        sampler = StrategySampler(strategy, batch_size, fetch_factor, drop_last=drop_last, rng=np.random.default_rng(0))
+        sampler.seed = _agree_on_seed(self.world_size) if seed is None else int(seed)
+        self._base_seed = sampler.seed
+        self._batch_sampler = DistributedSampler(sampler, dist_info=(self.rank, self.world_size), even=even)
+        self._progress = Progress()
+        self._resume_from: State | None = None
+        self._pid = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_progress": Progress(), "collection": _portable(self.collection)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self.collection, _Backed):
+            self.collection = self.collection.open()
+        self._pid = os.getpid()
+
+    def __len__(self) -> int:
+        """Batches of this rank in one epoch."""
+        return self._batch_sampler.n_batches(self._n_obs())
+
+    def __iter__(self) -> Iterator[Any]:
+        """One epoch."""
+        self._progress = Progress()
+        return self._iterate(self._progress)
+
+    def _iterate(self, progress: Progress) -> Iterator[Any]:
+        if os.getpid() != self._pid:  # forked: HDF5 files must be opened anew
+            self.collection, self._pid = _reopened(self.collection), os.getpid()
+        for request in self._begin(progress, self._n_obs()):
+            for batch in self._batches(request):
+                progress.n_batches += 1
+                yield batch
+        progress.is_over = True
+
+    def _batches(self, request: LoadRequest) -> Iterator[Any]:
+        rows = expand(request["requests"])
+        fetch = self.fetch_callback or take_rows
+        pick = self.batch_callback or take_rows
+        chunk = fetch(self.collection, rows)
+        if self.fetch_transform is not None:
+            chunk = self.fetch_transform(chunk)
+        for positions in request["splits"]:
+            batch = pick(chunk, positions)
+            yield batch if self.batch_transform is None else self.batch_transform(batch)
+
+    def _n_obs(self) -> int:
+        """Rows of the collection; of those that are asked for where it cannot tell."""
+        try:
+            return count_rows(self.collection)
+        except TypeError:
+            indices = self.strategy._indices  # noqa: SLF001
+            if indices is None:
+                raise
+            return int(indices[-1]) + 1 if len(indices) else 0
+
+    def _data_digest(self) -> str:
+        return digest((type(self.collection).__qualname__, self._n_obs()))
+
+    @property
+    def _epoch(self) -> int:
+        return self._batch_sampler.epoch_counter.peek(current_worker())
+
+    @_epoch.setter
+    def _epoch(self, epoch: int) -> None:
+        self.set_epoch(epoch)
+
+
+@dataclass(frozen=True)
+class _Backed:
+    """A backed AnnData on its way to another process."""
+
+    path: str
+    obs: Any
+
+    def open(self) -> Any:
+        """The same, with a file handle of this process."""
+        import anndata as ad
+
+        adata = ad.read_h5ad(self.path, backed="r")
+        adata.obs = self.obs
+        return adata
+
+
+def _portable(collection: Any) -> Any:
+    """A stand-in for what cannot be pickled: an AnnData that holds an open HDF5 file."""
+    if getattr(collection, "isbacked", False) and not getattr(collection, "is_view", False):
+        return _Backed(str(collection.filename), collection.obs)
+    return collection
+
+
+def _reopened(collection: Any) -> Any:
+    portable = _portable(collection)
+    return portable.open() if isinstance(portable, _Backed) else collection
+
+
+def take_rows(data: Any, rows: Ints) -> Any:
+    """Rows of data by ``[]``; of pandas objects by position; of a backed AnnData into memory."""
+    taken = data.iloc[rows] if hasattr(data, "iloc") else data[rows]
+    return taken.to_memory() if getattr(taken, "isbacked", False) else taken
+
+
+def _resolve_ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    found = (0, 1)
+    dist = _process_group()
+    if dist is not None:
+        found = dist.get_rank(), dist.get_world_size()
+    return found[0] if rank is None else rank, found[1] if world_size is None else world_size
+
+
+def _process_group() -> Any:
+    """torch.distributed where a process group is up, else None."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    return torch.distributed
+
+
+def _agree_on_seed(world_size: int) -> int:
+    """A seed from torch's generator, the same on all ranks."""
+    dist = _process_group()
+    if world_size > 1 and dist is None:
+        msg = f"{world_size} ranks need one seed, and there is no process group to send it through; give seed="
+        raise RuntimeError(msg)
+    torch: Any = sys.modules.get("torch")
+    drawn = int(np.random.default_rng().integers(2**31) if torch is None else torch.randint(2**31, ()))
+    if world_size == 1 or dist is None:
+        return drawn
+    agreed = [drawn]
+    dist.broadcast_object_list(agreed, src=0)
+    return agreed[0]

@@ -1,0 +1,407 @@
+"""Sampling strategies: which rows of a collection, in which order."""
+
+from __future__ import annotations
+
+from functools import partial
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from annbatch_dask.order.epoch import Epoch
+from annbatch_dask.order.keys import Key
+from annbatch_dask.order.rows import Blocks, Given, InOrder, Order, Rounds, Weighted, WeightTable
+from annbatch_dask.samplers.base import SeededSampler, mixed
+
+__all__ = [
+    "BlockShuffling",
+    "BlockWeightedSampling",
+    "ClassBalancedSampling",
+    "SamplingStrategy",
+    "StrategySampler",
+    "Streaming",
+    "count_rows",
+]
+
+Ints = NDArray[np.int64]
+
+
+def count_rows(collection: Any) -> int:
+    """Rows of anything: the first axis where there is one (a sparse matrix has no ``len``), else ``len``."""
+    shape = getattr(collection, "shape", None)
+    return int(shape[0]) if isinstance(shape, tuple) and shape else len(collection)
+
+
+class SamplingStrategy:
+    """Base of all strategies; a strategy of your own implements ``get_indices``.
+
+    Parameters
+    ----------
+    indices
+        The rows to draw from, in any order, repeats allowed, or a mask; by default all.
+    """
+
+    _shuffle_before_yield: bool | None = None
+
+    def __init__(self, indices: ArrayLike | None = None) -> None:
+        self._rank_of_given: Ints | None = None
+        self._indices: Ints | None = None
+        if indices is not None:
+            given = _check_indices(np.asarray(indices))
+            order = np.argsort(given, kind="stable")
+            self._indices, self._rank_of_given = given[order], order
+
+    def get_indices(
+        self, data_collection: Any, seed: int | None = None, rng: np.random.Generator | None = None
+    ) -> NDArray[np.integer[Any]]:
+        """All rows of one epoch, in their order.
+
+        Parameters
+        ----------
+        data_collection
+            Only its length matters.
+        seed, rng
+            Of the order; ``rng`` wins.
+        """
+        if type(self).order is SamplingStrategy.order:
+            raise NotImplementedError
+        key = int(self._get_rng(seed, rng).integers(2**62)) if rng is not None or seed is None else seed
+        order = self.order(self._count(data_collection), (key, 0))
+        return order.take(0, len(order))
+
+    def get_len(self, data_collection: Any) -> int:
+        """Rows of one epoch."""
+        return len(self.get_indices(data_collection, seed=0))
+
+    def order(self, n_obs: int, key: Key) -> Order:
+        """The rows of one epoch, as a function of position."""
+        return Given(np.asarray(self.get_indices(range(n_obs), seed=_seed_of(key)), np.int64))
+
+    def identity(self) -> tuple[object, ...]:
+        """What the order depends on beside the seed."""
+        return (type(self).__qualname__, _digest(self._indices))
+
+    def _get_rng(self, seed: int | None, rng: np.random.Generator | None) -> np.random.Generator:
+        return np.random.default_rng(seed) if rng is None else rng
+
+    def _count(self, data_collection: Any) -> int:
+        """Rows to draw from."""
+        return count_rows(data_collection) if self._indices is None else len(self._indices)
+
+    def _check_range(self, n_obs: int) -> None:
+        if self._indices is not None and len(self._indices) and self._indices[-1] >= n_obs:
+            msg = f"indices go up to {self._indices[-1]}, the collection has {n_obs} rows"
+            raise ValueError(msg)
+
+
+class _Subset:
+    """An order of places in a list of rows, as an order of these rows."""
+
+    def __init__(self, order: Order, rows: Ints | None) -> None:
+        self._order, self._rows = order, rows
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def take(self, start: int, stop: int) -> Ints:
+        places = self._order.take(start, stop)
+        return places if self._rows is None else self._rows[places]
+
+
+class Streaming(SamplingStrategy):
+    """Rows in ascending order.
+
+    Parameters
+    ----------
+    indices
+        The rows to draw from; by default all.
+    shuffle
+        Mix the rows of each fetch.
+    """
+
+    def __init__(self, indices: ArrayLike | None = None, shuffle: bool = False) -> None:  # noqa: FBT001, FBT002 - scDataset's interface
+        super().__init__(indices)
+        self.shuffle = shuffle
+        self._shuffle_before_yield = shuffle
+
+    def get_len(self, data_collection: Any) -> int:
+        """Rows of one epoch."""
+        return self._count(data_collection)
+
+    def order(self, n_obs: int, key: Key) -> Order:  # noqa: ARG002
+        """The rows of one epoch, as a function of position."""
+        n = n_obs if self._indices is None else len(self._indices)
+        return _Subset(InOrder(n), self._indices)
+
+
+class BlockShuffling(SamplingStrategy):
+    """Blocks of neighbouring rows in random order; the rows of each fetch are mixed.
+
+    Parameters
+    ----------
+    block_size
+        Rows of a block; 1 is a full shuffle.
+    indices
+        The rows to draw from; by default all.
+    drop_last
+        Leave out as many rows as the last block would be short of; in each epoch others.
+    """
+
+    _shuffle_before_yield = True
+
+    def __init__(self, block_size: int = 8, indices: ArrayLike | None = None, drop_last: bool = False) -> None:  # noqa: FBT001, FBT002 - scDataset's interface
+        super().__init__(indices)
+        self.block_size = _check_block_size(block_size)
+        self.drop_last = drop_last
+
+    def get_len(self, data_collection: Any) -> int:
+        """Rows of one epoch."""
+        n = self._count(data_collection)
+        return n - n % self.block_size if self.drop_last else n
+
+    def order(self, n_obs: int, key: Key) -> Order:
+        """The rows of one epoch, as a function of position."""
+        n = n_obs if self._indices is None else len(self._indices)
+        return _Subset(Blocks(n, self.block_size, key, drop_last=self.drop_last), self._indices)
+
+    def identity(self) -> tuple[object, ...]:
+        """What the order depends on beside the seed."""
+        return (*super().identity(), self.block_size, self.drop_last)
+
+
+class BlockWeightedSampling(SamplingStrategy):
+    """Rows drawn in proportion to weights, neighbours in blocks of random order; the rows of each fetch are mixed.
+
+    Parameters
+    ----------
+    block_size
+        Draws of a block: they lie near each other in the collection.
+    indices
+        The rows to draw from; by default all.
+    weights
+        (n,) 0 or more, for all rows of the collection, or for ``indices`` in their order; by default all alike.
+    total_size
+        Draws of an epoch; by default as many as there are rows to draw from.
+    replace
+        With replacement each row comes as often as its weight says, on average exactly, and in an epoch but for one
+        or two. Without, an epoch is made of rounds.
+    sampling_size
+        Rows of a round, in which none comes twice. Needed without replacement.
+    """
+
+    _shuffle_before_yield = True
+
+    def __init__(  # noqa: PLR0913 - scDataset's interface
+        self,
+        block_size: int = 8,
+        indices: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        total_size: int | None = None,
+        replace: bool = True,  # noqa: FBT001, FBT002
+        sampling_size: int | None = None,
+    ) -> None:
+        super().__init__(indices)
+        self.block_size = _check_block_size(block_size)
+        self.weights = None if weights is None else _check_weights(np.asarray(weights))
+        self.total_size = total_size
+        self.replace = replace
+        self.sampling_size = sampling_size
+        self._table: tuple[int, WeightTable] | None = None
+        if not replace and sampling_size is None:
+            msg = "sampling_size, the rows of a round, is needed with replace=False"
+            raise ValueError(msg)
+        if replace and sampling_size is not None:
+            import warnings
+
+            warnings.warn("sampling_size is ignored with replace=True", UserWarning, stacklevel=2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_table": None}
+
+    def get_len(self, data_collection: Any) -> int:
+        """Rows of one epoch."""
+        return self._count(data_collection) if self.total_size is None else self.total_size
+
+    def order(self, n_obs: int, key: Key) -> Order:
+        """The rows of one epoch, as a function of position."""
+        table = self._weigh(n_obs)
+        n_draws = len(table) if self.total_size is None else self.total_size
+        if self.replace:
+            return _Subset(Weighted(table, n_draws, self.block_size, key), self._indices)
+        assert self.sampling_size is not None  # checked at construction
+        size = min(self.sampling_size, n_draws)
+        if size > table.n_positive:
+            msg = f"a round of {size} rows without replacement needs as many of a weight, not {table.n_positive}"
+            raise ValueError(msg)
+        return _Subset(Rounds(table, n_draws, size, self.block_size, key), self._indices)
+
+    def identity(self) -> tuple[object, ...]:
+        """What the order depends on beside the seed."""
+        settings = (self.block_size, self.total_size, self.replace, self.sampling_size)
+        return (*super().identity(), _digest(self.weights), *settings)
+
+    def _weigh(self, n_obs: int) -> WeightTable:
+        """The weights of the rows to draw from, in ascending order of these rows."""
+        if self._table is None or self._table[0] != n_obs:
+            self._table = n_obs, WeightTable(self._align(n_obs))
+        return self._table[1]
+
+    def _align(self, n_obs: int) -> NDArray[np.float64]:
+        n = n_obs if self._indices is None else len(self._indices)
+        if self.weights is None:
+            return np.ones(n)
+        if self._indices is None or self._rank_of_given is None:
+            aligned = self.weights
+        elif len(self.weights) == len(self._indices):
+            aligned = self.weights[self._rank_of_given]
+        else:
+            aligned = self.weights[self._indices] if self._indices[-1] < len(self.weights) else self.weights[:0]
+        if len(aligned) != n:
+            msg = f"there are {len(self.weights)} weights for {n} rows to draw from; give one for each, or for all rows"
+            raise ValueError(msg)
+        if not aligned.any():
+            msg = f"all of the {n} rows to draw from have weight 0"
+            raise ValueError(msg)
+        return aligned
+
+
+class ClassBalancedSampling(BlockWeightedSampling):
+    """Rows drawn such that every class is drawn equally often.
+
+    Parameters are those of :class:`BlockWeightedSampling`, with ``labels`` instead of ``weights``:
+
+    labels
+        The class of every row of the collection, which then weighs by the whole collection's frequencies, or of
+        ``indices`` in their order, which balances the subset.
+    """
+
+    def __init__(  # noqa: PLR0913 - scDataset's interface
+        self,
+        labels: Any,
+        block_size: int = 8,
+        indices: ArrayLike | None = None,
+        total_size: int | None = None,
+        replace: bool = True,  # noqa: FBT001, FBT002
+        sampling_size: int | None = None,
+    ) -> None:
+        self.labels = labels
+        codes = pd.factorize(pd.Series(labels), use_na_sentinel=False)[0]
+        if not len(codes):
+            msg = "labels is empty"
+            raise ValueError(msg)
+        n_indices = 0 if indices is None else len(_check_indices(np.asarray(indices)))
+        if len(codes) < n_indices:
+            msg = f"there are {len(codes)} labels for {n_indices} indices"
+            raise ValueError(msg)
+        weights = 1 / np.bincount(codes)[codes]
+        super().__init__(block_size, indices, weights, total_size, replace, sampling_size)
+
+
+class StrategySampler(SeededSampler):
+    """A strategy as a sampler, for ``Loader(batch_sampler=...)`` and :class:`scDataset` alike.
+
+    Parameters
+    ----------
+    strategy
+        Which rows, in which order.
+    batch_size
+        Rows in a batch.
+    fetch_factor
+        Batches loaded together.
+    drop_last
+        Leave out the last batch if it is not full.
+    rng
+        Where the seed is drawn from, once; by default a fresh one.
+    """
+
+    def __init__(
+        self,
+        strategy: SamplingStrategy,
+        batch_size: int,
+        fetch_factor: int = 16,
+        *,
+        drop_last: bool = False,
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        self._strategy = strategy
+        self._batch_size = batch_size
+        self._fetch_size = batch_size * fetch_factor
+        self._drop_last = drop_last
+        self.rng = rng
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in a batch."""
+        return self._batch_size
+
+    @property
+    def shuffle(self) -> bool:
+        """Whether the order is a random one."""
+        return not isinstance(self._strategy, Streaming) or self._strategy.shuffle
+
+    def n_batches(self, n_obs: int) -> int:
+        """Batches of one pass over ``n_obs`` rows."""
+        n_rows = self._strategy.get_len(range(n_obs))
+        return n_rows // self._batch_size if self._drop_last else -(-n_rows // self._batch_size)
+
+    def validate(self, n_obs: int) -> None:
+        """ValueError where the strategy's rows are not among ``n_obs``."""
+        self._strategy._check_range(n_obs)  # noqa: SLF001
+
+    def epoch(self, n_obs: int, key: Key) -> Epoch:
+        """The pass with this key over ``n_obs`` rows."""
+        order = self._strategy.order(n_obs, key)
+        mix = partial(mixed, key) if self._strategy._shuffle_before_yield else _as_fetched  # noqa: SLF001
+        return Epoch(len(order), self._fetch_size, self._batch_size, self._drop_last, partial(_take, order), mix)
+
+    def state_identity(self) -> tuple[object, ...]:
+        """What a saved state must have in common with the sampler that goes on from it."""
+        return (*super().state_identity(), self._fetch_size, self._drop_last, *self._strategy.identity())
+
+
+def _take(order: Order, _: int, start: int, stop: int) -> Ints:
+    return np.sort(order.take(start, stop))
+
+
+def _as_fetched(_: int, n_rows: int) -> Ints:
+    return np.arange(n_rows)
+
+
+def _seed_of(key: Key) -> int:
+    """One integer for strategies of the user's, which take no more."""
+    return int.from_bytes(blake2b(repr(key).encode(), digest_size=7).digest(), "little")
+
+
+def _digest(values: NDArray[Any] | None) -> str | None:
+    return None if values is None else blake2b(values.tobytes(), digest_size=8).hexdigest()
+
+
+def _check_block_size(block_size: int) -> int:
+    if block_size < 1:
+        msg = f"block_size must be 1 or more, got {block_size}"
+        raise ValueError(msg)
+    return block_size
+
+
+def _check_indices(indices: NDArray[Any]) -> Ints:
+    if indices.dtype == bool:
+        return np.flatnonzero(indices)
+    if indices.ndim != 1 or (indices.dtype.kind not in "iu" and len(indices)):
+        msg = f"indices must be integers or a mask, got an array of {indices.dtype} of shape {indices.shape}"
+        raise TypeError(msg)
+    if len(indices) and indices.min() < 0:
+        msg = f"indices must be 0 or more, got {indices.min()}"
+        raise ValueError(msg)
+    return indices.astype(np.int64)
+
+
+def _check_weights(weights: NDArray[Any]) -> NDArray[np.float64]:
+    checked = weights.astype(np.float64)
+    total = checked.sum()
+    if not np.isfinite(total) or total <= 0 or checked.min() < 0:
+        msg = f"weights must be 0 or more and have a positive sum, got a sum of {total}"
+        raise ValueError(msg)
+    checked /= total
+    return checked
