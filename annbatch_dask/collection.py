@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -21,7 +22,7 @@ from humanfriendly import InvalidSize, parse_size
 
 from annbatch_dask.errors import CollectionError, LayoutError, SourceError
 from annbatch_dask.etl.commit import leftovers, sweep
-from annbatch_dask.etl.job import Job
+from annbatch_dask.etl.job import Job, work_folder
 from annbatch_dask.etl.run import Engine, EngineRoom, build, choose_engine, run_check
 from annbatch_dask.etl.scan import merge_var, scan
 from annbatch_dask.etl.verify import (
@@ -547,9 +548,12 @@ class DatasetCollection:
         target = self._target
         base = Folder(os.path.abspath(base.path)) if base.is_local else base
         manifest = None if plan.extension is None else self.manifest or self._adopted()
-        build(Job(plan, refs, base / plan.work_key, target, manifest), engine, callback)
-        if scratch is None or not base.names():  # what other interrupted builds left here, none of them can use now
+        build(Job(plan, refs, base / work_folder(plan, target), target, manifest), engine, callback)
+        if scratch is None:  # what other interrupted builds left here, none of them can use now
             base.remove()
+        elif not base.names():
+            with contextlib.suppress(OSError):  # a disk's own folder, which stays
+                base.remove()
         self._refresh()
 
     # --- checking ----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ __all__ = [
     "SourceError",
     "SourceNotFoundError",
     "StateError",
+    "StorageError",
 ]
 
 
@@ -53,6 +54,10 @@ class CollectionBusyError(CollectionError, BlockingIOError):
 
 class IntegrityError(AnnbatchDaskError, RuntimeError):
     """What was written is not what was read."""
+
+
+class StorageError(AnnbatchDaskError, OSError):
+    """A disk is full, or a quota is used up."""
 
 
 class SchedulerError(AnnbatchDaskError, ConnectionError):

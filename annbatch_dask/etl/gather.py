@@ -26,7 +26,7 @@ from annbatch_dask.plan.schema import SOURCE_DTYPE, ColumnSpec, MatrixSpec
 from annbatch_dask.storage.checksums import FileSums, checksum, checksums
 from annbatch_dask.storage.columns import to_pandas
 from annbatch_dask.storage.metadata import METADATA, consolidate, metadata_below
-from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.publish import Folder, name_errors
 from annbatch_dask.storage.shards import ShardWriter
 from annbatch_dask.storage.spill import SpillError, SpillReader, find_receipt, write_receipt
 from annbatch_dask.storage.threads import one_ahead
@@ -104,7 +104,8 @@ def _write_and_repair(job: Job, task: GatherTask, dataset: str) -> dict[str, Any
     again: list[int] = []
     while True:
         try:
-            return _write_dataset(job, task, dataset) | {"scattered_again": again}
+            with name_errors(f"{job.target.url}/{dataset}"):  # of what zarr and anndata write
+                return _write_dataset(job, task, dataset) | {"scattered_again": again}
         except SpillError as e:
             if e.block in again:
                 msg = f"{e}, and so it was after it was written anew; check the disk under the scratch folder"

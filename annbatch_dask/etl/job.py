@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 
 import cloudpickle
 
@@ -69,13 +71,19 @@ def save_job(job: Job) -> None:
     job.scratch.write(_FILE, cloudpickle.dumps(job))
 
 
+def work_folder(plan: Plan, target: Folder) -> str:
+    """Name of a build's own scratch folder: builds of one plan into two collections do not meet."""
+    return f"{plan.work_key}-{blake2b(target.url.encode(), digest_size=4).hexdigest()}"
+
+
 def load_job(scratch: Folder) -> Job:
-    """The job of a scratch folder; kept for the next task, as the folder's name holds the plan's work key."""
-    return _load(scratch.url, tuple(sorted(scratch.options.items())))
+    """The job of a scratch folder; kept for the next task of the same call."""
+    written = os.stat(f"{scratch.path}/{_FILE}").st_mtime_ns if scratch.is_local else 0
+    return _load(scratch.url, tuple(sorted(scratch.options.items())), written)
 
 
 @lru_cache(maxsize=1)
-def _load(url: str, options: tuple[tuple[str, object], ...]) -> Job:
+def _load(url: str, options: tuple[tuple[str, object], ...], _: int) -> Job:
     job: Job = cloudpickle.loads(Folder(url, dict(options)).read(_FILE))
     return job
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,12 +16,12 @@ import zarr
 import zarr.storage
 from fsspec.implementations.local import LocalFileSystem
 
-from annbatch_dask.errors import CollectionError
+from annbatch_dask.errors import AnnbatchDaskError, CollectionError, StorageError
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
 
-__all__ = ["Folder", "RangeFile", "folder_of"]
+__all__ = ["Folder", "RangeFile", "folder_of", "name_errors"]
 
 _TMP = ".tmp-"
 
@@ -125,7 +127,17 @@ class Folder:
 
         On a local disk it is written beside its place and renamed, after it was synced where ``durable``, so that
         it outlasts a power cut; an object store publishes at close by itself.
+
+        Raises
+        ------
+        StorageError
+            If the disk is full. Other errors of the system name the file.
         """
+        with name_errors(f"{self.url}/{name}"), self._create(name, durable=durable) as f:
+            yield f
+
+    @contextlib.contextmanager
+    def _create(self, name: str, *, durable: bool) -> Iterator[IO[bytes]]:
         path = f"{self.path}/{name}"
         if not self.is_local:
             with self.fs.transaction, self.fs.open(path, "wb") as f:
@@ -179,6 +191,10 @@ class _LocalRanges:
     fd: int | None
 
     def read_into(self, start: int, out: memoryview) -> int:
+        with name_errors(self.path):
+            return self._read_into(start, out)
+
+    def _read_into(self, start: int, out: memoryview) -> int:
         fd = os.open(self.path, os.O_RDONLY) if self.fd is None else self.fd
         try:
             at = 0
@@ -215,6 +231,37 @@ def _sync(path: str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def name_errors(path: str) -> Iterator[None]:
+    """Errors of the system in the block say which file they are about, and how much room there is if that is short.
+
+    Raises
+    ------
+    StorageError
+        For a full disk.
+    """
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT) and not isinstance(e, AnnbatchDaskError):
+            msg = f"{path} cannot be written: {_room(path)}; make room, or give another scratch folder, and call again"
+            raise StorageError(f"{msg} to go on") from e
+        if e.errno is None or e.filename is not None:  # no error of the system, or it says where
+            raise
+        raise OSError(e.errno, e.strerror, path) from e
+
+
+def _room(path: str) -> str:
+    """What is short, in numbers where the system tells."""
+    folder = os.path.dirname(path)
+    while folder and not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isabs(folder):
+        return "no space is left on the store"
+    found = shutil.disk_usage(folder)
+    return f"{found.free:,} of {found.total:,} bytes are free on the disk of {folder}"
 
 
 def folder_of(group: zarr.Group) -> Folder:

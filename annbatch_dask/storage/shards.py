@@ -21,7 +21,7 @@ import zarr
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import LayoutError
-from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.publish import Folder, name_errors
 from annbatch_dask.storage.ranges import ALL_WRITTEN
 from annbatch_dask.storage.threads import map_ordered
 
@@ -210,6 +210,7 @@ class _Shard:
         self._context: contextlib.AbstractContextManager[IO[bytes]] = folder.create(name)
         self._file = self._context.__enter__()
         self._index = np.full((n_chunks, 2), 2**64 - 1, "<u8")
+        self._path = f"{folder.url}/{name}"
         self.name, self._n, self._at, self._crc = name, 0, 0, 0
 
     @property
@@ -222,7 +223,8 @@ class _Shard:
         self._n += 1
 
     def _write(self, payload: bytes) -> None:
-        self._file.write(payload)
+        with name_errors(self._path):
+            self._file.write(payload)
         self._crc = google_crc32c.extend(self._crc, payload)
         self._at += len(payload)
 

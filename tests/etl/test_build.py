@@ -102,6 +102,26 @@ def test_scratch_elsewhere(tmp_path, h5ad_pair):
     assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
 
 
+def test_two_collections_of_one_plan_share_a_scratch_folder(tmp_path, h5ad_pair):
+    (tmp_path / "spill").mkdir()
+    (tmp_path / "spill/of somebody else").touch()
+    one = build(tmp_path / "a.zarr", h5ad_pair, scratch=tmp_path / "spill")
+    two = build(tmp_path / "b.zarr", h5ad_pair, scratch=tmp_path / "spill")
+    assert tree_digest(one.path) == tree_digest(two.path)
+    assert [p.name for p in (tmp_path / "spill").iterdir()] == ["of somebody else"]
+
+
+def test_a_function_that_was_mended_is_used_by_the_next_call(tmp_path, h5ad_pair):
+    def broken(path):
+        if (tmp_path / "a.zarr.scratch").exists():  # not while scanning
+            raise RuntimeError
+        return ad.read_h5ad(path)
+
+    with pytest.raises(RuntimeError):
+        build(tmp_path / "a.zarr", h5ad_pair, load_adata=broken)
+    build(tmp_path / "a.zarr", h5ad_pair, load_adata=ad.read_h5ad)
+
+
 def test_an_interrupted_build_goes_on(tmp_path, h5ad_pair, monkeypatch):
     whole = build(tmp_path / "whole.zarr", h5ad_pair)
 
