@@ -56,7 +56,8 @@ def test_nothing_else_is_read(collection, monkeypatch):
     original = RangeReader.tasks
 
     def tasks(self, spans, out):
-        read.append(int((spans[:, 1] - spans[:, 0]).sum()))
+        if not self.array.path.endswith("indptr"):
+            read.append(int((spans[:, 1] - spans[:, 0]).sum()))
         return original(self, spans, out)
 
     monkeypatch.setattr(RangeReader, "tasks", tasks)

@@ -262,7 +262,7 @@ def test_hooks_at_their_four_places():
 
     data = dataset(
         Streaming(),
-        collection="anything",
+        collection="anything at all",
         fetch_callback=hook("fetch", lambda _, rows: rows * 10),
         fetch_transform=hook("chunk", lambda chunk: chunk + 1),
         batch_callback=hook("pick", lambda chunk, positions: chunk[positions]),
