@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 SAMPLE_S = 0.02
 SCALING_DATASET_SIZE = 20_000
 OURS, THEIRS = "annbatch_dask", "annbatch"
+OUTPUTS = {"csr": "CSR batches", "dense": "dense float32 batches", "genes": "dense batches of 2,000 chosen genes"}
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,11 @@ def theirs(setup: Setup, *args: str | Path) -> list[str]:
     return [str(setup.annbatch_python), str(setup.shared / "bench/peer_annbatch.py"), *map(str, args)]
 
 
+def annbatch_job(setup: Setup, *args: str | Path) -> list[str]:
+    """Return the command of one of our jobs, run by annbatch's Python."""
+    return [str(setup.annbatch_python), *ours(*args)[1:]]
+
+
 def atlas(setup: Setup, scale: float, given: str) -> Path:
     """Return the folder of the files at this scale; make them where none are given."""
     if given:
@@ -143,13 +149,31 @@ def bench_shuffle(setup: Setup, folder: Path) -> dict[str, dict[str, list[float]
 def bench_load(setup: Setup) -> dict[str, dict[str, list[float]]]:
     """Stream in turn, each side its own collection; return cells per second."""
     found: dict[str, dict[str, list[float]]] = {}
-    for output in ("csr", "dense"):
+    for output, label in OUTPUTS.items():
         for _ in range(setup.repeats):
             for name, path in stores(setup).items():
-                args = ("load", path, "--output", output, "--epochs", str(setup.epochs))
-                lines, _ = run(ours(*args) if name == OURS else theirs(setup, *args))
+                args = ("load", path, "--output", output, "--epochs", str(setup.epochs), "--package", name)
+                lines, _ = run(ours(*args) if name == OURS else annbatch_job(setup, *args))
                 for line in lines:
-                    add(found, name, f"{output} batches, cells/s", line["cells_per_s"])
+                    add(found, name, f"{label}, cells/s", line["cells_per_s"])
+    return found
+
+
+def bench_consumer(setup: Setup) -> dict[str, float]:
+    """Print how much longer an epoch takes with a consumer as slow as the loader: 1 is perfect, 2 no overlap.
+
+    Returns the seconds of an epoch without one.
+    """
+    found = {}
+    store = stores(setup)[OURS]
+    print("\n| consumer as slow as the loader | loader alone, s | with it, s | longer than the larger of both |")
+    print("|---|---|---|---|")
+    for output, label in OUTPUTS.items():
+        args = ("load", store, "--output", output, "--epochs", str(setup.epochs))
+        alone = statistics.median(line["seconds"] for line in run(ours(*args))[0])
+        both = statistics.median(line["seconds"] for line in run(ours(*args, "--busy-s", str(alone)))[0])
+        print(f"| {label} | {alone:.2f} | {both:.2f} | {both / alone:.2f} |")
+        found[output] = alone
     return found
 
 
@@ -210,13 +234,15 @@ def print_scaling(setup: Setup, folders: dict[float, Path]) -> None:
         print(f"| {scale} | {spread(values['s'])} | {spread(values['GB'])} |")
 
 
-def print_bounds(setup: Setup, folder: Path) -> None:
-    """Print what cannot be avoided."""
+def print_bounds(setup: Setup, folder: Path, epochs: dict[str, float]) -> None:
+    """Print what cannot be avoided, and how much of an epoch it is."""
     lines, _ = run(ours("bounds", folder, setup.work / f"{OURS}.zarr"))
-    print("\n| bound | seconds | GB | GB/s |\n|---|---|---|---|")
+    print("\n| bound | seconds | GB | GB/s | share of an epoch |\n|---|---|---|---|---|")
+    floors = {"decode": "csr", "zero dense": "dense"}
     for line in lines:
-        gb = line["n_bytes"] / 1e9
-        print(f"| {line['what']} | {line['seconds']:.2f} | {gb:.2f} | {gb / line['seconds']:.2f} |")
+        gb, output = line["n_bytes"] / 1e9, floors.get(line["what"])
+        share = f"{line['seconds'] / epochs[output]:.0%} ({OUTPUTS[output]})" if output in epochs else "-"
+        print(f"| {line['what']} | {line['seconds']:.2f} | {gb:.2f} | {gb / line['seconds']:.2f} | {share} |")
 
 
 def main() -> int:
@@ -245,8 +271,9 @@ def main() -> int:
     for name, values in bench_load(setup).items():
         found[name] |= values
     print_table(found)
+    alone = bench_consumer(setup)
     print_scaling(setup, folders)
-    print_bounds(setup, folders[full])
+    print_bounds(setup, folders[full], alone)
     return 0
 
 

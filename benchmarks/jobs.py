@@ -2,17 +2,19 @@
 """One measurement of annbatch_dask in a process of its own; prints a JSON line per measurement.
 
 jobs.py shuffle ATLAS_DIR OUT.zarr [--dataset-size 100000]
-jobs.py load OUT.zarr [--output csr|dense] [--epochs 3]
+jobs.py load OUT.zarr [--output csr|dense|genes] [--epochs 3] [--package annbatch_dask|annbatch] [--busy-s 2.0]
 jobs.py bounds ATLAS_DIR OUT.zarr
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 N_THREADS = len(os.sched_getaffinity(0))
+N_GENES = 2000
+WINDOW = 16_000_000
 
 
 def report(what: str, seconds: float, **facts: float) -> None:
@@ -47,27 +51,62 @@ def shuffle(args: argparse.Namespace) -> None:
 
 
 def load(args: argparse.Namespace) -> None:
-    """Time whole epochs: batch 4096, chunk 512, 32 chunks preloaded, values as in the sources (float32)."""
-    from annbatch_dask import DatasetCollection, Loader
+    """Time whole epochs: batch 4096, chunk 512, 32 chunks preloaded, values as in the sources (float32).
 
-    collection = DatasetCollection(args.store, mode="r")
+    Both packages run the settings of annbatch's own single-cell tutorial. `genes` is dense over N_GENES of them.
+    """
+    import zarr
+
+    package = importlib.import_module(args.package)
+    if args.package != "annbatch_dask":
+        warnings.filterwarnings("ignore")
+        zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
+    collection = package.DatasetCollection(zarr.open(args.store, mode="r"))
+    names = np.random.default_rng(0).choice(var_names(args.store), N_GENES, replace=False)
     for epoch in range(args.epochs):
-        loader: Any = Loader(
-            batch_size=4096,
-            chunk_size=512,
-            preload_nchunks=32,
-            shuffle=True,
-            preload_to_gpu=False,
-            rng=np.random.default_rng(epoch),
-            dense=args.output == "dense",
-            obs_columns=["cell_type"],  # as annbatch's side does
-        )
-        loader.use_collection(collection)
+        loader, finish = make_loader(package, collection, args.output, names, epoch)
+        n_batches = len(loader)
         start, n_obs = time.perf_counter(), 0
         for batch in loader:
-            n_obs += batch["X"].shape[0]
+            n_obs += finish(batch["X"]).shape[0]
+            time.sleep(args.busy_s / n_batches)  # a consumer that leaves the processors alone, as a GPU does
         seconds = time.perf_counter() - start
         report(f"load {args.output}", seconds, cells=n_obs, cells_per_s=round(n_obs / seconds))
+
+
+def make_loader(
+    package: Any, collection: Any, output: str, names: np.ndarray, seed: int
+) -> tuple[Any, Callable[[Any], Any]]:
+    """Return a loader, and what turns its X into the output where the loader itself cannot."""
+    sizes = {"batch_size": 4096, "chunk_size": 512, "preload_nchunks": 32, "shuffle": True, "preload_to_gpu": False}
+    rng = np.random.default_rng(seed)
+    if package.__name__ == "annbatch_dask":
+        form = {"csr": {}, "dense": {"dense": True}, "genes": {"dense": True, "var_names": names.tolist()}}[output]
+        loader = package.Loader(**sizes, **form, obs_columns=["cell_type"], layers=(), obsm=(), rng=rng)
+        return loader.use_collection(collection), lambda x: x
+    loader = package.Loader(**sizes, rng=rng).use_collection(collection, load_adata=backed)
+    where = loader.var.index.get_indexer(names)
+    return loader, {"csr": lambda x: x, "dense": lambda x: x.toarray(), "genes": lambda x: x[:, where].toarray()}[
+        output
+    ]
+
+
+def backed(group: Any) -> Any:
+    """Open a dataset with X on disk and one column of obs."""
+    import anndata as ad
+
+    obs = ad.experimental.read_lazy(group).obs[["cell_type"]].to_memory()
+    return ad.AnnData(ad.io.sparse_dataset(group["X"]), obs=obs, var=ad.io.read_elem(group["var"])[[]])
+
+
+def var_names(store: Path) -> np.ndarray:
+    """Return the genes of a collection."""
+    import anndata as ad
+    import zarr
+
+    _, first = next(zarr.open_group(store, mode="r").groups())
+    names: np.ndarray = ad.io.read_elem(first["var"]).index.to_numpy()
+    return names
 
 
 def bounds(args: argparse.Namespace) -> None:
@@ -103,16 +142,22 @@ def raws(array: Any) -> Iterator[bytes]:
 
 
 def decode(store: Path) -> None:
-    """Read every X array of the collection, window by window."""
+    """Decode every chunk of X of the collection on all cores, into one buffer: the floor under any output."""
     import zarr
 
-    zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
-    start, n_bytes, window = time.perf_counter(), 0, 16_000_000
-    for group in (g for _, g in zarr.open_group(store, mode="r").groups()):
-        for name in ("data", "indices"):
-            array = group["X"][name]
-            for begin in range(0, array.shape[0], window):
-                n_bytes += array[begin : begin + window].nbytes
+    from annbatch_dask.storage.ranges import RangeReader
+
+    groups = [group["X"] for _, group in zarr.open_group(store, mode="r").groups()]
+    readers = [RangeReader(x[name]) for x in groups for name in ("data", "indices")]
+    buffers = {reader.dtype: np.empty(WINDOW, reader.dtype) for reader in readers}
+    start, n_bytes = time.perf_counter(), 0
+    with ThreadPoolExecutor(N_THREADS) as pool:
+        for reader in readers:
+            for begin in range(0, reader.shape[0], WINDOW):
+                stop = min(begin + WINDOW, reader.shape[0])
+                out = buffers[reader.dtype][: stop - begin]
+                list(pool.map(lambda task: task(), reader.tasks(np.array([[begin, stop]]), out)))
+                n_bytes += out.nbytes
     report("decode", time.perf_counter() - start, n_bytes=n_bytes)
 
 
@@ -132,14 +177,15 @@ def write(store: Path) -> None:
 
 
 def fill_dense(store: Path) -> None:
-    """Zero a dense float32 batch as often as an epoch needs: the floor under any dense output."""
+    """Zero a dense float32 batch on all cores as often as an epoch needs: the floor under any dense output."""
     from annbatch_dask import DatasetCollection
 
     collection = DatasetCollection(store, mode="r")
-    batch = np.empty((4096, collection.n_var), dtype=np.float32)
+    parts = np.array_split(np.ones((4096, collection.n_var), dtype=np.float32), N_THREADS)
     start = time.perf_counter()
-    for _ in range(-(-collection.n_obs // len(batch))):
-        batch.fill(0)
+    with ThreadPoolExecutor(N_THREADS) as pool:
+        for _ in range(-(-collection.n_obs // 4096)):
+            list(pool.map(lambda part: part.fill(0), parts))
     report("zero dense", time.perf_counter() - start, n_bytes=4 * collection.n_obs * collection.n_var)
 
 
@@ -154,8 +200,10 @@ def main() -> int:
     job.set_defaults(run=shuffle)
     job = jobs.add_parser("load")
     job.add_argument("store", type=Path)
-    job.add_argument("--output", choices=("csr", "dense"), default="csr")
+    job.add_argument("--output", choices=("csr", "dense", "genes"), default="csr")
     job.add_argument("--epochs", type=int, default=3)
+    job.add_argument("--package", choices=("annbatch_dask", "annbatch"), default="annbatch_dask")
+    job.add_argument("--busy-s", type=float, default=0.0, help="seconds the consumer takes for an epoch")
     job.set_defaults(run=load)
     job = jobs.add_parser("bounds")
     job.add_argument("atlas", type=Path)

@@ -36,7 +36,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 _compiled = cast("Callable[[F], F]", numba.njit(nogil=True, cache=True))
 
 _SAME_SIZE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_IDENTITY = np.empty(0, np.int32)
 _N_KNOWN = 64
 
 
@@ -132,8 +131,10 @@ def scatter_rows(
     """
     if not (_has_kernels(sparse.values.dtype) and _has_kernels(dest.dtype)):
         return _scatter_plain(sparse, starts, lengths, dest, dest_rows, places)
-    places = _IDENTITY if places is None else places
-    found: tuple[int, int] = _scatter(sparse.at(starts, lengths), places, dest, dest_rows)
+    rows = sparse.at(starts, lengths)
+    found: tuple[int, int] = (
+        _scatter(rows, dest, dest_rows) if places is None else _scatter_selected(rows, places, dest, dest_rows)
+    )
     return found
 
 
@@ -237,9 +238,9 @@ def _normalize(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_sta
 
 
 @_compiled
-def _scatter(rows: _Rows, places: Places, dest: Array, dest_rows: Ints) -> tuple[int, int]:
+def _scatter(rows: _Rows, dest: Array, dest_rows: Ints) -> tuple[int, int]:
     values, value_starts, columns, starts, lengths = rows
-    n_columns = np.uint64(places.shape[0] if places.shape[0] else dest.shape[1])
+    n_columns = np.uint64(dest.shape[1])
     n_outside = n_repeated = 0
     for i in range(starts.shape[0]):
         row_values = values[value_starts[i] : value_starts[i] + lengths[i]]
@@ -248,13 +249,42 @@ def _scatter(rows: _Rows, places: Places, dest: Array, dest_rows: Ints) -> tuple
         row[:] = 0
         for j in range(row_columns.shape[0]):
             column = np.uint64(row_columns[j])  # a negative one becomes huge
-            if column >= n_columns:
+            if column < n_columns:
+                n_repeated += row[column] != 0
+                row[column] += row_values[j]
+            else:
                 n_outside += 1
-                continue
-            place = np.int64(places[column]) if places.shape[0] else np.int64(column)
-            if place >= 0:
-                n_repeated += row[np.uint64(place)] != 0
-                row[np.uint64(place)] += row_values[j]
+    return n_outside, n_repeated
+
+
+@_compiled
+def _scatter_selected(rows: _Rows, places: Places, dest: Array, dest_rows: Ints) -> tuple[int, int]:
+    values, value_starts, columns, starts, lengths = rows
+    n_columns = np.uint64(places.shape[0])
+    n_outside = n_repeated = 0
+    longest = 0
+    for i in range(lengths.shape[0]):
+        longest = max(longest, lengths[i])
+    kept = np.empty(longest + 1, np.int64)
+    for i in range(starts.shape[0]):
+        row_values = values[value_starts[i] : value_starts[i] + lengths[i]]
+        row_columns = columns[starts[i] : starts[i] + lengths[i]]
+        row = dest[dest_rows[i]]
+        row[:] = 0
+        # Which entries stay is found first, without a branch: nobody can predict the few chosen ones.
+        n_kept = 0
+        for j in range(row_columns.shape[0]):
+            column = np.uint64(row_columns[j])
+            if column < n_columns:
+                kept[n_kept] = j
+                n_kept += 1 if places[column] >= 0 else 0
+            else:
+                n_outside += 1
+        for k in range(n_kept):
+            j = kept[k]
+            place = np.uint64(places[np.uint64(row_columns[j])])
+            n_repeated += row[place] != 0
+            row[place] += row_values[j]
     return n_outside, n_repeated
 
 
