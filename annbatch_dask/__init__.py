@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from annbatch_dask import abc, errors, events, samplers, scdataset, transforms, types
+    from annbatch_dask import abc, errors, events, samplers, scdataset, transforms, types, utils
     from annbatch_dask.collection import DatasetCollection
     from annbatch_dask.loader import Loader
 
@@ -24,12 +24,13 @@ __all__ = [
     "scdataset",
     "transforms",
     "types",
+    "utils",
 ]
 
 __version__ = "0.1.0"
 
 _HOMES = {"DatasetCollection": "annbatch_dask.collection", "Loader": "annbatch_dask.loader"}
-_MODULES = ("abc", "errors", "events", "samplers", "scdataset", "transforms", "types")
+_MODULES = ("abc", "errors", "events", "samplers", "scdataset", "transforms", "types", "utils")
 
 
 def __getattr__(name: str) -> Any:

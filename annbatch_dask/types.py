@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from typing_extensions import TypeAliasType
 
 __all__ = ["LoadRequest", "LoaderOutput"]
 
@@ -54,3 +56,26 @@ class LoaderOutput(TypedDict):
     layers: NotRequired[dict[str, Any]]
     obsm: NotRequired[dict[str, Any]]
     obs_codes: NotRequired[dict[str, Any]]
+
+
+@cache
+def _aliases() -> dict[str, TypeAliasType]:
+    """Names annbatch has for what goes into a Loader and comes out of it; on demand, as zarr's import is slow."""
+    import scipy.sparse as sp
+    import zarr
+    from anndata.abc import CSRDataset
+
+    in_memory = sp.csr_matrix | sp.csr_array | np.ndarray
+    values = {
+        "BackingArray_T": zarr.Array | CSRDataset | in_memory,
+        "InputInMemoryArray_T": in_memory,
+        "OutputInMemoryArray_T": sp.csr_matrix | np.ndarray,
+    }
+    return {name: TypeAliasType(name, value) for name, value in values.items()}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("BackingArray_T", "InputInMemoryArray_T", "OutputInMemoryArray_T"):
+        return _aliases()[name]
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

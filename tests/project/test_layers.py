@@ -29,6 +29,7 @@ ALLOWED = {
     "samplers": {"abc", "errors", "order", "types"},
     "loader": {"abc", "errors", "kernels", "manifest", "order", "samplers", "storage", "transforms", "types"},
     "scdataset": {"loader", "order", "samplers", "types"},
+    "utils": {"loader", "order"},
     "lazy": {"errors", "manifest", "storage"},
     "etl": {"errors", "events", "kernels", "manifest", "plan", "storage"},
 }
