@@ -234,6 +234,16 @@ def print_scaling(setup: Setup, folders: dict[float, Path]) -> None:
         print(f"| {scale} | {spread(values['s'])} | {spread(values['GB'])} |")
 
 
+def print_orders(setup: Setup) -> None:
+    """Print how long epochs over 100 million rows take to start, and the memory that takes; weights are counted."""
+    print("\n| start of an epoch over 100M rows | first, s | next, s | memory, MB |\n|---|---|---|---|")
+    for name in ("random", "blocks", "full shuffle", "weighted"):
+        runs = [run(ours("order", name))[0] for _ in range(setup.repeats)]
+        first, second = ([lines[epoch]["seconds"] for lines in runs] for epoch in (0, 1))
+        memory = [lines[1]["n_bytes"] / 1e6 for lines in runs]
+        print(f"| {name} | {spread(first)} | {spread(second)} | {spread(memory)} |")
+
+
 def print_bounds(setup: Setup, folder: Path, epochs: dict[str, float]) -> None:
     """Print what cannot be avoided, and how much of an epoch it is."""
     lines, _ = run(ours("bounds", folder, setup.work / f"{OURS}.zarr"))
@@ -272,6 +282,7 @@ def main() -> int:
         found[name] |= values
     print_table(found)
     alone = bench_consumer(setup)
+    print_orders(setup)
     print_scaling(setup, folders)
     print_bounds(setup, folders[full], alone)
     return 0

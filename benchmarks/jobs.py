@@ -4,6 +4,7 @@
 jobs.py shuffle ATLAS_DIR OUT.zarr [--dataset-size 100000]
 jobs.py load OUT.zarr [--output csr|dense|genes] [--epochs 3] [--package annbatch_dask|annbatch] [--busy-s 2.0]
 jobs.py bounds ATLAS_DIR OUT.zarr
+jobs.py order random|blocks|"full shuffle"|weighted [--rows 100000000]
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import importlib
 import json
 import os
+import resource
 import sys
 import time
 import warnings
@@ -107,6 +109,39 @@ def var_names(store: Path) -> np.ndarray:
     _, first = next(zarr.open_group(store, mode="r").groups())
     names: np.ndarray = ad.io.read_elem(first["var"]).index.to_numpy()
     return names
+
+
+def order(args: argparse.Namespace) -> None:
+    """Time the start of epochs over many rows: no data, only which rows come first."""
+    from annbatch_dask.samplers import RandomSampler
+    from annbatch_dask.scdataset import BlockShuffling, BlockWeightedSampling, SamplingStrategy, StrategySampler
+
+    def of(strategy: SamplingStrategy) -> StrategySampler:
+        return StrategySampler(strategy, 4096, rng=np.random.default_rng(0))
+
+    samplers = {
+        "random": lambda _: RandomSampler(512, 32, 4096, rng=np.random.default_rng(0)),
+        "blocks": lambda _: of(BlockShuffling(16)),
+        "full shuffle": lambda _: of(BlockShuffling(1)),
+        "weighted": lambda weights: of(BlockWeightedSampling(16, weights=weights)),
+    }
+    next(samplers["full shuffle"](None).sample(1000))  # what is compiled on first use
+    before = peak_rss()
+    weights = np.random.default_rng(0).random(args.rows) if args.name == "weighted" else None
+    start = time.perf_counter()
+    sampler = samplers[args.name](weights)
+    for epoch in range(2):
+        requests = sampler.sample(args.rows)
+        next(requests)
+        seconds = time.perf_counter() - start
+        report(f"{args.name}, epoch {epoch}", seconds, n_bytes=peak_rss() - before)
+        requests.close()
+        start = time.perf_counter()
+
+
+def peak_rss() -> int:
+    """Return the most memory this process has had, in bytes."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def bounds(args: argparse.Namespace) -> None:
@@ -209,6 +244,10 @@ def main() -> int:
     job.add_argument("atlas", type=Path)
     job.add_argument("store", type=Path)
     job.set_defaults(run=bounds)
+    job = jobs.add_parser("order")
+    job.add_argument("name")
+    job.add_argument("--rows", type=int, default=100_000_000)
+    job.set_defaults(run=order)
     args = parser.parse_args()
     args.run(args)
     return 0

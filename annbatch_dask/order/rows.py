@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from annbatch_dask.kernels.weights import find_rows, sum_spans
 from annbatch_dask.order.keys import Key, Shuffled, generator, uniforms
 
 __all__ = ["Blocks", "Given", "InOrder", "Order", "Rounds", "WeightTable", "Weighted"]
@@ -105,13 +106,12 @@ class WeightTable:
     Parameters
     ----------
     weights
-        (n,) float64, 0 or more, not all 0.
+        (n,) of any real dtype, 0 or more, not all 0.
     """
 
-    def __init__(self, weights: Floats) -> None:
+    def __init__(self, weights: NDArray[Any]) -> None:
         self.weights = weights
-        firsts = np.arange(0, len(weights), _SPAN)
-        self._bounds = np.concatenate([[0.0], np.cumsum(np.add.reduceat(weights, firsts))])
+        self._bounds = sum_spans(weights, _SPAN)
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -123,21 +123,7 @@ class WeightTable:
 
     def find(self, shares: Floats) -> Ints:
         """(k,) int64, the row at each of the (k,) shares in [0, 1) of the sum. Never one of weight 0."""
-        target = shares * self._bounds[-1]
-        span = np.minimum(np.searchsorted(self._bounds, target, side="right") - 1, self._last_span)
-        places = span[:, None] * _SPAN + np.arange(_SPAN)
-        inside = places < len(self.weights)
-        parts = np.where(inside, self.weights[np.minimum(places, len(self.weights) - 1)], 0)
-        reached = np.cumsum(parts, axis=1) > (target - self._bounds[span])[:, None]
-        # Rounding may leave a target beyond the sum of its span: then its last row with a weight.
-        last = _SPAN - 1 - np.argmax(parts[:, ::-1] > 0, axis=1)
-        found: Ints = span * _SPAN + np.where(reached.any(axis=1), np.argmax(reached, axis=1), last)
-        return found
-
-    @cached_property
-    def _last_span(self) -> int:
-        """The last span with a weight: none beyond it may be found."""
-        return int(np.flatnonzero(np.diff(self._bounds) > 0)[-1])
+        return find_rows(self.weights, _SPAN, self._bounds, shares * self._bounds[-1])
 
 
 class Weighted:

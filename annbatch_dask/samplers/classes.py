@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from hashlib import blake2b
 from typing import Any
 
@@ -154,8 +154,11 @@ class ClassSampler(RunSampler):
 
     def state_identity(self) -> tuple[object, ...]:
         """What a saved state must have in common with the sampler that goes on from it."""
-        digest = blake2b(self._codes.tobytes() + self._weights.tobytes(), digest_size=8).hexdigest()
-        return (*super().state_identity(), self._num_samples, digest)
+        return (*super().state_identity(), self._num_samples, self._digest)
+
+    @cached_property
+    def _digest(self) -> str:
+        return blake2b(self._codes.tobytes() + self._weights.tobytes(), digest_size=8).hexdigest()
 
     def plan_requests(self, n_obs: int, epoch: int) -> Iterator[Planned]:
         """The load requests of one epoch, all workers' together."""

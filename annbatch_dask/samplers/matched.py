@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from hashlib import blake2b
 from typing import Any
 
@@ -110,8 +110,12 @@ class MatchedControlSampler(RunSampler):
 
     def state_identity(self) -> tuple[object, ...]:
         """What a saved state must have in common with the sampler that goes on from it."""
+        return (*super().state_identity(), self._n_controls, self._digest)
+
+    @cached_property
+    def _digest(self) -> str:
         content = b"".join(part.tobytes() for part in (self._perturbed, self._groups, self._controls))
-        return (*super().state_identity(), self._n_controls, blake2b(content, digest_size=8).hexdigest())
+        return blake2b(content, digest_size=8).hexdigest()
 
     def _n_rows(self, n_obs: int) -> int:  # noqa: ARG002 - it was made for these rows
         return len(self._perturbed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from hashlib import blake2b
 from typing import Any
 
@@ -81,7 +81,11 @@ class SamplingStrategy:
 
     def identity(self) -> tuple[object, ...]:
         """What the order depends on beside the seed."""
-        return (type(self).__qualname__, _digest(self._indices))
+        return (type(self).__qualname__, self._indices_digest)
+
+    @cached_property
+    def _indices_digest(self) -> str | None:
+        return _digest(self._indices)
 
     def _get_rng(self, seed: int | None, rng: np.random.Generator | None) -> np.random.Generator:
         return np.random.default_rng(seed) if rng is None else rng
@@ -181,7 +185,8 @@ class BlockWeightedSampling(SamplingStrategy):
     indices
         The rows to draw from; by default all.
     weights
-        (n,) 0 or more, for all rows of the collection, or for ``indices`` in their order; by default all alike.
+        (n,) 0 or more, for all rows of the collection, or for ``indices`` in their order; by default all alike. Used
+        where they lie, not copied: do not change them afterwards.
     total_size
         Draws of an epoch; by default as many as there are rows to draw from.
     replace
@@ -204,7 +209,7 @@ class BlockWeightedSampling(SamplingStrategy):
     ) -> None:
         super().__init__(indices)
         self.block_size = _check_block_size(block_size)
-        self.weights = None if weights is None else _check_weights(np.asarray(weights))
+        self._weights = None if weights is None else _check_weights(np.asarray(weights))
         self.total_size = total_size
         self.replace = replace
         self.sampling_size = sampling_size
@@ -219,6 +224,11 @@ class BlockWeightedSampling(SamplingStrategy):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_table": None}
+
+    @property
+    def weights(self) -> NDArray[np.float64] | None:
+        """The weights, with a sum of 1; None where all rows are alike."""
+        return None if self._weights is None else np.divide(self._weights, self._weights.sum())
 
     def get_len(self, data_collection: Any) -> int:
         """Rows of one epoch."""
@@ -240,7 +250,11 @@ class BlockWeightedSampling(SamplingStrategy):
     def identity(self) -> tuple[object, ...]:
         """What the order depends on beside the seed."""
         settings = (self.block_size, self.total_size, self.replace, self.sampling_size)
-        return (*super().identity(), _digest(self.weights), *settings)
+        return (*super().identity(), self._weights_digest, *settings)
+
+    @cached_property
+    def _weights_digest(self) -> str | None:
+        return _digest(self._weights)
 
     def _weigh(self, n_obs: int) -> WeightTable:
         """The weights of the rows to draw from, in ascending order of these rows."""
@@ -248,18 +262,18 @@ class BlockWeightedSampling(SamplingStrategy):
             self._table = n_obs, WeightTable(self._align(n_obs))
         return self._table[1]
 
-    def _align(self, n_obs: int) -> NDArray[np.float64]:
+    def _align(self, n_obs: int) -> NDArray[Any]:
         n = n_obs if self._indices is None else len(self._indices)
-        if self.weights is None:
+        if self._weights is None:
             return np.ones(n)
         if self._indices is None or self._rank_of_given is None:
-            aligned = self.weights
-        elif len(self.weights) == len(self._indices):
-            aligned = self.weights[self._rank_of_given]
+            aligned = self._weights
+        elif len(self._weights) == len(self._indices):
+            aligned = self._weights[self._rank_of_given]
         else:
-            aligned = self.weights[self._indices] if self._indices[-1] < len(self.weights) else self.weights[:0]
+            aligned = self._weights[self._indices] if self._indices[-1] < len(self._weights) else self._weights[:0]
         if len(aligned) != n:
-            msg = f"there are {len(self.weights)} weights for {n} rows to draw from; give one for each, or for all rows"
+            msg = f"there are {len(self._weights)} weights for {n} rows to draw from; give one for each or for all"
             raise ValueError(msg)
         if not aligned.any():
             msg = f"all of the {n} rows to draw from have weight 0"
@@ -397,11 +411,9 @@ def _check_indices(indices: NDArray[Any]) -> Ints:
     return indices.astype(np.int64)
 
 
-def _check_weights(weights: NDArray[Any]) -> NDArray[np.float64]:
-    checked = weights.astype(np.float64)
-    total = checked.sum()
-    if not np.isfinite(total) or total <= 0 or checked.min() < 0:
+def _check_weights(weights: NDArray[Any]) -> NDArray[Any]:
+    total = weights.sum(dtype=np.float64)
+    if not np.isfinite(total) or total <= 0 or weights.min() < 0:
         msg = f"weights must be 0 or more and have a positive sum, got a sum of {total}"
         raise ValueError(msg)
-    checked /= total
-    return checked
+    return weights
