@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 import uuid
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            args.run(args)
     except KeyboardInterrupt:
         return _fail("interrupted", code=130)
     except (AnnbatchDaskError, OSError) as error:
@@ -303,6 +306,10 @@ def _layout(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed,
         "shuffle": args.shuffle,
         "var_subset": None if args.var_subset is None else _read_names(args.var_subset),
+        "merge": args.merge,
+        "elements": args.elements,
+        "counts": args.counts,
+        "allow_mixed_counts": args.allow_mixed_counts,
         "memory_limit": args.memory_limit,
     }
 
@@ -443,6 +450,23 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-shuffle", dest="shuffle", action="store_false", help="keep the order of the inputs")
     parser.add_argument("--var-subset", type=Path, metavar="FILE", help="keep these genes only: one name a line")
+    parser.add_argument(
+        "--merge",
+        choices=("same", "unique", "first", "only"),
+        help="var columns, varm, varp and uns of several files to keep, as in anndata.concat (default: none)",
+    )
+    parser.add_argument(
+        "--elements",
+        type=_names,
+        metavar="NAMES",
+        help="carry these alone: layers/counts,obsm,obs; or all but these: --elements=-raw,-obsm/X_umap",
+    )
+    parser.add_argument("--counts", default="X", metavar="NAME", help="what becomes X: X, raw/X or layers/<key>")
+    parser.add_argument(
+        "--allow-mixed-counts",
+        action="store_true",
+        help="build even if X holds whole numbers in some files and fractions in others",
+    )
     parser.add_argument("--memory-limit", type=_bytes, metavar="SIZE", help="memory of one worker process, e.g. 4GB")
 
 
@@ -450,6 +474,10 @@ def _size(text: str) -> int | str:
     """Read ``100_000`` as rows; leave ``2GB`` to the library, which knows the units."""
     plain = text.replace("_", "").replace(",", "")
     return int(plain) if plain.isdigit() else text
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _bytes(text: str) -> int:
@@ -471,6 +499,10 @@ def _positive(text: str) -> int:
 def _one_line(error: BaseException) -> str:
     parts = [str(error) or type(error).__name__, *getattr(error, "__notes__", [])]
     return "; ".join(" ".join(part.split()) for part in parts)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"annbatch-dask: warning: {message}", file=sys.stderr)
 
 
 def _fail(message: str, *, code: int) -> int:

@@ -9,6 +9,7 @@ import re
 import secrets
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +25,7 @@ from annbatch_dask.errors import CollectionError, LayoutError, SourceError
 from annbatch_dask.etl.commit import leftovers, sweep
 from annbatch_dask.etl.job import Job, work_folder
 from annbatch_dask.etl.run import Engine, EngineRoom, build, choose_engine, run_check
-from annbatch_dask.etl.scan import merge_var, scan
+from annbatch_dask.etl.scan import merge_annotations, scan
 from annbatch_dask.etl.verify import (
     Verification,
     check_dataset,
@@ -45,6 +46,8 @@ from annbatch_dask.manifest import (
     dataset_number,
 )
 from annbatch_dask.plan.build import Extension, Options, Plan, build_plan
+from annbatch_dask.plan.elements import Elements
+from annbatch_dask.plan.genes import check_unique
 from annbatch_dask.progress import default_callbacks
 from annbatch_dask.splits import Splits, make_splits
 from annbatch_dask.storage.lock import Lease, exclusive
@@ -310,6 +313,9 @@ class DatasetCollection:
         dataset_size: int | str = "2GB",
         shuffle: bool = True,
         merge: str | None = None,
+        elements: Iterable[str] | None = None,
+        counts: str | Mapping[str, str] = "X",
+        allow_mixed_counts: bool = False,
         mode: Mode = "extend",
         genes: Literal["collection", "union"] = "collection",
         seed: int | None = None,
@@ -327,7 +333,7 @@ class DatasetCollection:
         -------
         The plan; its repr says tasks, bytes and peak memory.
         """
-        refs = _references(adata_paths, load_adata)
+        refs = _references(adata_paths, load_adata, counts)
         options = _options(
             var_subset,
             n_obs_per_chunk,
@@ -336,9 +342,12 @@ class DatasetCollection:
             dataset_size,
             shuffle=shuffle,
             seed=_seed(seed, rng),
+            elements=Elements.parse(elements),
+            allow_mixed_counts=allow_mixed_counts,
         )
         room = choose_engine(client, memory_limit)
-        return self._plan(refs, options, merge, room, self._extension(mode, genes), read_values=read_values)
+        plan, _ = self._plan(refs, options, merge, room, self._extension(mode, genes), read_values=read_values)
+        return plan
 
     def add_adatas(  # noqa: PLR0913 - annbatch's arguments
         self,
@@ -352,6 +361,9 @@ class DatasetCollection:
         dataset_size: int | str = "2GB",
         shuffle: bool = True,
         merge: str | None = None,
+        elements: Iterable[str] | None = None,
+        counts: str | Mapping[str, str] = "X",
+        allow_mixed_counts: bool = False,
         mode: Mode = "extend",
         genes: Literal["collection", "union"] = "collection",
         seed: int | None = None,
@@ -377,7 +389,7 @@ class DatasetCollection:
         adata_paths
             Paths or URLs of ``.h5ad`` files and ``.zarr`` stores, or zarr and h5py groups in files.
         load_adata
-            ``path -> AnnData`` instead of the default, which reads X, layers, obsm, obs and var from the file. What it
+            ``path -> AnnData`` instead of the default, which reads all elements from the file. What it
             returns may be in memory, backed or lazy; it is called on the workers, several times for an input.
         var_subset
             Keep only these genes.
@@ -392,7 +404,19 @@ class DatasetCollection:
         shuffle
             False keeps the order of the inputs.
         merge
-            Which var columns to keep of several inputs, as in :func:`anndata.concat`; None keeps none.
+            Which var columns, varm, varp and uns to keep of several inputs, as in :func:`anndata.concat`; None keeps
+            none. All of a single input's are kept.
+        elements
+            What to carry: names such as ``"layers"``, ``"layers/counts"``, ``"obsm/X_pca"``, ``"obs"``, ``"raw"``,
+            ``"uns"``, beside X and the obs names. Names with a leading ``-`` say what not to carry. None carries
+            everything that all inputs have. What is left out then is named in a warning and in the plan; ``obsp`` is
+            always, as a shuffle parts its pairs. What is named must be there, and what cannot be carried (awkward
+            arrays) must be excluded.
+        counts
+            The matrix of the inputs that becomes X: ``"X"`` (default), ``"raw/X"`` or ``"layers/<key>"``, for all of
+            them, or by path for some.
+        allow_mixed_counts
+            Build even if X holds whole numbers in some inputs and fractions in others.
         mode
             What happens to a collection that holds cells. ``"extend"`` (default) deals the new cells into its datasets,
             to each in proportion to its size and anywhere in it, and leaves their number and ``dataset_size`` as they
@@ -431,7 +455,7 @@ class DatasetCollection:
             If what was written is not what was read; nothing is published.
         """
         self._check_target()
-        refs = _references(adata_paths, load_adata)
+        refs = _references(adata_paths, load_adata, counts)
         options = _options(
             var_subset,
             n_obs_per_chunk,
@@ -440,6 +464,8 @@ class DatasetCollection:
             dataset_size,
             shuffle=shuffle,
             seed=_seed(seed, rng),
+            elements=Elements.parse(elements),
+            allow_mixed_counts=allow_mixed_counts,
         )
         callback = Callbacks([*default_callbacks(progress=progress), *(callbacks or ())])
         room = choose_engine(client, memory_limit)
@@ -450,11 +476,12 @@ class DatasetCollection:
                 logger.info("%s holds these inputs already: nothing to do", self.path)
                 self._sweep_all()
                 return self
-            plan = self._plan(refs, options, merge, room, extension)
-            for element, paths in plan.left_out.items():
-                logger.warning("%s is left out: in %d of %d inputs", element, len(paths), len(refs))
+            plan, annotations = self._plan(refs, options, merge, room, extension)
+            if plan.left_out:
+                warnings.warn(_words_of(plan.left_out, len(refs)), UserWarning, stacklevel=2)
             with room.start() as engine:
-                self._build(plan, (*self._dataset_refs(extension), *refs), engine, callback, scratch)
+                all_refs = (*self._dataset_refs(extension), *refs)
+                self._build(plan, all_refs, annotations, engine, callback, scratch)
         return self
 
     def _refresh(self) -> None:
@@ -512,24 +539,31 @@ class DatasetCollection:
         extension: Extension | None,
         *,
         read_values: bool = False,
-    ) -> Plan:
+    ) -> tuple[Plan, ad.AnnData | None]:
         """Scan the inputs, and the datasets of a collection that is extended, and plan."""
-        want_var = len(refs) == 1 or merge is not None
+        wanted = merge is not None or (extension is None and len(refs) == 1)
         datasets = self._dataset_refs(extension)
-        tasks = [*((ref, False, False) for ref in datasets), *((ref, want_var, read_values) for ref in refs)]
+        first = extension is not None and (merge is not None or not extension.union)
+        tasks = [(ref, first and k == 0, False) for k, ref in enumerate(datasets)]
+        tasks += [(ref, wanted, read_values) for ref in refs]
         scanned = room.scanner.run("scan", scan, tasks, lambda *_: None)
-        schemas = [s.schema for s in scanned]
-        frames = [s.var for s in scanned if s.var is not None]
         for s in scanned:
-            if s.var is not None and not s.var.index.is_unique:
-                build_plan([s.schema], options, budget=room.budget)  # raises, with the names
-        if extension is None:
-            var = merge_var(frames, merge) if want_var else None
-        elif extension.union:
-            var = merge_var([self.var, *frames], merge) if merge is not None else None
-        else:
-            var = self.var
-        return build_plan(schemas, options, budget=room.budget, var=var, extension=extension)
+            check_unique(s.schema)
+        found = [s.annotations for s in scanned if s.annotations is not None]
+        if extension is not None and not extension.union:
+            found = found[:1]  # the collection's own
+        annotations = merge_annotations(found, merge) if found else None
+        if annotations is not None:
+            _exclude(annotations, options.elements)
+        plan = build_plan(
+            [s.schema for s in scanned],
+            options,
+            budget=room.budget,
+            var=None if annotations is None else annotations.var,
+            annotated=_annotated(annotations),
+            extension=extension,
+        )
+        return plan, annotations
 
     @property
     def _target(self) -> Folder:
@@ -540,6 +574,7 @@ class DatasetCollection:
         self,
         plan: Plan,
         refs: tuple[SourceRef, ...],
+        annotations: ad.AnnData | None,
         engine: Engine,
         callback: Callback,
         scratch: str | os.PathLike[str] | None,
@@ -548,7 +583,7 @@ class DatasetCollection:
         target = self._target
         base = Folder(os.path.abspath(base.path)) if base.is_local else base
         manifest = None if plan.extension is None else self.manifest or self._adopted()
-        build(Job(plan, refs, base / work_folder(plan, target), target, manifest), engine, callback)
+        build(Job(plan, refs, base / work_folder(plan, target), target, annotations, manifest), engine, callback)
         if scratch is None:  # what other interrupted builds left here, none of them can use now
             base.remove()
         elif not base.names():
@@ -604,7 +639,7 @@ class DatasetCollection:
         if refs:
             found, missing = match_sources([r.label for r in refs], manifest)
             first = SourceRef("dataset", (target / manifest.datasets[0].name).url, tagged=True)
-            tasks = [(ref, record, first) for ref, record in source_refs(refs, found)]
+            tasks = [(*of, first) for of in source_refs(refs, found, manifest)]
             size = (sum(r.n_obs for r in found.values()), 0)
             problems += [*missing, *run_check(engine, "compare", check_source, tasks, callback, size)]
         return Verification(
@@ -720,7 +755,28 @@ class _CollectionNotFoundError(CollectionError, FileNotFoundError):
     """There is nothing at the path."""
 
 
-def _references(paths: Iterable[Any], load_adata: Callable[[Any], ad.AnnData] | None) -> tuple[SourceRef, ...]:
+def _words_of(left_out: Mapping[str, Sequence[str]], n_inputs: int) -> str:
+    shown = ", ".join(f"{name} ({len(paths)} of {n_inputs} inputs)" for name, paths in left_out.items())
+    return f"left out: {shown}; name them with a leading '-' in elements to confirm, or see merge"
+
+
+def _exclude(annotations: ad.AnnData, elements: Elements) -> None:
+    """Drop what was not chosen."""
+    for kind in ("varm", "varp", "uns"):
+        mapping = getattr(annotations, kind)
+        for key in [k for k in mapping if not elements.keeps(f"{kind}/{k}")]:
+            del mapping[key]
+
+
+def _annotated(annotations: ad.AnnData | None) -> frozenset[str]:
+    if annotations is None:
+        return frozenset()
+    return frozenset(f"{kind}/{key}" for kind in ("varm", "varp", "uns") for key in getattr(annotations, kind))
+
+
+def _references(
+    paths: Iterable[Any], load_adata: Callable[[Any], ad.AnnData] | None, counts: str | Mapping[str, str] = "X"
+) -> tuple[SourceRef, ...]:
     if isinstance(paths, str | os.PathLike):
         msg = f"adata_paths is one path, {os.fspath(paths)!r}; give a list of paths"
         raise TypeError(msg)
@@ -733,7 +789,11 @@ def _references(paths: Iterable[Any], load_adata: Callable[[Any], ad.AnnData] | 
         twice = next(x for x in labels if labels.count(x) > 1)
         msg = f"{twice} is given {labels.count(twice)} times; give each input once"
         raise SourceError(msg)
-    return refs
+    chosen = dict.fromkeys(labels, counts) if isinstance(counts, str) else {os.fspath(k): v for k, v in counts.items()}
+    if unknown := chosen.keys() - set(labels):
+        msg = f"counts names {min(unknown)}, which is none of the {len(labels)} inputs; give their paths"
+        raise SourceError(msg)
+    return tuple(replace(r, counts=chosen.get(r.label, "X")) for r in refs)
 
 
 def _reference(item: Any, load_adata: Callable[[Any], ad.AnnData] | None) -> SourceRef:
@@ -763,7 +823,7 @@ def _seed(seed: int | None, rng: np.random.Generator | None) -> int:
     return secrets.randbits(63) if seed is None else int(seed)
 
 
-def _options(
+def _options(  # noqa: PLR0913 - all of them are numbers of a plan
     var_subset: Iterable[str] | None,
     n_obs_per_chunk: int,
     shard_size: int | str,
@@ -772,6 +832,8 @@ def _options(
     *,
     shuffle: bool,
     seed: int,
+    elements: Elements,
+    allow_mixed_counts: bool,
 ) -> Options:
     if n_obs_per_chunk < 1:
         msg = f"n_obs_per_chunk is {n_obs_per_chunk}; it must be 1 or more"
@@ -788,6 +850,8 @@ def _options(
         shard_nbytes=shard_nbytes,
         compressor=compressor_json(zarr_compressor),
         var_subset=None if var_subset is None else tuple(map(str, var_subset)),
+        elements=elements,
+        allow_mixed_counts=allow_mixed_counts,
     )
 
 

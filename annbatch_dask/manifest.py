@@ -39,12 +39,25 @@ def _checksum(values: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """An input: how many rows and stored values of X it gave, and the fingerprint of its rows (16 hex digits)."""
+    """An input.
+
+    Attributes
+    ----------
+    path
+        As the user gave it.
+    n_obs, nnz
+        Rows and stored values of X that it gave.
+    fingerprint
+        Of its rows, 16 hex digits.
+    counts
+        Which of its matrices became X.
+    """
 
     path: str
     n_obs: int
     nnz: int
     fingerprint: str
+    counts: str = "X"
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,8 @@ class BuildRecord:
         Fingerprint of the plan.
     sources
         Paths of its inputs.
+    elements
+        Which of their elements were chosen, and excluded (with a leading ``-``); empty for all that can be carried.
     """
 
     mode: str
@@ -94,6 +109,7 @@ class BuildRecord:
     permutation: Mapping[str, Any]
     plan: str
     sources: tuple[str, ...]
+    elements: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,7 +158,7 @@ class Manifest:
         values = asdict(self) | {
             "datasets": [asdict(d) | {"files": {k: list(v) for k, v in d.files.items()}} for d in self.datasets],
             "sources": [asdict(s) for s in self.sources],
-            "builds": [asdict(b) | {"sources": list(b.sources)} for b in self.builds],
+            "builds": [asdict(b) | {"sources": list(b.sources), "elements": list(b.elements)} for b in self.builds],
         }
         return values | {"crc32c": _checksum(values)}
 
@@ -173,7 +189,10 @@ class Manifest:
                     for d in values["datasets"]
                 ),
                 "sources": tuple(SourceRecord(**s) for s in values["sources"]),
-                "builds": tuple(BuildRecord(**b | {"sources": tuple(b["sources"])}) for b in values["builds"]),
+                "builds": tuple(
+                    BuildRecord(**b | {"sources": tuple(b["sources"]), "elements": tuple(b.get("elements", ()))})
+                    for b in values["builds"]
+                ),
             }
             return cls(**{**values, **records})
         except (KeyError, TypeError, ValueError) as e:

@@ -78,6 +78,7 @@ def make_manifest(
         permutation={"name": plan.placement.name, "version": plan.placement.version},
         plan=plan.fingerprint,
         sources=tuple(s.path for s in plan.sources if not s.tagged),
+        elements=plan.options.elements.names,
     )
     written = tuple(
         DatasetRecord(r["name"], r["n_rows"], r["nnz"], r["fingerprint"], {k: tuple(v) for k, v in r["files"].items()})
@@ -122,7 +123,11 @@ def _sources(plan: Plan, scattered: Sequence[Receipt]) -> tuple[SourceRecord, ..
     for block, receipt in zip(plan.blocks, scattered, strict=True):
         nnz[block.source] += sum(receipt["nnz"].get("X", ()))
     found = zip(plan.sources, nnz.tolist(), source_fingerprints(plan, scattered), strict=True)
-    return tuple(SourceRecord(s.path, s.n_obs, n, fingerprint) for s, n, fingerprint in found if not s.tagged)
+    return tuple(
+        SourceRecord(s.path, s.n_obs, n, fingerprint, next(m.source_name for m in s.matrices if m.name == "X"))
+        for s, n, fingerprint in found
+        if not s.tagged
+    )
 
 
 def merged_range(scattered: Sequence[Receipt], matrix: str) -> ValueRange:

@@ -22,7 +22,7 @@ from annbatch_dask.kernels.rows import bounds_of, copy_runs
 from annbatch_dask.manifest import DATASET_PREFIX, MANIFEST_KEY
 from annbatch_dask.plan.build import Options, Plan
 from annbatch_dask.plan.dtypes import index_dtype
-from annbatch_dask.plan.schema import SOURCE_DTYPE, ColumnSpec, MatrixSpec
+from annbatch_dask.plan.schema import OBS, SOURCE_DTYPE, ColumnSpec, MatrixSpec
 from annbatch_dask.storage.checksums import FileSums, checksum, checksums
 from annbatch_dask.storage.columns import to_pandas
 from annbatch_dask.storage.metadata import METADATA, consolidate, metadata_below
@@ -139,7 +139,7 @@ def _write_dataset(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
             "scratch files were damaged: remove the scratch folder and build again"
         )
         raise IntegrityError(msg)
-    _write_frames(group, obs.frame(plan.index_name), plan, folder)
+    _write_frames(group, obs, job, folder)
     folder.sync()
     written = {name: sums for w in writers for name, sums in w.files.items()}
     return {
@@ -248,7 +248,8 @@ def _matrix_writer(
     spec: MatrixSpec, options: Options, n_obs: int, task: GatherTask, folder: Folder, group: zarr.Group
 ) -> _SparseWriter | _DenseWriter:
     for parent in spec.name.split("/")[:-1]:
-        group.require_group(parent).attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+        encoding = "raw" if parent == "raw" else "dict"
+        group.require_group(parent).attrs.update({"encoding-type": encoding, "encoding-version": "0.1.0"})
     kind = _SparseWriter if spec.kind == "csr" else _DenseWriter
     return kind(spec, options, n_obs, task, folder, group)
 
@@ -355,7 +356,7 @@ def _shard_rows(options: Options, row_nbytes: float, chunk: int, length: int, *,
 
 
 class _ObsColumns:
-    """The dataset's obs, filled part by part."""
+    """The dataset's obs, and the frames in its obsm, filled part by part."""
 
     def __init__(self, columns: Sequence[ColumnSpec], n_rows: int) -> None:
         self._columns, self._n_rows, self._at = columns, n_rows, 0
@@ -377,16 +378,15 @@ class _ObsColumns:
             self._arrays[name] = np.empty(self._n_rows, rows.dtype)
         self._arrays[name][self._at : self._at + len(rows)] = rows
 
-    def frame(self, index_name: str | None) -> pd.DataFrame:
+    def frames(self, index_name: str | None) -> dict[str, pd.DataFrame]:
         names, *columns = self._columns
-        data = {
-            c.name: to_pandas(c, self._arrays.pop(head(c)), self._arrays.pop(head(c, "mask"), None)) for c in columns
-        }
         index = pd.Index(self._arrays.pop(head(names)), dtype=object, name=index_name)
-        frame = pd.DataFrame(index=index)
-        for name, values in data.items():
-            frame[name] = pd.Series(values, index=index, dtype=object) if _is_object(values) else values
-        return frame
+        out = {OBS: pd.DataFrame(index=index)}
+        for c in columns:
+            values = to_pandas(c, self._arrays.pop(head(c)), self._arrays.pop(head(c, "mask"), None))
+            frame = out.setdefault(c.frame, pd.DataFrame(index=index.rename(None)))
+            frame[c.name] = pd.Series(values, index=frame.index, dtype=object) if _is_object(values) else values
+        return out
 
 
 def _is_object(values: Any) -> bool:
@@ -396,18 +396,35 @@ def _is_object(values: Any) -> bool:
 _settings_lock = threading.Lock()
 
 
-def _write_frames(group: zarr.Group, obs: pd.DataFrame, plan: Plan, folder: Folder) -> None:
+def _write_frames(group: zarr.Group, obs: _ObsColumns, job: Job, folder: Folder) -> None:
     """Write what is not sharded, with anndata itself.
 
     anndata's settings are the process's, so threads take turns: two that overlap would undo each other's.
     """
     import anndata as ad  # takes seconds; a local worker has it by now, see etl/preload.py
 
+    plan = job.plan
+    elements = {**obs.frames(plan.index_name), "var": plan.var} | _annotations(job)
     with _settings_lock, ad.settings.override(allow_write_nullable_strings=True, auto_shard_zarr_v3=False):
-        ad.io.write_elem(group, "obs", obs)
-        ad.io.write_elem(group, "var", plan.var)
         for name in ("layers", "obsm", "obsp", "varm", "varp", "uns"):
             if name not in group:
                 ad.io.write_elem(group, name, {})
+        for name, value in elements.items():
+            ad.io.write_elem(group, name, value)
     nodes = metadata_below(folder)
     consolidate(folder, nodes[""]["attributes"], nodes)
+
+
+def _annotations(job: Job) -> dict[str, Any]:
+    """Gene-wise elements in the order of the collection's genes, and uns."""
+    plan, found = job.plan, job.annotations
+    out: dict[str, Any] = {}
+    if found is not None:
+        ordered = found[:, plan.var.index]
+        out = {k: dict(getattr(ordered, k)) for k in ("varm", "varp", "uns") if len(getattr(ordered, k))}
+    if "raw" in plan.genes:
+        genes = plan.genes["raw"].genes
+        raw = None if found is None else found.raw
+        out["raw/var"] = pd.DataFrame(index=genes) if raw is None else raw.var.loc[genes]
+        out["raw/varm"] = {}
+    return out

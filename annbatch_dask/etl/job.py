@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 import cloudpickle
 
@@ -18,6 +19,9 @@ from annbatch_dask.manifest import Manifest
 from annbatch_dask.plan.build import Plan
 from annbatch_dask.storage.publish import Folder
 from annbatch_dask.storage.sources import Source, SourceRef, open_source
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 __all__ = ["Job", "load_job", "save_job", "trim_memory"]
 
@@ -36,6 +40,8 @@ class Job:
         Folder of spill files and receipts, for this plan alone.
     target
         Folder of the collection.
+    annotations
+        What the collection says of genes and of itself: an AnnData of no cells; None where only the gene names are.
     base
         Manifest of the collection as it is, where the build extends one.
     """
@@ -44,6 +50,7 @@ class Job:
     refs: tuple[SourceRef, ...]
     scratch: Folder
     target: Folder
+    annotations: AnnData | None = None
     base: Manifest | None = None
 
     @contextmanager

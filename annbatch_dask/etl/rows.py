@@ -45,7 +45,7 @@ def all_columns(plan: Plan) -> tuple[ColumnSpec, ...]:
 
 def head(spec: ColumnSpec, what: str = "values") -> str:
     """Name of a column's head array: its ``values``, ``mask`` or string ``length``."""
-    return f"obs/{spec.name}#{what}"
+    return f"{spec.path}#{what}"
 
 
 def encode_strings(strings: NDArray[np.object_]) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
@@ -106,7 +106,7 @@ def _column_hashes(
     n_rows: int, spec: ColumnSpec, heads: Mapping[str, NDArray], flats: Mapping[str, tuple[NDArray, NDArray[np.int64]]]
 ) -> NDArray[np.uint64]:
     """(n_rows,) hashes of a column's values, 0 where missing."""
-    salt = field_salt(f"obs/{spec.name}")
+    salt = field_salt(spec.path)
     if spec.categories is not None:
         table = np.append(_category_hashes(spec.categories, salt), [np.uint64(0)])
         by_code: NDArray[np.uint64] = table[heads[head(spec)]]

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import anndata as ad
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.kernels.values import range_of
 from annbatch_dask.plan.dtypes import ValueRange, merge_ranges
+from annbatch_dask.plan.elements import choose_counts
 from annbatch_dask.plan.layout import cut_blocks
 from annbatch_dask.plan.schema import MatrixSchema, SourceSchema
 from annbatch_dask.storage.matrices import CsrRows
 from annbatch_dask.storage.sources import Source, SourceRef, open_source
 
-__all__ = ["Scanned", "merge_var", "scan"]
+__all__ = ["Scanned", "merge_annotations", "scan"]
 
 _READ_NBYTES = 2**26
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """An input's schema, and its var frame where asked for."""
+    """An input's schema, and what it says of genes and of itself where asked for: an AnnData of no cells."""
 
     schema: SourceSchema
-    var: pd.DataFrame | None
+    annotations: ad.AnnData | None
 
 
-def scan(ref: SourceRef, want_var: bool, read_values: bool = False) -> Scanned:  # noqa: FBT001, FBT002 - a task
+def scan(ref: SourceRef, want_annotations: bool, read_values: bool = False) -> Scanned:  # noqa: FBT001, FBT002 - a task
     """Look at one input. ``read_values`` also reads every value of its matrices, which is as much work as a scatter.
 
     Raises
@@ -42,14 +43,22 @@ def scan(ref: SourceRef, want_var: bool, read_values: bool = False) -> Scanned: 
     """
     try:
         with open_source(ref) as source:
-            schema = replace(source.schema(), tagged=ref.tagged)
+            schema = choose_counts(replace(source.schema(), tagged=ref.tagged), ref.counts)
             if read_values:
                 found = tuple(replace(m, values=_range_of_matrix(source, schema, m)) for m in schema.matrices)
                 schema = replace(schema, matrices=found)
-            return Scanned(schema, source.var() if want_var else None)
+            return Scanned(schema, _annotations(source, ref.counts) if want_annotations else None)
     except Exception as e:
         e.add_note(f"while scanning {ref.label}")
         raise
+
+
+def _annotations(source: Source, counts: str) -> ad.AnnData:
+    found = source.annotations()
+    if counts != "raw/X":
+        return found
+    assert found.raw is not None  # choose_counts found it
+    return ad.AnnData(obs=found.obs, var=found.raw.var, uns=found.uns)
 
 
 def _range_of_matrix(source: Source, schema: SourceSchema, matrix: MatrixSchema) -> ValueRange:
@@ -69,10 +78,18 @@ def _range_of_matrix(source: Source, schema: SourceSchema, matrix: MatrixSchema)
     return merge_ranges(ranges)
 
 
-def merge_var(frames: Sequence[pd.DataFrame], merge: str | None) -> pd.DataFrame:
-    """Var columns of the collection: all of a single input's; of several, what ``anndata.concat(merge=...)`` keeps."""
-    if len(frames) == 1:
-        return frames[0]
-    empty = [ad.AnnData(obs=pd.DataFrame(index=pd.Index([], dtype=object)), var=v) for v in frames]
-    frame: pd.DataFrame = ad.concat(empty, join="outer", merge=merge).var
-    return frame
+def merge_annotations(found: Sequence[ad.AnnData], merge: str | None) -> ad.AnnData:
+    """Gene-wise elements and uns of the collection: all of a single input's; of several, what ``merge`` keeps.
+
+    ``merge`` is that of :func:`anndata.concat`, and serves uns as well.
+    """
+    if len(found) == 1:
+        return found[0]
+    strategy: Any = merge
+    out: ad.AnnData = ad.concat(found, join="outer", merge=strategy, uns_merge=strategy)
+    raws = [ad.AnnData(obs=a.obs, var=a.raw.var) for a in found if a.raw is not None]
+    if len(raws) == len(found):
+        raw = ad.concat(raws, join="outer", merge=strategy)
+        raw.X = np.zeros(raw.shape, np.float32)
+        out.raw = raw
+    return out

@@ -90,7 +90,7 @@ def read_block(plan: Plan, block: Block, source: SourceSchema, opened: Source) -
     schemas = {m.name: m for m in source.matrices}
     for spec in plan.matrices:
         found = opened.matrix(schemas[spec.name], block.start, block.stop)
-        gene_map = plan.gene_maps[plan.gene_map_of[block.source]] if spec.mapped else None
+        gene_map = plan.gene_map(block.source, schemas[spec.name], spec)
         if spec.kind == "csr":
             csr = found if isinstance(found, CsrRows) else _dense_to_csr(found)
             _read_sparse(rows, spec, schemas[spec.name], csr, gene_map)
@@ -221,7 +221,7 @@ def _read_dense(rows: _Rows, spec: MatrixSpec, values: NDArray, gene_map: NDArra
 
 def _read_column(column: ColumnSpec, block: Block, source: SourceSchema, opened: Source) -> ColumnRows:
     """A column's rows as the collection holds them: codes mapped, dtypes promoted, gaps filled."""
-    schema = next((c for c in source.columns if c.name == column.name), None)
+    schema = next((c for c in source.columns if c.path == column.path), None)
     n = block.n_rows
     if schema is None:
         return _missing(column, n)

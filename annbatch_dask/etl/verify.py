@@ -13,6 +13,7 @@ from annbatch_dask.etl.scan import scan
 from annbatch_dask.etl.scatter import hash_block, read_block
 from annbatch_dask.manifest import DatasetRecord, Manifest, SourceRecord
 from annbatch_dask.plan.build import Extension, Options, build_plan
+from annbatch_dask.plan.elements import Elements
 from annbatch_dask.plan.memory import Budget
 from annbatch_dask.storage.checksums import checksum
 from annbatch_dask.storage.metadata import METADATA, consolidated_below, metadata_below, nodes_checksum
@@ -21,6 +22,7 @@ from annbatch_dask.storage.sources import SourceRef, open_source
 
 __all__ = ["Problem", "Verification", "check_dataset", "check_readable", "check_root", "check_source", "match_sources"]
 
+_ALL = Elements()
 _BUDGET = Budget(2**40)
 """No limit: rows are read in blocks of the default size."""
 
@@ -177,10 +179,10 @@ def _check_rows(ref: SourceRef, record: DatasetRecord, *, n_vars: int) -> list[P
     return problems
 
 
-def check_source(ref: SourceRef, record: SourceRecord, dataset: SourceRef) -> dict[str, Any]:
+def check_source(ref: SourceRef, record: SourceRecord, elements: tuple[str, ...], dataset: SourceRef) -> dict[str, Any]:
     """Compare the rows of an input, as the collection of ``dataset`` would hold them, with what the build read."""
     problems = []
-    n_obs, _, fingerprint, _ = _fingerprint(ref, dataset)
+    n_obs, _, fingerprint, _ = _fingerprint(ref, dataset, Elements.parse(elements))
     if n_obs != record.n_obs:
         problems.append(Problem(ref.label, f"has {n_obs:,} rows and the collection has {record.n_obs:,} of it"))
     elif fingerprint != record.fingerprint:
@@ -189,13 +191,14 @@ def check_source(ref: SourceRef, record: SourceRecord, dataset: SourceRef) -> di
     return {"problems": problems, "n_rows": n_obs, "n_bytes": 0}
 
 
-def _fingerprint(ref: SourceRef, dataset: SourceRef | None) -> tuple[int, int, str, int]:
+def _fingerprint(ref: SourceRef, dataset: SourceRef | None, elements: Elements = _ALL) -> tuple[int, int, str, int]:
     """Rows, stored values of X, fingerprint and genes of an input, in the form it has in a dataset's collection."""
-    schemas = [scan(r, want_var=False).schema for r in (dataset, ref) if r is not None]
+    schemas = [scan(r, want_annotations=False).schema for r in (dataset, ref) if r is not None]
     if not schemas[-1].n_obs:
         return 0, 0, "0" * 16, 0
     extension = None if dataset is None else Extension("append", 1, 0)
-    plan = build_plan(schemas, Options(seed=0, shuffle=False), budget=_BUDGET, extension=extension)
+    options = Options(seed=0, shuffle=False, elements=elements, allow_mixed_counts=True)
+    plan = build_plan(schemas, options, budget=_BUDGET, extension=extension)
     total, nnz = 0, 0
     with open_source(ref) as opened:
         for block in plan.blocks:
@@ -231,6 +234,13 @@ def _some(paths: Mapping[str, Any] | Iterable[str]) -> str:
     return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")  # noqa: PLR2004
 
 
-def source_refs(refs: Sequence[SourceRef], found: Mapping[str, SourceRecord]) -> list[tuple[SourceRef, SourceRecord]]:
-    """Inputs under the labels they had when they were built."""
-    return [(replace(r, label=found[r.label].path), found[r.label]) for r in refs]
+def source_refs(
+    refs: Sequence[SourceRef], found: Mapping[str, SourceRecord], manifest: Manifest
+) -> list[tuple[SourceRef, SourceRecord, tuple[str, ...]]]:
+    """Inputs under the labels they had when they were built, their records, and what was chosen of them."""
+    elements = {path: b.elements for b in manifest.builds for path in b.sources}
+    records = [found[r.label] for r in refs]
+    return [
+        (replace(r, label=record.path, counts=record.counts), record, elements[record.path])
+        for r, record in zip(refs, records, strict=True)
+    ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, reduce
 from hashlib import blake2b
 from typing import Literal
@@ -16,12 +17,13 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import LayoutError, SchemaError
 from annbatch_dask.plan.columns import unite_columns, unite_tags
 from annbatch_dask.plan.dtypes import ValueRange, merge_ranges, smallest_dtype
-from annbatch_dask.plan.genes import check_unique, gene_maps, join_genes
+from annbatch_dask.plan.elements import Elements, check_counts
+from annbatch_dask.plan.genes import GeneSpace, check_unique, join_genes
 from annbatch_dask.plan.layout import Block, Layout, cut_blocks
 from annbatch_dask.plan.memory import MIB, Budget, format_nbytes, gather_peak_nbytes, scatter_peak_nbytes
 from annbatch_dask.plan.permutation import IDENTITY, SWAP_OR_NOT, Permutation
 from annbatch_dask.plan.placement import Dealt, deal
-from annbatch_dask.plan.schema import SRC_PATH, ColumnSpec, MatrixSpec, SourceSchema
+from annbatch_dask.plan.schema import OBS, SRC_PATH, ColumnSpec, Genes, MatrixSchema, MatrixSpec, SourceSchema
 
 __all__ = ["Extension", "Options", "Plan", "build_plan"]
 
@@ -45,6 +47,10 @@ class Options:
         Size of a shard, likewise.
     compressor
         Zarr v3 metadata of the bytes-to-bytes codec of the sharded arrays, None for none.
+    elements
+        Which elements to carry.
+    allow_mixed_counts
+        Do not mind where some inputs have whole numbers in X and others have not.
     """
 
     seed: int
@@ -56,6 +62,8 @@ class Options:
     shard_nbytes: int | None = None
     compressor: str | None = None
     var_subset: tuple[str, ...] | None = None
+    elements: Elements = Elements()
+    allow_mixed_counts: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,12 +110,14 @@ class Plan:
         Output position of every input row.
     var
         (n_vars, n_columns) frame of the collection's genes.
-    gene_maps, gene_map_of
-        Distinct maps from source genes to the collection's, and which one each source uses.
+    genes
+        The collection's genes, ``"var"``, and, where it carries ``raw``, those of that, ``"raw"``.
     matrices, columns
         Row-aligned elements of the collection.
     source_column
         The obs column beside them that tells each row's source.
+    left_out
+        Elements the build does not carry, and the sources that have them.
     """
 
     options: Options
@@ -116,11 +126,11 @@ class Plan:
     layout: Layout
     placement: Permutation | Dealt
     var: pd.DataFrame = field(repr=False)
-    gene_maps: tuple[NDArray[np.int32], ...] = field(repr=False)
-    gene_map_of: tuple[int, ...] = field(repr=False)
+    genes: Mapping[str, GeneSpace] = field(repr=False)
     matrices: tuple[MatrixSpec, ...]
     columns: tuple[ColumnSpec, ...]
     source_column: ColumnSpec
+    left_out: Mapping[str, Sequence[str]] = field(repr=False)
     index_name: str | None
     peak_nbytes: tuple[int, int]
     budget: Budget
@@ -164,15 +174,16 @@ class Plan:
             for s in self.sources
         ]
         var = pd.util.hash_pandas_object(self.var.astype(str)).to_numpy().tobytes()
+        raw = pd.util.hash_array(self.genes["raw"].genes.to_numpy()).tobytes() if "raw" in self.genes else b""
         payload = {
-            "options": asdict(self.options) | {"var_subset": None},
+            "options": asdict(self.options) | {"var_subset": None, "allow_mixed_counts": None},
             "layout": self.layout.sizes,
             "placement": repr(self.placement),
             "extension": None if self.extension is None else asdict(self.extension),
             "index_name": self.index_name,
             "sources": sources,
         }
-        return _digest(json.dumps(payload, sort_keys=True).encode(), var)
+        return _digest(json.dumps(payload, sort_keys=True).encode(), var, raw)
 
     @cached_property
     def work_key(self) -> str:
@@ -181,14 +192,9 @@ class Plan:
         payload = [_WORK_VERSION, self.fingerprint, repr(self.layout), repr(self.blocks), identities]
         return _digest(json.dumps(payload).encode())
 
-    @property
-    def left_out(self) -> dict[str, list[str]]:
-        """Elements the build does not carry, and the sources that have them."""
-        out: dict[str, list[str]] = {}
-        for s in self.sources:
-            for name in s.left_out:
-                out.setdefault(name, []).append(s.path)
-        return out
+    def gene_map(self, source: int, matrix: MatrixSchema, spec: MatrixSpec) -> NDArray[np.int32] | None:
+        """Where a source matrix's columns are in the collection's, -1 where left out; None where they stay."""
+        return self.genes[spec.genes].map_of(source, matrix.genes) if spec.genes else None
 
     @property
     def values(self) -> dict[str, ValueRange]:
@@ -209,7 +215,8 @@ class Plan:
             f"from {_plural(len(self.sources), 'source')} into {_plural(self.n_datasets, 'dataset')} "
             f"of up to {max(self.layout.sizes):,} cells",
             f"  order    {self.placement.name}, seed {self.seed}",
-            f"  carried  {', '.join([m.name for m in self.matrices] + [f'obs ({len(self.columns) + 1} columns)'])}",
+            f"  carried  {', '.join([*(m.name for m in self.matrices), *self._frames()])}",
+            *self._counts(),
         ]
         if self.left_out:
             missing = [f"{name} ({_plural(len(paths), 'source')})" for name, paths in self.left_out.items()]
@@ -226,6 +233,17 @@ class Plan:
                 counts = f"{found.n_nan:,} NaN and {found.n_inf:,} infinite values, kept as they are"
                 lines.append(f"  {m.name:<8} stored as {smallest_dtype(found, np.dtype(m.source_dtype))}; {counts}")
         return "\n".join(lines)
+
+    def _frames(self) -> list[str]:
+        n_columns = Counter(c.frame for c in (self.source_column, *self.columns))
+        return [f"{frame} ({_plural(n, 'column')})" for frame, n in n_columns.items()]
+
+    def _counts(self) -> list[str]:
+        """Which matrix of the sources is X, and whether its values are counts."""
+        words = {True: "whole numbers", False: "fractions", None: "zeros alone"}
+        found = Counter((m.source_name, m.integral) for s in self.sources for m in s.matrices if m.name == "X")
+        parts = [f"{name} in {_plural(n, 'source')}: {words[whole]}" for (name, whole), n in found.items()]
+        return [f"  X from   {'; '.join(parts)} (of a sample)"]
 
     __repr__ = summary
 
@@ -247,6 +265,7 @@ def build_plan(
     *,
     budget: Budget,
     var: pd.DataFrame | None = None,
+    annotated: frozenset[str] = frozenset(),
     extension: Extension | None = None,
 ) -> Plan:
     """Decide a build.
@@ -261,6 +280,8 @@ def build_plan(
         Memory of a worker; sizes blocks and parts, and is enforced.
     var
         Columns to keep for the genes, indexed by every gene of the join; None keeps none.
+    annotated
+        Gene-wise and other elements that the collection gets beside var, such as ``"varm/PCs"``.
     extension
         For a build on top of a collection, whose datasets are the first sources.
 
@@ -279,15 +300,21 @@ def build_plan(
     if not any(s.n_obs for s in sources[n_old:]):
         msg = f"the {len(sources) - n_old} inputs hold 0 cells in all; give at least one file that has cells"
         raise SchemaError(msg)
+    sources = [s if s.tagged else options.elements.select(s) for s in sources]
     for source in sources:
         check_unique(source)
-    genes = _gene_space(sources, options, extension)
-    maps, which = gene_maps([s.var_names for s in sources], genes)
-    matrices = _unite_matrices(sources, n_vars=len(genes))
+        _check_has_x(source)
+    if not options.allow_mixed_counts:
+        check_counts(sources)
+    common = _in_all(sources)
+    genes = _gene_spaces(sources, options, extension, common)
+    matrices = _unite_matrices(sources, genes, common)
     if extension is not None:
-        _check_carried(sources[:n_old], matrices)
-    sources = tuple(_drop_uncarried(s, matrices) for s in sources)
-    columns = tuple(c for c in unite_columns(sources) if c.name != SRC_PATH)
+        _check_carried(sources[:n_old], matrices, common)
+    left_out = _left_out(sources, common, annotated)
+    options.elements.refuse(left_out, n_sources=len(sources) - n_old)
+    sources = tuple(_keep(s, common) for s in sources)
+    columns = tuple(c for c in unite_columns(sources) if c.path != f"{OBS}/{SRC_PATH}")
     n_obs = sum(s.n_obs for s in sources[n_kept:])
     obs_nbytes = 8 * (len(columns) + 2) + 24  # numbers and codes, the name, the place
     whole = cut_blocks(sources, block_nbytes=2**62, csc_nbytes=2**62, obs_nbytes=obs_nbytes, skip=n_kept)
@@ -316,12 +343,12 @@ def build_plan(
         blocks=blocks,
         layout=layout,
         placement=placement,
-        var=pd.DataFrame(index=genes) if var is None else var.loc[genes],
-        gene_maps=maps,
-        gene_map_of=which,
+        var=pd.DataFrame(index=genes["var"].genes) if var is None else var.loc[genes["var"].genes],
+        genes=genes,
         matrices=matrices,
         columns=columns,
         source_column=unite_tags(sources),
+        left_out=left_out,
         index_name=index_names.pop() if len(index_names) == 1 else None,
         peak_nbytes=peak,
         budget=budget,
@@ -329,24 +356,72 @@ def build_plan(
     )
 
 
-def _gene_space(sources: Sequence[SourceSchema], options: Options, extension: Extension | None) -> pd.Index:
-    """Genes of the collection: those of a join, or those it has, then perhaps new ones in the order of a join."""
+def _check_has_x(source: SourceSchema) -> None:
+    if not any(m.name == "X" for m in source.matrices):
+        msg = f"{source.path} has no X; name the matrix to shuffle with counts, or put it into X with load_adata"
+        raise SchemaError(msg)
+
+
+def _in_all(sources: Sequence[SourceSchema]) -> set[str]:
+    """Matrices and frames that every source has; a column of obs may be missing, an element may not."""
+    return set.intersection(*({m.name for m in s.matrices} | {c.frame for c in s.columns} | {OBS} for s in sources))
+
+
+def _keep(source: SourceSchema, common: set[str]) -> SourceSchema:
+    matrices = tuple(m for m in source.matrices if m.name in common)
+    return replace(source, matrices=matrices, columns=tuple(c for c in source.columns if c.frame in common))
+
+
+def _left_out(sources: Sequence[SourceSchema], common: set[str], annotated: frozenset[str]) -> dict[str, list[str]]:
+    out: dict[str, list[str]] = {}
+    for s in sources:
+        names = dict.fromkeys([*(m.name for m in s.matrices), *(c.frame for c in s.columns), *s.left_out])
+        for name in (n for n in names if n not in common and n not in annotated):
+            out.setdefault(name, []).append(s.path)
+    return out
+
+
+def _gene_spaces(
+    sources: Sequence[SourceSchema], options: Options, extension: Extension | None, common: set[str]
+) -> dict[str, GeneSpace]:
+    """The collection's genes, which are those of X, and those of raw; with every source's place in them."""
+    out = {}
+    for name in ("X", "raw/X") if "raw/X" in common else ("X",):
+        found = [next(m for m in s.matrices if m.name == name) for s in sources]
+        listed = [s.genes_of(m) for s, m in zip(sources, found, strict=True)]
+        genes = _join(listed, options.var_subset if name == "X" else None, extension)
+        space = "var" if name == "X" else "raw"
+        used: dict[tuple[int, str], NDArray[np.object_]] = {
+            (k, m.genes): s.genes_of(m)
+            for k, s in enumerate(sources)
+            for m in s.matrices
+            if m.name in common and m.genes and (m.name == "raw/X") == (space == "raw")
+        }
+        out[space] = GeneSpace.of(genes, used)
+    return out
+
+
+def _join(listed: Sequence[NDArray[np.object_]], subset: Sequence[str] | None, extension: Extension | None) -> pd.Index:
+    """Genes of a join, or those a collection has, then perhaps new ones in the order of a join."""
     if extension is None:
-        return join_genes([s.var_names for s in sources], options.var_subset)
-    genes: pd.Index = pd.Index(sources[0].var_names, dtype=object)
+        return join_genes(listed, subset)
+    genes: pd.Index = pd.Index(listed[0], dtype=object)
     if extension.union:
-        joined = join_genes([s.var_names for s in sources[extension.n_datasets :]], options.var_subset)
+        joined = join_genes(listed[extension.n_datasets :], subset)
         return genes.append(joined[~joined.isin(genes)])
     return genes
 
 
-def _check_carried(datasets: Sequence[SourceSchema], matrices: Sequence[MatrixSpec]) -> None:
+def _check_carried(datasets: Sequence[SourceSchema], matrices: Sequence[MatrixSpec], common: set[str]) -> None:
     """What the collection has must not get lost because new inputs lack it, and keeps its kind."""
     kinds = {m.name: m.kind for m in matrices}
-    for m in (m for s in datasets for m in s.matrices):
-        if m.name not in kinds:
-            msg = f"the collection has {m.name} and an input lacks it; add it in load_adata"
+    for name in dict.fromkeys(
+        [m.name for s in datasets for m in s.matrices] + [c.frame for s in datasets for c in s.columns]
+    ):
+        if name not in kinds and name not in common:
+            msg = f"the collection has {name} and an input lacks it; add it in load_adata"
             raise SchemaError(msg)
+    for m in (m for s in datasets for m in s.matrices):
         if m.kind != kinds[m.name]:
             msg = f"{m.name} is {m.kind} in the collection and sparse in an input; make it dense in load_adata"
             raise SchemaError(msg)
@@ -360,40 +435,36 @@ def _place(options: Options, sizes: Sequence[int], extension: Extension | None) 
     return Permutation(sum(sizes if extension is None else sizes[extension.n_kept :]), options.seed, name)
 
 
-def _unite_matrices(sources: Sequence[SourceSchema], *, n_vars: int) -> tuple[MatrixSpec, ...]:
-    """Matrices that every source has. X must be one of them; what only some have is reported as left out."""
-    for s in sources:
-        if not any(m.name == "X" for m in s.matrices):
-            msg = f"{s.path} has no X; put the matrix to shuffle into X with load_adata"
-            raise SchemaError(msg)
-    names = [m.name for m in sources[0].matrices]
-    out = []
-    for name in names:
-        found = [m for s in sources for m in s.matrices if m.name == name]
-        if len(found) < len(sources):
-            continue
-        mapped = not name.startswith("obsm/")
-        dtype = reduce(np.promote_types, (np.dtype(m.dtype) for m in found))
-        dense = all(m.kind == "dense" for m in found)
-        width = {m.n_cols for m in found}
-        if not mapped and len(width) > 1:
-            a, b = sorted(width)[:2]
-            msg = f"{name} has {a} columns in one source and {b} in another; make them equal or drop it in load_adata"
-            raise SchemaError(msg)
-        if mapped and dense and dtype.kind != "f" and any(m.n_cols < n_vars for m in found):
+def _unite_matrices(
+    sources: Sequence[SourceSchema], genes: Mapping[str, GeneSpace], common: set[str]
+) -> tuple[MatrixSpec, ...]:
+    """Matrices that every source has."""
+    return tuple(
+        _unite_matrix(m.name, [(s, x) for s in sources for x in s.matrices if x.name == m.name], genes)
+        for m in sources[0].matrices
+        if m.name in common
+    )
+
+
+def _unite_matrix(
+    name: str, found: Sequence[tuple[SourceSchema, MatrixSchema]], genes: Mapping[str, GeneSpace]
+) -> MatrixSpec:
+    dtype = reduce(np.promote_types, (np.dtype(m.dtype) for _, m in found))
+    dense = all(m.kind == "dense" for _, m in found)
+    if found[0][1].genes:
+        space: Genes = "raw" if name == "raw/X" else "var"
+        n_cols = len(genes[space].genes)
+        if dense and dtype.kind != "f" and any(m.n_cols < n_cols for _, m in found):
             dtype = np.promote_types(dtype, np.float32)  # absent genes are NaN in a dense join
-        out.append(MatrixSpec(name, "dense" if dense else "csr", dtype.name, n_vars if mapped else width.pop(), mapped))
-    return tuple(out)
-
-
-def _drop_uncarried(source: SourceSchema, matrices: Sequence[MatrixSpec]) -> SourceSchema:
-    carried = {m.name for m in matrices}
-    extra = tuple(m.name for m in source.matrices if m.name not in carried)
-    if not extra:
-        return source
-    fields = {f: getattr(source, f) for f in source.__dataclass_fields__}
-    kept = tuple(m for m in source.matrices if m.name in carried)
-    return SourceSchema(**fields | {"matrices": kept, "left_out": source.left_out + extra})
+    else:
+        space, n_cols = "", found[0][1].n_cols
+        if (other := next(((s, m) for s, m in found if m.n_cols != n_cols), None)) is not None:
+            msg = (
+                f"{name} has {n_cols} columns in {found[0][0].path} and {other[1].n_cols} in {other[0].path}; make "
+                f"them equal in load_adata, or leave it out with elements=['-{name}']"
+            )
+            raise SchemaError(msg)
+    return MatrixSpec(name, "dense" if dense else "csr", dtype.name, n_cols, space)
 
 
 def _dense_row_nbytes(matrices: Sequence[MatrixSpec]) -> float:

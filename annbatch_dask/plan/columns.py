@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 from graphlib import CycleError, TopologicalSorter
 
@@ -12,13 +13,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
-from annbatch_dask.plan.schema import SRC_PATH, Categories, ColumnSchema, ColumnSpec, SourceSchema
+from annbatch_dask.plan.schema import OBS, SRC_PATH, Categories, ColumnSchema, ColumnSpec, SourceSchema
 
 __all__ = ["unite_columns", "unite_tags"]
 
 
 def unite_columns(sources: Sequence[SourceSchema]) -> tuple[ColumnSpec, ...]:
-    """Columns of the collection's obs: every column of any source, in order of first appearance.
+    """Columns of the collection's obs and obsm frames: every column of any source, in order of first appearance.
 
     A column that some sources lack is missing there: no category, NaN in floats, and a mask (pandas'
     nullable dtypes) in integers, booleans and strings.
@@ -28,11 +29,13 @@ def unite_columns(sources: Sequence[SourceSchema]) -> tuple[ColumnSpec, ...]:
     SchemaError
         Where sources disagree so that no dtype holds all values.
     """
-    names = list(dict.fromkeys(c.name for s in sources for c in s.columns))
-    by_source = [{c.name: c for c in s.columns} for s in sources]
-    return tuple(
-        _unite(name, [(s.path, cols.get(name)) for s, cols in zip(sources, by_source, strict=True)]) for name in names
-    )
+    names = dict.fromkeys((c.frame, c.name) for s in sources for c in s.columns)
+    by_source = [{(c.frame, c.name): c for c in s.columns} for s in sources]
+    united = []
+    for frame, name in names:
+        found = [(s.path, cols.get((frame, name))) for s, cols in zip(sources, by_source, strict=True)]
+        united.append(replace(_unite(name, found), frame=frame))
+    return tuple(united)
 
 
 def unite_tags(sources: Sequence[SourceSchema]) -> ColumnSpec:
@@ -52,7 +55,7 @@ def unite_tags(sources: Sequence[SourceSchema]) -> ColumnSpec:
 def _tag(source: SourceSchema) -> Categories:
     if not source.tagged:
         return Categories((source.path,), "str")
-    found = next((c.categories for c in source.columns if c.name == SRC_PATH), None)
+    found = next((c.categories for c in source.columns if c.path == f"{OBS}/{SRC_PATH}"), None)
     if found is None or found.dtype != "str":
         msg = f"{source.path} has no categorical obs column {SRC_PATH!r}, so it is no dataset of a collection"
         raise SchemaError(msg)

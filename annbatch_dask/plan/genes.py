@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import reduce
 
 import numpy as np
@@ -12,25 +13,26 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import SchemaError
 from annbatch_dask.plan.schema import SourceSchema
 
-__all__ = ["check_unique", "gene_maps", "join_genes"]
+__all__ = ["GeneSpace", "check_unique", "join_genes"]
 
 
 def check_unique(source: SourceSchema) -> None:
-    """Refuse a source that names a gene twice: its columns could not be told apart.
+    """Refuse a source that names a gene twice, in var or raw.var: its columns could not be told apart.
 
     Raises
     ------
     SchemaError
         With the first repeated names.
     """
-    names = pd.Index(source.var_names)
-    if not names.is_unique:
-        repeated = list(dict.fromkeys(names[names.duplicated()]))
-        msg = (
-            f"{source.path}: var_names are not unique: {len(names):,} names, {names.nunique():,} distinct, for "
-            f"example {repeated[:3]}; call adata.var_names_make_unique() in load_adata, or mend the file"
-        )
-        raise SchemaError(msg)
+    for where, listed in (("var_names", source.var_names), ("raw.var_names", source.raw_names)):
+        names = pd.Index([] if listed is None else listed)
+        if not names.is_unique:
+            repeated = list(dict.fromkeys(names[names.duplicated()]))
+            msg = (
+                f"{source.path}: {where} are not unique: {len(names):,} names, {names.nunique():,} distinct, for "
+                f"example {repeated[:3]}; call adata.var_names_make_unique() in load_adata, or mend the file"
+            )
+            raise SchemaError(msg)
 
 
 def join_genes(names: Sequence[NDArray[np.object_]], subset: Sequence[str] | None) -> pd.Index:
@@ -61,27 +63,39 @@ def join_genes(names: Sequence[NDArray[np.object_]], subset: Sequence[str] | Non
     return kept
 
 
-def gene_maps(
-    names: Sequence[NDArray[np.object_]], genes: pd.Index
-) -> tuple[tuple[NDArray[np.int32], ...], tuple[int, ...]]:
-    """Column of each source gene in the collection, -1 where it is left out.
+@dataclass(frozen=True)
+class GeneSpace:
+    """Genes that matrices of the collection have as columns, and where each source's genes are among them.
 
-    Sources with equal gene lists share one map, so a thousand files of one panel cost one.
-
-    Returns
-    -------
+    Attributes
+    ----------
+    genes
+        (n_vars,) names.
     maps
-        Distinct (n_vars_of_source,) int32 maps.
+        Distinct (n_vars_of_source,) int32 maps: column of each source gene in the collection, -1 where it is left out.
+        Sources with equal gene lists share one, so a thousand files of one panel cost one.
     which
-        For each source, the map it uses.
+        The map of each (source, gene list), where the list is ``"var"`` or ``"raw"``.
     """
-    maps: list[NDArray[np.int32]] = []
-    which: list[int] = []
-    seen: dict[tuple[str, ...], int] = {}
-    for source in names:
-        key = tuple(source)
-        if key not in seen:
-            seen[key] = len(maps)
-            maps.append(genes.get_indexer(pd.Index(source, dtype=object)).astype(np.int32))
-        which.append(seen[key])
-    return tuple(maps), tuple(which)
+
+    genes: pd.Index = field(repr=False)
+    maps: tuple[NDArray[np.int32], ...] = field(repr=False)
+    which: Mapping[tuple[int, str], int] = field(repr=False)
+
+    @classmethod
+    def of(cls, genes: pd.Index, lists: Mapping[tuple[int, str], NDArray[np.object_]]) -> GeneSpace:
+        """Map every gene list that is used."""
+        maps: list[NDArray[np.int32]] = []
+        which: dict[tuple[int, str], int] = {}
+        seen: dict[tuple[str, ...], int] = {}
+        for key, names in lists.items():
+            listed = tuple(names)
+            if listed not in seen:
+                seen[listed] = len(maps)
+                maps.append(genes.get_indexer(pd.Index(names, dtype=object)).astype(np.int32))
+            which[key] = seen[listed]
+        return cls(genes, tuple(maps), which)
+
+    def map_of(self, source: int, genes: str) -> NDArray[np.int32]:
+        """The map of one of a source's gene lists."""
+        return self.maps[self.which[source, genes]]

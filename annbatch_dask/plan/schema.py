@@ -11,11 +11,13 @@ import pandas as pd
 from annbatch_dask.plan.dtypes import ValueRange
 
 __all__ = [
+    "OBS",
     "SOURCE_DTYPE",
     "SRC_PATH",
     "Categories",
     "ColumnSchema",
     "ColumnSpec",
+    "Genes",
     "MatrixSchema",
     "MatrixSpec",
     "SourceSchema",
@@ -26,8 +28,10 @@ SOURCE_DTYPE = "source-dtype"
 SRC_PATH = "src_path"
 """Name of the obs column that tells a row's source, as annbatch has it."""
 
+OBS = "obs"
 ColumnKind = Literal["numeric", "categorical", "string"]
 MatrixKind = Literal["csr", "csc", "dense"]
+Genes = Literal["var", "raw", ""]
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Categories:
 
 @dataclass(frozen=True)
 class ColumnSchema:
-    """An obs column of one source.
+    """A column of a source's obs, or of a frame in its obsm.
 
     Attributes
     ----------
@@ -59,6 +63,8 @@ class ColumnSchema:
         The column may hold missing values beside its dtype's own (a mask is stored).
     categories
         Of a categorical column.
+    frame
+        ``"obs"`` or ``"obsm/<key>"``.
     """
 
     name: str
@@ -66,6 +72,12 @@ class ColumnSchema:
     dtype: str = ""
     nullable: bool = False
     categories: Categories | None = None
+    frame: str = OBS
+
+    @property
+    def path(self) -> str:
+        """Its name among all columns."""
+        return f"{self.frame}/{self.name}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,7 @@ class MatrixSchema:
     Attributes
     ----------
     name
-        ``"X"``, ``"layers/<key>"`` or ``"obsm/<key>"``.
+        ``"X"``, ``"raw/X"``, ``"layers/<key>"`` or ``"obsm/<key>"``: what it is in the collection.
     kind
         Layout in the source.
     dtype, index_dtype
@@ -89,6 +101,12 @@ class MatrixSchema:
         False where ``nnz`` is extrapolated from a sample (lazy arrays).
     values
         Range of the values, where the scan was asked to read them all.
+    genes
+        What its columns are: genes of ``"var"`` or of ``"raw"``, or ``""``, something else.
+    stored
+        What it is in the source, where that is another name.
+    integral
+        Whether a sample of its values are whole numbers; None where there is no value.
     """
 
     name: str
@@ -100,6 +118,14 @@ class MatrixSchema:
     nnz: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), compare=False, repr=False)
     exact: bool = True
     values: ValueRange | None = field(default=None, compare=False, repr=False)
+    genes: Genes = "var"
+    stored: str = ""
+    integral: bool | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def source_name(self) -> str:
+        """What it is in the source."""
+        return self.stored or self.name
 
 
 @dataclass(frozen=True)
@@ -116,10 +142,14 @@ class SourceSchema:
         Name of the obs index, or None.
     left_out
         Elements the build does not carry, by name.
+    unsupported
+        Row-aligned elements it could not carry: the plan refuses them unless the user excludes them.
     identity
         Size and modification time (or the store's equivalent) at the time of the scan: a resume must see the same.
     tagged
         A dataset of a collection: its rows say in ``src_path`` where they came from.
+    raw_names
+        (n_raw_vars,) gene names of ``raw``, object dtype; None where there is no ``raw``.
     """
 
     path: str
@@ -131,11 +161,20 @@ class SourceSchema:
     left_out: tuple[str, ...] = ()
     identity: str = ""
     tagged: bool = False
+    unsupported: tuple[str, ...] = ()
+    raw_names: np.ndarray | None = field(default=None, compare=False, repr=False)
+
+    def genes_of(self, matrix: MatrixSchema) -> np.ndarray:
+        """Gene names of a matrix's columns."""
+        if matrix.genes == "raw":
+            assert self.raw_names is not None  # there is such a matrix
+            return self.raw_names
+        return self.var_names
 
 
 @dataclass(frozen=True)
 class ColumnSpec:
-    """An obs column of the collection.
+    """A column of the collection's obs, or of a frame in its obsm.
 
     ``code_maps[s]`` maps the codes of source s to the united ones, None where it has none
     (a numeric or string column, or a source without the column).
@@ -148,6 +187,12 @@ class ColumnSpec:
     categories: Categories | None = None
     present: tuple[bool, ...] = ()
     code_maps: tuple[np.ndarray | None, ...] = field(default=(), compare=False, repr=False)
+    frame: str = OBS
+
+    @property
+    def path(self) -> str:
+        """Its name among all columns."""
+        return f"{self.frame}/{self.name}"
 
 
 @dataclass(frozen=True)
@@ -164,12 +209,12 @@ class MatrixSpec:
         The sources' dtypes promoted; what the loader yields.
     n_cols
         Width in the collection.
-    mapped
-        Its columns are genes: they go through each source's gene map.
+    genes
+        What its columns are: the collection's genes (``"var"``), those of its ``raw``, or ``""``, something else.
     """
 
     name: str
     kind: Literal["csr", "dense"]
     source_dtype: str
     n_cols: int
-    mapped: bool
+    genes: Genes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import anndata as ad
@@ -15,10 +16,10 @@ import scipy.sparse as sp
 import zarr
 from numpy.typing import NDArray
 
-from annbatch_dask.plan.schema import ColumnSchema, MatrixSchema, SourceSchema
+from annbatch_dask.plan.schema import OBS, ColumnSchema, Genes, MatrixSchema, SourceSchema
 from annbatch_dask.storage.columns import ColumnRows, describe_series, series_rows
-from annbatch_dask.storage.groups import PAIRED
-from annbatch_dask.storage.matrices import ROW_STEP, CsrRows, describe_matrix, knots, matrix_rows
+from annbatch_dask.storage.groups import GENE_WISE, PAIRED, no_cells
+from annbatch_dask.storage.matrices import ROW_STEP, CsrRows, are_whole, describe_matrix, knots, matrix_rows
 
 __all__ = ["AnnDataSource", "read_legacy"]
 
@@ -35,59 +36,69 @@ class AnnDataSource:
 
     def __init__(self, label: str, adata: ad.AnnData, identity: str = "") -> None:
         self._label, self._adata, self._identity = label, adata, identity
-        obs = adata.obs
-        self._obs: pd.DataFrame = obs if isinstance(obs, pd.DataFrame) else obs.to_memory()
-        self._columns = {str(k): k for k in self._obs.columns}
+        obsm = {f"obsm/{k}": v for k, v in adata.obsm.items()}
+        frames = {OBS: adata.obs} | {k: v for k, v in obsm.items() if hasattr(v, "columns")}
+        self._frames = {k: f if isinstance(f, pd.DataFrame) else f.to_memory() for k, f in frames.items()}
+        self._obs = self._frames[OBS]
+        self._columns = {(f, str(k)): k for f, frame in self._frames.items() for k in frame.columns}
 
     def schema(self) -> SourceSchema:
         """What it holds."""
         adata = self._adata
-        matrices, left_out = [], []
-        for name, values in self._matrix_values():
+        matrices, unsupported = [], []
+        for name, genes, values in self._matrix_values():
             described = _describe(name, values)
             if described is None:
-                left_out.append(name)
+                unsupported.append(name)
             else:
-                matrices.append(described)
-        left_out += ["raw"] if adata.raw is not None else []
-        left_out += [k for k in PAIRED if len(getattr(adata, k))]
+                matrices.append(replace(described, genes=genes))
+        described_columns = [
+            replace(describe_series(name, self._frames[frame][k]), frame=frame)
+            for (frame, name), k in self._columns.items()
+        ]
         return SourceSchema(
             path=self._label,
             n_obs=adata.n_obs,
             var_names=np.asarray(adata.var_names.astype(str), object),
             matrices=tuple(matrices),
-            columns=tuple(describe_series(n, self._obs[k]) for n, k in self._columns.items()),
+            columns=tuple(described_columns),
             index_name=None if self._obs.index.name is None else str(self._obs.index.name),
-            left_out=tuple(left_out),
+            left_out=tuple(f"{k}/{name}" for k in PAIRED for name in sorted(getattr(adata, k))),
+            unsupported=tuple(unsupported),
+            raw_names=None if adata.raw is None else np.asarray(adata.raw.var_names.astype(str), object),
             identity=self._identity,
         )
 
-    def _matrix_values(self) -> Iterator[tuple[str, Any]]:
+    def _matrix_values(self) -> Iterator[tuple[str, Genes, Any]]:
+        """Name, what the columns are, and the values."""
         if self._adata.X is not None:
-            yield "X", self._adata.X
-        for kind in ("layers", "obsm"):
-            mapping: Mapping[str, Any] = getattr(self._adata, kind)
-            for name in sorted(k for k in mapping if k is not None):  # anndata 0.13 lists X as layer None
-                yield f"{kind}/{name}", mapping[name]
+            yield "X", "var", self._adata.X
+        if self._adata.raw is not None:
+            yield "raw/X", "raw", self._adata.raw.X
+        for name in sorted(k for k in self._adata.layers if k is not None):  # anndata 0.13 lists X as layer None
+            yield f"layers/{name}", "var", self._adata.layers[name]
+        for name in sorted(self._adata.obsm):
+            if f"obsm/{name}" not in self._frames:
+                yield f"obsm/{name}", "", self._adata.obsm[name]
 
-    def var(self) -> pd.DataFrame:
-        """Its var frame."""
-        var = self._adata.var
-        return var if isinstance(var, pd.DataFrame) else var.to_memory()
+    def annotations(self) -> ad.AnnData:
+        """What it says of genes and of itself: an AnnData of no cells, with var, varm, varp, uns and raw.var."""
+        found = {k: getattr(self._adata, k) for k in GENE_WISE}
+        found["var"] = found["var"] if isinstance(found["var"], pd.DataFrame) else found["var"].to_memory()
+        return no_cells(**found, raw_var=None if self._adata.raw is None else self._adata.raw.var)
 
     def matrix(self, matrix: MatrixSchema, start: int, stop: int) -> CsrRows | NDArray:
         """Rows [start, stop) of a matrix: dense ones as an array."""
-        kind, _, key = matrix.name.partition("/")
-        values = getattr(self._adata, kind)[key] if key else self._adata.X
-        values = _unwrap(values)
+        values = _unwrap(next(v for name, _, v in self._matrix_values() if name == matrix.source_name))
         if not isinstance(values, da.Array):
             return matrix_rows(values, matrix, start, stop)
         block = values[start:stop].compute(scheduler="synchronous")  # within a task: its thread does the work
         return matrix_rows(block, matrix, 0, stop - start)
 
     def column(self, column: ColumnSchema, start: int, stop: int) -> ColumnRows:
-        """Rows [start, stop) of an obs column."""
-        return series_rows(column, self._obs[self._columns[column.name]].iloc[start:stop])
+        """Rows [start, stop) of a column."""
+        frame = self._frames[column.frame]
+        return series_rows(column, frame[self._columns[column.frame, column.name]].iloc[start:stop])
 
     def names(self, start: int, stop: int) -> NDArray[np.object_]:
         """Obs names of rows [start, stop)."""
@@ -101,7 +112,10 @@ def _unwrap(values: Any) -> Any:
 
 def _describe(name: str, values: Any) -> MatrixSchema | None:
     values = _unwrap(values)
-    return _describe_lazy(name, values) if isinstance(values, da.Array) else describe_matrix(name, values)
+    if isinstance(values, da.Array):
+        return _describe_lazy(name, values)
+    described = describe_matrix(name, values)
+    return None if described is None else replace(described, integral=are_whole(values))
 
 
 def _describe_lazy(name: str, values: da.Array) -> MatrixSchema | None:
@@ -109,9 +123,14 @@ def _describe_lazy(name: str, values: da.Array) -> MatrixSchema | None:
     if values.dtype.kind not in "biuf" or values.ndim != 2:  # noqa: PLR2004
         return None
     n_rows, n_cols = (int(n) for n in values.shape)
-    if not n_rows or not sp.issparse(values._meta):  # noqa: SLF001 - dask's only word on what a block will be
+    if not n_rows:
         return MatrixSchema(name, "dense", values.dtype.name, "", n_cols)
-    first = min(n_rows, int(values.chunks[0][0]), 4096)
-    nnz = values[:first].compute(scheduler="synchronous").nnz
-    ends = np.ceil(np.arange(1, n_rows + 1) * (nnz / first))
-    return MatrixSchema(name, "csr", values.dtype.name, "int32", n_cols, ROW_STEP, knots(ends), exact=False)
+    n_first = min(n_rows, int(values.chunks[0][0]), 4096)
+    first = values[:n_first].compute(scheduler="synchronous")
+    integral = are_whole(first)
+    if not sp.issparse(first):
+        return MatrixSchema(name, "dense", values.dtype.name, "", n_cols, integral=integral)
+    ends = np.ceil(np.arange(1, n_rows + 1) * (first.nnz / n_first))
+    return MatrixSchema(
+        name, "csr", values.dtype.name, "int32", n_cols, ROW_STEP, knots(ends), exact=False, integral=integral
+    )

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from annbatch_dask.plan.schema import ColumnSchema, MatrixSchema, SourceSchema
+from annbatch_dask.plan.schema import OBS, ColumnSchema, Genes, MatrixSchema, SourceSchema
 from annbatch_dask.storage.columns import ColumnRows, describe_elem, elem_rows
-from annbatch_dask.storage.matrices import CsrRows, check_rows, describe_matrix, matrix_rows, n_rows_of
+from annbatch_dask.storage.matrices import CsrRows, are_whole, check_rows, describe_matrix, matrix_rows, n_rows_of
 
-__all__ = ["PAIRED", "GroupSource", "is_current"]
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["GENE_WISE", "PAIRED", "GroupSource", "is_current", "no_cells"]
 
 PAIRED = ("varm", "obsp", "varp", "uns")
-"""Elements that are not row-aligned, or with both axes: left out."""
+"""Mappings that are not row-aligned, or with both axes."""
+GENE_WISE = ("var", "varm", "varp", "uns")
+"""What does not depend on which cells there are."""
 
 
 def is_current(group: Any) -> bool:
@@ -27,6 +33,19 @@ def is_current(group: Any) -> bool:
 
 def _length(elem: Any) -> int:
     return int(elem["values"].shape[0] if hasattr(elem, "keys") else elem.shape[0])
+
+
+def no_cells(
+    var: pd.DataFrame, *, varm: Any = None, varp: Any = None, uns: Any = None, raw_var: pd.DataFrame | None = None
+) -> AnnData:
+    """An AnnData of no cells."""
+    import anndata as ad
+
+    obs = pd.DataFrame(index=pd.Index([], dtype=object))
+    out = ad.AnnData(obs=obs, var=var, varm=varm, varp=varp, uns=uns)
+    if raw_var is not None:
+        out.raw = ad.AnnData(X=np.zeros((0, len(raw_var)), np.float32), obs=obs, var=raw_var)
+    return out
 
 
 class GroupSource:
@@ -40,30 +59,28 @@ class GroupSource:
         obs = self._group["obs"]
         index = str(obs.attrs["_index"])
         n_obs = int(_length(obs[index]))
-        columns, left_out = [], []
-        for name in map(str, obs.attrs["column-order"]):
-            column = describe_elem(name, obs[name])
-            if column is None:
-                left_out.append(f"obs/{name}")
-            else:
-                columns.append(column)
-        matrices = []
-        for name, elem in self._matrix_elems():
+        columns, matrices, unsupported = self._columns(OBS), [], [f"{OBS}/{c}" for c in self._unsupported_columns(OBS)]
+        for name, genes, elem in self._matrix_elems():
+            if elem.attrs.get("encoding-type") == "dataframe":
+                columns += self._columns(name)
+                unsupported += [f"{name}/{c}" for c in self._unsupported_columns(name)]
+                continue
             described = describe_matrix(name, elem)
             if described is None:
-                left_out.append(name)
+                unsupported.append(name)
             else:
                 check_rows(self._label, described, n_rows_of(elem), n_obs)
-                matrices.append(described)
-        left_out += [k for k in ("raw", *PAIRED) if not self._is_absent(k)]
+                matrices.append(replace(described, genes=genes, integral=are_whole(elem) if genes else None))
         return SourceSchema(
             path=self._label,
             n_obs=n_obs,
-            var_names=self.var_names(),
+            var_names=self._gene_names("var"),
             matrices=tuple(matrices),
             columns=tuple(columns),
             index_name=None if index == "_index" else index,
-            left_out=tuple(left_out),
+            left_out=tuple(f"{k}/{name}" for k in PAIRED if not self._is_absent(k) for name in sorted(self._group[k])),
+            unsupported=tuple(unsupported),
+            raw_names=self._gene_names("raw/var") if self._has_raw() else None,
             identity=self._identity,
         )
 
@@ -73,34 +90,49 @@ class GroupSource:
             return True
         return hasattr(self._group[key], "keys") and not len(self._group[key])
 
-    def _matrix_elems(self) -> Iterator[tuple[str, Any]]:
-        if not self._is_absent("X"):
-            yield "X", self._group["X"]
-        for kind in ("layers", "obsm"):
-            for name in sorted(() if self._is_absent(kind) else self._group[kind]):
-                yield f"{kind}/{name}", self._group[kind][name]
+    def _has_raw(self) -> bool:
+        return not self._is_absent("raw") and "X" in self._group["raw"]
 
-    def var_names(self) -> NDArray[np.object_]:
-        """Gene names."""
-        var = self._group["var"]
+    def _matrix_elems(self) -> Iterator[tuple[str, Genes, Any]]:
+        """Name, what the columns are, and the element."""
+        if not self._is_absent("X"):
+            yield "X", "var", self._group["X"]
+        if self._has_raw():
+            yield "raw/X", "raw", self._group["raw/X"]
+        for kind, genes in (("layers", "var"), ("obsm", "")):
+            for name in sorted(() if self._is_absent(kind) else self._group[kind]):
+                yield f"{kind}/{name}", genes, self._group[kind][name]  # type: ignore[misc]
+
+    def _columns(self, frame: str) -> list[ColumnSchema]:
+        group = self._group[frame]
+        found = [describe_elem(c, group[c]) for c in map(str, group.attrs["column-order"])]
+        return [replace(c, frame=frame) for c in found if c is not None]
+
+    def _unsupported_columns(self, frame: str) -> list[str]:
+        group = self._group[frame]
+        return [c for c in map(str, group.attrs["column-order"]) if describe_elem(c, group[c]) is None]
+
+    def _gene_names(self, frame: str) -> NDArray[np.object_]:
+        var = self._group[frame]
         index = var[str(var.attrs["_index"])]
         names = elem_rows(ColumnSchema("", "string"), index, 0, _length(index)).values
         return names.astype(str).astype(object)
 
-    def var(self) -> pd.DataFrame:
-        """Its var frame."""
-        from anndata.io import read_elem  # see the module's first line
+    def annotations(self) -> AnnData:
+        """What it says of genes and of itself: an AnnData of no cells, with var, varm, varp, uns and raw.var."""
+        import anndata as ad  # see the module's first line
 
-        frame: pd.DataFrame = read_elem(self._group["var"])
-        return frame
+        found = {k: ad.io.read_elem(self._group[k]) for k in GENE_WISE if not self._is_absent(k)}
+        raw = ad.io.read_elem(self._group["raw/var"]) if self._has_raw() else None
+        return no_cells(**found, raw_var=raw)
 
     def matrix(self, matrix: MatrixSchema, start: int, stop: int) -> CsrRows | NDArray:
         """Rows [start, stop) of a matrix: dense ones as an array."""
-        return matrix_rows(self._group[matrix.name], matrix, start, stop)
+        return matrix_rows(self._group[matrix.source_name], matrix, start, stop)
 
     def column(self, column: ColumnSchema, start: int, stop: int) -> ColumnRows:
-        """Rows [start, stop) of an obs column."""
-        return elem_rows(column, self._group["obs"][column.name], start, stop)
+        """Rows [start, stop) of a column."""
+        return elem_rows(column, self._group[column.frame][column.name], start, stop)
 
     def names(self, start: int, stop: int) -> NDArray[np.object_]:
         """Obs names of rows [start, stop)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import h5py
@@ -17,8 +18,10 @@ from annbatch_dask.errors import IntegrityError, SchemaError
 from annbatch_dask.plan.schema import SOURCE_DTYPE, MatrixKind, MatrixSchema
 from annbatch_dask.storage.h5ad import SLAB_NBYTES, read_h5_rows, visit_h5
 
-__all__ = ["ROW_STEP", "CsrRows", "check_rows", "describe_matrix", "knots", "matrix_rows", "n_rows_of"]
+__all__ = ["ROW_STEP", "CsrRows", "are_whole", "check_rows", "describe_matrix", "knots", "matrix_rows", "n_rows_of"]
 
+_SAMPLE = 4096
+"""Values looked at in each of three places."""
 Visitor = Callable[[int, NDArray], None]
 ROW_STEP = 64
 """Rows between the points at which the stored values of a source are counted."""
@@ -71,6 +74,23 @@ def describe_matrix(name: str, values: Any) -> MatrixSchema | None:
 def _source_dtype(elem: Any, stored: np.dtype) -> str:
     """Dtype of the values: what a collection's datasets were made of, which may be wider than what they store."""
     return str(getattr(elem, "attrs", {}).get(SOURCE_DTYPE) or stored.newbyteorder("=").name)
+
+
+def are_whole(values: Any) -> bool | None:
+    """Whether a sample of a matrix's values, from its start, middle and end, are whole numbers; None if all are 0."""
+    if sp.issparse(values):
+        stored: Any = values.data
+    else:
+        stored = values["data"] if hasattr(values, "keys") else values
+    if stored.dtype.kind in "biu":
+        return True
+    width = prod(stored.shape[1:])
+    n = max(1, _SAMPLE // max(1, width))
+    last = int(stored.shape[0])
+    starts = {0, max(0, (last - n) // 2), max(0, last - n)}
+    found = np.concatenate([np.asarray(stored[a : min(a + n, last)]).reshape(-1) for a in sorted(starts)])
+    found = found[np.isfinite(found) & (found != 0)]
+    return bool((found == np.trunc(found)).all()) if len(found) else None
 
 
 def _row_counts(matrix: Any) -> NDArray[np.int64]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import fsspec
 import h5py
 import numpy as np
-import pandas as pd
 import zarr
 from numpy.typing import NDArray
 
@@ -32,13 +31,15 @@ __all__ = ["Source", "SourceRef", "open_source"]
 class SourceRef:
     """An input as the user named it: what ``src_path`` says, and what a worker opens.
 
-    ``tagged``: a dataset of the collection that is extended, whose rows say where they came from.
+    ``tagged``: a dataset of the collection that is extended, whose rows say where they came from. ``counts``: the
+    matrix that becomes X.
     """
 
     label: str
     item: Any
     load_adata: Callable[[Any], AnnData] | None = None
     tagged: bool = False
+    counts: str = "X"
 
 
 class Source(Protocol):
@@ -47,14 +48,14 @@ class Source(Protocol):
     def schema(self) -> SourceSchema:
         """What it holds."""
 
-    def var(self) -> pd.DataFrame:
-        """Its var frame."""
+    def annotations(self) -> AnnData:
+        """What it says of genes and of itself: an AnnData of no cells, with var, varm, varp, uns and raw.var."""
 
     def matrix(self, matrix: MatrixSchema, start: int, stop: int) -> CsrRows | NDArray:
         """Rows [start, stop) of a matrix: dense ones as an array."""
 
     def column(self, column: ColumnSchema, start: int, stop: int) -> ColumnRows:
-        """Rows [start, stop) of an obs column."""
+        """Rows [start, stop) of a column."""
 
     def names(self, start: int, stop: int) -> NDArray[np.object_]:
         """Obs names of rows [start, stop)."""

@@ -11,7 +11,6 @@ import dask
 import numpy as np
 import pandas as pd
 import pytest
-import scipy.sparse as sp
 import zarr
 
 from annbatch_dask import DatasetCollection
@@ -165,49 +164,6 @@ def test_rows_that_are_not_those_that_were_read_are_not_published(tmp_path, h5ad
     with pytest.raises(IntegrityError, match="fingerprint"):
         build(tmp_path / "a.zarr", h5ad_pair)
     assert DatasetCollection(tmp_path / "a.zarr").is_empty
-
-
-def test_layers_and_obsm_travel_with_their_rows(tmp_path):
-    rng = np.random.default_rng(0)
-    inputs = []
-    for k, genes in enumerate((["a", "b", "c"], ["d", "b", "a"])):
-        counts = rng.poisson(1, (30, 3)).astype(np.float32)
-        inputs.append(
-            ad.AnnData(
-                X=sp.csr_matrix(counts),
-                obs=pd.DataFrame({"row": np.arange(30)}, index=[f"{k}-{i}" for i in range(30)]),
-                var=pd.DataFrame(index=genes),
-                layers={"twice": sp.csr_matrix(2 * counts)},
-                obsm={"place": np.arange(60.0).reshape(30, 2) + k / 3, "sparse": sp.csr_matrix(np.eye(30, 4))},
-            )
-        )
-        inputs[-1].write_h5ad(tmp_path / f"{k}.h5ad")
-    out = ad.concat(
-        [
-            ad.io.read_zarr(g)
-            for g in build(tmp_path / "o.zarr", [tmp_path / "0.h5ad", tmp_path / "1.h5ad"], dataset_size=25)
-        ]
-    )
-    want = ad.concat(inputs, join="outer")[out.obs_names]
-    assert out.var_names.tolist() == want.var_names.tolist()
-    np.testing.assert_array_equal(dense_x(out), dense_x(want))
-    np.testing.assert_array_equal(out.layers["twice"].toarray(), want.layers["twice"].toarray())
-    np.testing.assert_array_equal(out.obsm["place"], want.obsm["place"])
-    np.testing.assert_array_equal(out.obsm["sparse"].toarray(), want.obsm["sparse"].toarray())
-
-
-def test_what_is_left_out_is_named(tmp_path, h5ad_pair, caplog):
-    a = ad.read_h5ad(h5ad_pair[0])
-    a.raw = a.copy()
-    a.uns["note"] = "x"
-    a.layers["only here"] = a.X.copy()
-    a.write_h5ad(tmp_path / "a.h5ad")
-    paths = [tmp_path / "a.h5ad", h5ad_pair[1]]
-    plan = DatasetCollection(tmp_path / "o.zarr").plan_adatas(paths, seed=0)
-    assert set(plan.left_out) == {"raw", "uns", "layers/only here"}
-    assert "left out" in repr(plan)
-    build(tmp_path / "o.zarr", paths)
-    assert "layers/only here is left out: in 1 of 2 inputs" in caplog.text
 
 
 def test_plan_touches_nothing(tmp_path, h5ad_pair):

@@ -31,7 +31,7 @@ def build(folder, inputs, hows, **options):
     for a, path, how in zip(inputs, paths, hows, strict=False):
         write(a, path, how)
     with dask.config.set(scheduler="synchronous"):
-        collection = DatasetCollection(folder / "out.zarr").add_adatas(paths, **options)
+        collection = DatasetCollection(folder / "out.zarr").add_adatas(paths, allow_mixed_counts=True, **options)
     return collection, paths
 
 

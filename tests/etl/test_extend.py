@@ -45,6 +45,7 @@ def test_every_row_is_there_once(inputs, mode, genes, dataset_size, shuffle, see
         for a, path in zip(inputs, paths, strict=True):
             write(a, path, "gzip")
         options = {"dataset_size": dataset_size, "shuffle": shuffle, "seed": seed, "n_obs_per_chunk": 4}
+        options["allow_mixed_counts"] = True
         collection = DatasetCollection(Path(tmp) / "out.zarr").add_adatas(paths[:1], **options)
         before = [d.name for d in collection.manifest.datasets]
         collection.add_adatas(paths[1:], mode=mode, genes=genes, **options)

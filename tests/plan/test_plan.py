@@ -11,7 +11,7 @@ from annbatch_dask.kernels.values import range_of
 from annbatch_dask.plan.build import Options, build_plan
 from annbatch_dask.plan.columns import unite_columns
 from annbatch_dask.plan.dtypes import NOTHING, ValueRange, index_dtype, merge_ranges, signed_dtype, smallest_dtype
-from annbatch_dask.plan.genes import gene_maps, join_genes
+from annbatch_dask.plan.genes import GeneSpace, join_genes
 from annbatch_dask.plan.layout import Layout, cut_blocks
 from annbatch_dask.plan.memory import MIB, Budget
 from annbatch_dask.plan.schema import Categories, ColumnSchema, MatrixSchema, SourceSchema
@@ -118,7 +118,7 @@ def test_a_thousand_files_plan_in_low_thousands_of_tasks():
     plan = build_plan(sources, Options(seed=0, dataset_nbytes=2**31), budget=Budget(8192 * MIB))
     assert len(plan.blocks) + plan.n_datasets < 4096 + 200 + plan.n_datasets
     assert max(plan.peak_nbytes) <= plan.budget.task_nbytes
-    assert len(plan.gene_maps) == 1
+    assert len(plan.genes["var"].maps) == 1
 
 
 def test_peak_does_not_grow_with_the_atlas():
@@ -147,11 +147,12 @@ def test_genes_join_in_the_order_of_pandas():
     names = [np.array(x, object) for x in (["b", "a"], ["c", "a"], ["b", "a"])]
     genes = join_genes(names, None)
     assert genes.tolist() == ["a", "b", "c"]
-    maps, which = gene_maps(names, genes)
-    assert which == (0, 1, 0)
-    assert [m.tolist() for m in maps] == [[1, 0], [2, 0]]
+    lists = {(k, "var"): listed for k, listed in enumerate(names)}
+    space = GeneSpace.of(genes, lists)
+    assert list(space.which.values()) == [0, 1, 0]
+    assert [m.tolist() for m in space.maps] == [[1, 0], [2, 0]]
     assert join_genes(names, ["c", "b"]).tolist() == ["b", "c"]
-    assert gene_maps(names, join_genes(names, ["c", "b"]))[0][0].tolist() == [0, -1]
+    assert GeneSpace.of(join_genes(names, ["c", "b"]), lists).map_of(0, "var").tolist() == [0, -1]
     assert join_genes([np.array(["z", "b", "a"], object)], None).tolist() == ["z", "b", "a"]
 
 

@@ -1,0 +1,301 @@
+"""Every element of the inputs is carried with its rows, or named: none is dropped silently."""
+
+import json
+import warnings
+
+import anndata as ad
+import dask
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from annbatch_dask import DatasetCollection
+from annbatch_dask.errors import SchemaError
+from tests.etl.inputs import dense_x
+
+GENES = (["a", "b", "c"], ["d", "b", "a"])
+RAW = (["a", "b", "c", "x"], ["y", "d", "b", "a"])
+
+
+def make(k, *, n_obs=30, genes=None, raw=None):
+    """An input with everything: raw on more genes, layers, and obsm of every kind."""
+    rng = np.random.default_rng(k)
+    genes, raw = genes or GENES[k], raw or RAW[k]
+    counts = rng.poisson(1, (n_obs, len(raw))).astype(np.float32)
+    X = np.log1p(counts[:, [raw.index(g) for g in genes]])
+    names = [f"{k}-{i}" for i in range(n_obs)]
+    frame = pd.DataFrame(
+        {"x": rng.random(n_obs), "side": pd.Categorical(rng.choice(["left", "right"], n_obs))}, index=names
+    )
+    out = ad.AnnData(
+        X=sp.csr_matrix(X),
+        obs=pd.DataFrame({"row": np.arange(n_obs)}, index=names),
+        var=pd.DataFrame({"length": np.arange(len(genes)) + k}, index=genes),
+        layers={"twice": sp.csr_matrix(2 * X), "plain": X + 1},
+        obsm={"place": rng.random((n_obs, 2)), "few": sp.csr_matrix(np.eye(n_obs, 4)), "frame": frame},
+        varm={"load": np.arange(2.0 * len(genes)).reshape(-1, 2)},
+        varp={"near": np.arange(float(len(genes) ** 2)).reshape(len(genes), -1)},
+        uns={"note": "x", "deep": {"k": np.arange(3)}, "file": k},
+        obsp={"knn": sp.eye(n_obs, format="csr")},
+    )
+    out.raw = ad.AnnData(X=sp.csr_matrix(counts), obs=out.obs, var=pd.DataFrame({"long": raw}, index=raw))
+    return out
+
+
+def write(folder, inputs, suffix="h5ad"):
+    paths = [folder / f"{k}.{suffix}" for k in range(len(inputs))]
+    with ad.settings.override(auto_shard_zarr_v3=False, zarr_write_format=3):
+        for a, path in zip(inputs, paths, strict=True):
+            a.write_h5ad(path) if suffix == "h5ad" else ad.io.write_zarr(path, a)
+    return paths
+
+
+def build(path, paths, *, left_out=(), **options):
+    """A build; with exactly these elements left out, which a warning names."""
+    with dask.config.set(scheduler="synchronous"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        collection = DatasetCollection(path).add_adatas(paths, **{"seed": 0, "dataset_size": 25} | options)
+    said = "".join(str(w.message) for w in caught if "left out" in str(w.message))
+    assert {part.split(" (")[0] for part in said.removeprefix("left out: ").split("; ")[0].split(", ") if part} == set(
+        left_out
+    )
+    assert collection.verify().ok
+    return collection
+
+
+def joined(inputs, names):
+    """What ``anndata.concat`` makes of the inputs, in the order of the collection."""
+    out = ad.concat(inputs, join="outer", fill_value=0)[names].copy()
+    raw = ad.concat([a.raw.to_adata() for a in inputs], join="outer")[names].copy()
+    return out, raw
+
+
+def rows_of(collection):
+    found = [ad.io.read_zarr(g) for g in collection]
+    raw = ad.concat([a.raw.to_adata() for a in found]) if all(a.raw is not None for a in found) else None
+    return ad.concat(found), raw
+
+
+def dense(values):
+    return values.toarray() if sp.issparse(values) else np.asarray(values)
+
+
+PAIRWISE = {"obsp/knn"}
+OF_SEVERAL = PAIRWISE | {"varm/load", "varp/near", "uns/note", "uns/deep", "uns/file"}
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")
+@pytest.mark.parametrize("how", ["h5ad", "zarr", "memory"])
+def test_everything_row_aligned_travels_with_its_rows(tmp_path, how):
+    inputs = [make(0), make(1, n_obs=20)]
+    paths = write(tmp_path, inputs, "zarr" if how == "zarr" else "h5ad")
+    load = ad.read_h5ad if how == "memory" else None
+    collection = build(tmp_path / "o.zarr", paths, load_adata=load, left_out=OF_SEVERAL)
+    out, raw = rows_of(collection)
+    want, want_raw = joined(inputs, out.obs_names)
+    assert out.n_obs == 50
+    assert out.var_names.tolist() == want.var_names.tolist()
+    assert raw.var_names.tolist() == want_raw.var_names.tolist()
+    np.testing.assert_array_equal(dense_x(out), dense_x(want))
+    np.testing.assert_array_equal(dense_x(raw), dense_x(want_raw))
+    np.testing.assert_array_equal(dense(out.layers["twice"]), dense(want.layers["twice"]))
+    plain = ad.concat(inputs, join="outer")[out.obs_names].layers["plain"]
+    np.testing.assert_array_equal(dense(out.layers["plain"]), dense(plain))  # NaN where a gene is absent
+    for key in ("place", "few"):
+        np.testing.assert_array_equal(dense(out.obsm[key]), dense(want.obsm[key]))
+    pd.testing.assert_frame_equal(out.obsm["frame"], want.obsm["frame"])
+    assert collection.verify(against=paths, load_adata=load).ok
+
+
+def test_all_of_a_single_input_is_kept(tmp_path):
+    one = make(0)
+    collection = build(tmp_path / "o.zarr", write(tmp_path, [one]), left_out=PAIRWISE)
+    for group in collection:
+        out = ad.io.read_zarr(group)
+        pd.testing.assert_frame_equal(out.var, one.var)
+        pd.testing.assert_frame_equal(out.raw.var, one.raw.var)
+        np.testing.assert_array_equal(out.varm["load"], one.varm["load"])
+        np.testing.assert_array_equal(out.varp["near"], one.varp["near"])
+        assert out.uns["note"] == "x"
+        np.testing.assert_array_equal(out.uns["deep"]["k"], np.arange(3))
+
+
+def test_gene_wise_elements_follow_their_genes_into_a_subset(tmp_path):
+    one = make(0)
+    collection = build(tmp_path / "o.zarr", write(tmp_path, [one]), left_out=PAIRWISE, var_subset=["c", "a"])
+    out = ad.io.read_zarr(next(iter(collection)))
+    want = one[:, ["a", "c"]]
+    assert out.var_names.tolist() == ["a", "c"]
+    np.testing.assert_array_equal(out.varm["load"], want.varm["load"])
+    np.testing.assert_array_equal(out.varp["near"], want.varp["near"])
+
+
+@pytest.mark.parametrize("merge", ["same", "unique", "first", "only"])
+def test_merge_is_that_of_anndata(tmp_path, merge):
+    inputs = [make(0), make(1, genes=GENES[0], raw=RAW[0])]
+    want = ad.concat(inputs, join="outer", merge=merge, uns_merge=merge)
+    kept = {f"{kind}/{key}" for kind in ("varm", "varp", "uns") for key in getattr(want, kind)}
+    collection = build(tmp_path / "o.zarr", write(tmp_path, inputs), merge=merge, left_out=OF_SEVERAL - kept)
+    out = ad.io.read_zarr(next(iter(collection)))
+    pd.testing.assert_frame_equal(out.var, want.var, check_column_type=False)
+    assert set(out.uns) == set(want.uns)
+    assert set(out.varm) == set(want.varm)
+
+
+def test_elements_choose(tmp_path):
+    paths = write(tmp_path, [make(0), make(1)])
+    collection = build(tmp_path / "o.zarr", paths, elements=["layers/twice", "obsm/frame", "obs"])
+    out = ad.io.read_zarr(next(iter(collection)))
+    assert (set(out.layers), set(out.obsm), out.raw) == ({"twice"}, {"frame"}, None)
+    assert set(out.obs.columns) == {"row", "src_path"}
+    assert collection.manifest.builds[0].elements == ("layers/twice", "obs", "obsm/frame")
+    assert collection.verify(against=paths).ok
+
+
+def test_elements_exclude(tmp_path):
+    paths = write(tmp_path, [make(0), make(1)])
+    excluded = ["-obsp", "-varm", "-varp", "-uns", "-raw", "-obsm/few", "-obs/row"]
+    collection = build(tmp_path / "o.zarr", paths, elements=excluded)
+    out = ad.io.read_zarr(next(iter(collection)))
+    assert (set(out.layers), set(out.obsm), out.raw) == ({"twice", "plain"}, {"place", "frame"}, None)
+    assert set(out.obs.columns) == {"src_path"}
+    assert collection.verify(against=paths).ok
+
+
+@pytest.mark.parametrize(
+    ("elements", "error", "words"),
+    [
+        (["layers/none"], SchemaError, "has no layers/none, which elements names"),
+        (["obsp"], SchemaError, "obsp/knn, which elements names, is in 2 of 2 inputs .* obsp never can"),
+        (["layers/only here"], SchemaError, "has no layers/only here"),
+        (["-X"], ValueError, "elements names 'X'"),
+        (["colour"], ValueError, "elements names 'colour'; give names such as X, raw, layers"),
+        ("layers", TypeError, "elements is one string"),
+    ],
+)
+def test_what_is_named_and_not_there_is_refused(tmp_path, elements, error, words):
+    inputs = [make(0), make(1)]
+    inputs[0].layers["only here"] = inputs[0].X
+    paths = write(tmp_path, inputs)
+    with pytest.raises(error, match=words):
+        DatasetCollection(tmp_path / "o.zarr").plan_adatas(paths, seed=0, elements=elements)
+
+
+def test_what_only_some_inputs_have_is_named(tmp_path):
+    inputs = [make(0), make(1)]
+    inputs[0].layers["only here"] = inputs[0].X
+    inputs[1].obsm["one frame"] = inputs[1].obsm["frame"]
+    paths = write(tmp_path, inputs)
+    left_out = OF_SEVERAL | {"layers/only here", "obsm/one frame"}
+    plan = DatasetCollection(tmp_path / "o.zarr").plan_adatas(paths, seed=0)
+    assert plan.left_out["layers/only here"] == [str(paths[0])]
+    assert "left out" in repr(plan)
+    build(tmp_path / "o.zarr", paths, left_out=left_out)
+
+
+@pytest.mark.filterwarnings("ignore:Support for Awkward Arrays", "ignore:Consolidated metadata")
+@pytest.mark.parametrize("how", ["file", "memory"])
+def test_what_cannot_be_carried_is_refused_by_name_unless_excluded(tmp_path, how):
+    ak = pytest.importorskip("awkward")
+
+    one = make(0)
+    one.obsm["lists"] = ak.Array([[0] * (i % 3) for i in range(one.n_obs)])
+    one.obsm["cube"] = np.zeros((one.n_obs, 2, 2))
+    paths = write(tmp_path, [one])
+    load = ad.read_h5ad if how == "memory" else None
+    with pytest.raises(SchemaError, match=r"obsm/cube, obsm/lists cannot be carried.*\['-obsm/cube', '-obsm/lists'\]"):
+        DatasetCollection(tmp_path / "o.zarr").plan_adatas(paths, seed=0, load_adata=load)
+    elements = ["-obsm/cube", "-obsm/lists", "-obsp"]
+    collection = build(tmp_path / "o.zarr", paths, load_adata=load, elements=elements)
+    assert "lists" not in ad.io.read_zarr(next(iter(collection))).obsm
+
+
+# --- which matrix is X ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["file", "memory"])
+def test_raw_becomes_x(tmp_path, how):
+    inputs = [make(0), make(1)]
+    paths = write(tmp_path, inputs)
+    load = ad.read_h5ad if how == "memory" else None
+    collection = build(tmp_path / "o.zarr", paths, load_adata=load, counts="raw/X", left_out=OF_SEVERAL)
+    out, raw = rows_of(collection)
+    want = ad.concat([a.raw.to_adata() for a in inputs], join="outer")[out.obs_names]
+    assert raw is None
+    assert out.var_names.tolist() == want.var_names.tolist()
+    np.testing.assert_array_equal(dense_x(out), dense_x(want))
+    twice = joined(inputs, out.obs_names)[0]  # a layer keeps its values on its own genes
+    np.testing.assert_array_equal(dense(out[:, twice.var_names].layers["twice"]), dense(twice.layers["twice"]))
+    assert {s.counts for s in collection.manifest.sources} == {"raw/X"}
+    assert collection.manifest.matrices["X"]["dtype"] == "uint8"
+    assert collection.verify(against=paths, load_adata=load).ok
+
+
+def test_the_counts_are_chosen_file_by_file(tmp_path):
+    """One file has its counts in X, the other in a layer."""
+    normal, plain = make(0), make(1)
+    normal.layers["counts"] = sp.csr_matrix(np.round(np.expm1(normal.X.toarray())))
+    plain.X = sp.csr_matrix(np.round(np.expm1(plain.X.toarray())))
+    paths = write(tmp_path, [normal, plain])
+    target = DatasetCollection(tmp_path / "o.zarr")
+    with pytest.raises(SchemaError, match=r"X of .*1\.h5ad holds whole numbers and X of .*0\.h5ad does not"):
+        target.plan_adatas(paths, seed=0)
+    assert "fractions" in repr(target.plan_adatas(paths, seed=0, allow_mixed_counts=True))
+    plan = target.plan_adatas(paths, seed=0, counts={str(paths[0]): "layers/counts"})
+    assert "X from   layers/counts in 1 source: whole numbers; X in 1 source: whole numbers" in repr(plan)
+    collection = build(target.path, paths, counts={paths[0]: "layers/counts"}, left_out=OF_SEVERAL)
+    out, _ = rows_of(collection)
+    for a in (normal, plain):
+        a.X = a.layers["counts"] if "counts" in a.layers else a.X
+    np.testing.assert_array_equal(dense_x(out), dense_x(joined([normal, plain], out.obs_names)[0]))
+    assert collection.verify(against=paths).ok
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ("layers/none", "has no layers/none, which counts names"),
+        ({"other.h5ad": "X"}, "counts names other.h5ad, which is none"),
+    ],
+)
+def test_counts_that_are_not_there_are_refused(tmp_path, counts, words):
+    paths = write(tmp_path, [make(0)])
+    with pytest.raises(ValueError, match=words):
+        DatasetCollection(tmp_path / "o.zarr").plan_adatas(paths, seed=0, counts=counts)
+
+
+def test_new_inputs_of_another_scale_are_refused(tmp_path):
+    paths = write(tmp_path, [make(0), make(1)])
+    build(tmp_path / "o.zarr", paths[:1], counts="raw/X", left_out=PAIRWISE | {"varm/load", "varp/near"})
+    with pytest.raises(SchemaError, match="holds whole numbers"), dask.config.set(scheduler="synchronous"):
+        DatasetCollection(tmp_path / "o.zarr").add_adatas(paths[1:], seed=1)
+
+
+# --- extending -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "genes"), [("extend", "collection"), ("append", "collection"), ("reshuffle", "union")]
+)
+def test_an_extension_carries_everything(tmp_path, mode, genes):
+    inputs = [make(0), make(1, n_obs=20)]
+    paths = write(tmp_path, inputs)
+    build(tmp_path / "o.zarr", paths[:1], left_out=PAIRWISE)
+    left_out = PAIRWISE if genes == "collection" else OF_SEVERAL
+    collection = build(tmp_path / "o.zarr", paths[1:], mode=mode, genes=genes, left_out=left_out)
+    out, raw = rows_of(collection)
+    want, want_raw = joined(inputs, out.obs_names)
+    for found, expected in ((out, want), (raw, want_raw)):
+        np.testing.assert_array_equal(dense_x(found), dense_x(expected[:, found.var_names]))
+    assert set(out.var_names) == (set(want.var_names) if genes == "union" else set(GENES[0]))
+    np.testing.assert_array_equal(out.obsm["place"], want.obsm["place"])
+    pd.testing.assert_frame_equal(out.obsm["frame"], want.obsm["frame"])
+    assert collection.verify(against=paths).ok
+
+
+def test_nothing_of_it_depends_on_the_run(tmp_path):
+    paths = write(tmp_path, [make(0), make(1)])
+    one, two = (build(tmp_path / f"{k}.zarr", paths, left_out=OF_SEVERAL) for k in "ab")
+    a, b = (json.dumps(c.manifest.to_json(), sort_keys=True) for c in (one, two))
+    assert a == b
