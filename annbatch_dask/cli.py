@@ -307,6 +307,7 @@ def _layout(args: argparse.Namespace) -> dict[str, Any]:
         "shuffle": args.shuffle,
         "var_subset": None if args.var_subset is None else _read_names(args.var_subset),
         "merge": args.merge,
+        "groupby": args.groupby,
         "elements": args.elements,
         "counts": args.counts,
         "allow_mixed_counts": args.allow_mixed_counts,
@@ -454,6 +455,9 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
         "--merge",
         choices=("same", "unique", "first", "only"),
         help="var columns, varm, varp and uns of several files to keep, as in anndata.concat (default: none)",
+    )
+    parser.add_argument(
+        "--groupby", type=_names, metavar="COLUMNS", help="sort the rows of each dataset by these columns of obs"
     )
     parser.add_argument(
         "--elements",

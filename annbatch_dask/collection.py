@@ -313,6 +313,7 @@ class DatasetCollection:
         dataset_size: int | str = "2GB",
         shuffle: bool = True,
         merge: str | None = None,
+        groupby: str | Iterable[str] | None = None,
         elements: Iterable[str] | None = None,
         counts: str | Mapping[str, str] = "X",
         allow_mixed_counts: bool = False,
@@ -342,6 +343,7 @@ class DatasetCollection:
             dataset_size,
             shuffle=shuffle,
             seed=_seed(seed, rng),
+            groupby=_groupby(groupby),
             elements=Elements.parse(elements),
             allow_mixed_counts=allow_mixed_counts,
         )
@@ -361,6 +363,7 @@ class DatasetCollection:
         dataset_size: int | str = "2GB",
         shuffle: bool = True,
         merge: str | None = None,
+        groupby: str | Iterable[str] | None = None,
         elements: Iterable[str] | None = None,
         counts: str | Mapping[str, str] = "X",
         allow_mixed_counts: bool = False,
@@ -406,6 +409,10 @@ class DatasetCollection:
         merge
             Which var columns, varm, varp and uns to keep of several inputs, as in :func:`anndata.concat`; None keeps
             none. All of a single input's are kept.
+        groupby
+            Columns of obs by which the rows of each dataset are sorted: by category in the collection's order of
+            categories, by value where numbers or strings, missing ones last; rows of one group stand in the order of
+            the shuffle. Categories may differ between inputs. An extension sorts what it rewrites only if it says so.
         elements
             What to carry: names such as ``"layers"``, ``"layers/counts"``, ``"obsm/X_pca"``, ``"obs"``, ``"raw"``,
             ``"uns"``, beside X and the obs names. Names with a leading ``-`` say what not to carry. None carries
@@ -464,6 +471,7 @@ class DatasetCollection:
             dataset_size,
             shuffle=shuffle,
             seed=_seed(seed, rng),
+            groupby=_groupby(groupby),
             elements=Elements.parse(elements),
             allow_mixed_counts=allow_mixed_counts,
         )
@@ -832,6 +840,7 @@ def _options(  # noqa: PLR0913 - all of them are numbers of a plan
     *,
     shuffle: bool,
     seed: int,
+    groupby: tuple[str, ...],
     elements: Elements,
     allow_mixed_counts: bool,
 ) -> Options:
@@ -850,9 +859,23 @@ def _options(  # noqa: PLR0913 - all of them are numbers of a plan
         shard_nbytes=shard_nbytes,
         compressor=compressor_json(zarr_compressor),
         var_subset=None if var_subset is None else tuple(map(str, var_subset)),
+        groupby=groupby,
         elements=elements,
         allow_mixed_counts=allow_mixed_counts,
     )
+
+
+def _groupby(names: str | Iterable[str] | None) -> tuple[str, ...]:
+    if names is None:
+        return ()
+    found = (names,) if isinstance(names, str) else tuple(names)
+    if not found:
+        msg = "groupby must contain at least one column; None sorts by none"
+        raise ValueError(msg)
+    if len(set(found)) < len(found):
+        msg = f"groupby columns must be unique; got {list(found)}"
+        raise ValueError(msg)
+    return found
 
 
 def _size(name: str, value: int | str) -> tuple[int | None, int | None]:

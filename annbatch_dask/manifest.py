@@ -102,6 +102,8 @@ class BuildRecord:
         Paths of its inputs.
     elements
         Which of their elements were chosen, and excluded (with a leading ``-``); empty for all that can be carried.
+    groupby
+        Columns of obs by which the rows of each dataset it wrote are sorted.
     """
 
     mode: str
@@ -110,6 +112,13 @@ class BuildRecord:
     plan: str
     sources: tuple[str, ...]
     elements: tuple[str, ...] = ()
+    groupby: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> BuildRecord:
+        """From JSON values, whose lists are tuples here."""
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,7 @@ class Manifest:
         values = asdict(self) | {
             "datasets": [asdict(d) | {"files": {k: list(v) for k, v in d.files.items()}} for d in self.datasets],
             "sources": [asdict(s) for s in self.sources],
-            "builds": [asdict(b) | {"sources": list(b.sources), "elements": list(b.elements)} for b in self.builds],
+            "builds": [{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(b).items()} for b in self.builds],
         }
         return values | {"crc32c": _checksum(values)}
 
@@ -189,10 +198,7 @@ class Manifest:
                     for d in values["datasets"]
                 ),
                 "sources": tuple(SourceRecord(**s) for s in values["sources"]),
-                "builds": tuple(
-                    BuildRecord(**b | {"sources": tuple(b["sources"]), "elements": tuple(b.get("elements", ()))})
-                    for b in values["builds"]
-                ),
+                "builds": tuple(BuildRecord.from_json(b) for b in values["builds"]),
             }
             return cls(**{**values, **records})
         except (KeyError, TypeError, ValueError) as e:

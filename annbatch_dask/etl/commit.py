@@ -79,6 +79,7 @@ def make_manifest(
         plan=plan.fingerprint,
         sources=tuple(s.path for s in plan.sources if not s.tagged),
         elements=plan.options.elements.names,
+        groupby=plan.options.groupby,
     )
     written = tuple(
         DatasetRecord(r["name"], r["n_rows"], r["nnz"], r["fingerprint"], {k: tuple(v) for k, v in r["files"].items()})

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.etl.job import Job, load_job
 from annbatch_dask.etl.rows import all_columns, decode_strings, head, row_hashes, sum_hashes
-from annbatch_dask.etl.scatter import PLACE, Flats, Heads, scatter_again
+from annbatch_dask.etl.scatter import GROUP, PLACE, Flats, Heads, scatter_again
 from annbatch_dask.kernels.rows import bounds_of, copy_runs
 from annbatch_dask.manifest import DATASET_PREFIX, MANIFEST_KEY
 from annbatch_dask.plan.build import Options, Plan
@@ -160,18 +161,36 @@ def _parts(job: Job, task: GatherTask) -> Iterator[tuple[Heads, Flats]]:
     plan = job.plan
     parts = plan.layout.parts_of(task.dataset)
     n_blocks = len(plan.blocks)
-    buffer_sets: tuple[dict[str, NDArray], dict[str, NDArray]] = ({}, {})  # one is written while the other fills
+    buffer_sets: Iterator[dict[str, NDArray]] = cycle(({}, {}))  # one is written while the other fills
     with contextlib.ExitStack() as files:
         readers = [
             files.enter_context(SpillReader(job.scratch, b, parts, keep_open=n_blocks <= _MAX_OPEN))
             for b in range(n_blocks)
         ]
         for part in parts:
-            n_rows = int(plan.layout.part_starts[part + 1] - plan.layout.part_starts[part])
             segments = [(r, r.read_heads(part)) for r in readers if r.n_rows(part)]
+            if plan.groups is None:
+                n_rows = int(plan.layout.part_starts[part + 1] - plan.layout.part_starts[part])
+            else:
+                n_rows = _place_by_group([heads for _, heads in segments])
+            if not n_rows:  # a piece of a large group may have none
+                continue
             _check_places(segments, n_rows)
-            flats = _gather_flats(segments, n_rows, part, plan, task, buffer_sets[part % 2])
+            flats = _gather_flats(segments, n_rows, part, plan, task, next(buffer_sets))
             yield _gather_heads(segments, n_rows, task), flats
+
+
+def _place_by_group(heads: Sequence[Heads]) -> int:
+    """Give each row its place in the part, by group and then by its position in the dataset; returns their number."""
+    if not heads:
+        return 0
+    counts = [len(h[PLACE]) for h in heads]
+    keys = [np.concatenate([h.pop(name) for h in heads]) for name in (PLACE, GROUP)]
+    place = np.empty(sum(counts), np.uint32)
+    place[np.lexsort(keys)] = np.arange(len(place))
+    for h, rows in zip(heads, np.split(place, np.cumsum(counts)[:-1]), strict=True):
+        h[PLACE] = rows
+    return len(place)
 
 
 def _check_places(segments: Sequence[tuple[SpillReader, Heads]], n_rows: int) -> None:

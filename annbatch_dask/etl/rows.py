@@ -28,12 +28,15 @@ __all__ = [
     "all_columns",
     "decode_strings",
     "encode_strings",
+    "group_keys",
     "head",
     "row_hashes",
     "sum_hashes",
     "write_column",
 ]
 
+HeadsLike = Mapping[str, NDArray]
+FlatsLike = Mapping[str, tuple[NDArray, NDArray[np.int64]]]
 NAMES = ColumnSpec("", "string")
 """The obs names, which travel like a column of strings."""
 
@@ -78,12 +81,33 @@ def write_column(
         heads[head(spec, "mask")] = np.zeros(len(rows.values), bool) if rows.mask is None else rows.mask
 
 
+def group_keys(plan: Plan, heads: HeadsLike, flats: FlatsLike) -> list[NDArray]:
+    """Of each column: (n_rows,) values that sort as the column does, missing ones last."""
+    return [_sortable(c, heads, flats) for c in plan.group_columns]
+
+
+def _sortable(column: ColumnSpec, heads: HeadsLike, flats: FlatsLike) -> NDArray:
+    if column.kind == "string":
+        data, bounds = flats[head(column, "bytes")]
+        values = decode_strings(bounds, data)
+    else:
+        values = heads[head(column)]
+    if column.categories is not None:
+        return np.where(values < 0, len(column.categories.values), values).astype(np.int64)
+    if column.kind == "string":
+        values = np.array([f"0{v}" for v in values], object)
+        return np.where(heads[head(column, "mask")], "1", values) if column.nullable else values
+    if column.nullable:
+        return np.where(heads[head(column, "mask")], np.inf, values.astype(np.float64))
+    return np.where(np.isnan(values), np.inf, values) if values.dtype.kind == "f" else values.astype(np.int64)
+
+
 def row_hashes(
     n_rows: int,
     matrices: Sequence[MatrixSpec],
     columns: Sequence[ColumnSpec],
-    heads: Mapping[str, NDArray],
-    flats: Mapping[str, tuple[NDArray, NDArray[np.int64]]],
+    heads: HeadsLike,
+    flats: FlatsLike,
 ) -> NDArray[np.uint64]:
     """(n_rows,) hashes of whole rows; see :mod:`annbatch_dask.kernels.fingerprint`.
 
@@ -102,9 +126,7 @@ def row_hashes(
     return hashes
 
 
-def _column_hashes(
-    n_rows: int, spec: ColumnSpec, heads: Mapping[str, NDArray], flats: Mapping[str, tuple[NDArray, NDArray[np.int64]]]
-) -> NDArray[np.uint64]:
+def _column_hashes(n_rows: int, spec: ColumnSpec, heads: HeadsLike, flats: FlatsLike) -> NDArray[np.uint64]:
     """(n_rows,) hashes of a column's values, 0 where missing."""
     salt = field_salt(spec.path)
     if spec.categories is not None:

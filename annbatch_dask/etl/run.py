@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import dask
@@ -24,6 +24,7 @@ from annbatch_dask.errors import AnnbatchDaskError, IntegrityError, SchedulerErr
 from annbatch_dask.etl.cluster import local_client
 from annbatch_dask.etl.commit import commit, make_manifest, merged_range, source_fingerprints, sweep
 from annbatch_dask.etl.gather import GatherTask, gather
+from annbatch_dask.etl.group import count_groups, with_groups
 from annbatch_dask.etl.job import Job, save_job
 from annbatch_dask.etl.scatter import scatter
 from annbatch_dask.events import BuildEnd, BuildStart, Callback, StageEnd, StageStart, TaskEnd
@@ -268,6 +269,9 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
     callback.on_build_start(BuildStart(job.target.url, engine.name, engine.dashboard))
     error: BaseException | None = None
     try:
+        if plan.options.groupby:
+            job = group(job, engine, callback)
+            plan = job.plan
         save_job(job)
         scattered = run_stage(
             engine,
@@ -308,6 +312,23 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
         return manifest
     finally:
         callback.on_build_end(BuildEnd(error))
+
+
+def group(job: Job, engine: Engine, callback: Callback) -> Job:
+    """Count the groups, and make a job of it whose parts follow them."""
+    plan = job.plan
+    first = replace(job, scratch=job.scratch / "group")
+    save_job(first)
+    counted = run_stage(
+        engine,
+        "group",
+        count_groups,
+        [(first.scratch, i) for i in range(len(plan.blocks))],
+        callback,
+        size=(plan.n_obs, 0),
+        measure=lambda i, _: (plan.blocks[i].n_rows, 0),
+    )
+    return with_groups(job, counted)
 
 
 def run_check(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
 from annbatch_dask.etl.job import load_job, trim_memory
-from annbatch_dask.etl.rows import NAMES, all_columns, row_hashes, sum_hashes, write_column
+from annbatch_dask.etl.rows import NAMES, all_columns, group_keys, row_hashes, sum_hashes, write_column
 from annbatch_dask.kernels.rows import bounds_of, map_indices, sort_rows
 from annbatch_dask.kernels.values import narrow_counts, range_of
 from annbatch_dask.plan.build import Plan
@@ -24,10 +25,12 @@ from annbatch_dask.storage.publish import Folder
 from annbatch_dask.storage.sources import Source
 from annbatch_dask.storage.spill import find_receipt, forget_receipt, is_spilled, write_receipt, write_spill
 
-__all__ = ["PLACE", "hash_block", "read_block", "scatter", "scatter_again"]
+__all__ = ["PLACE", "GROUP", "hash_block", "read_block", "read_columns", "scatter", "scatter_again"]
 
 PLACE = "#place"
-"""Head array: a row's position within its part."""
+"""Head array: a row's position within its part; with groupby, within its dataset."""
+GROUP = "#group"
+"""Head array: number of a row's group, with groupby."""
 
 Heads = dict[str, NDArray]
 Flats = dict[str, tuple[NDArray, NDArray[np.int64]]]
@@ -98,10 +101,23 @@ def read_block(plan: Plan, block: Block, source: SourceSchema, opened: Source) -
             _read_dense(rows, spec, np.asarray(found), gene_map)
     names = opened.names(block.start, block.stop)
     write_column(NAMES, ColumnRows(names), rows.heads, rows.flats)
-    for column in plan.columns:
-        write_column(column, _read_column(column, block, source, opened), rows.heads, rows.flats)
-    write_column(plan.source_column, _read_tag(plan, block, source, opened), rows.heads, rows.flats)
+    heads, flats = read_columns(plan, block, source, opened, (*plan.columns, plan.source_column))
+    rows.heads |= heads
+    rows.flats |= flats
     return rows
+
+
+def read_columns(
+    plan: Plan, block: Block, source: SourceSchema, opened: Source, columns: Sequence[ColumnSpec]
+) -> tuple[Heads, Flats]:
+    """Some columns of a block's rows."""
+    heads: Heads = {}
+    flats: Flats = {}
+    for column in columns:
+        tag = column.path == plan.source_column.path
+        found = _read_tag(plan, block, source, opened) if tag else _read_column(column, block, source, opened)
+        write_column(column, found, heads, flats)
+    return heads, flats
 
 
 def _read_tag(plan: Plan, block: Block, source: SourceSchema, opened: Source) -> ColumnRows:
@@ -262,14 +278,14 @@ def _missing(column: ColumnSpec, n: int) -> ColumnRows:
 def _spill(plan: Plan, block: Block, index: int, rows: _Rows, scratch: Folder) -> dict[str, Any]:
     layout = plan.layout
     dest = plan.placement.forward(np.arange(block.first, block.first + block.n_rows))
-    part = layout.part_of(dest)
+    groups = None if plan.groups is None else plan.groups.codes(group_keys(plan, rows.heads, rows.flats))
+    part, place = layout.locate(dest, groups)
     order = np.argsort(part, kind="stable")
-    part_rows = np.searchsorted(part[order], np.arange(len(layout.part_starts)))
+    part_rows = np.searchsorted(part[order], np.arange(layout.n_parts + 1))
     dataset_rows = part_rows[layout.first_part]
     hashes = hash_block(plan, block, rows)
     rows.exact.clear()
-    place = (dest - layout.part_starts[part]).astype(np.uint32)
-    heads = {PLACE: place} | rows.heads
+    heads = {PLACE: place} | ({} if groups is None else {GROUP: groups.astype(np.uint32)}) | rows.heads
     spilled = write_spill(scratch, index, order=order, rows=part_rows, heads=heads, flats=rows.flats)
     nnz = {
         m.name: np.diff(bounds_of(heads[f"{m.name}#length"][order])[dataset_rows]).tolist()

@@ -19,6 +19,7 @@ from annbatch_dask.plan.columns import unite_columns, unite_tags
 from annbatch_dask.plan.dtypes import ValueRange, merge_ranges, smallest_dtype
 from annbatch_dask.plan.elements import Elements, check_counts
 from annbatch_dask.plan.genes import GeneSpace, check_unique, join_genes
+from annbatch_dask.plan.grouping import Groups
 from annbatch_dask.plan.layout import Block, Layout, cut_blocks
 from annbatch_dask.plan.memory import MIB, Budget, format_nbytes, gather_peak_nbytes, scatter_peak_nbytes
 from annbatch_dask.plan.permutation import IDENTITY, SWAP_OR_NOT, Permutation
@@ -47,6 +48,8 @@ class Options:
         Size of a shard, likewise.
     compressor
         Zarr v3 metadata of the bytes-to-bytes codec of the sharded arrays, None for none.
+    groupby
+        Columns of obs by which the rows of each dataset are sorted.
     elements
         Which elements to carry.
     allow_mixed_counts
@@ -62,6 +65,7 @@ class Options:
     shard_nbytes: int | None = None
     compressor: str | None = None
     var_subset: tuple[str, ...] | None = None
+    groupby: tuple[str, ...] = ()
     elements: Elements = Elements()
     allow_mixed_counts: bool = False
 
@@ -118,6 +122,8 @@ class Plan:
         The obs column beside them that tells each row's source.
     left_out
         Elements the build does not carry, and the sources that have them.
+    groups
+        The groups of ``options.groupby``, once they are counted; the layout's parts follow them.
     """
 
     options: Options
@@ -135,6 +141,13 @@ class Plan:
     peak_nbytes: tuple[int, int]
     budget: Budget
     extension: Extension | None = None
+    groups: Groups | None = field(default=None, repr=False)
+
+    @property
+    def group_columns(self) -> tuple[ColumnSpec, ...]:
+        """Columns of ``options.groupby``."""
+        by_name = {c.name: c for c in (*self.columns, self.source_column) if c.frame == OBS}
+        return tuple(by_name[name] for name in self.options.groupby)
 
     @property
     def first_dataset(self) -> int:
@@ -214,7 +227,8 @@ class Plan:
             f"Plan {self.fingerprint[:12]}: {self.n_obs:,} cells x {self.n_vars:,} genes "
             f"from {_plural(len(self.sources), 'source')} into {_plural(self.n_datasets, 'dataset')} "
             f"of up to {max(self.layout.sizes):,} cells",
-            f"  order    {self.placement.name}, seed {self.seed}",
+            f"  order    {self.placement.name}, seed {self.seed}"
+            + (f", each dataset sorted by {', '.join(self.options.groupby)}" if self.options.groupby else ""),
             f"  carried  {', '.join([*(m.name for m in self.matrices), *self._frames()])}",
             *self._counts(),
         ]
@@ -327,6 +341,7 @@ def build_plan(
         csc_nbytes=max(_BLOCK_NBYTES, (budget.task_nbytes - 48 * MIB) // 2),
         obs_nbytes=obs_nbytes,
     )
+    _check_groupby(options.groupby, sources[n_kept:])
     placement = _place(options, [s.n_obs for s in sources], extension)
     layout = _lay_out(options, placement, row_nbytes=row_nbytes, part_nbytes=_piece_nbytes(total, budget))
     peak = _peaks(blocks, layout, row_nbytes=row_nbytes, obs_nbytes=obs_nbytes)
@@ -379,6 +394,17 @@ def _left_out(sources: Sequence[SourceSchema], common: set[str], annotated: froz
         for name in (n for n in names if n not in common and n not in annotated):
             out.setdefault(name, []).append(s.path)
     return out
+
+
+def _check_groupby(names: Sequence[str], sources: Sequence[SourceSchema]) -> None:
+    for name in names:
+        lacking = [s.path for s in sources if name != SRC_PATH and f"{OBS}/{name}" not in {c.path for c in s.columns}]
+        if len(lacking) == len(sources):
+            msg = f"Could not find groupby columns: {name!r} is in no input's obs"
+            raise SchemaError(msg)
+        if lacking:
+            msg = f"groupby columns {name!r} not present in all anndatas: {lacking[0]} lacks it; add it in load_adata"
+            raise SchemaError(msg)
 
 
 def _gene_spaces(

@@ -68,13 +68,14 @@ class Layout:
         return cls((dataset_rows,) * full + ((rest,) if rest else ()), part_rows)
 
     @cached_property
-    def _starts(self) -> NDArray[np.int64]:
+    def dataset_starts(self) -> NDArray[np.int64]:
+        """(n_datasets + 1,) first output row of each dataset, and the end."""
         return np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
 
     @property
     def n_obs(self) -> int:
         """Rows of all datasets."""
-        return int(self._starts[-1])
+        return int(self.dataset_starts[-1])
 
     @property
     def n_datasets(self) -> int:
@@ -83,7 +84,7 @@ class Layout:
 
     def dataset_bounds(self, dataset: int) -> tuple[int, int]:
         """Output rows [start, stop) of a dataset."""
-        return int(self._starts[dataset]), int(self._starts[dataset + 1])
+        return int(self.dataset_starts[dataset]), int(self.dataset_starts[dataset + 1])
 
     @cached_property
     def part_starts(self) -> NDArray[np.int64]:
@@ -94,15 +95,23 @@ class Layout:
     @cached_property
     def first_part(self) -> NDArray[np.int64]:
         """(n_datasets + 1,) first part of each dataset, and the number of parts."""
-        return np.searchsorted(self.part_starts, self._starts)
+        return np.searchsorted(self.part_starts, self.dataset_starts)
 
     def parts_of(self, dataset: int) -> range:
         """Parts of a dataset."""
         return range(int(self.first_part[dataset]), int(self.first_part[dataset + 1]))
 
-    def part_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Part of each output row."""
-        return np.searchsorted(self.part_starts, rows, side="right") - 1
+    @property
+    def n_parts(self) -> int:
+        """Number of parts."""
+        return len(self.part_starts) - 1
+
+    def locate(
+        self, rows: NDArray[np.int64], groups: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+        """Part of each output row, and its place in it; the rows' ``groups`` do not matter to either."""
+        part = np.searchsorted(self.part_starts, rows, side="right") - 1
+        return part, (rows - self.part_starts[part]).astype(np.uint32)
 
 
 def cut_blocks(

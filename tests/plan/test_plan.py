@@ -81,7 +81,8 @@ def test_datasets_and_parts_tile_the_rows(n_obs, dataset_rows, part_rows):
     bounds = [layout.dataset_bounds(k) for k in range(layout.n_datasets)]
     assert [r for a, b in bounds for r in range(a, b)] == list(range(n_obs))
     assert all(b - a == dataset_rows for a, b in bounds[:-1])
-    part = layout.part_of(np.arange(n_obs))
+    part, place = layout.locate(np.arange(n_obs))
+    assert (layout.part_starts[part] + place == np.arange(n_obs)).all()
     for k, (a, b) in enumerate(bounds):
         assert set(part[a:b]) == set(layout.parts_of(k))
     sizes = np.diff(layout.part_starts)
