@@ -159,7 +159,7 @@ def test_no_x(out, tmp_path):
     a = small()
     a.X = None
     a.write_h5ad(tmp_path / "a.h5ad")
-    with pytest.raises(SchemaError, match="has no X; put the matrix to shuffle into X"):
+    with pytest.raises(SchemaError, match="has no X; name the matrix to shuffle with counts"):
         add(out, [tmp_path / "a.h5ad"])
 
 
