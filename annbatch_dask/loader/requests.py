@@ -187,5 +187,5 @@ def _common_dtype(columns: Sequence[pd.Series[Any]]) -> Any:
     dtypes = [cast("Any", column.dtype) for column in columns]
     try:
         return np.result_type(*dtypes)
-    except TypeError:
-        return np.dtype(object)
+    except TypeError:  # pandas' own dtypes, such as its two kinds of text
+        return pd.concat([column.iloc[:1] for column in columns]).dtype
