@@ -258,7 +258,9 @@ def _describe(group: zarr.Group, name: str) -> str:
 
 
 def _bytes_on_disk(path: str) -> int:
-    return sum(p.stat().st_size for p in Path(path).rglob("*") if p.is_file())
+    from annbatch_dask.storage.publish import Folder
+
+    return sum(Folder(path).sizes().values())
 
 
 def _open(path: str) -> DatasetCollection:

@@ -50,10 +50,10 @@ from annbatch_dask.plan.elements import Elements
 from annbatch_dask.plan.genes import check_unique
 from annbatch_dask.progress import default_callbacks
 from annbatch_dask.splits import Splits, make_splits
-from annbatch_dask.storage.lock import Lease, exclusive
+from annbatch_dask.storage.lock import Lease, check_unchanged, claim_numbers, exclusive, is_claim
 from annbatch_dask.storage.matrices import describe_matrix
 from annbatch_dask.storage.metadata import METADATA
-from annbatch_dask.storage.publish import Folder, folder_of
+from annbatch_dask.storage.publish import Folder, StorageOptions, folder_of, shown
 from annbatch_dask.storage.shards import compressor_json
 from annbatch_dask.storage.sources import SourceRef
 
@@ -85,6 +85,8 @@ class DatasetCollection:
         existing one.
     is_collection_h5ad
         A folder of ``dataset_<i>.h5ad``, of which only obs can be read.
+    storage_options
+        fsspec's, for a URL: credentials, endpoint and the like. They are written nowhere.
 
     Raises
     ------
@@ -98,7 +100,12 @@ class DatasetCollection:
     """
 
     def __init__(
-        self, group: zarr.Group | str | os.PathLike[str], *, mode: str = "a", is_collection_h5ad: bool = False
+        self,
+        group: zarr.Group | str | os.PathLike[str],
+        *,
+        mode: str = "a",
+        is_collection_h5ad: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         self._h5ad = is_collection_h5ad
         if isinstance(group, zarr.Group):
@@ -110,7 +117,7 @@ class DatasetCollection:
         if not isinstance(group, str | os.PathLike):
             msg = f"a collection is a path or a zarr.Group, not {type(group).__name__}"
             raise TypeError(msg)
-        self._folder = Folder(os.fspath(group))
+        self._folder = _folder(group, storage_options)
         if is_collection_h5ad:
             warnings.warn("Loading h5ad is currently not supported: only obs can be read", UserWarning, stacklevel=2)
             self._group = None
@@ -212,7 +219,7 @@ class DatasetCollection:
         if self._is_in_memory:
             return Lease(None)
         lease = Lease(self._folder)
-        now = dataset_names(lease.document())
+        now = dataset_names(lease.document() or self._folder.find(METADATA) or b"")
         if now and (gone := set(self._names()) - now):
             msg = f"{self.path} was changed since it was opened: {min(gone)} was replaced; open it again"
             raise CollectionError(msg)
@@ -323,6 +330,7 @@ class DatasetCollection:
         rng: np.random.Generator | None = None,
         memory_limit: int | str | None = None,
         client: Client | None = None,
+        storage_options: Mapping[str, Any] | None = None,
         read_values: bool = False,
     ) -> Plan:
         """Scan the inputs and say what :meth:`add_adatas` with the same arguments would do, without doing it.
@@ -334,7 +342,7 @@ class DatasetCollection:
         -------
         The plan; its repr says tasks, bytes and peak memory.
         """
-        refs = _references(adata_paths, load_adata, counts)
+        refs = _references(adata_paths, load_adata, storage_options, counts)
         options = _options(
             var_subset,
             n_obs_per_chunk,
@@ -373,7 +381,9 @@ class DatasetCollection:
         rng: np.random.Generator | None = None,
         memory_limit: int | str | None = None,
         client: Client | None = None,
+        storage_options: Mapping[str, Any] | None = None,
         scratch: str | os.PathLike[str] | None = None,
+        scratch_options: Mapping[str, Any] | None = None,
         callbacks: Iterable[Callback] | None = None,
         progress: bool | None = None,
     ) -> DatasetCollection:
@@ -439,8 +449,12 @@ class DatasetCollection:
         client
             A client of the Dask cluster to use. None uses the scheduler set in dask's configuration, or the current
             client, or starts a cluster of subprocesses on this machine and closes it afterwards.
-        scratch
-            Folder for spill files, which all workers can write; default beside the collection. Removed after success.
+        storage_options
+            fsspec's, for inputs that are URLs: credentials, endpoint and the like. They go to the workers with each
+            task, and are written nowhere. The collection has its own, see the class.
+        scratch, scratch_options
+            Folder or URL for spill files, which all workers can write, and fsspec's options for it; default beside the
+            collection. Removed after success.
         callbacks
             Listeners for the build's events, see :mod:`annbatch_dask.events`.
         progress
@@ -462,7 +476,7 @@ class DatasetCollection:
             If what was written is not what was read; nothing is published.
         """
         self._check_target()
-        refs = _references(adata_paths, load_adata, counts)
+        refs = _references(adata_paths, load_adata, storage_options, counts)
         options = _options(
             var_subset,
             n_obs_per_chunk,
@@ -477,25 +491,29 @@ class DatasetCollection:
         )
         callback = Callbacks([*default_callbacks(progress=progress), *(callbacks or ())])
         room = choose_engine(client, memory_limit)
+        base = self._scratch if scratch is None else _absolute(_folder(scratch, scratch_options))
         with exclusive(self._target):
-            self._refresh()
+            version = self._refresh()
             extension = self._extension(mode, genes)
             if self._is_done(refs, seed):
                 logger.info("%s holds these inputs already: nothing to do", self.path)
-                self._sweep_all()
+                if self._target.is_local or not any(map(is_claim, self._target.names())):  # nobody may be writing here
+                    self._sweep_all()
                 return self
             plan, annotations = self._plan(refs, options, merge, room, extension)
             if plan.left_out:
                 warnings.warn(_words_of(plan.left_out, len(refs)), UserWarning, stacklevel=2)
             with room.start() as engine:
                 all_refs = (*self._dataset_refs(extension), *refs)
-                self._build(plan, all_refs, annotations, engine, callback, scratch)
+                self._build(plan, all_refs, annotations, engine, callback, base, version)
         return self
 
-    def _refresh(self) -> None:
-        """See what other processes published since this object was made."""
-        if self._target.exists(METADATA):
-            self._group = zarr.open_group(self._target.zarr_store(), mode="r+")
+    def _refresh(self) -> str | None:
+        """See what other processes published since this object was made; returns its version."""
+        version = self._target.version(METADATA)
+        if version is not None:
+            self._group = zarr.open_group(self._target.zarr_store(), mode="r+", zarr_format=3)
+        return version
 
     def _is_done(self, refs: tuple[SourceRef, ...], seed: int | None) -> bool:
         """Whether the last build had these inputs, so that the call is a repetition after its commit."""
@@ -536,7 +554,7 @@ class DatasetCollection:
         if extension is None:
             return []
         folder = self._target
-        return [SourceRef(n, (folder / n).url, tagged=True) for n in self._names()]
+        return [SourceRef(n, (folder / n).url, tagged=True, options=folder.options) for n in self._names()]
 
     def _plan(
         self,
@@ -576,7 +594,12 @@ class DatasetCollection:
     @property
     def _target(self) -> Folder:
         """The collection's folder, by a path that other processes can open."""
-        return Folder(os.path.abspath(self._folder.path)) if self._folder.is_local else self._folder
+        return _absolute(self._folder)
+
+    @property
+    def _scratch(self) -> Folder:
+        """The scratch folder beside the collection."""
+        return Folder(self._target.url.rstrip("/") + _SCRATCH, self._target.options)
 
     def _build(
         self,
@@ -585,18 +608,20 @@ class DatasetCollection:
         annotations: ad.AnnData | None,
         engine: Engine,
         callback: Callback,
-        scratch: str | os.PathLike[str] | None,
+        scratch: Folder,
+        version: str | None,
     ) -> None:
-        base = Folder(os.fspath(scratch)) if scratch is not None else Folder(self._folder.url.rstrip("/") + _SCRATCH)
         target = self._target
-        base = Folder(os.path.abspath(base.path)) if base.is_local else base
         manifest = None if plan.extension is None else self.manifest or self._adopted()
-        build(Job(plan, refs, base / work_folder(plan, target), target, annotations, manifest), engine, callback)
-        if scratch is None:  # what other interrupted builds left here, none of them can use now
-            base.remove()
-        elif not base.names():
+        first = claim_numbers(target, plan.work_key, plan.first_dataset, plan.n_datasets)
+        check_unchanged(target, version)  # now that what another build publishes has other names
+        job = Job(plan, refs, scratch / work_folder(plan, target), target, annotations, first, manifest, version)
+        build(job, engine, callback)
+        if scratch == self._scratch:  # what other interrupted builds left here, none of them can use now
+            scratch.remove()
+        elif not scratch.names():
             with contextlib.suppress(OSError):  # a disk's own folder, which stays
-                base.remove()
+                scratch.remove()
         self._refresh()
 
     # --- checking ----------------------------------------------------------------------------------------------
@@ -607,6 +632,7 @@ class DatasetCollection:
         *,
         load_adata: Callable[[Any], ad.AnnData] | None = None,
         client: Client | None = None,
+        storage_options: Mapping[str, Any] | None = None,
         callbacks: Iterable[Callback] | None = None,
         progress: bool | None = None,
     ) -> Verification:
@@ -621,6 +647,8 @@ class DatasetCollection:
             The function the build used, if it used one.
         client
             A client of the Dask cluster to use; None uses the threads of this process.
+        storage_options
+            fsspec's, for inputs that are URLs.
         callbacks, progress
             As for :meth:`add_adatas`.
 
@@ -643,10 +671,10 @@ class DatasetCollection:
         size = (manifest.n_obs, sum(n for d in manifest.datasets for n, _ in d.files.values()))
         tasks: list[tuple[Any, ...]] = [(target, d, manifest.n_vars) for d in manifest.datasets]
         problems += run_check(engine, "verify", check_dataset, tasks, callback, size)
-        refs = () if against is None else _references(against, load_adata)
+        refs = () if against is None else _references(against, load_adata, storage_options)
         if refs:
             found, missing = match_sources([r.label for r in refs], manifest)
-            first = SourceRef("dataset", (target / manifest.datasets[0].name).url, tagged=True)
+            first = SourceRef("dataset", (target / manifest.datasets[0].name).url, tagged=True, options=target.options)
             tasks = [(*of, first) for of in source_refs(refs, found, manifest)]
             size = (sum(r.n_obs for r in found.values()), 0)
             problems += [*missing, *run_check(engine, "compare", check_source, tasks, callback, size)]
@@ -695,7 +723,7 @@ class DatasetCollection:
 
     def _sweep_all(self) -> list[str]:
         removed = sweep(self._target, self.manifest)
-        scratch = Folder(self._target.url.rstrip("/") + _SCRATCH)
+        scratch = self._scratch
         if scratch.names():
             scratch.remove()
             removed.append(scratch.url.rsplit("/", 1)[1])
@@ -733,19 +761,19 @@ def _open(folder: Folder, mode: str) -> zarr.Group | None:
     if mode not in ("r", "r+", "a", "w", "w-"):
         msg = f"mode is {mode!r}; it must be one of 'r', 'r+', 'a', 'w', 'w-'"
         raise ValueError(msg)
-    if folder.fs.isfile(folder.path):
+    names = [METADATA] if folder.version(METADATA) is not None else folder.names()  # which may be many
+    if not names and folder.fs.isfile(folder.path):
         msg = f"{folder.url} is a file, not a collection; give another path"
         raise CollectionError(msg)
-    names = folder.names()
-    if not names or all(DATASET_NAME.fullmatch(n) for n in names):  # nothing, or an unfinished build
+    if all(DATASET_NAME.fullmatch(n) or is_claim(n) for n in names):  # nothing, or an unfinished build
         if mode in ("r", "r+"):
             msg = f"there is no collection at {folder.url}; check the path, or build one with add_adatas"
             raise _CollectionNotFoundError(msg)
         return None
-    if "zarr.json" not in names:
+    if METADATA not in names:
         msg = f"{folder.url} exists and is not a collection: it holds {names[:3]}; give another path"
         raise CollectionError(msg)
-    group = zarr.open_group(folder.zarr_store(), mode="r" if mode == "r" else "r+")
+    group = zarr.open_group(folder.zarr_store(), mode="r" if mode == "r" else "r+", zarr_format=3)
     encoding = group.attrs.get("encoding-type")
     if encoding != ANNBATCH_ENCODING["encoding-type"] and (encoding or any(True for _ in group.keys())):
         msg = f"{folder.url} exists and is not a collection but {encoding or 'another zarr group'}; give another path"
@@ -782,13 +810,30 @@ def _annotated(annotations: ad.AnnData | None) -> frozenset[str]:
     return frozenset(f"{kind}/{key}" for kind in ("varm", "varp", "uns") for key in getattr(annotations, kind))
 
 
+def _folder(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> Folder:
+    url = os.fspath(path)
+    if shown(url) != url:
+        msg = f"{shown(url)} was given with a user, a password or a query; give credentials in storage_options"
+        raise CollectionError(msg)
+    return Folder(url, StorageOptions(storage_options or {}))
+
+
+def _absolute(folder: Folder) -> Folder:
+    """A folder by a path that other processes can open."""
+    return Folder(os.path.abspath(folder.path)) if folder.is_local else folder
+
+
 def _references(
-    paths: Iterable[Any], load_adata: Callable[[Any], ad.AnnData] | None, counts: str | Mapping[str, str] = "X"
+    paths: Iterable[Any],
+    load_adata: Callable[[Any], ad.AnnData] | None,
+    storage_options: Mapping[str, Any] | None = None,
+    counts: str | Mapping[str, str] = "X",
 ) -> tuple[SourceRef, ...]:
     if isinstance(paths, str | os.PathLike):
         msg = f"adata_paths is one path, {os.fspath(paths)!r}; give a list of paths"
         raise TypeError(msg)
-    refs = tuple(_reference(p, load_adata) for p in paths)
+    options = StorageOptions(storage_options or {})
+    refs = tuple(_reference(p, load_adata, options) for p in paths)
     if not refs:
         msg = "adata_paths is empty; give at least one AnnData file"
         raise SourceError(msg)
@@ -797,20 +842,23 @@ def _references(
         twice = next(x for x in labels if labels.count(x) > 1)
         msg = f"{twice} is given {labels.count(twice)} times; give each input once"
         raise SourceError(msg)
-    chosen = dict.fromkeys(labels, counts) if isinstance(counts, str) else {os.fspath(k): v for k, v in counts.items()}
+    chosen = dict.fromkeys(labels, counts) if isinstance(counts, str) else {shown(os.fspath(k)): v for k, v in counts.items()}
     if unknown := chosen.keys() - set(labels):
         msg = f"counts names {min(unknown)}, which is none of the {len(labels)} inputs; give their paths"
         raise SourceError(msg)
     return tuple(replace(r, counts=chosen.get(r.label, "X")) for r in refs)
 
 
-def _reference(item: Any, load_adata: Callable[[Any], ad.AnnData] | None) -> SourceRef:
+def _reference(item: Any, load_adata: Callable[[Any], ad.AnnData] | None, options: StorageOptions) -> SourceRef:
     if isinstance(item, str | os.PathLike):
-        label = os.fspath(item)
-        local = Folder(label).is_local
-        return SourceRef(label, os.path.abspath(Folder(label).path) if local else label, load_adata)
+        path = os.fspath(item)
+        folder = Folder(path, options)
+        if folder.is_local:
+            return SourceRef(path, os.path.abspath(folder.path), load_adata)
+        return SourceRef(shown(path), path, load_adata, options=options)
     if isinstance(item, zarr.Group) and load_adata is None:
-        return SourceRef(str(item), folder_of(item).url)
+        folder = folder_of(item)
+        return SourceRef(str(item), folder.url, options=folder.options)
     if load_adata is not None:
         return SourceRef(str(item), item, load_adata)
     msg = f"an input is a path, a URL or a zarr.Group, not {type(item).__name__}; write it to a file first"

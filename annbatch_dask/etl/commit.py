@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from annbatch_dask.errors import IntegrityError
 from annbatch_dask.etl.gather import GatherTask
 from annbatch_dask.etl.job import Job
 from annbatch_dask.manifest import (
     ANNBATCH_ENCODING,
     DATASET_NAME,
+    DATASET_PREFIX,
     MANIFEST_KEY,
     BuildRecord,
     DatasetRecord,
@@ -23,28 +25,63 @@ from annbatch_dask.manifest import (
 )
 from annbatch_dask.plan.build import Plan
 from annbatch_dask.plan.dtypes import ValueRange, merge_ranges
-from annbatch_dask.storage.lock import held_generations, keep_generation
-from annbatch_dask.storage.metadata import consolidate, metadata_below, nodes_checksum
+from annbatch_dask.storage.lock import check_unchanged, held_generations, is_claim, keep_generation, release_numbers
+from annbatch_dask.storage.metadata import METADATA, consolidated, group_document, metadata_below, nodes_checksum
 from annbatch_dask.storage.publish import Folder
 
-__all__ = ["commit", "leftovers", "make_manifest", "merged_range", "source_fingerprints", "sweep"]
+__all__ = [
+    "commit",
+    "leftovers",
+    "make_manifest",
+    "merged_range",
+    "source_fingerprints",
+    "sweep",
+    "sweep_replaced",
+    "withdraw",
+]
 
 logger = logging.getLogger(__name__)
 
 Receipt = Mapping[str, Any]
 
 
-def commit(target: Folder, manifest: Manifest) -> None:
+def commit(job: Job, manifest: Manifest) -> None:
     """Publish a collection: its datasets lie there, and nobody sees them before this returns.
 
     The root's ``zarr.json`` holds the attributes annbatch looks for, the manifest, and the metadata of all datasets.
+
+    Raises
+    ------
+    CollectionBusyError
+        If another build published something since this one began; what that published stays.
+    IntegrityError
+        If files of a dataset were removed since they were written.
     """
+    target = job.target
+    check_unchanged(target, job.base_version)
     nodes: dict[str, Any] = {}
     for record in manifest.datasets:
-        nodes |= metadata_below(target / record.name, record.name)
+        sizes = (target / record.name).sizes()
+        if record.files and sizes != {name: size for name, (size, _) in record.files.items()}:
+            msg = (
+                f"{target.url}/{record.name} has {len(sizes):,} files, {sum(sizes.values()):,} bytes, and "
+                f"{len(record.files):,} files, {sum(n for n, _ in record.files.values()):,} bytes were written; "
+                "let nobody remove files while a build runs, and call again"
+            )
+            raise IntegrityError(msg)
+        nodes |= consolidated(target / record.name, record.name) or metadata_below(target / record.name, record.name)
     manifest = replace(manifest, metadata=nodes_checksum(nodes))
     keep_generation(target)
-    consolidate(target, ANNBATCH_ENCODING | {MANIFEST_KEY: manifest.to_json()}, nodes)
+    root = group_document(ANNBATCH_ENCODING | {MANIFEST_KEY: manifest.to_json()}, nodes)
+    target.replace(METADATA, root, version=job.base_version)
+
+
+def withdraw(job: Job) -> None:
+    """Remove what a build wrote that was refused: nobody can use it any more."""
+    for k in range(job.plan.n_datasets):
+        (job.target / f"{DATASET_PREFIX}_{job.first_dataset + k}").remove()
+    release_numbers(job.target, job.first_dataset)
+    job.scratch.remove()
 
 
 def leftovers(target: Folder, manifest: Manifest | None) -> list[str]:
@@ -52,16 +89,33 @@ def leftovers(target: Folder, manifest: Manifest | None) -> list[str]:
     kept = set() if manifest is None else {d.name for d in manifest.datasets}
     for document in held_generations(target).values():
         kept |= dataset_names(document)
-    return [n for n in target.names() if (DATASET_NAME.fullmatch(n) and n not in kept) or target.is_unfinished(n)]
+    names = target.names()
+    return [n for n in names if (DATASET_NAME.fullmatch(n) and n not in kept) or target.is_unfinished(n) or is_claim(n)]
 
 
 def sweep(target: Folder, manifest: Manifest | None) -> list[str]:
     """Remove leftovers; returns their names."""
-    found = leftovers(target, manifest)
-    for name in found:
+    return _remove(target, leftovers(target, manifest))
+
+
+def sweep_replaced(job: Job, manifest: Manifest) -> list[str]:
+    """Remove leftovers right after a commit; returns their names.
+
+    On an object store readers hold no lease: datasets that were replaced stay until the next sweep. So do other builds'
+    claims.
+    """
+    found = leftovers(job.target, manifest)
+    if not job.target.is_local:
+        old = set() if job.base is None else {d.name for d in job.base.datasets}
+        found = [n for n in found if n not in old and not is_claim(n)]
+    return _remove(job.target, found)
+
+
+def _remove(target: Folder, names: list[str]) -> list[str]:
+    for name in names:
         (target / name).remove()
         logger.info("removed %s/%s", target.url, name)
-    return found
+    return names
 
 
 # --- what the manifest says ----------------------------------------------------------------------------------------
@@ -87,8 +141,9 @@ def make_manifest(
     )
     sources = _sources(plan, scattered)
     matrices: dict[str, Mapping[str, Any]] = _matrices(plan, scattered, tasks)
+    last = job.first_dataset + plan.n_datasets - 1
     if base is None:
-        return Manifest(plan.n_obs, plan.n_vars, matrices, written, sources, (build,), plan.n_datasets - 1)
+        return Manifest(plan.n_obs, plan.n_vars, matrices, written, sources, (build,), last)
     kept = base.datasets if extension is not None and extension.n_kept else ()
     if kept:
         matrices = {name: _united(base.matrices.get(name), m) for name, m in matrices.items()}
@@ -99,7 +154,7 @@ def make_manifest(
         datasets=(*kept, *written),
         sources=(*base.sources, *sources),
         builds=(*base.builds, build),
-        last_dataset=plan.first_dataset + plan.n_datasets - 1,
+        last_dataset=last,
     )
 
 

@@ -16,7 +16,7 @@ import zarr
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import IntegrityError
-from annbatch_dask.etl.job import Job, load_job
+from annbatch_dask.etl.job import Job, JobFile, load_job
 from annbatch_dask.etl.rows import all_columns, decode_strings, head, row_hashes, sum_hashes
 from annbatch_dask.etl.scatter import GROUP, PLACE, Flats, Heads, scatter_again
 from annbatch_dask.kernels.rows import bounds_of, copy_runs
@@ -24,9 +24,9 @@ from annbatch_dask.manifest import DATASET_PREFIX, MANIFEST_KEY
 from annbatch_dask.plan.build import Options, Plan
 from annbatch_dask.plan.dtypes import index_dtype
 from annbatch_dask.plan.schema import OBS, SOURCE_DTYPE, ColumnSpec, MatrixSpec
-from annbatch_dask.storage.checksums import FileSums, checksum, checksums
+from annbatch_dask.storage.checksums import FileSums, checksum, checksum_of
 from annbatch_dask.storage.columns import to_pandas
-from annbatch_dask.storage.metadata import METADATA, consolidate, metadata_below
+from annbatch_dask.storage.metadata import METADATA, group_document, is_metadata, nodes_of
 from annbatch_dask.storage.publish import Folder, name_errors
 from annbatch_dask.storage.shards import ShardWriter
 from annbatch_dask.storage.spill import SpillError, SpillReader, find_receipt, write_receipt
@@ -62,7 +62,7 @@ class GatherTask:
     fingerprint: int
 
 
-def gather(scratch: Folder, task: GatherTask) -> dict[str, Any]:
+def gather(file: JobFile, task: GatherTask) -> dict[str, Any]:
     """Run one gather task, unless it was run before.
 
     Returns
@@ -76,17 +76,17 @@ def gather(scratch: Folder, task: GatherTask) -> dict[str, Any]:
         If the rows written are not the rows read.
     """
     name = f"gather-{task.dataset:06d}"
-    job = load_job(scratch)
-    dataset = f"{DATASET_PREFIX}_{job.plan.first_dataset + task.dataset}"
+    job = load_job(file)
+    dataset = f"{DATASET_PREFIX}_{job.first_dataset + task.dataset}"
     # a receipt lies in the scratch folder, its dataset in the target, which others may have removed or replaced since
-    if (done := find_receipt(scratch, name)) is not None and _is_intact(job.target / dataset, done["files"]):
+    if (done := find_receipt(job.scratch, name)) is not None and _is_intact(job.target / dataset, done["files"]):
         return done | {"reused": True}
     try:
-        receipt = _write_and_repair(job, task, dataset)
+        receipt = _write_and_repair(file, job, task, dataset)
     except Exception as e:
         e.add_note(f"while writing {job.target.url}/{dataset}")
         raise
-    write_receipt(scratch, name, receipt)
+    write_receipt(job.scratch, name, receipt)
     return receipt
 
 
@@ -97,7 +97,7 @@ def _is_intact(folder: Folder, files: FileSums) -> bool:
     return checksum(folder, METADATA) == tuple(files[METADATA])
 
 
-def _write_and_repair(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
+def _write_and_repair(file: JobFile, job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
     """Write a dataset; a block whose spill file turns out to be damaged is scattered again, by this task, once.
 
     That needs the memory of a scatter task, and not that of the gather task beside it, which has ended by then.
@@ -113,21 +113,23 @@ def _write_and_repair(job: Job, task: GatherTask, dataset: str) -> dict[str, Any
                 raise IntegrityError(msg) from e
             logger.warning("%s: block %d is read again", e, e.block)
             again.append(e.block)
-        scatter_again(job.scratch, again[-1])
+        scatter_again(file, again[-1])
 
 
 def _write_dataset(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
     plan, folder = job.plan, job.target / dataset
-    folder.remove()  # of an attempt that did not finish
+    if folder.is_local:  # of an attempt that did not finish; an object store's files are replaced one by one
+        folder.remove()
     attributes = {"encoding-type": "anndata", "encoding-version": "0.1.0", MANIFEST_KEY: {"plan": plan.fingerprint}}
-    group = zarr.create_group(folder.zarr_store(), attributes=attributes)
+    files: dict[str, Any] = {}  # all but the shards
+    group = zarr.create_group(zarr.storage.MemoryStore(files), attributes=attributes)
     start, stop = plan.layout.dataset_bounds(task.dataset)
     obs = _ObsColumns(all_columns(plan), stop - start)
     total, n_bytes = 0, 0
-    with contextlib.ExitStack() as files:
+    with contextlib.ExitStack() as shards:
         writers = [_matrix_writer(m, plan.options, stop - start, task, folder, group) for m in plan.matrices]
         for w in writers:
-            files.enter_context(w)
+            shards.enter_context(w)
         for heads, flats in one_ahead(_parts(job, task)):
             hashes = row_hashes(len(heads[PLACE]), plan.matrices, all_columns(plan), heads, flats)
             total = (total + sum_hashes(hashes)) % 2**64
@@ -140,12 +142,15 @@ def _write_dataset(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
             "scratch files were damaged: remove the scratch folder and build again"
         )
         raise IntegrityError(msg)
-    _write_frames(group, obs, job, folder)
+    _write_frames(group, obs, job)
+    sums = {name: found for w in writers for name, found in w.files.items()}
+    sums |= _publish(folder, {name: content.to_bytes() for name, content in files.items()})
+    if strangers := folder.sizes().keys() - sums.keys():
+        folder.remove_files(strangers)
     folder.sync()
-    written = {name: sums for w in writers for name, sums in w.files.items()}
     return {
         "name": dataset,
-        "files": checksums(folder, written),
+        "files": dict(sorted(sums.items())),
         "n_rows": stop - start,
         "nnz": task.nnz.get("X", 0),
         "fingerprint": f"{total:016x}",
@@ -300,6 +305,7 @@ class _SparseWriter(contextlib.ExitStack):
             name: self.enter_context(
                 ShardWriter(
                     folder,
+                    group.store,
                     f"{spec.name}/{name}",
                     shape=(length,),
                     dtype=dtype,
@@ -342,6 +348,7 @@ class _DenseWriter(contextlib.ExitStack):
         self._writer = self.enter_context(
             ShardWriter(
                 folder,
+                group.store,
                 spec.name,
                 shape=(n_obs, spec.n_cols),
                 dtype=dtype,
@@ -415,7 +422,7 @@ def _is_object(values: Any) -> bool:
 _settings_lock = threading.Lock()
 
 
-def _write_frames(group: zarr.Group, obs: _ObsColumns, job: Job, folder: Folder) -> None:
+def _write_frames(group: zarr.Group, obs: _ObsColumns, job: Job) -> None:
     """Write what is not sharded, with anndata itself.
 
     anndata's settings are the process's, so threads take turns: two that overlap would undo each other's.
@@ -430,8 +437,6 @@ def _write_frames(group: zarr.Group, obs: _ObsColumns, job: Job, folder: Folder)
                 ad.io.write_elem(group, name, {})
         for name, value in elements.items():
             ad.io.write_elem(group, name, value)
-    nodes = metadata_below(folder)
-    consolidate(folder, nodes[""]["attributes"], nodes)
 
 
 def _annotations(job: Job) -> dict[str, Any]:
@@ -447,3 +452,12 @@ def _annotations(job: Job) -> dict[str, Any]:
         out["raw/var"] = pd.DataFrame(index=genes) if raw is None else raw.var.loc[genes]
         out["raw/varm"] = {}
     return out
+
+
+def _publish(folder: Folder, files: dict[str, bytes]) -> dict[str, tuple[int, str]]:
+    """Write a dataset's small files, its root with the metadata of all at last; returns their checksums."""
+    nodes = nodes_of({name: content for name, content in files.items() if is_metadata(name)})
+    root = group_document(nodes[""]["attributes"], nodes)
+    folder.write_all({name: content for name, content in files.items() if name != METADATA})
+    folder.write(METADATA, root, durable=False)  # all is synced together
+    return {name: checksum_of(content) for name, content in (files | {METADATA: root}).items()}

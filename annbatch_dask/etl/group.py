@@ -8,20 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from annbatch_dask.etl.job import Job, load_job
+from annbatch_dask.etl.job import Job, JobFile, load_job
 from annbatch_dask.etl.rows import group_keys
 from annbatch_dask.etl.scatter import read_columns
 from annbatch_dask.plan.grouping import Groups, group_layout
-from annbatch_dask.storage.publish import Folder
 
 __all__ = ["count_groups", "with_groups"]
 
 _DATASET, _N_ROWS = "dataset", "n_rows"
 
 
-def count_groups(scratch: Folder, index: int) -> pd.DataFrame:
+def count_groups(file: JobFile, index: int) -> pd.DataFrame:
     """Distinct keys of a block's rows and the datasets they go to, and how many rows each: a small frame."""
-    job = load_job(scratch)
+    job = load_job(file)
     plan, block = job.plan, job.plan.blocks[index]
     with job.open_source(block.source) as opened:
         heads, flats = read_columns(plan, block, plan.sources[block.source], opened, plan.group_columns)

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import ctypes
-import os
+import io
+import pickle
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import cloudpickle
 
 from annbatch_dask.manifest import Manifest
 from annbatch_dask.plan.build import Plan
-from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.publish import Folder, StorageOptions
 from annbatch_dask.storage.sources import Source, SourceRef, open_source
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["Job", "load_job", "save_job", "trim_memory"]
+__all__ = ["Job", "JobFile", "load_job", "save_job", "trim_memory"]
 
 _FILE = "job.pkl"
 
@@ -42,8 +43,12 @@ class Job:
         Folder of the collection.
     annotations
         What the collection says of genes and of itself: an AnnData of no cells; None where only the gene names are.
+    first_dataset
+        Number of the first dataset to write.
     base
         Manifest of the collection as it is, where the build extends one.
+    base_version
+        Of its root document; None where there is none yet.
     """
 
     plan: Plan
@@ -51,7 +56,9 @@ class Job:
     scratch: Folder
     target: Folder
     annotations: AnnData | None = None
+    first_dataset: int = 0
     base: Manifest | None = None
+    base_version: str | None = None
 
     @contextmanager
     def open_source(self, index: int) -> Iterator[Source]:
@@ -73,9 +80,46 @@ class Job:
 _kept = threading.local()
 
 
-def save_job(job: Job) -> None:
+@dataclass(frozen=True)
+class JobFile:
+    """What a task is given: where the job lies, and the storage options, which that file must not hold."""
+
+    scratch: Folder
+    options: tuple[StorageOptions, ...] = field(repr=False)
+    call: str = field(default_factory=lambda: uuid4().hex, repr=False)
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Puts storage options aside, wherever they are, and a number in their place."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.options: list[StorageOptions] = []
+
+    def persistent_id(self, obj: Any) -> int | None:
+        if not isinstance(obj, StorageOptions):
+            return None
+        if obj not in self.options:
+            self.options.append(obj)
+        return self.options.index(obj)
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, options: tuple[StorageOptions, ...]) -> None:
+        super().__init__(file)
+        self._options = options
+
+    def persistent_load(self, pid: int) -> StorageOptions:
+        return self._options[pid]
+
+
+def save_job(job: Job) -> JobFile:
     """Write the job where its tasks find it."""
-    job.scratch.write(_FILE, cloudpickle.dumps(job))
+    buffer = io.BytesIO()
+    pickler = _Pickler(buffer)
+    pickler.dump(job)
+    job.scratch.write(_FILE, buffer.getvalue())
+    return JobFile(job.scratch, tuple(pickler.options))
 
 
 def work_folder(plan: Plan, target: Folder) -> str:
@@ -83,16 +127,16 @@ def work_folder(plan: Plan, target: Folder) -> str:
     return f"{plan.work_key}-{blake2b(target.url.encode(), digest_size=4).hexdigest()}"
 
 
-def load_job(scratch: Folder) -> Job:
-    """The job of a scratch folder; kept for the next task of the same call."""
-    written = os.stat(f"{scratch.path}/{_FILE}").st_mtime_ns if scratch.is_local else 0
-    return _load(scratch.url, tuple(sorted(scratch.options.items())), written)
+_last: tuple[JobFile, Job] | None = None
 
 
-@lru_cache(maxsize=1)
-def _load(url: str, options: tuple[tuple[str, object], ...], _: int) -> Job:
-    job: Job = cloudpickle.loads(Folder(url, dict(options)).read(_FILE))
-    return job
+def load_job(file: JobFile) -> Job:
+    """The job of a task; kept for the next task of the same call."""
+    global _last  # noqa: PLW0603 - one process works on one build
+    last = _last
+    if last is None or last[0] != file:
+        last = _last = file, _Unpickler(io.BytesIO(file.scratch.read(_FILE)), file.options).load()
+    return last[1]
 
 
 def trim_memory() -> None:

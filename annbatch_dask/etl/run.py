@@ -20,9 +20,9 @@ from distributed import CancelledError, Client, as_completed
 from distributed.comm.core import CommClosedError
 from distributed.system import MEMORY_LIMIT
 
-from annbatch_dask.errors import AnnbatchDaskError, IntegrityError, SchedulerError
+from annbatch_dask.errors import AnnbatchDaskError, CollectionBusyError, IntegrityError, SchedulerError
 from annbatch_dask.etl.cluster import local_client
-from annbatch_dask.etl.commit import commit, make_manifest, merged_range, source_fingerprints, sweep
+from annbatch_dask.etl.commit import commit, make_manifest, merged_range, source_fingerprints, sweep_replaced, withdraw
 from annbatch_dask.etl.gather import GatherTask, gather
 from annbatch_dask.etl.group import count_groups, with_groups
 from annbatch_dask.etl.job import Job, save_job
@@ -32,6 +32,7 @@ from annbatch_dask.manifest import Manifest
 from annbatch_dask.plan.build import Plan
 from annbatch_dask.plan.dtypes import index_dtype, smallest_dtype
 from annbatch_dask.plan.memory import Budget
+from annbatch_dask.storage.lock import check_unchanged, release_numbers
 
 __all__ = ["Engine", "EngineRoom", "build", "choose_engine", "run_stage"]
 
@@ -272,12 +273,12 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
         if plan.options.groupby:
             job = group(job, engine, callback)
             plan = job.plan
-        save_job(job)
+        file = save_job(job)
         scattered = run_stage(
             engine,
             "scatter",
             scatter,
-            [(job.scratch, i) for i in range(len(plan.blocks))],
+            [(file, i) for i in range(len(plan.blocks))],
             callback,
             size=(plan.n_obs, plan.n_bytes_read),
             measure=lambda _, r: (r["n_rows"], r["n_bytes"]),
@@ -288,7 +289,7 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
             engine,
             "gather",
             gather,
-            [(job.scratch, t) for t in tasks],
+            [(file, t) for t in tasks],
             callback,
             size=(plan.n_obs, _gather_nbytes(plan, tasks)),
             measure=lambda _, r: (r["n_rows"], r["n_bytes"]),
@@ -298,13 +299,21 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
             LocalEngine("synchronous", engine.budget),
             "commit",
             commit,
-            [(job.target, manifest)],
+            [(job, manifest)],
             callback,
             size=(plan.n_obs, 0),
             measure=lambda *_: (plan.n_obs, 0),
         )
-        sweep(job.target, manifest)
+        release_numbers(job.target, job.first_dataset)
+        sweep_replaced(job, manifest)
         job.scratch.remove()
+    except Exception as e:
+        error = e
+        if (busy := _overtaken(job)) is not None:
+            withdraw(job)
+            error = busy
+            raise busy from e
+        raise
     except BaseException as e:
         error = e
         raise
@@ -318,17 +327,26 @@ def group(job: Job, engine: Engine, callback: Callback) -> Job:
     """Count the groups, and make a job of it whose parts follow them."""
     plan = job.plan
     first = replace(job, scratch=job.scratch / "group")
-    save_job(first)
+    file = save_job(first)
     counted = run_stage(
         engine,
         "group",
         count_groups,
-        [(first.scratch, i) for i in range(len(plan.blocks))],
+        [(file, i) for i in range(len(plan.blocks))],
         callback,
         size=(plan.n_obs, 0),
         measure=lambda i, _: (plan.blocks[i].n_rows, 0),
     )
     return with_groups(job, counted)
+
+
+def _overtaken(job: Job) -> CollectionBusyError | None:
+    """Whether another build published something meanwhile, and removed what this one wrote: then that is the error."""
+    try:
+        check_unchanged(job.target, job.base_version)
+    except CollectionBusyError as busy:
+        return busy
+    return None
 
 
 def run_check(

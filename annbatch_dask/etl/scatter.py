@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
-from annbatch_dask.etl.job import load_job, trim_memory
+from annbatch_dask.etl.job import JobFile, load_job, trim_memory
 from annbatch_dask.etl.rows import NAMES, all_columns, group_keys, row_hashes, sum_hashes, write_column
 from annbatch_dask.kernels.rows import bounds_of, map_indices, sort_rows
 from annbatch_dask.kernels.values import narrow_counts, range_of
@@ -47,7 +47,7 @@ class _Rows:
     ranges: dict[str, ValueRange] = field(default_factory=dict)
 
 
-def scatter(scratch: Folder, index: int) -> dict[str, Any]:
+def scatter(file: JobFile, index: int) -> dict[str, Any]:
     """Run one scatter task, unless it was run before.
 
     Returns
@@ -56,9 +56,9 @@ def scatter(scratch: Folder, index: int) -> dict[str, Any]:
     ``n_rows``, ``n_bytes`` (uncompressed, read) and ``spilled`` bytes.
     """
     task = _name(index)
-    if (done := find_receipt(scratch, task)) is not None and is_spilled(scratch, index, done["spilled"]):
+    if (done := find_receipt(file.scratch, task)) is not None and is_spilled(file.scratch, index, done["spilled"]):
         return done | {"reused": True}
-    job = load_job(scratch)
+    job = load_job(file)
     plan, block = job.plan, job.plan.blocks[index]
     source = plan.sources[block.source]
     try:
@@ -67,17 +67,17 @@ def scatter(scratch: Folder, index: int) -> dict[str, Any]:
     except Exception as e:
         e.add_note(f"while reading {source.path}, rows {block.start:,} to {block.stop:,}")
         raise
-    receipt = _spill(plan, block, index, rows, scratch)
-    write_receipt(scratch, task, receipt)
+    receipt = _spill(plan, block, index, rows, file.scratch)
+    write_receipt(file.scratch, task, receipt)
     del rows
     trim_memory()
     return receipt
 
 
-def scatter_again(scratch: Folder, index: int) -> None:
+def scatter_again(file: JobFile, index: int) -> None:
     """Write anew the spill file of a task that was finished, because it was damaged since."""
-    forget_receipt(scratch, _name(index))
-    scatter(scratch, index)
+    forget_receipt(file.scratch, _name(index))
+    scatter(file, index)
 
 
 def _name(index: int) -> str:

@@ -117,7 +117,8 @@ def check_dataset(target: Folder, record: DatasetRecord, n_vars: int) -> dict[st
     folder = target / record.name
     problems = _check_files(folder, record, read=record.files) if record.files else []
     if not problems:
-        problems = _check_rows(SourceRef(record.name, folder.url, tagged=True), record, n_vars=n_vars)
+        ref = SourceRef(record.name, folder.url, tagged=True, options=folder.options)
+        problems = _check_rows(ref, record, n_vars=n_vars)
     return {
         "problems": problems,
         "n_rows": record.n_obs,

@@ -9,7 +9,7 @@ import numpy as np
 
 from annbatch_dask.storage.publish import Folder
 
-__all__ = ["FileSums", "checksum", "checksums"]
+__all__ = ["FileSums", "checksum", "checksum_of"]
 
 FileSums = Mapping[str, tuple[int, str]]
 """Bytes and crc32c (8 hex digits) by path."""
@@ -38,6 +38,6 @@ def checksum(folder: Folder, name: str) -> tuple[int, str]:
         file.close()
 
 
-def checksums(folder: Folder, known: FileSums) -> dict[str, tuple[int, str]]:
-    """Checksums of every file below a folder: those known already, and the others read."""
-    return {name: known[name] if name in known else checksum(folder, name) for name in folder.files()}
+def checksum_of(payload: bytes) -> tuple[int, str]:
+    """Bytes and crc32c of what a file holds."""
+    return len(payload), f"{google_crc32c.value(payload):08x}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import socket
@@ -14,7 +15,16 @@ from annbatch_dask.errors import CollectionBusyError
 from annbatch_dask.storage.metadata import METADATA
 from annbatch_dask.storage.publish import Folder
 
-__all__ = ["Lease", "exclusive", "held_generations", "keep_generation"]
+__all__ = [
+    "Lease",
+    "check_unchanged",
+    "claim_numbers",
+    "exclusive",
+    "held_generations",
+    "is_claim",
+    "keep_generation",
+    "release_numbers",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +35,8 @@ LOCK_SUFFIX = ".lock"
 def exclusive(folder: Folder) -> Iterator[None]:
     """Hold a local folder's lock, a file beside it, which the system releases when the process dies, however it dies.
 
-    On an object store there is no such lock, and nothing is held: what is published there is whole all the same, as a
-    commit is one write, and of two builds the later one counts.
+    On an object store there is no such lock, and nothing is held: two builds write datasets of other names
+    (:func:`claim_numbers`), and the second one's commit is refused.
 
     Raises
     ------
@@ -71,6 +81,55 @@ def _is_still_there(fd: int, path: str) -> bool:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+# --- names on an object store ---------------------------------------------------------------------------------------
+
+_CLAIM = ".claim-"
+
+
+def is_claim(name: str) -> bool:
+    """Whether a file of a collection's folder is a build's claim of dataset numbers."""
+    return name.startswith(_CLAIM)
+
+
+def claim_numbers(folder: Folder, key: str, first: int, n: int) -> int:
+    """First of ``n`` dataset numbers that no other build of an object store's collection writes, ``first`` or above.
+
+    A local folder's lock keeps others away. Here each build leaves a file that says which numbers are its own, until
+    it is done; one that was interrupted finds its file again by its work's ``key``.
+    """
+    if folder.is_local:
+        return first
+    claim = json.dumps({"key": key, "n": n}).encode()
+    while True:
+        name = f"{_CLAIM}{first}"
+        try:
+            folder.replace(name, claim, version=None)
+        except CollectionBusyError:
+            taken = folder.find(name)
+            first += json.loads(taken)["n"] if taken else 0  # or it is gone again
+        else:
+            return first
+
+
+def check_unchanged(folder: Folder, version: str | None) -> None:
+    """Refuse to go on where another build has published something since the root document had this version.
+
+    Raises
+    ------
+    CollectionBusyError
+        Then.
+    """
+    if not folder.is_local and folder.version(METADATA) != version:
+        msg = f"{folder.url} was changed by another build since this one began, and stays; call again to add to it"
+        raise CollectionBusyError(msg)
+
+
+def release_numbers(folder: Folder, first: int) -> None:
+    """Give up what :func:`claim_numbers` gave."""
+    if not folder.is_local:
+        folder.remove_files([f"{_CLAIM}{first}"])
 
 
 # --- readers -------------------------------------------------------------------------------------------------------

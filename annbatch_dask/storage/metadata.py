@@ -10,7 +10,16 @@ import google_crc32c
 
 from annbatch_dask.storage.publish import Folder
 
-__all__ = ["METADATA", "consolidate", "consolidated_below", "metadata_below", "nodes_checksum"]
+__all__ = [
+    "METADATA",
+    "consolidated",
+    "consolidated_below",
+    "group_document",
+    "is_metadata",
+    "metadata_below",
+    "nodes_checksum",
+    "nodes_of",
+]
 
 METADATA = "zarr.json"
 
@@ -23,17 +32,29 @@ def is_metadata(name: str) -> bool:
 def metadata_below(folder: Folder, prefix: str = "") -> dict[str, Any]:
     """Metadata of every group and array below a folder, by relative path behind a prefix, sorted."""
     paths = {f"{folder.path.rstrip('/')}/{name}": name for name in folder.files() if is_metadata(name)}
-    documents = folder.fs.cat(list(paths))
+    documents = folder.fs.cat_ranges(list(paths), 0, None, on_error="raise") if paths else []
+    return nodes_of(dict(zip(paths.values(), documents, strict=True)), prefix)
+
+
+def consolidated(folder: Folder, prefix: str) -> dict[str, Any]:
+    """The same from the folder's own document alone; empty where that does not hold it."""
+    root = json.loads(folder.read(METADATA))
+    below = (root.pop("consolidated_metadata", None) or {}).get("metadata", {})
+    return {prefix: root} | {f"{prefix}/{path}": node for path, node in below.items()} if below else {}
+
+
+def nodes_of(documents: Mapping[str, bytes], prefix: str = "") -> dict[str, Any]:
+    """Metadata by the path of its group or array behind a prefix, sorted, from files by their names."""
     nodes = {}
-    for path, document in documents.items():
+    for name, document in documents.items():
         node = json.loads(document)
         node.pop("consolidated_metadata", None)
-        nodes[f"{prefix}/{paths[path].removesuffix(METADATA)}".strip("/")] = node
+        nodes[f"{prefix}/{name.removesuffix(METADATA)}".strip("/")] = node
     return dict(sorted(nodes.items()))
 
 
-def consolidate(folder: Folder, attributes: Mapping[str, Any], nodes: Mapping[str, Any]) -> None:
-    """Write, atomically, a folder's group document with the metadata of what lies below it.
+def group_document(attributes: Mapping[str, Any], nodes: Mapping[str, Any]) -> bytes:
+    """A group's metadata file, with those of what lies below it.
 
     The layout is that of ``zarr.consolidate_metadata``, which cannot write it together with the attributes in one step.
     """
@@ -47,11 +68,11 @@ def consolidate(folder: Folder, attributes: Mapping[str, Any], nodes: Mapping[st
             "metadata": {path: node for path, node in nodes.items() if path},
         },
     }
-    folder.write(METADATA, json.dumps(document, indent=2).encode())
+    return json.dumps(document, indent=2).encode()
 
 
 def consolidated_below(folder: Folder) -> dict[str, Any]:
-    """What a folder's group document says of the nodes below it, as :func:`consolidate` wrote it."""
+    """What a folder's group document says of the nodes below it, as :func:`group_document` made it."""
     nodes: dict[str, Any] = json.loads(folder.read(METADATA)).get("consolidated_metadata", {}).get("metadata", {})
     return nodes
 

@@ -4,26 +4,50 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
+import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import fsspec
 import zarr
 import zarr.storage
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractBufferedFile
 
-from annbatch_dask.errors import AnnbatchDaskError, CollectionError, StorageError
+from annbatch_dask.errors import AnnbatchDaskError, CollectionBusyError, CollectionError, StorageError
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
 
-__all__ = ["Folder", "RangeFile", "folder_of", "name_errors"]
+__all__ = ["Folder", "RangeFile", "RemoteRanges", "StorageOptions", "folder_of", "name_errors", "shown"]
+
+logger = logging.getLogger(__name__)
 
 _TMP = ".tmp-"
+_PART_NBYTES = 8 * 2**20
+"""Bytes of an upload that go out at once, and are held until then: S3 wants 5 MiB or more, and at most 10,000 parts."""
+_BLOCK_NBYTES = 4 * 2**20
+_N_BLOCKS = 8
+"""A remote file read here and there keeps this many blocks, read whole and once as long as they stay."""
+
+
+_VERSION_KEYS = ("ETag", "etag", "generation", "mtime", "LastModified", "created")
+"""Where file systems say which content a file has, the surest first."""
+
+
+class StorageOptions(dict[str, Any]):
+    """fsspec's ``storage_options``. They may hold credentials: no repr shows them, and no file gets them."""
+
+    def __repr__(self) -> str:
+        """How many."""
+        return f"<{len(self)} storage options>"
 
 
 @dataclass(frozen=True)
@@ -39,7 +63,7 @@ class Folder:
     """
 
     url: str
-    options: dict[str, Any] = field(default_factory=dict, repr=False)
+    options: StorageOptions = field(default_factory=StorageOptions, repr=False)
 
     def __truediv__(self, name: str) -> Folder:
         """A folder inside."""
@@ -66,10 +90,6 @@ class Folder:
             return zarr.storage.LocalStore(self.path, read_only=read_only)
         return zarr.storage.FsspecStore.from_url(self.url, storage_options=self.options or None, read_only=read_only)
 
-    def exists(self, name: str) -> bool:
-        """Whether a file of this name is there."""
-        return bool(self.fs.isfile(f"{self.path}/{name}"))
-
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where there is none."""
         try:
@@ -84,20 +104,49 @@ class Folder:
 
     def read(self, name: str) -> bytes:
         """All bytes of a file."""
-        return bytes(self.fs.cat_file(f"{self.path}/{name}"))
+        return _cat_range(self.fs, f"{self.path}/{name}", 0, None)  # without a start, s3fs asks for the size first
+
+    def find(self, name: str) -> bytes | None:
+        """All bytes of a file, or None where there is none."""
+        try:
+            return self.read(name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def version(self, name: str) -> str | None:
+        """What tells one content of a file from another: the store's entity tag, or a time; None without a file."""
+        try:
+            info = self.fs.info(f"{self.path}/{name}")
+        except FileNotFoundError:
+            return None
+        return str(next(filter(None, map(info.get, _VERSION_KEYS)), ""))
+
+    def first_bytes(self, n: int) -> bytes:
+        """The first ``n`` bytes of the file at this path, or as many as it has."""
+        return _cat_range(self.fs, self.path, 0, n)
+
+    def open(self) -> IO[bytes]:
+        """The file at this path, for reads anywhere in it; a remote one is read in blocks."""
+        if isinstance(self.fs, MemoryFileSystem):  # what it hands out is one object, with one position, for everybody
+            return io.BytesIO(self.fs.cat_file(self.path))
+        file: IO[bytes] = self.fs.open(
+            self.path, "rb", block_size=_BLOCK_NBYTES, cache_type="blockcache", cache_options={"maxblocks": _N_BLOCKS}
+        )
+        return file
 
     def ranges(self, name: str, *, keep_open: bool = True) -> RangeFile:
         """A file to read ranges of."""
         path = f"{self.path}/{name}"
         if self.is_local:
             return _LocalRanges(path, os.open(path, os.O_RDONLY) if keep_open else None)
-        return _RemoteRanges(self.fs, path)
+        return RemoteRanges(self.fs, path)
 
     def names(self) -> list[str]:
         """Names in the folder; none if it does not exist."""
-        self.fs.invalidate_cache(self.path)
+        if not self.is_local:  # s3fs would look through the folder above for a file of this name
+            return sorted({path.split("/")[0] for path in self.sizes()})
         try:
-            return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in self.fs.ls(self.path, detail=False))
+            return sorted(os.listdir(self.path))
         except FileNotFoundError:
             return []
 
@@ -118,8 +167,18 @@ class Folder:
 
     def remove(self) -> None:
         """Remove the folder and all in it; no error where it does not exist."""
-        with contextlib.suppress(FileNotFoundError):
-            self.fs.rm(self.path, recursive=True)
+        if self.is_local:
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.rm(self.path, recursive=True)
+        else:
+            self.remove_files(self.files())
+
+    def remove_files(self, names: Iterable[str]) -> None:
+        """Remove files, in few requests; none of them need be there."""
+        paths = [f"{self.path}/{name}".rstrip("/") for name in names]
+        if paths:
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.rm(paths)
 
     @contextlib.contextmanager
     def create(self, name: str, *, durable: bool = True) -> Iterator[IO[bytes]]:
@@ -140,7 +199,7 @@ class Folder:
     def _create(self, name: str, *, durable: bool) -> Iterator[IO[bytes]]:
         path = f"{self.path}/{name}"
         if not self.is_local:
-            with self.fs.transaction, self.fs.open(path, "wb") as f:
+            with _upload(self.fs, path) as f:
                 yield f
             return
         folder, base = os.path.split(path)
@@ -171,8 +230,88 @@ class Folder:
 
     def write(self, name: str, payload: bytes, *, durable: bool = True) -> None:
         """Write a whole file, atomically."""
+        if not self.is_local:
+            self.fs.pipe_file(f"{self.path}/{name}", payload)
+            return
         with self.create(name, durable=durable) as f:
             f.write(payload)
+
+    def write_all(self, files: Mapping[str, bytes]) -> None:
+        """Write whole files; many at a time where each costs a round trip."""
+        if not self.is_local:
+            self.fs.pipe({f"{self.path}/{name}": payload for name, payload in files.items()})
+            return
+        for name, payload in files.items():
+            self.write(name, payload, durable=False)
+
+    def replace(self, name: str, payload: bytes, *, version: str | None) -> None:
+        """Write a whole file in the place of a :meth:`version` of it, and of no other; None stands for no file.
+
+        S3 compares and writes in one step. Elsewhere another writer may come between the two.
+
+        Raises
+        ------
+        CollectionBusyError
+            If another writer was first.
+        """
+        path = f"{self.path}/{name}"
+        try:
+            if self.is_local:
+                self.write(name, payload)
+            elif "s3" in _protocols(self.fs):
+                condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+                self.fs.pipe_file(path, payload, chunksize=_MAX_PUT_NBYTES, **condition)
+            elif self.version(name) != version:
+                raise FileExistsError(path)
+            else:
+                _warn_plain(_protocols(self.fs)[0])
+                self.write(name, payload)
+        except OSError as e:
+            if not _is_refused(e):
+                raise
+            if self.find(name) == payload:  # a write whose answer was lost was tried again
+                return
+            msg = f"{self.url}/{name} was written by another build meanwhile, and stays; call again to add to it"
+            raise CollectionBusyError(msg) from e
+
+
+_MAX_PUT_NBYTES = 2**32
+"""S3 takes 5 GB in one request, and compares versions for that alone."""
+
+
+def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+@lru_cache
+def _warn_plain(protocol: str) -> None:
+    """Once a process."""
+    logger.warning("%s cannot compare and write in one step: make sure that only one build works there", protocol)
+
+
+def _is_refused(error: OSError) -> bool:
+    """Whether a store said that the file is not the version it should replace."""
+    response = getattr(error.__cause__, "response", None) or {}
+    code = response.get("Error", {}).get("Code")
+    return isinstance(error, FileExistsError) or code in ("PreconditionFailed", "ConditionalRequestConflict", "412")
+
+
+@contextlib.contextmanager
+def _upload(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
+    """A file on an object store, which appears when the block ends without an error.
+
+    fsspec's own ``transaction`` belongs to the file system, so to all threads at once.
+    """
+    file: Any = fs.open(path, "wb", block_size=_PART_NBYTES)
+    try:
+        yield file
+    except BaseException:
+        if isinstance(file, AbstractBufferedFile):
+            file.closed = True  # or its finalizer would publish half of it
+            with contextlib.suppress(Exception):  # the error that brought us here says more
+                file.discard()
+        raise
+    file.close()
 
 
 class RangeFile(Protocol):
@@ -211,17 +350,41 @@ class _LocalRanges:
 
 
 @dataclass
-class _RemoteRanges:
+class RemoteRanges:
+    """A file of any fsspec file system."""
+
     fs: fsspec.AbstractFileSystem
     path: str
 
+    def size(self) -> int | None:
+        """Its bytes; None where there is no such file."""
+        try:
+            return int(self.fs.size(self.path))
+        except FileNotFoundError:
+            return None
+
     def read_into(self, start: int, out: memoryview) -> int:
-        found = self.fs.cat_file(self.path, start=start, end=start + len(out)) if len(out) else b""
+        """Fill ``out`` from byte ``start`` on; returns the bytes there were."""
+        if isinstance(self.fs, MemoryFileSystem):  # its cat_file moves a position that all threads share
+            found = self.fs.store[self.path].getbuffer()[start : start + len(out)]
+        else:
+            found = _cat_range(self.fs, self.path, start, start + len(out)) if len(out) else b""
         out[: len(found)] = found
         return len(found)
 
     def close(self) -> None:
-        pass
+        """Nothing is held."""
+
+
+def _cat_range(fs: fsspec.AbstractFileSystem, path: str, start: int, stop: int | None) -> bytes:
+    """Bytes [start, stop) of a file, those there are."""
+    try:
+        return bytes(fs.cat_file(path, start=start, end=stop))
+    except OSError as e:
+        code = (getattr(e.__cause__, "response", None) or {}).get("Error", {}).get("Code")
+        if code in ("InvalidRange", "416"):  # the file ends before
+            return b""
+        raise
 
 
 def _sync(path: str) -> None:
@@ -264,8 +427,19 @@ def _room(path: str) -> str:
     return f"{found.free:,} of {found.total:,} bytes are free on the disk of {folder}"
 
 
-def folder_of(group: zarr.Group) -> Folder:
-    """The folder of a zarr group, for stores that other processes can open by path or URL.
+def shown(url: str) -> str:
+    """A path or URL as others may see it: without a user's name and password, or a query, which may be a signature."""
+    scheme, sign, rest = url.partition("://")
+    if not sign:
+        return url
+    if scheme in ("http", "https"):
+        rest = rest.partition("?")[0]
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+def folder_of(group: zarr.Group | zarr.Array[Any]) -> Folder:
+    """The folder of a zarr group or array, for stores that other processes can open by path or URL.
 
     Raises
     ------
@@ -276,7 +450,9 @@ def folder_of(group: zarr.Group) -> Folder:
     if isinstance(store, zarr.storage.LocalStore):
         folder = Folder(str(store.root))
     elif isinstance(store, zarr.storage.FsspecStore) and not isinstance(store.fs, LocalFileSystem):
-        folder = Folder(store.fs.unstrip_protocol(store.path), dict(store.fs.storage_options))
+        fs = getattr(store.fs, "sync_fs", store.fs)  # zarr wraps those that are not asynchronous
+        options = {k: v for k, v in fs.storage_options.items() if k not in ("asynchronous", "loop")}
+        folder = Folder(fs.unstrip_protocol(store.path), StorageOptions(options))
     else:
         msg = f"a build needs a path or URL that workers can open, and {type(store).__name__} has none; give a path"
         raise CollectionError(msg)

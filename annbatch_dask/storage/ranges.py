@@ -1,6 +1,6 @@
 """Runs of rows of a zarr array, straight from the shard files into a given buffer.
 
-zarr reads chunk by chunk through its codec pipeline. For the arrays that matter here (local zarr v3 arrays,
+zarr reads chunk by chunk through its codec pipeline. For the arrays that matter here (zarr v3 arrays,
 sharded or not, whose chunks are plain little-endian bytes under at most one common compressor) it is enough
 to know where the chunks lie: the shard's index is read once, the bytes of neighbouring chunks come in one
 ``pread``, and every chunk that is wanted whole is decompressed to where it belongs, with no copy in between.
@@ -8,32 +8,31 @@ numcodecs and ``pread`` release the GIL, so the tasks run in as many threads as 
 
 Everything else goes through zarr itself (:attr:`RangeReader.is_fast` tells). Both ways give the same values.
 
-A file is open only while one task reads from it.
+A local file is open only while one task reads from it; from an object store, each read is one request.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import os
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numcodecs
 import numcodecs.blosc
 import numcodecs.zstd
 import numpy as np
-import zarr
-import zarr.storage
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import IntegrityError
+from annbatch_dask.storage.chunk_files import ChunkFiles, Identity, chunk_files, scratch
+
+if TYPE_CHECKING:
+    import zarr
 
 __all__ = ["ALL_WRITTEN", "MAX_GAP_NBYTES", "MAX_READ_NBYTES", "RangeReader", "Task"]
 
@@ -130,12 +129,10 @@ class RangeReader:
                 yield from _shard_tasks(layout, column, index, pieces, (first, last), out)
 
     def _index(self, layout: _Layout, shard: tuple[int, ...]) -> _ShardIndex:
-        path = layout.path(shard)
+        key = layout.key(shard)
         known = self._indexes.get(shard)
-        identity = _identity(path)
-        if known is None or known.identity != identity:
-            known = _read_index(layout, path, identity)
-            self._indexes[shard] = known
+        if known is None or not layout.files.is_current(key, known.identity):
+            known = self._indexes[shard] = _read_index(layout, key)
         return known
 
 
@@ -173,7 +170,7 @@ class _Column:
 class _Layout:
     """Where the chunks of an array lie and how they are packed. An array without shards has one chunk a file."""
 
-    root: Path
+    files: ChunkFiles
     key: Callable[[tuple[int, ...]], str]
     shape: tuple[int, ...]
     shard_shape: tuple[int, ...]
@@ -198,9 +195,6 @@ class _Layout:
     def chunk_nbytes(self) -> int:
         return math.prod(self.chunk_shape) * self.dtype.itemsize
 
-    def path(self, shard: tuple[int, ...]) -> Path:
-        return self.root / self.key(shard)
-
     def columns(self) -> Iterator[_Column]:
         """The cells of the chunk grid over the trailing axes; exactly one where chunks span whole rows."""
         shape, chunk, per_shard = self.shape[1:], self.chunk_shape[1:], self.chunks_per_shard[1:]
@@ -223,8 +217,8 @@ _COMPRESSORS = ("blosc", "zstd", "gzip")
 def _find_layout(array: zarr.Array[Any]) -> _Layout | None:
     """How to read the array directly, or None where only zarr knows."""
     metadata: Any = array.metadata
-    store = array.store
-    if type(store) is not zarr.storage.LocalStore or metadata.zarr_format != 3 or not hasattr(os, "preadv"):
+    files = chunk_files(array)
+    if files is None or metadata.zarr_format != 3:
         return None
     dtype = np.dtype(array.dtype)
     if dtype.kind not in "biufc" or array.ndim == 0:
@@ -238,7 +232,7 @@ def _find_layout(array: zarr.Array[Any]) -> _Layout | None:
     if packing is None or not all(packing.chunk_shape):
         return None
     return _Layout(
-        root=Path(store.root) / array.path,
+        files=files,
         key=metadata.chunk_key_encoding.encode_chunk_key,
         shape=tuple(array.shape),
         shard_shape=outer_shape,
@@ -310,49 +304,40 @@ class _ShardIndex:
     file stays as it is, as checksums cost a twelfth of an epoch's time (measured: CSR batches, two cores).
     """
 
-    path: Path
-    identity: tuple[int, ...] | None
+    key: str
+    identity: Identity | None
     offsets: Ints
     sizes: Ints
     checked: NDArray[np.bool_]
 
 
-def _identity(path: Path) -> tuple[int, ...] | None:
-    """What tells one version of a file from another; None where there is no file."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-def _read_index(layout: _Layout, path: Path, identity: tuple[int, ...] | None) -> _ShardIndex:
+def _read_index(layout: _Layout, key: str) -> _ShardIndex:
+    identity, path = layout.files.identity(key), layout.files.name(key)
     n_chunks = math.prod(layout.chunks_per_shard)
     unchecked = np.zeros(n_chunks, bool)
     if identity is None:  # a file of nothing but fill values is not written
         if layout.all_written:
             msg = f"{path} is missing, and it was written; restore it, or build the collection again"
             raise IntegrityError(msg)
-        return _ShardIndex(path, None, np.zeros(n_chunks, np.int64), np.full(n_chunks, _MISSING), unchecked)
-    file_nbytes = identity[2]
+        return _ShardIndex(key, None, np.zeros(n_chunks, np.int64), np.full(n_chunks, _MISSING), unchecked)
+    file_nbytes = identity[-1]
     if not layout.is_sharded:
-        return _ShardIndex(path, identity, np.zeros(1, np.int64), np.array([file_nbytes], np.int64), unchecked)
+        return _ShardIndex(key, identity, np.zeros(1, np.int64), np.array([file_nbytes], np.int64), unchecked)
     nbytes = layout.index_nbytes
     if file_nbytes < nbytes:
         msg = f"{path} has {file_nbytes} bytes, its shard index alone needs {nbytes}: the file is truncated"
         raise IntegrityError(msg)
-    with path.open("rb") as file:
-        file.seek(file_nbytes - nbytes if layout.index_at_end else 0)
-        raw = file.read(nbytes)
+    start = file_nbytes - nbytes if layout.index_at_end else 0
+    raw = layout.files.read(key, start, start + nbytes, identity)
     if layout.index_has_crc:
-        raw = bytes(_checked(memoryview(raw), f"the shard index of {path}"))
+        raw = _checked(raw, f"the shard index of {path}")
     entries = np.frombuffer(raw, dtype="<u8").reshape(n_chunks, 2)
     is_missing = entries[:, 0] == _EMPTY_ENTRY
     entries = np.where(is_missing[:, None], 0, entries).astype(np.int64)
     if (entries < 0).any() or (entries.sum(axis=1) > file_nbytes).any():
         msg = f"the shard index of {path} points beyond the file's {file_nbytes} bytes"
         raise IntegrityError(msg)
-    return _ShardIndex(path, identity, entries[:, 0], np.where(is_missing, _MISSING, entries[:, 1]), unchecked)
+    return _ShardIndex(key, identity, entries[:, 0], np.where(is_missing, _MISSING, entries[:, 1]), unchecked)
 
 
 def _checked(raw: memoryview, what: str) -> memoryview:
@@ -454,19 +439,20 @@ def _fill(layout: _Layout, column: _Column, pieces: _Pieces, chunks: list[int], 
 
 
 def _run(layout: _Layout, column: _Column, index: _ShardIndex, pieces: _Pieces, read: _Read, out: Array) -> None:
-    raw = _pread(index, read)
+    assert index.identity is not None  # there is something to read
+    raw = layout.files.read(index.key, read.offset, read.end, index.identity)
     for chunk, number, offset, size in read.chunks:
         start = offset - read.offset
         encoded = raw[start : start + size]
         if layout.codec.has_crc:
             if not index.checked[number]:
-                _checked(encoded, f"the chunk at byte {offset} of {index.path}")
+                _checked(encoded, f"the chunk at byte {offset} of {layout.files.name(index.key)}")
                 index.checked[number] = True
             encoded = encoded[:-_CRC_NBYTES]
         try:
             _place(layout, column, encoded, pieces, chunk, out)
         except Exception as error:
-            error.add_note(f"while decoding {size} bytes at offset {offset} of {index.path}")
+            error.add_note(f"while decoding {size} bytes at offset {offset} of {layout.files.name(index.key)}")
             raise
 
 
@@ -478,48 +464,14 @@ def _place(layout: _Layout, column: _Column, raw: memoryview, pieces: _Pieces, c
         dest = pieces.dest[first]
         _decode(layout, raw, out[dest : dest + n_rows])
         return
-    decoded = _scratch("chunk", layout.chunk_nbytes).view(layout.dtype).reshape(layout.chunk_shape)
+    decoded = scratch("chunk", layout.chunk_nbytes).view(layout.dtype).reshape(layout.chunk_shape)
     _decode(layout, raw, decoded)
     for p in range(first, last):
         start, stop, dest = pieces.start[p], pieces.stop[p], pieces.dest[p]
         out[(slice(dest, dest + stop - start), *column.rows_out)] = decoded[(slice(start, stop), *column.rows_in)]
 
 
-def _pread(index: _ShardIndex, read: _Read) -> memoryview:
-    raw = memoryview(_scratch("raw", read.end - read.offset))
-    descriptor = os.open(index.path, os.O_RDONLY)
-    try:
-        _check_unchanged(index, os.fstat(descriptor))
-        done = 0
-        while done < len(raw):
-            n = os.preadv(descriptor, [raw[done:]], read.offset + done)
-            if n == 0:
-                msg = f"{index.path} ends at byte {read.offset + done}, expected {read.end}"
-                raise IntegrityError(msg)
-            done += n
-    finally:
-        os.close(descriptor)
-    return raw
-
-
-def _check_unchanged(index: _ShardIndex, found: os.stat_result) -> None:
-    if index.identity != (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns):
-        msg = f"{index.path} was replaced while it was being read; start the iteration anew"
-        raise IntegrityError(msg)
-
-
 # ----------------------------------------------------------------------------------------------- decode
-
-_local = threading.local()
-
-
-def _scratch(name: str, nbytes: int) -> NDArray[np.uint8]:
-    """A buffer of this thread's own, kept from call to call; freed with the thread."""
-    buffer: NDArray[np.uint8] | None = getattr(_local, name, None)
-    if buffer is None or buffer.nbytes < nbytes:
-        buffer = np.empty(max(nbytes, 4096), np.uint8)
-        setattr(_local, name, buffer)
-    return buffer[:nbytes]
 
 
 def _decode(layout: _Layout, raw: memoryview, dest: Array) -> None:

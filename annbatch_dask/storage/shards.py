@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import google_crc32c
 import numcodecs
@@ -24,6 +24,9 @@ from annbatch_dask.errors import LayoutError
 from annbatch_dask.storage.publish import Folder, name_errors
 from annbatch_dask.storage.ranges import ALL_WRITTEN
 from annbatch_dask.storage.threads import map_ordered
+
+if TYPE_CHECKING:
+    from zarr.abc.store import Store
 
 __all__ = ["ShardWriter", "compressor_json"]
 
@@ -81,9 +84,11 @@ class ShardWriter:
     Parameters
     ----------
     folder
-        Of the collection's root.
+        Where the shards go.
+    store
+        Where the array's metadata go.
     key
-        Path of the array within it.
+        Path of the array within both.
     shape
         Of the whole array: rows first.
     dtype
@@ -104,6 +109,7 @@ class ShardWriter:
     def __init__(  # noqa: PLR0913 - an array's layout
         self,
         folder: Folder,
+        store: Store,
         key: str,
         *,
         shape: tuple[int, ...],
@@ -115,7 +121,7 @@ class ShardWriter:
     ) -> None:
         rest = tuple(max(1, n) for n in shape[1:])
         self._array = zarr.create_array(
-            folder.zarr_store(),
+            store,
             name=key,
             shape=shape,
             dtype=dtype,
@@ -124,7 +130,6 @@ class ShardWriter:
             compressors=_zarr_codecs(compressor, dtype),
             fill_value=False if dtype.kind == "b" else 0,
             attributes=attributes | {ALL_WRITTEN: True},
-            overwrite=True,
         )
         self._folder, self._key = folder / key, key
         self._codec = _numcodec(compressor)

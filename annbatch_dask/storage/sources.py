@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-import fsspec
 import h5py
 import numpy as np
 import zarr
@@ -19,7 +18,8 @@ from annbatch_dask.plan.schema import ColumnSchema, MatrixSchema, SourceSchema
 from annbatch_dask.storage.columns import ColumnRows
 from annbatch_dask.storage.groups import GroupSource, is_current
 from annbatch_dask.storage.matrices import CsrRows
-from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.metadata import METADATA
+from annbatch_dask.storage.publish import Folder, StorageOptions
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -36,10 +36,16 @@ class SourceRef:
     """
 
     label: str
-    item: Any
+    item: Any = field(repr=False)  # a URL may be signed
     load_adata: Callable[[Any], AnnData] | None = None
     tagged: bool = False
     counts: str = "X"
+    options: StorageOptions = field(default_factory=StorageOptions, repr=False)
+
+    @property
+    def folder(self) -> Folder:
+        """The path or URL of the input."""
+        return Folder(os.fspath(self.item), self.options)
 
 
 class Source(Protocol):
@@ -87,40 +93,69 @@ def open_source(ref: SourceRef) -> Iterator[Source]:
         else:
             from annbatch_dask.storage.adata import AnnDataSource, read_legacy  # imports anndata
 
+            if not ref.folder.is_local:
+                msg = f"{ref.label} is of a format before anndata 0.7, read from local disks only; copy it there"
+                raise SourceError(msg)
             yield AnnDataSource(ref.label, read_legacy(ref.item), _identity(ref))
 
 
 def _open_group(ref: SourceRef, files: contextlib.ExitStack) -> Any:
-    item = ref.item
-    if isinstance(item, zarr.Group | h5py.Group):
-        return item
-    path = os.fspath(item)
-    folder = Folder(path)
-    if not folder.fs.exists(folder.path):
-        msg = f"{path} does not exist; check the path" + (
-            "" if os.path.isabs(path) or "://" in path else f" (looked in {os.getcwd()})"
-        )
-        raise SourceNotFoundError(msg)
-    if folder.fs.isdir(folder.path):
+    if isinstance(ref.item, zarr.Group | h5py.Group):
+        return ref.item
+    folder = ref.folder
+    if _is_hdf5(ref):
         try:
-            return zarr.open_group(folder.zarr_store(read_only=True), mode="r")
-        except (FileNotFoundError, ValueError) as e:
-            msg = f"{path} is a folder and not a zarr AnnData store ({e}); give an .h5ad file or a .zarr store"
+            target = folder.path if folder.is_local else files.enter_context(folder.open())
+            return files.enter_context(h5py.File(target, "r"))
+        except OSError as e:
+            size = folder.fs.size(folder.path)
+            msg = f"{ref.label} ({size:,} bytes) is not a whole HDF5 file: {e}; copy it again, or leave it out"
             raise SourceError(msg) from e
     try:
-        target = folder.path if folder.is_local else files.enter_context(fsspec.open(path, "rb"))
-        return files.enter_context(h5py.File(target, "r"))
-    except OSError as e:
-        size = folder.fs.size(folder.path)
-        msg = f"{path} ({size:,} bytes) is not a whole HDF5 file: {e}; copy it again, or leave it out"
+        return zarr.open_group(folder.zarr_store(read_only=True), mode="r")
+    except (FileNotFoundError, ValueError) as e:
+        msg = f"{ref.label} is no HDF5 file and not a zarr AnnData store ({e}); give an .h5ad file or a .zarr store"
         raise SourceError(msg) from e
+
+
+def _is_hdf5(ref: SourceRef) -> bool:
+    """Whether to open an input as HDF5: a local file, or a remote one that begins like it.
+
+    A store cannot tell files from folders without listing, and an HTTP server not at all.
+
+    Raises
+    ------
+    SourceNotFoundError
+        If there is nothing.
+    """
+    folder, path = ref.folder, ref.label
+    if folder.is_local:
+        if not folder.fs.exists(folder.path):
+            looked = "" if os.path.isabs(path) else f" (looked in {os.getcwd()})"
+            msg = f"{path} does not exist; check the path{looked}"
+            raise SourceNotFoundError(msg)
+        return not folder.fs.isdir(folder.path)
+    try:
+        return folder.first_bytes(len(_HDF5)) == _HDF5
+    except (FileNotFoundError, IsADirectoryError):
+        if not any(folder.version(name) for name in _ZARR_ROOTS):
+            msg = f"{path} does not exist; check the URL, and whether the credentials may read it"
+            raise SourceNotFoundError(msg) from None
+        return False
+
+
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_ZARR_ROOTS = (METADATA, ".zgroup")
 
 
 def _identity(ref: SourceRef) -> str:
     """Size and time of change of a file, so that a resume notices that it was replaced."""
     if not isinstance(ref.item, str | os.PathLike):
         return ""
-    folder = Folder(os.fspath(ref.item))
-    info = folder.fs.info(folder.path)
+    folder = ref.folder
+    try:
+        info = folder.fs.info(folder.path)
+    except FileNotFoundError:
+        info = {}
     changed = info.get("mtime") or info.get("LastModified") or info.get("ETag")
-    return f"{info.get('size')}/{changed}"
+    return f"{info.get('size')}/{changed or folder.version(METADATA)}"

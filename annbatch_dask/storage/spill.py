@@ -75,9 +75,9 @@ def _body(block: int) -> str:
 def find_receipt(folder: Folder, task: str) -> dict[str, Any] | None:
     """What a finished task reported, or None where it is not finished, or its receipt is damaged."""
     name = f"{task}.json"
-    if not folder.exists(name):
+    if (found := folder.find(name)) is None:
         return None
-    crc, _, payload = folder.read(name).partition(b"\n")
+    crc, _, payload = found.partition(b"\n")
     if crc != _crc_line(payload):
         logger.warning("%s/%s is damaged: the task is run again", folder.url, name)
         return None

@@ -79,7 +79,7 @@ def test_a_file_that_is_not_anndata(out, tmp_path):
 
 def test_a_folder_that_is_no_store(out, tmp_path):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(SourceError, match="is a folder and not a zarr AnnData store"):
+    with pytest.raises(SourceError, match="is no HDF5 file and not a zarr AnnData store"):
         add(out, [tmp_path / "folder"])
 
 

@@ -92,7 +92,9 @@ def test_shards_equal_zarrs_own(tmp_path, compressor, dtype):
     ):
         values = rng.integers(0, 2 if dtype == "bool" else 100, shape).astype(dtype)
         options = {"shape": shape, "dtype": np.dtype(dtype), "chunk_rows": chunk, "shard_rows": shard}
-        with ShardWriter(folder, "g/a", **options, compressor=compressor_json(compressor), attributes={"k": 1}) as w:
+        with ShardWriter(
+            folder, folder.zarr_store(), "g/a", **options, compressor=compressor_json(compressor), attributes={"k": 1}
+        ) as w:
             for piece in np.split(values, sorted(rng.integers(0, shape[0] + 1, 3))):
                 w.append(piece)
         ours = zarr.open_array(folder.zarr_store(), path="g/a", mode="r")
@@ -117,7 +119,15 @@ def test_shards_that_fall_short_are_refused(tmp_path):
     with (
         pytest.raises(LayoutError, match="has 10 rows and 4 were written"),
         ShardWriter(
-            folder, "a", shape=(10,), dtype=np.dtype("u1"), chunk_rows=4, shard_rows=4, compressor=None, attributes={}
+            folder,
+            folder.zarr_store(),
+            "a",
+            shape=(10,),
+            dtype=np.dtype("u1"),
+            chunk_rows=4,
+            shard_rows=4,
+            compressor=None,
+            attributes={},
         ) as w,
     ):
         w.append(np.zeros(4, "u1"))
@@ -128,7 +138,15 @@ def test_an_error_leaves_no_half_shard(tmp_path):
     with (
         pytest.raises(KeyError),
         ShardWriter(
-            folder, "a", shape=(10,), dtype=np.dtype("u1"), chunk_rows=4, shard_rows=8, compressor=None, attributes={}
+            folder,
+            folder.zarr_store(),
+            "a",
+            shape=(10,),
+            dtype=np.dtype("u1"),
+            chunk_rows=4,
+            shard_rows=8,
+            compressor=None,
+            attributes={},
         ) as w,
     ):
         w.append(np.zeros(5, "u1"))

@@ -1,0 +1,133 @@
+"""An S3 server on loopback, which keeps a list of what it was asked for and can be told to fail."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import struct
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from urllib.parse import parse_qs, unquote
+
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import WSGIRequestHandler, make_server
+
+SECRET = "s3cr3t-" + "x" * 20
+ERROR = '<?xml version="1.0"?><Error><Code>{}</Code><Message>{}</Message></Error>'
+FAULTS = {
+    "500": ("500 Internal Server Error", ERROR.format("InternalError", "We encountered an internal error.")),
+    "503": ("503 Slow Down", ERROR.format("SlowDown", "Please reduce your request rate.")),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for."""
+
+    method: str
+    bucket: str
+    key: str
+    query: dict[str, str]
+
+    @property
+    def is_list(self):
+        return self.method == "GET" and not self.key and "location" not in self.query
+
+    @property
+    def kind(self):
+        return "LIST" if self.is_list else self.method
+
+
+class QuietHandler(WSGIRequestHandler):
+    """Keeps connections open, and writes no log."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms
+
+    def log(self, *args):
+        pass
+
+
+class S3Server:
+    """moto behind a log and a source of faults, on a free port."""
+
+    def __init__(self):
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=QuietHandler)
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._lock = threading.Lock()
+        self._fault = lambda _: None
+        self.requests = []
+        self.n_faults = 0
+        self._thread.start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    @property
+    def options(self):
+        """storage_options to reach it."""
+        return {
+            "key": "an-access-key",
+            "secret": SECRET,
+            "client_kwargs": {"endpoint_url": self.url},
+            "config_kwargs": {"retries": {"max_attempts": 4}},
+        }
+
+    def stop(self):
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def __call__(self, environ, start_response):
+        bucket, _, key = unquote(environ["PATH_INFO"]).lstrip("/").partition("/")
+        query = {k: v[0] for k, v in parse_qs(environ["QUERY_STRING"], keep_blank_values=True).items()}
+        request = Request(environ["REQUEST_METHOD"], bucket, key, query)
+        with self._lock:
+            self.requests.append(request)
+            fault = self._fault(request)
+            self.n_faults += fault is not None
+        if fault is None:
+            return self._app(environ, start_response)
+        if fault == "reset":
+            connection = environ["werkzeug.socket"]
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.close()
+            raise ConnectionResetError
+        if fault == "lost":  # done, and nobody hears of it
+            list(self._app(environ, lambda *_: None))
+            fault = "500"
+        else:
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        status, body = FAULTS[fault]
+        start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+        return [body.encode()]
+
+    @contextlib.contextmanager
+    def failing(self, fault):
+        """Fail as a function of the request says: "500", "503", "reset", "lost", or None for not at all."""
+        self._fault, self.n_faults = fault, 0
+        try:
+            yield
+        finally:
+            self._fault = lambda _: None
+
+    def faults(self, share, seed=0):
+        """Let a share of all requests fail, in every way."""
+        rng = random.Random(seed)
+        return self.failing(lambda _: rng.choice(["500", "503", "reset"]) if rng.random() < share else None)
+
+    @contextlib.contextmanager
+    def recorded(self):
+        """The requests made in a block."""
+        found, start = [], len(self.requests)
+        yield found
+        found += self.requests[start:]
+
+
+def counts(requests):
+    """How many of each kind."""
+    return Counter(r.kind for r in requests)

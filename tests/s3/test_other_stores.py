@@ -1,0 +1,121 @@
+"""Inputs and collections in stores other than S3: the process's own memory, and a web server."""
+
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import dask
+import fsspec
+import numpy as np
+import pytest
+
+from annbatch_dask import DatasetCollection
+from annbatch_dask.errors import CollectionError, SourceError, SourceNotFoundError
+from tests.s3.tools import contents, epoch
+
+
+@pytest.fixture(autouse=True)
+def synchronous():
+    with dask.config.set(scheduler="synchronous"):
+        yield
+
+
+@pytest.fixture
+def memory():
+    fs = fsspec.filesystem("memory")
+    yield fs
+    fs.store.clear()
+    fs.pseudo_dirs.clear()
+
+
+class RangeHandler(SimpleHTTPRequestHandler):
+    """A folder over HTTP, with ranges; what does not carry ``?token=`` is refused."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.answer(send=False)
+
+    def do_GET(self):
+        self.answer(send=True)
+
+    def answer(self, send):
+        path, _, query = self.path.partition("?")
+        found = self.server.folder / path.lstrip("/")
+        if query != "token=s3cr3t" or not found.is_file():
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        content = found.read_bytes()
+        asked = self.headers.get("Range")
+        first, last = 0, len(content) - 1
+        if asked:
+            low, high = asked.removeprefix("bytes=").split("-")
+            first, last = int(low), min(int(high or last), last)
+        body = content[first : last + 1]
+        self.send_response(206 if asked else 200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(body)))
+        if asked:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+        self.end_headers()
+        if send:
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def web(h5ad_pair):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), RangeHandler)
+    server.folder = h5ad_pair[0].parent
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_all_in_memory(memory, h5ad_pair, tmp_path):
+    urls = [f"memory://in/{path.name}" for path in h5ad_pair]
+    for url, path in zip(urls, h5ad_pair, strict=True):
+        memory.pipe_file(url, path.read_bytes())
+    collection = DatasetCollection("memory://o.zarr").add_adatas(urls, seed=0, dataset_size=150)
+    local = DatasetCollection(tmp_path / "o.zarr").add_adatas(urls, seed=0, dataset_size=150)
+    assert contents(memory, "memory://o.zarr") == contents(fsspec.filesystem("file"), str(tmp_path / "o.zarr"))
+    assert collection.verify(against=urls).ok
+    opened = DatasetCollection("memory://o.zarr", mode="r")
+    np.testing.assert_array_equal(np.concatenate(epoch(opened)), np.concatenate(epoch(local)))
+    assert not [path for path in memory.find("/") if ".scratch" in path or ".claim" in path]
+
+
+def test_inputs_from_a_web_server_and_no_word_of_their_signature(web, h5ad_pair, tmp_path):
+    urls = [f"{web}/{path.name}?token=s3cr3t" for path in h5ad_pair]
+    collection = DatasetCollection(tmp_path / "o.zarr").add_adatas(urls, seed=0)
+    assert [s.path for s in collection.manifest.sources] == [f"{web}/{path.name}" for path in h5ad_pair]
+    assert collection.verify(against=urls).ok
+    assert collection.obs()["src_path"].cat.categories.tolist() == sorted(f"{web}/{path.name}" for path in h5ad_pair)
+    for content in contents(fsspec.filesystem("file"), str(tmp_path)).values():
+        assert b"s3cr3t" not in content
+
+
+def test_a_page_that_is_not_there_is_named_without_its_signature(web, tmp_path):
+    with pytest.raises(SourceNotFoundError, match=r"nothing\.h5ad does not exist; check the URL") as caught:
+        DatasetCollection(tmp_path / "o.zarr").add_adatas([f"{web}/nothing.h5ad?token=s3cr3t"])
+    assert "s3cr3t" not in str(caught.value)
+
+
+def test_a_page_that_is_no_anndata(web, h5ad_pair, tmp_path):
+    (h5ad_pair[0].parent / "page.html").write_text("<html></html>")
+    with pytest.raises(SourceError, match="is no HDF5 file and not a zarr AnnData store"):
+        DatasetCollection(tmp_path / "o.zarr").add_adatas([f"{web}/page.html?token=s3cr3t"])
+
+
+@pytest.mark.parametrize("url", ["s3://user:s3cr3t@bucket/o.zarr", "http://host/o.zarr?token=s3cr3t"])
+def test_a_url_with_credentials_is_refused(url):
+    with pytest.raises(CollectionError, match="give credentials in storage_options") as caught:
+        DatasetCollection(url)
+    assert "s3cr3t" not in str(caught.value)

@@ -1,0 +1,112 @@
+"""Inputs, scratch and collection on an S3 server, over real HTTP on loopback."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from annbatch_dask import DatasetCollection
+from annbatch_dask.errors import CollectionBusyError, CollectionError
+from tests.s3.tools import At, CrashError, batches, build, contents, crash, epoch, names
+
+pytestmark = pytest.mark.s3
+
+
+def test_a_collection_has_the_bytes_it_has_on_a_disk(bucket, atlas, server, local):
+    collection = build(f"{bucket}/o.zarr", atlas, server)
+    assert contents(atlas.fs, f"{bucket}/o.zarr") == local[1]
+    assert atlas.fs.find(bucket) == atlas.fs.find(f"{bucket}/o.zarr")  # no scratch, no claim
+    opened = DatasetCollection(f"{bucket}/o.zarr", mode="r", storage_options=server.options)
+    assert opened.verify(against=atlas.urls, storage_options=server.options).ok
+    np.testing.assert_array_equal(np.concatenate(epoch(opened)), np.concatenate(epoch(local[0])))
+    assert len(collection) == 2
+
+
+# --- commit --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["scatter", "gather"])
+@pytest.mark.parametrize("extends", [False, True])
+def test_of_two_builds_at_once_the_second_to_commit_is_refused(bucket, atlas, server, stage, extends):
+    url = f"{bucket}/o.zarr"
+    first, second, base = atlas.urls[0], atlas.urls[1], f"{bucket}/base.h5ad"
+    atlas.fs.copy(first, base)
+    if extends:
+        build(url, atlas, server, [base])
+    other = At(stage, lambda: build(url, atlas, server, [first]))
+    with pytest.raises(
+        CollectionBusyError, match="was changed by another build .*, and stays; call again to add to it"
+    ):
+        build(url, atlas, server, [second], callbacks=[other])
+    collection = DatasetCollection(url, mode="r", storage_options=server.options)
+    assert [b.sources for b in collection.manifest.builds] == [(base,), (first,)][not extends :]
+    assert collection.verify(storage_options=server.options).ok
+    held = {d.name for d in collection.manifest.datasets}
+    replaced = {"dataset_0"} if extends else set()  # stay for their readers until the next build
+    assert names(atlas.fs, url) == held | replaced | {"zarr.json"}
+    again = build(url, atlas, server, [second])
+    assert again.verify(against=[*[base] * extends, first, second], storage_options=server.options).ok
+    assert not [path for path in atlas.fs.find(bucket) if ".scratch" in path or ".claim" in path]
+
+
+def test_a_commit_whose_answer_was_lost_is_no_conflict(bucket, atlas, server):
+    url = f"{bucket}/o.zarr"
+    key = f"{bucket.removeprefix('s3://atlas/')}/o.zarr/zarr.json"
+    lost = []
+
+    def lose(request):
+        if request.method == "PUT" and request.key == key and not lost:
+            return lost.append(request) or "lost"
+        return None
+
+    with server.failing(lose), server.recorded() as requests:
+        collection = build(url, atlas, server)
+    assert [r.method for r in requests if r.key == key and r.method == "PUT"] == ["PUT", "PUT"]
+    assert collection.verify().ok
+
+
+def test_a_build_that_was_interrupted_goes_on(bucket, atlas, server, local):
+    url = f"{bucket}/o.zarr"
+    for stage in ("scatter", "gather"):
+        with pytest.raises(CrashError):
+            build(url, atlas, server, callbacks=[At(stage, crash)])
+        assert not atlas.fs.exists(f"{url}/zarr.json")
+    seen = At()
+    build(url, atlas, server, callbacks=[seen])
+    assert seen.reused == Counter(scatter=2, gather=2, commit=0)
+    assert contents(atlas.fs, url) == local[1]
+    assert atlas.fs.find(bucket) == atlas.fs.find(url)
+
+
+def test_numbers_of_an_interrupted_build_are_left_to_it(bucket, atlas, server):
+    url = f"{bucket}/o.zarr"
+    with pytest.raises(CrashError):
+        build(url, atlas, server, callbacks=[At("gather", crash)])
+    collection = build(url, atlas, server, seed=1)
+    assert [d.name for d in collection.manifest.datasets] == [f"dataset_{k}" for k in range(2, 4)]
+    assert names(atlas.fs, url) == {d.name for d in collection.manifest.datasets} | {"zarr.json", ".claim-0"}
+    assert collection.gc() == [".claim-0"]
+    assert collection.verify().ok
+
+
+@pytest.mark.parametrize("mode", ["extend", "append", "reshuffle"])
+def test_a_collection_is_extended_under_its_readers(bucket, atlas, server, mode):
+    url = f"{bucket}/o.zarr"
+    build(url, atlas, server, atlas.urls[:1])
+    reader = DatasetCollection(url, mode="r", storage_options=server.options)
+    before, during = epoch(reader), batches(reader)
+    first = next(during)
+    collection = build(url, atlas, server, atlas.urls[1:], mode=mode)
+    np.testing.assert_array_equal(np.concatenate([first, *during]), np.concatenate(before))
+    if mode != "append":
+        with pytest.raises(CollectionError, match="was changed since it was opened"):
+            epoch(reader)
+    assert collection.verify(against=atlas.urls, storage_options=server.options).ok
+    assert sum(map(len, epoch(collection))) == 500
+    removed = collection.gc()
+    assert removed == ([] if mode == "append" else ["dataset_0"])
+    assert collection.verify().ok
+    with server.recorded() as requests:
+        again = build(url, atlas, server, atlas.urls[1:], mode=mode)
+    assert again.manifest == collection.manifest
+    assert not [r for r in requests if r.method == "PUT"]
