@@ -95,7 +95,7 @@ class S3Server:
         if fault == "reset":
             connection = environ["werkzeug.socket"]
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            connection.close()
+            connection.shutdown(socket.SHUT_RDWR)  # a close alone waits for the handler's files
             raise ConnectionResetError
         if fault == "lost":  # done, and nobody hears of it
             list(self._app(environ, lambda *_: None))
