@@ -842,7 +842,11 @@ def _references(
         twice = next(x for x in labels if labels.count(x) > 1)
         msg = f"{twice} is given {labels.count(twice)} times; give each input once"
         raise SourceError(msg)
-    chosen = dict.fromkeys(labels, counts) if isinstance(counts, str) else {shown(os.fspath(k)): v for k, v in counts.items()}
+    chosen = (
+        dict.fromkeys(labels, counts)
+        if isinstance(counts, str)
+        else {shown(os.fspath(k)): v for k, v in counts.items()}
+    )
     if unknown := chosen.keys() - set(labels):
         msg = f"counts names {min(unknown)}, which is none of the {len(labels)} inputs; give their paths"
         raise SourceError(msg)
