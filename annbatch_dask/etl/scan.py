@@ -14,7 +14,7 @@ from annbatch_dask.kernels.values import range_of
 from annbatch_dask.plan.dtypes import ValueRange, merge_ranges
 from annbatch_dask.plan.elements import choose_counts
 from annbatch_dask.plan.layout import cut_blocks
-from annbatch_dask.plan.schema import MatrixSchema, SourceSchema
+from annbatch_dask.plan.schema import MatrixSchema, SourceSchema, shared_names
 from annbatch_dask.storage.matrices import CsrRows
 from annbatch_dask.storage.sources import Source, SourceRef, open_source
 
@@ -43,7 +43,7 @@ def scan(ref: SourceRef, want_annotations: bool, read_values: bool = False) -> S
     """
     try:
         with open_source(ref) as source:
-            schema = choose_counts(replace(source.schema(), tagged=ref.tagged), ref.counts)
+            schema = choose_counts(replace(_with_shared_names(source.schema()), tagged=ref.tagged), ref.counts)
             if read_values:
                 found = tuple(replace(m, values=_range_of_matrix(source, schema, m)) for m in schema.matrices)
                 schema = replace(schema, matrices=found)
@@ -51,6 +51,11 @@ def scan(ref: SourceRef, want_annotations: bool, read_values: bool = False) -> S
     except Exception as e:
         e.add_note(f"while scanning {ref.label}")
         raise
+
+
+def _with_shared_names(schema: SourceSchema) -> SourceSchema:
+    raw = None if schema.raw_names is None else shared_names(schema.raw_names)
+    return replace(schema, var_names=shared_names(schema.var_names), raw_names=raw)
 
 
 def _annotations(source: Source, counts: str) -> ad.AnnData:

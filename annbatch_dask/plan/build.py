@@ -384,7 +384,9 @@ def _in_all(sources: Sequence[SourceSchema]) -> set[str]:
 
 def _keep(source: SourceSchema, common: set[str]) -> SourceSchema:
     matrices = tuple(m for m in source.matrices if m.name in common)
-    return replace(source, matrices=matrices, columns=tuple(c for c in source.columns if c.frame in common))
+    columns = tuple(c for c in source.columns if c.frame in common)
+    none = np.zeros(0, object)  # the gene maps say what tasks need of the names
+    return replace(source, matrices=matrices, columns=columns, var_names=none, raw_names=None)
 
 
 def _left_out(sources: Sequence[SourceSchema], common: set[str], annotated: frozenset[str]) -> dict[str, list[str]]:

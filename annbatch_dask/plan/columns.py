@@ -13,6 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
+from annbatch_dask.plan.genes import unite_names
 from annbatch_dask.plan.schema import OBS, SRC_PATH, Categories, ColumnSchema, ColumnSpec, SourceSchema
 
 __all__ = ["unite_columns", "unite_tags"]
@@ -142,9 +143,10 @@ def _unite_categories(
 
 
 def _union(sets: Sequence[tuple[str, Categories]]) -> Categories:
+    if sets[0][1].dtype == "str":
+        return Categories(tuple(unite_names([c.values for _, c in sets])), "str")
     joined = reduce(lambda a, b: a.union(b), (c.index() for _, c in sets))
-    dtype = "str" if sets[0][1].dtype == "str" else joined.dtype.name
-    return Categories(tuple(joined.tolist()), dtype)
+    return Categories(tuple(joined.tolist()), joined.dtype.name)
 
 
 def _merge_orders(name: str, sets: Sequence[tuple[str, Categories]]) -> Categories:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import SchemaError
 from annbatch_dask.plan.schema import SourceSchema
 
-__all__ = ["GeneSpace", "check_unique", "join_genes"]
+__all__ = ["GeneSpace", "check_unique", "join_genes", "unite_names"]
 
 
 def check_unique(source: SourceSchema) -> None:
@@ -35,6 +35,17 @@ def check_unique(source: SourceSchema) -> None:
             raise SchemaError(msg)
 
 
+def unite_names(lists: Sequence[Any]) -> list[str]:
+    """The strings of all lists, as the unions of pandas indices from the first to the last have them, in one pass.
+
+    Sorted; in the order they have where all lists that are not empty are equal.
+    """
+    filled = [names for names in lists if len(names)]
+    if all(np.array_equal(names, filled[0]) for names in filled):
+        return list(filled[0]) if filled else []
+    return sorted(set().union(*filled))
+
+
 def join_genes(names: Sequence[NDArray[np.object_]], subset: Sequence[str] | None) -> pd.Index:
     """Genes of the collection, in the order of ``anndata.concat(join="outer")``.
 
@@ -50,7 +61,7 @@ def join_genes(names: Sequence[NDArray[np.object_]], subset: Sequence[str] | Non
     SchemaError
         If the subset names no known gene.
     """
-    joined = reduce(lambda a, b: a.union(b), (pd.Index(n, dtype=object) for n in names))
+    joined = pd.Index(unite_names(names), dtype=object)
     if subset is None:
         return joined
     kept = joined[joined.isin(list(subset))]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ __all__ = [
     "MatrixSchema",
     "MatrixSpec",
     "SourceSchema",
+    "shared_names",
 ]
 
 SOURCE_DTYPE = "source-dtype"
@@ -128,6 +130,11 @@ class MatrixSchema:
         return self.stored or self.name
 
 
+def shared_names(names: np.ndarray) -> np.ndarray:
+    """The same names, as strings that the process keeps once: a thousand files have mostly the same."""
+    return np.array([sys.intern(str(n)) for n in names] or [], object)
+
+
 @dataclass(frozen=True)
 class SourceSchema:
     """Everything the plan needs to know of one source.
@@ -163,6 +170,11 @@ class SourceSchema:
     tagged: bool = False
     unsupported: tuple[str, ...] = ()
     raw_names: np.ndarray | None = field(default=None, compare=False, repr=False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What a worker sends brings strings of its own."""
+        names = {k: shared_names(state[k]) for k in ("var_names", "raw_names") if state[k] is not None}
+        self.__dict__.update(state | names)
 
     def genes_of(self, matrix: MatrixSchema) -> np.ndarray:
         """Gene names of a matrix's columns."""

@@ -1,5 +1,8 @@
 """The planner's parts: dtypes lose nothing, layouts tile the rows, columns and genes unite, memory bounds hold."""
 
+import functools
+import pickle
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +14,7 @@ from annbatch_dask.kernels.values import range_of
 from annbatch_dask.plan.build import Options, build_plan
 from annbatch_dask.plan.columns import unite_columns
 from annbatch_dask.plan.dtypes import NOTHING, ValueRange, index_dtype, merge_ranges, signed_dtype, smallest_dtype
-from annbatch_dask.plan.genes import GeneSpace, join_genes
+from annbatch_dask.plan.genes import GeneSpace, join_genes, unite_names
 from annbatch_dask.plan.layout import Layout, cut_blocks
 from annbatch_dask.plan.memory import MIB, Budget
 from annbatch_dask.plan.schema import Categories, ColumnSchema, MatrixSchema, SourceSchema
@@ -155,6 +158,21 @@ def test_genes_join_in_the_order_of_pandas():
     assert join_genes(names, ["c", "b"]).tolist() == ["b", "c"]
     assert GeneSpace.of(join_genes(names, ["c", "b"]), lists).map_of(0, "var").tolist() == [0, -1]
     assert join_genes([np.array(["z", "b", "a"], object)], None).tolist() == ["z", "b", "a"]
+
+
+@given(st.lists(st.lists(st.sampled_from(["b", "a", "é", "a1", "Z", ""]), unique=True), max_size=4))
+def test_names_unite_like_pandas(lists):
+    indices = (pd.Index(names, dtype=object) for names in lists)
+    want = functools.reduce(lambda a, b: a.union(b), indices, pd.Index([], dtype=object))
+    assert unite_names(lists) == want.tolist()
+
+
+def test_names_are_kept_once_and_the_plan_carries_none():
+    one, two = (pickle.loads(pickle.dumps(source(genes=("gene_0", "gene_1")))) for _ in range(2))
+    assert all(a is b for a, b in zip(one.var_names, two.var_names, strict=True))
+    plan = build_plan([one], Options(seed=0), budget=Budget(4096 * MIB))
+    assert plan.var.index.tolist() == ["gene_0", "gene_1"]
+    assert all(len(s.var_names) == 0 for s in plan.sources)
 
 
 def numeric(dtype, *, nullable=False):
