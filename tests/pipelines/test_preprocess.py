@@ -1,0 +1,65 @@
+"""pipelines/preprocess.py: a build from one YAML file."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from annbatch_dask import DatasetCollection
+
+PIPELINES = Path(__file__).parents[2] / "pipelines"
+
+
+def run(*args):
+    return subprocess.run(
+        [sys.executable, PIPELINES / "preprocess.py", *args], capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def config(folder, pair, **more):
+    values = {"files": [str(pair[0].parent / "*.h5ad")], "output": str(folder / "o.zarr"), "options": {"seed": 0}}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values | more))
+    return path
+
+
+def test_a_build_and_its_plan(tmp_path, h5ad_pair):
+    path = config(tmp_path, h5ad_pair, cluster={"kind": "local"})
+    planned = run(path, "--plan")
+    assert "500 cells x 58 genes from 2 sources" in planned.stdout, planned.stderr
+    assert not (tmp_path / "o.zarr").exists()
+    done = run(path)
+    assert "500 cells x 58 genes, 1 datasets" in done.stdout, done.stderr
+    assert DatasetCollection(tmp_path / "o.zarr").verify(against=h5ad_pair).ok
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"cluster": {"kind": "abacus"}}, "cluster kind 'abacus' is none of local, scheduler, ssh, slurm, kubernetes"),
+        ({"cluster": {"kind": "kubernetes"}}, "a kubernetes cluster needs dask-kubernetes"),
+        ({"files": ["none/*.h5ad"]}, "none/*.h5ad matches no file"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(tmp_path, h5ad_pair, more, words):
+    done = run(config(tmp_path, h5ad_pair, **more))
+    assert done.returncode == 1
+    assert words in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((PIPELINES / "clusters").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_examples_are_whole(path):
+    values = yaml.safe_load(path.read_text())
+    assert values.keys() <= {"files", "output", "scratch", "options", "cluster"}
+    assert values["cluster"]["kind"] == path.stem
+    assert values["cluster"].keys() <= {"kind", "workers", "options"}
+
+
+def test_a_slurm_job_is_what_the_file_says():
+    pytest.importorskip("dask_jobqueue", reason="dask-jobqueue is not installed")
+    done = run(PIPELINES / "clusters/slurm.yaml", "--job-script")
+    assert done.returncode == 0, done.stderr
+    for line in ("#SBATCH -p regular", "#SBATCH --requeue", "#SBATCH --mem=15G", "--preload annbatch_dask.etl.preload"):
+        assert line in done.stdout
