@@ -41,7 +41,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest --numprocesses logical --dist worksteal $(TESTS)
 
 chaos: $(STAMP)
 	$(BIN)/python -m pytest tests/chaos -m "chaos or not chaos"
