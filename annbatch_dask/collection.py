@@ -6,10 +6,8 @@ import contextlib
 import logging
 import os
 import re
-import secrets
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,9 +17,9 @@ import numpy as np
 import pandas as pd
 import zarr
 import zarr.codecs
-from humanfriendly import InvalidSize, parse_size
 
-from annbatch_dask.errors import CollectionError, LayoutError, SourceError
+from annbatch_dask.arguments import absolute, folder_at, groupby_columns, references, resolve_options, resolve_seed
+from annbatch_dask.errors import CollectionError
 from annbatch_dask.etl.commit import leftovers, sweep
 from annbatch_dask.etl.job import Job, work_folder
 from annbatch_dask.etl.run import Engine, EngineRoom, build, choose_engine, run_check
@@ -53,8 +51,7 @@ from annbatch_dask.splits import Splits, make_splits
 from annbatch_dask.storage.lock import Lease, check_unchanged, claim_numbers, exclusive, is_claim
 from annbatch_dask.storage.matrices import describe_matrix
 from annbatch_dask.storage.metadata import METADATA
-from annbatch_dask.storage.publish import Folder, StorageOptions, folder_of, shown
-from annbatch_dask.storage.shards import compressor_json
+from annbatch_dask.storage.publish import Folder, folder_of
 from annbatch_dask.storage.sources import SourceRef
 
 if TYPE_CHECKING:
@@ -117,7 +114,7 @@ class DatasetCollection:
         if not isinstance(group, str | os.PathLike):
             msg = f"a collection is a path or a zarr.Group, not {type(group).__name__}"
             raise TypeError(msg)
-        self._folder = _folder(group, storage_options)
+        self._folder = folder_at(group, storage_options)
         if is_collection_h5ad:
             warnings.warn("Loading h5ad is currently not supported: only obs can be read", UserWarning, stacklevel=2)
             self._group = None
@@ -342,16 +339,16 @@ class DatasetCollection:
         -------
         The plan; its repr says tasks, bytes and peak memory.
         """
-        refs = _references(adata_paths, load_adata, storage_options, counts)
-        options = _options(
+        refs = references(adata_paths, load_adata, storage_options, counts)
+        options = resolve_options(
             var_subset,
             n_obs_per_chunk,
             shard_size,
             zarr_compressor,
             dataset_size,
             shuffle=shuffle,
-            seed=_seed(seed, rng),
-            groupby=_groupby(groupby),
+            seed=resolve_seed(seed, rng),
+            groupby=groupby_columns(groupby),
             elements=Elements.parse(elements),
             allow_mixed_counts=allow_mixed_counts,
         )
@@ -476,22 +473,22 @@ class DatasetCollection:
             If what was written is not what was read; nothing is published.
         """
         self._check_target()
-        refs = _references(adata_paths, load_adata, storage_options, counts)
-        options = _options(
+        refs = references(adata_paths, load_adata, storage_options, counts)
+        options = resolve_options(
             var_subset,
             n_obs_per_chunk,
             shard_size,
             zarr_compressor,
             dataset_size,
             shuffle=shuffle,
-            seed=_seed(seed, rng),
-            groupby=_groupby(groupby),
+            seed=resolve_seed(seed, rng),
+            groupby=groupby_columns(groupby),
             elements=Elements.parse(elements),
             allow_mixed_counts=allow_mixed_counts,
         )
         callback = Callbacks([*default_callbacks(progress=progress), *(callbacks or ())])
         room = choose_engine(client, memory_limit)
-        base = self._scratch if scratch is None else _absolute(_folder(scratch, scratch_options))
+        base = self._scratch if scratch is None else absolute(folder_at(scratch, scratch_options))
         with exclusive(self._target):
             version = self._refresh()
             extension = self._extension(mode, genes)
@@ -594,7 +591,7 @@ class DatasetCollection:
     @property
     def _target(self) -> Folder:
         """The collection's folder, by a path that other processes can open."""
-        return _absolute(self._folder)
+        return absolute(self._folder)
 
     @property
     def _scratch(self) -> Folder:
@@ -671,7 +668,7 @@ class DatasetCollection:
         size = (manifest.n_obs, sum(n for d in manifest.datasets for n, _ in d.files.values()))
         tasks: list[tuple[Any, ...]] = [(target, d, manifest.n_vars) for d in manifest.datasets]
         problems += run_check(engine, "verify", check_dataset, tasks, callback, size)
-        refs = () if against is None else _references(against, load_adata, storage_options)
+        refs = () if against is None else references(against, load_adata, storage_options)
         if refs:
             found, missing = match_sources([r.label for r in refs], manifest)
             first = SourceRef("dataset", (target / manifest.datasets[0].name).url, tagged=True, options=target.options)
@@ -808,140 +805,6 @@ def _annotated(annotations: ad.AnnData | None) -> frozenset[str]:
     if annotations is None:
         return frozenset()
     return frozenset(f"{kind}/{key}" for kind in ("varm", "varp", "uns") for key in getattr(annotations, kind))
-
-
-def _folder(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> Folder:
-    url = os.fspath(path)
-    if shown(url) != url:
-        msg = f"{shown(url)} was given with a user, a password or a query; give credentials in storage_options"
-        raise CollectionError(msg)
-    return Folder(url, StorageOptions(storage_options or {}))
-
-
-def _absolute(folder: Folder) -> Folder:
-    """A folder by a path that other processes can open."""
-    return Folder(os.path.abspath(folder.path)) if folder.is_local else folder
-
-
-def _references(
-    paths: Iterable[Any],
-    load_adata: Callable[[Any], ad.AnnData] | None,
-    storage_options: Mapping[str, Any] | None = None,
-    counts: str | Mapping[str, str] = "X",
-) -> tuple[SourceRef, ...]:
-    if isinstance(paths, str | os.PathLike):
-        msg = f"adata_paths is one path, {os.fspath(paths)!r}; give a list of paths"
-        raise TypeError(msg)
-    options = StorageOptions(storage_options or {})
-    refs = tuple(_reference(p, load_adata, options) for p in paths)
-    if not refs:
-        msg = "adata_paths is empty; give at least one AnnData file"
-        raise SourceError(msg)
-    labels = [r.label for r in refs]
-    if len(set(labels)) < len(labels):
-        twice = next(x for x in labels if labels.count(x) > 1)
-        msg = f"{twice} is given {labels.count(twice)} times; give each input once"
-        raise SourceError(msg)
-    chosen = (
-        dict.fromkeys(labels, counts)
-        if isinstance(counts, str)
-        else {shown(os.fspath(k)): v for k, v in counts.items()}
-    )
-    if unknown := chosen.keys() - set(labels):
-        msg = f"counts names {min(unknown)}, which is none of the {len(labels)} inputs; give their paths"
-        raise SourceError(msg)
-    return tuple(replace(r, counts=chosen.get(r.label, "X")) for r in refs)
-
-
-def _reference(item: Any, load_adata: Callable[[Any], ad.AnnData] | None, options: StorageOptions) -> SourceRef:
-    if isinstance(item, str | os.PathLike):
-        path = os.fspath(item)
-        folder = Folder(path, options)
-        if folder.is_local:
-            return SourceRef(path, os.path.abspath(folder.path), load_adata)
-        return SourceRef(shown(path), path, load_adata, options=options)
-    if isinstance(item, zarr.Group) and load_adata is None:
-        folder = folder_of(item)
-        return SourceRef(str(item), folder.url, options=folder.options)
-    if load_adata is not None:
-        return SourceRef(str(item), item, load_adata)
-    msg = f"an input is a path, a URL or a zarr.Group, not {type(item).__name__}; write it to a file first"
-    raise TypeError(msg)
-
-
-def _seed(seed: int | None, rng: np.random.Generator | None) -> int:
-    if seed is not None and rng is not None:
-        msg = f"seed={seed} and rng are both given; give one"
-        raise ValueError(msg)
-    if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
-        return int(rng)
-    if rng is not None and not isinstance(rng, np.random.Generator):
-        msg = f"rng must be a numpy.random.Generator, not {type(rng).__name__}"
-        raise TypeError(msg)
-    if rng is not None:
-        return int(rng.integers(2**63))
-    return secrets.randbits(63) if seed is None else int(seed)
-
-
-def _options(  # noqa: PLR0913 - all of them are numbers of a plan
-    var_subset: Iterable[str] | None,
-    n_obs_per_chunk: int,
-    shard_size: int | str,
-    zarr_compressor: Any,
-    dataset_size: int | str,
-    *,
-    shuffle: bool,
-    seed: int,
-    groupby: tuple[str, ...],
-    elements: Elements,
-    allow_mixed_counts: bool,
-) -> Options:
-    if n_obs_per_chunk < 1:
-        msg = f"n_obs_per_chunk is {n_obs_per_chunk}; it must be 1 or more"
-        raise LayoutError(msg)
-    dataset_rows, dataset_nbytes = _size("dataset_size", dataset_size)
-    shard_rows, shard_nbytes = _size("shard_size", shard_size)
-    return Options(
-        seed=seed,
-        shuffle=shuffle,
-        dataset_rows=dataset_rows,
-        dataset_nbytes=dataset_nbytes,
-        n_obs_per_chunk=n_obs_per_chunk,
-        shard_rows=shard_rows,
-        shard_nbytes=shard_nbytes,
-        compressor=compressor_json(zarr_compressor),
-        var_subset=None if var_subset is None else tuple(map(str, var_subset)),
-        groupby=groupby,
-        elements=elements,
-        allow_mixed_counts=allow_mixed_counts,
-    )
-
-
-def _groupby(names: str | Iterable[str] | None) -> tuple[str, ...]:
-    if names is None:
-        return ()
-    found = (names,) if isinstance(names, str) else tuple(names)
-    if not found:
-        msg = "groupby must contain at least one column; None sorts by none"
-        raise ValueError(msg)
-    if len(set(found)) < len(found):
-        msg = f"groupby columns must be unique; got {list(found)}"
-        raise ValueError(msg)
-    return found
-
-
-def _size(name: str, value: int | str) -> tuple[int | None, int | None]:
-    """Rows, or bytes of a string in annbatch's units: powers of 1024."""
-    if isinstance(value, str):
-        try:
-            return None, int(parse_size(value, binary=True))
-        except InvalidSize as e:
-            msg = f"{name} is {value!r}; give a number of cells, or a size such as '2GB'"
-            raise LayoutError(msg) from e
-    if value < 1:
-        msg = f"{name} is {value}; it must be 1 or more"
-        raise LayoutError(msg)
-    return int(value), None
 
 
 def _nnz(x: Any) -> int:
