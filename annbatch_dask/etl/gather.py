@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -435,8 +436,10 @@ def _write_frames(group: zarr.Group, obs: _ObsColumns, job: Job) -> None:
         for name in ("layers", "obsm", "obsp", "varm", "varp", "uns"):
             if name not in group:
                 ad.io.write_elem(group, name, {})
-        for name, value in elements.items():
-            ad.io.write_elem(group, name, value)
+        with warnings.catch_warnings():  # scanpy's structured arrays in uns; anndata writes and reads them alike
+            warnings.filterwarnings("ignore", ".* does not have a Zarr V3 specification")
+            for name, value in elements.items():
+                ad.io.write_elem(group, name, value)
 
 
 def _annotations(job: Job) -> dict[str, Any]:

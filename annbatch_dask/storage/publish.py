@@ -117,7 +117,7 @@ class Folder:
         """What tells one content of a file from another: the store's entity tag, or a time; None without a file."""
         try:
             info = self.fs.info(f"{self.path}/{name}")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         return str(next(filter(None, map(info.get, _VERSION_KEYS)), ""))
 
@@ -142,12 +142,12 @@ class Folder:
         return RemoteRanges(self.fs, path)
 
     def names(self) -> list[str]:
-        """Names in the folder; none if it does not exist."""
+        """Names in the folder; none if it does not exist, or is a file."""
         if not self.is_local:  # s3fs would look through the folder above for a file of this name
             return sorted({path.split("/")[0] for path in self.sizes()})
         try:
             return sorted(os.listdir(self.path))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def sizes(self) -> dict[str, int]:

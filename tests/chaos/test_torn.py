@@ -50,7 +50,7 @@ def build(out, path, *callbacks):
 
 
 @pytest.fixture(scope="module")
-def interrupted(tmp_path_factory):
+def first(tmp_path_factory):
     """A build with all blocks scattered and datasets 2 and 3 of 4 written; its input; digest of an undisturbed one."""
     folder = tmp_path_factory.mktemp("torn")
     make_adata(160, GENES, seed=0).write_h5ad(folder / "a.h5ad")
@@ -58,7 +58,21 @@ def interrupted(tmp_path_factory):
     (folder / "work").mkdir()
     with pytest.raises(StopError):
         build(folder / "work/o.zarr", folder / "a.h5ad", StopAfter(2))
-    return folder / "work", folder / "a.h5ad", tree_digest(folder / "whole.zarr")
+    shutil.copytree(folder / "work", folder / "kept")
+    return folder, tree_digest(folder / "whole.zarr")
+
+
+@pytest.fixture
+def interrupted(first):
+    """Folder of the interrupted build as it was left, in its own place, as a resume is by path; input; digest."""
+    folder, digest = first
+    restore(folder)
+    return folder / "work", folder / "a.h5ad", digest
+
+
+def restore(folder):
+    shutil.rmtree(folder / "work")
+    shutil.copytree(folder / "kept", folder / "work")
 
 
 def cut(file):
@@ -125,41 +139,39 @@ def cases():
 
 
 @pytest.mark.parametrize(("name", "damage", "ran", "again"), list(cases()))
-def test_a_resume_does_again_what_was_damaged_and_no_more(interrupted, tmp_path, monkeypatch, name, damage, ran, again):
+def test_a_resume_does_again_what_was_damaged_and_no_more(interrupted, monkeypatch, name, damage, ran, again):
     work, path, want = interrupted
-    shutil.copytree(work, tmp_path, dirs_exist_ok=True)
-    base = tmp_path / "o.zarr" if "dataset" in name else next((tmp_path / "o.zarr.scratch").iterdir())
+    base = work / "o.zarr" if "dataset" in name else next((work / "o.zarr.scratch").iterdir())
     damage(base / name)
     scattered_again, tasks = [], Tasks()
     original = gather_module.scatter_again
     monkeypatch.setattr(
         gather_module, "scatter_again", lambda scratch, b: scattered_again.append(b) or original(scratch, b)
     )
-    build(tmp_path / "o.zarr", path, tasks)
+    build(work / "o.zarr", path, tasks)
     assert {stage: sorted(done) for stage, done in tasks.ran.items()} == ran
     assert scattered_again == again
-    assert tree_digest(tmp_path / "o.zarr") == want
-    assert {p.name for p in tmp_path.iterdir()} == {"o.zarr"}
+    assert tree_digest(work / "o.zarr") == want
+    assert {p.name for p in work.iterdir()} == {"o.zarr"}
 
 
 @pytest.mark.chaos
-def test_every_flipped_bit_of_a_spill_file_is_found(interrupted, tmp_path):
+def test_every_flipped_bit_of_a_spill_file_is_found(interrupted):
     work, path, want = interrupted
     rng = np.random.default_rng(0)
-    for i in range(6):
-        shutil.copytree(work, tmp_path / str(i))
-        file = next((tmp_path / str(i) / "o.zarr.scratch").iterdir()) / SPILL
+    for _ in range(6):
+        restore(work.parent)
+        file = next((work / "o.zarr.scratch").iterdir()) / SPILL
         flip(file, int(rng.integers(file.stat().st_size)))
-        build(tmp_path / str(i) / "o.zarr", path)
-        assert tree_digest(tmp_path / str(i) / "o.zarr") == want
+        build(work / "o.zarr", path)
+        assert tree_digest(work / "o.zarr") == want
 
 
-def test_a_disk_that_damages_a_block_twice_is_named(interrupted, tmp_path, monkeypatch):
+def test_a_disk_that_damages_a_block_twice_is_named(interrupted, monkeypatch):
     work, path, _ = interrupted
-    shutil.copytree(work, tmp_path, dirs_exist_ok=True)
-    scratch = next((tmp_path / "o.zarr.scratch").iterdir())
+    scratch = next((work / "o.zarr.scratch").iterdir())
     flip(scratch / SPILL, 30)
     monkeypatch.setattr(gather_module, "scatter_again", lambda *_: None)
     with pytest.raises(IntegrityError, match=f"{scratch}/{SPILL} has crc32c .* was written anew; check the disk"):
-        build(tmp_path / "o.zarr", path)
-    assert not (tmp_path / "o.zarr/zarr.json").exists()
+        build(work / "o.zarr", path)
+    assert not (work / "o.zarr/zarr.json").exists()
