@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import SourceError, SourceNotFoundError
 from annbatch_dask.plan.schema import ColumnSchema, MatrixSchema, SourceSchema
 from annbatch_dask.storage.columns import ColumnRows
+from annbatch_dask.storage.garbage import no_garbage_collection
 from annbatch_dask.storage.groups import GroupSource, is_current
 from annbatch_dask.storage.matrices import CsrRows
 from annbatch_dask.storage.metadata import METADATA
@@ -105,8 +106,10 @@ def _open_group(ref: SourceRef, files: contextlib.ExitStack) -> Any:
     folder = ref.folder
     if _is_hdf5(ref):
         try:
-            target = folder.path if folder.is_local else files.enter_context(folder.open())
-            return files.enter_context(h5py.File(target, "r"))
+            if folder.is_local:
+                return files.enter_context(h5py.File(folder.path, "r"))
+            files.enter_context(no_garbage_collection())
+            return files.enter_context(h5py.File(files.enter_context(folder.open()), "r"))
         except OSError as e:
             size = folder.fs.size(folder.path)
             msg = f"{ref.label} ({size:,} bytes) is not a whole HDF5 file: {e}; copy it again, or leave it out"
