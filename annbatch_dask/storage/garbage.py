@@ -17,18 +17,38 @@ from typing import Any
 
 __all__ = ["no_garbage_collection"]
 
-_lock = threading.RLock()  # a finalizer may leave a pause in the thread that is entering one
-_pauses = 0
-_resume = False
-_collector: int | None = None  # the thread that collects now
+
+class _Collector:
+    """What is known of the collector of this process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # a finalizer may leave a pause in the thread that is entering one
+        self.pauses = 0
+        self.was_enabled = False
+        self.thread: int | None = None  # that collects now
+        gc.callbacks.append(self.note)
+
+    def note(self, phase: str, _: dict[str, Any]) -> None:
+        """Called by the collector when it begins and ends."""
+        self.thread = threading.get_ident() if phase == "start" else None
+
+    def pause(self) -> None:
+        with self.lock:
+            if self.pauses == 0:
+                self.was_enabled = gc.isenabled()
+                gc.disable()
+            self.pauses += 1
+
+    def resume(self) -> bool:
+        """Whether no pause is left."""
+        with self.lock:
+            self.pauses -= 1
+            if self.pauses == 0 and self.was_enabled:
+                gc.enable()
+            return self.pauses == 0
 
 
-def _note(phase: str, _: dict[str, Any]) -> None:
-    global _collector
-    _collector = threading.get_ident() if phase == "start" else None
-
-
-gc.callbacks.append(_note)
+_collector = _Collector()
 
 
 @contextlib.contextmanager
@@ -38,21 +58,11 @@ def no_garbage_collection() -> Iterator[None]:
     A collection that has begun is waited for, which is safe while this thread does not hold h5py's lock. Who leaves
     while others go on collects in its own thread, which nobody waits for, so that garbage stays bounded.
     """
-    global _pauses, _resume
-    with _lock:
-        if _pauses == 0:
-            _resume = gc.isenabled()
-            gc.disable()
-        _pauses += 1
+    _collector.pause()
     try:
-        while _collector not in (None, threading.get_ident()):
+        while _collector.thread not in (None, threading.get_ident()):
             time.sleep(0.001)
         yield
     finally:
-        with _lock:
-            _pauses -= 1
-            others = _pauses > 0
-            if not others and _resume:
-                gc.enable()
-        if others:
+        if not _collector.resume():
             gc.collect()
