@@ -28,7 +28,9 @@ def read_legacy(item: Any) -> ad.AnnData:
     """A file of an old format, in memory: anndata knows them all."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the format is old is known, and the file is not ours to mend
-        return ad.read_h5ad(os.fspath(item)) if not isinstance(item, zarr.Group) else ad.io.read_zarr(item)
+        if isinstance(item, zarr.Group) or os.path.isdir(item):
+            return ad.io.read_zarr(item)
+        return ad.read_h5ad(os.fspath(item))
 
 
 class AnnDataSource:

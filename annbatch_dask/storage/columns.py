@@ -36,11 +36,16 @@ def _encoding(elem: Any) -> str:
     return str(elem.attrs.get("encoding-type", "array"))
 
 
-def describe_elem(name: str, elem: Any) -> ColumnSchema | None:
-    """Schema of a stored column; None for an encoding this package does not know."""
+def describe_elem(name: str, elem: Any, categories: Any = None) -> ColumnSchema | None:
+    """Schema of a stored column; None for an encoding this package does not know.
+
+    ``categories``: those of a column of codes, which anndata 0.7 wrote beside the columns.
+    """
     encoding = _encoding(elem)
+    if categories is not None:
+        return ColumnSchema(name, "categorical", categories=_stored_categories(categories, categories))
     if encoding == "categorical":
-        return ColumnSchema(name, "categorical", categories=_stored_categories(elem))
+        return ColumnSchema(name, "categorical", categories=_stored_categories(elem, elem["categories"]))
     if encoding in ("nullable-integer", "nullable-boolean"):
         return ColumnSchema(name, "numeric", dtype=elem["values"].dtype.name, nullable=True)
     if encoding == "nullable-string-array":
@@ -52,9 +57,8 @@ def describe_elem(name: str, elem: Any) -> ColumnSchema | None:
     return None
 
 
-def _stored_categories(elem: Any) -> Categories:
-    values = elem["categories"]
-    ordered = bool(elem.attrs.get("ordered", False))
+def _stored_categories(about: Any, values: Any) -> Categories:
+    ordered = bool(about.attrs.get("ordered", False))
     if _encoding(values) == "nullable-string-array":
         return Categories(tuple(_strings(values["values"], slice(None))), "str", ordered)
     if values.dtype.kind in "OTUS":
@@ -72,7 +76,8 @@ def elem_rows(column: ColumnSchema, elem: Any, start: int, stop: int) -> ColumnR
     """Rows [start, stop) of a stored column."""
     rows = slice(start, stop)
     if column.kind == "categorical":
-        return ColumnRows(elem["codes"][rows])
+        codes = elem["codes"] if hasattr(elem, "keys") else elem
+        return ColumnRows(codes[rows])
     nullable = _encoding(elem).startswith("nullable")
     values, mask = (elem["values"], np.asarray(elem["mask"][rows], bool)) if nullable else (elem, None)
     if column.kind == "numeric":

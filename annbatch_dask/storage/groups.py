@@ -26,9 +26,8 @@ GENE_WISE = ("var", "varm", "varp", "uns")
 
 
 def is_current(group: Any) -> bool:
-    """Written by anndata 0.7 or later: frames are groups and categories stand with their column."""
-    frames = [group["obs"], group["var"]]
-    return all(not hasattr(f, "dtype") and "__categories" not in f and "_index" in f.attrs for f in frames)
+    """Written by anndata 0.7 or later: frames are groups."""
+    return all(not hasattr(f, "dtype") and "_index" in f.attrs for f in (group["obs"], group["var"]))
 
 
 def _length(elem: Any) -> int:
@@ -104,13 +103,16 @@ class GroupSource:
                 yield f"{kind}/{name}", genes, self._group[kind][name]  # type: ignore[misc]
 
     def _columns(self, frame: str) -> list[ColumnSchema]:
-        group = self._group[frame]
-        found = [describe_elem(c, group[c]) for c in map(str, group.attrs["column-order"])]
-        return [replace(c, frame=frame) for c in found if c is not None]
+        return [replace(c, frame=frame) for c in self._described(frame).values() if c is not None]
 
     def _unsupported_columns(self, frame: str) -> list[str]:
+        return [name for name, c in self._described(frame).items() if c is None]
+
+    def _described(self, frame: str) -> dict[str, ColumnSchema | None]:
         group = self._group[frame]
-        return [c for c in map(str, group.attrs["column-order"]) if describe_elem(c, group[c]) is None]
+        beside = group["__categories"] if "__categories" in group else {}
+        names = map(str, group.attrs["column-order"])
+        return {c: describe_elem(c, group[c], beside[c] if c in beside else None) for c in names}
 
     def _gene_names(self, frame: str) -> NDArray[np.object_]:
         var = self._group[frame]
