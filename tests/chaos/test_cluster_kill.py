@@ -1,6 +1,7 @@
 """A worker, its nanny or the scheduler of a real cluster is killed in the middle of a build."""
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from distributed import Client
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import SchedulerError
 from annbatch_dask.events import Callback
+from tests.chaos.victim import die_once
 from tests.etl.test_build import Counter, tree_digest
 
 OPTIONS = {"seed": 4, "dataset_size": 60}
@@ -111,6 +113,23 @@ def test_a_killed_worker_costs_its_tasks_only(tmp_path, h5ad_pair, undisturbed, 
         assert victims == []
     assert tree_digest(tmp_path / "o.zarr") == undisturbed
     assert seen.tasks["gather"] == 9
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("who", ["worker", "scheduler"])
+def test_a_kill_during_the_scan(tmp_path, h5ad_pair, who):
+    path, flag = tmp_path / "o.zarr", tmp_path / "flag"
+    with cluster(tmp_path / "cluster") as (client, (scheduler, *_)):
+        load = functools.partial(die_once, pid_of=scheduler.pid if who == "scheduler" else None, flag=flag)
+        expected = pytest.raises(SchedulerError) if who == "scheduler" else contextlib.nullcontext()
+        with expected:
+            DatasetCollection(path).add_adatas(h5ad_pair, client=client, load_adata=load, **OPTIONS)
+    assert flag.exists()
+    assert path.exists() == (who == "worker")
+    with config.set(scheduler="synchronous"):
+        DatasetCollection(path).add_adatas(h5ad_pair, load_adata=load, **OPTIONS)  # done already, or done now
+        DatasetCollection(tmp_path / "plain.zarr").add_adatas(h5ad_pair, load_adata=load, **OPTIONS)
+    assert tree_digest(path) == tree_digest(tmp_path / "plain.zarr")
 
 
 def test_a_killed_scheduler_fails_the_build_and_the_next_call_goes_on(tmp_path, h5ad_pair, undisturbed):

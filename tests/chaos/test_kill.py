@@ -24,6 +24,8 @@ GENES = [f"g{i}" for i in range(40)]
 MODES = ("create", "extend", "append", "reshuffle")
 OPTIONS = {"seed": 5, "dataset_size": 40, "memory_limit": "1GB"}
 INSTANTS = [
+    ("scan", 0),
+    ("scan", 1),
     ("scatter", "start"),
     ("scatter", 1),
     ("scatter", "end"),
