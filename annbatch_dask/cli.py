@@ -1,4 +1,4 @@
-"""The command line: ``annbatch-dask shuffle | plan | info | verify | gc | stream``."""
+"""The command line: ``annbatch-dask shuffle | plan | info | verify | gc | stream | mixing``."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ examples:
   annbatch-dask info atlas.zarr
   annbatch-dask verify atlas.zarr --against *.h5ad    proof that no cell was lost or changed
   annbatch-dask stream atlas.zarr --by cell_type      speed, and how well batches are mixed
+  annbatch-dask mixing atlas.zarr --plot mixing.png   the latter alone, without reading data
 """,
     "shuffle": """\
 examples:
@@ -79,6 +80,14 @@ examples:
 
 The share of the ideal entropy is 1 where batches are mixed like uniformly random ones, and near 0 where each
 batch holds one class.
+""",
+    "mixing": """\
+examples:
+  annbatch-dask mixing atlas.zarr
+  annbatch-dask mixing atlas.zarr --by donor --batch-size 1024 --chunk-size 64 --plot mixing.png
+
+Works out the batches of an epoch with these settings; only obs is read. The ideal is the mean entropy of batches
+that are drawn uniformly at random. Smaller chunks, and more of them, bring a collection that was not shuffled nearer.
 """,
 }
 
@@ -167,7 +176,7 @@ def _stream(args: argparse.Namespace) -> None:
 
     collection = _open(args.collection)
     column, codes = _classes(collection, args.by)
-    loader = _loader(collection, args)
+    loader = _loader(args).use_collection(collection)
     for epoch in range(args.epochs):
         start = time.perf_counter()
         rows = [batch["index"] for batch in loader]
@@ -176,11 +185,31 @@ def _stream(args: argparse.Namespace) -> None:
         print(f"epoch {epoch}: {_epoch_line(sum(map(len, rows)), seconds, column, mixing)}")
 
 
-def _loader(collection: DatasetCollection, args: argparse.Namespace) -> Any:
+def _mixing(args: argparse.Namespace) -> None:
+    from annbatch_dask.mixing import measure_mixing, plot_mixing, sampled_batches
+
+    column, codes = _classes(_open(args.collection), args.by)
+    mixing = measure_mixing(sampled_batches(_loader(args).batch_sampler, codes))
+    line = _mixing_line(column, mixing)
+    print(f"{args.collection}: {line}: {mixing.mean_entropy:.3f} of {mixing.ideal_entropy:.3f} bits")
+    if args.plot is None:
+        return
+    try:
+        plot_mixing(mixing, args.plot, title=f"mixing of {column} in batches of {args.batch_size:,}")
+    except ImportError as error:
+        msg = f"--plot needs matplotlib ({error}): pip install matplotlib"
+        raise AnnbatchDaskError(msg) from error
+    except ValueError as error:  # a suffix that is no format of a picture
+        msg = f"{args.plot}: {error}"
+        raise AnnbatchDaskError(msg) from error
+    print(f"picture: {args.plot}")
+
+
+def _loader(args: argparse.Namespace) -> Any:
     from annbatch_dask import Loader
 
     try:
-        loader: Loader[Any, Any] = Loader(
+        return Loader(
             batch_size=args.batch_size,
             chunk_size=args.chunk_size,
             preload_nchunks=args.preload_nchunks,
@@ -195,12 +224,14 @@ def _loader(collection: DatasetCollection, args: argparse.Namespace) -> Any:
         )
     except ValueError as error:  # sizes that do not fit together
         raise AnnbatchDaskError(str(error)) from error
-    return loader.use_collection(collection)
 
 
 def _epoch_line(n_obs: int, seconds: float, column: str, mixing: Mixing) -> str:
+    return f"{n_obs:,} cells in {seconds:.1f} s, {n_obs / seconds:,.0f} cells/s; {_mixing_line(column, mixing)}"
+
+
+def _mixing_line(column: str, mixing: Mixing) -> str:
     return (
-        f"{n_obs:,} cells in {seconds:.1f} s, {n_obs / seconds:,.0f} cells/s; "
         f"{mixing.n_batches} batches with {mixing.mean_classes:.1f} distinct {column} on average, "
         f"{mixing.share:.3f} of the ideal batch entropy"
     )
@@ -336,6 +367,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_gc(commands)
     _add_stream(commands)
+    _add_mixing(commands)
     return parser
 
 
@@ -402,6 +434,19 @@ def _add_gc(commands: Any) -> None:
 
 def _add_stream(commands: Any) -> None:
     parser = _add_command(commands, "stream", _stream, "stream epochs: cells per second, and how mixed batches are")
+    _add_order_options(parser)
+    parser.add_argument("--dense", action="store_true", help="dense float32 batches instead of sparse ones")
+    parser.add_argument("--epochs", type=_positive, default=1, metavar="N", help="(default: 1)")
+
+
+def _add_mixing(commands: Any) -> None:
+    parser = _add_command(commands, "mixing", _mixing, "tell how well batches are mixed, without reading data")
+    _add_order_options(parser)
+    parser.add_argument("--plot", metavar="FILE", help="draw the entropy of each batch; needs matplotlib")
+    parser.set_defaults(dense=False)
+
+
+def _add_order_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("collection", metavar="OUT.zarr")
     parser.add_argument("--batch-size", type=_positive, default=4096, metavar="N", help="cells (default: 4096)")
     parser.add_argument(
@@ -420,8 +465,6 @@ def _add_stream(commands: Any) -> None:
     parser.add_argument(
         "--by", metavar="COLUMN", help="obs column to judge mixing by (default: cell_type, or the first)"
     )
-    parser.add_argument("--dense", action="store_true", help="dense float32 batches instead of sparse ones")
-    parser.add_argument("--epochs", type=_positive, default=1, metavar="N", help="(default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order of batches (default: 0)")
 
 

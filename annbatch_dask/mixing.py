@@ -15,18 +15,24 @@ No simulation and no bias correction is needed; the bias of the plug-in estimate
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.stats import hypergeom
 
+from annbatch_dask.order.planned import expand
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    import os
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
-__all__ = ["Mixing", "batch_entropy", "expected_entropy", "measure_mixing"]
+    from annbatch_dask.abc import Sampler
+
+__all__ = ["Mixing", "batch_entropy", "expected_entropy", "measure_mixing", "plot_mixing", "sampled_batches"]
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,15 @@ class Mixing:
         Mean entropy of a batch's class shares, in bits.
     ideal_entropy
         What the mean would be if each batch of that size were drawn uniformly at random, in bits.
+    entropies
+        Entropy of each batch, in bits, in their order.
     """
 
     n_batches: int
     mean_classes: float
     mean_entropy: float
     ideal_entropy: float
+    entropies: tuple[float, ...]
 
     @property
     def share(self) -> float:
@@ -99,18 +108,72 @@ def measure_mixing(batches: Iterable[NDArray[np.integer[Any]]]) -> Mixing:
     batches
         The class of each row, batch by batch. Together they are the population the ideal is drawn from.
     """
-    kept = [np.asarray(b) for b in batches if len(b)]
-    if not kept:
-        return Mixing(0, 0.0, 0.0, 0.0)
-    counts = np.unique(np.concatenate(kept), return_counts=True)[1]
-    sizes, n_alike = np.unique([len(b) for b in kept], return_counts=True)
-    ideal = sum(m * expected_entropy(counts, int(n)) for n, m in zip(sizes, n_alike, strict=True))
-    return Mixing(
-        n_batches=len(kept),
-        mean_classes=float(np.mean([len(np.unique(b)) for b in kept])),
-        mean_entropy=float(np.mean([batch_entropy(b) for b in kept])),
-        ideal_entropy=float(ideal) / len(kept),
-    )
+    population: Counter[int] = Counter()
+    sizes: Counter[int] = Counter()
+    n_classes, entropies = 0, []
+    for batch in batches:
+        if len(batch):
+            classes, counts = np.unique(np.asarray(batch), return_counts=True)
+            population.update(dict(zip(classes.tolist(), counts.tolist(), strict=True)))
+            sizes[len(batch)] += 1
+            n_classes += len(classes)
+            entropies.append(_plug_in(counts))
+    if not entropies:
+        return Mixing(0, 0.0, 0.0, 0.0, ())
+    class_counts = np.array(list(population.values()))
+    ideal = sum(n_alike * expected_entropy(class_counts, size) for size, n_alike in sizes.items())
+    n = len(entropies)
+    return Mixing(n, n_classes / n, float(np.mean(entropies)), ideal / n, tuple(entropies))
+
+
+def sampled_batches(sampler: Sampler, codes: NDArray[np.integer[Any]], *, epoch: int = 0) -> Iterator[NDArray[Any]]:
+    """Yield the classes in each batch that a sampler would make in an epoch; no data is read.
+
+    Parameters
+    ----------
+    sampler
+        Any; ``loader.batch_sampler`` is that of a loader. It is not moved on to its next epoch.
+    codes
+        (n_obs,) class of each row, any integers.
+    epoch
+        Which epoch.
+    """
+    sampler.validate(len(codes))
+    for planned in sampler.plan_requests(len(codes), epoch):
+        request = planned.make()
+        rows = expand(request["requests"])
+        yield from (codes[rows[split]] for split in request["splits"])
+
+
+def plot_mixing(mixing: Mixing, path: str | os.PathLike[str], *, title: str = "") -> None:
+    """Draw the entropy of each batch, and the ideal as a line.
+
+    Parameters
+    ----------
+    mixing
+        What :func:`measure_mixing` found.
+    path
+        Where to; its suffix is the format.
+    title
+        Stands above.
+
+    Raises
+    ------
+    ImportError
+        Without matplotlib.
+    ValueError
+        If matplotlib cannot write that format.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes: Any = figure.subplots()
+    axes.plot(mixing.entropies, ".", label=f"batches, {mixing.mean_entropy:.3f} bits on average")
+    axes.axhline(mixing.ideal_entropy, color="black", label=f"drawn at random, {mixing.ideal_entropy:.3f} bits")
+    axes.set(title=title, xlabel="batch", ylabel="entropy, bits", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
 
 
 def _plug_in(counts: NDArray[np.integer[Any]]) -> float:

@@ -10,7 +10,7 @@ from distributed import LocalCluster
 from annbatch_dask import DatasetCollection, __version__
 from annbatch_dask.cli import main
 
-COMMANDS = ["shuffle", "plan", "info", "stream"]
+COMMANDS = ["shuffle", "plan", "info", "stream", "mixing"]
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +149,41 @@ def test_stream_refuses_an_unknown_column(collection, capsys):
     assert "cell_type" in line
 
 
+def test_mixing_reads_no_data_and_draws(collection, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    bare = tmp_path / "bare.zarr"
+    shutil.copytree(collection, bare, ignore=lambda folder, names: {"c"} if "/X/" in folder else ())
+    sizes = ["--batch-size", 50, "--chunk-size", 10, "--preload-nchunks", 10, "--by", "cell_type"]
+    assert run("mixing", bare, *sizes, "--plot", tmp_path / "m.png") == 0
+    first, second = capsys.readouterr().out.splitlines()
+    found = re.search(
+        r"10 batches with 4.0 distinct cell_type .* ([\d.]+) of the .*: ([\d.]+) of ([\d.]+) bits$", first
+    )
+    share, mean, ideal = map(float, found.groups())
+    assert 0.95 < share < 1.05
+    assert share == pytest.approx(mean / ideal, abs=1e-3)
+    assert second == f"picture: {tmp_path / 'm.png'}"
+    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_mixing_agrees_with_what_is_streamed(collection, capsys):
+    sizes = ["--batch-size", 50, "--chunk-size", 10, "--preload-nchunks", 10, "--seed", 7]
+    assert run("mixing", collection, *sizes) == run("stream", collection, *sizes) == 0
+    shares = re.findall(r"([\d.]+) of the ideal", capsys.readouterr().out)
+    assert len(shares) == 2
+    assert shares[0] == shares[1]
+
+
+def test_mixing_refuses_a_picture_it_cannot_draw(collection, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    sizes = ["--batch-size", 50, "--chunk-size", 10, "--preload-nchunks", 10]
+    assert run("mixing", collection, *sizes, "--plot", tmp_path / "m.docx") == 1
+    assert "docx" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run("mixing", collection, *sizes, "--plot", tmp_path / "m.png") == 1
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
 def test_a_missing_file(tmp_path, capsys):
     target = tmp_path / "out.zarr"
     with dask.config.set(scheduler="synchronous"):
@@ -161,7 +196,7 @@ def test_a_missing_gene_list(h5ad_pair, tmp_path, capsys):
     assert "absent.txt" in error_line(capsys)
 
 
-@pytest.mark.parametrize("command", ["info", "stream"])
+@pytest.mark.parametrize("command", ["info", "stream", "mixing"])
 def test_no_collection_there(command, tmp_path, capsys):
     assert run(command, tmp_path / "absent.zarr") == 1
     assert "absent.zarr" in error_line(capsys)

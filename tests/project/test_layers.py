@@ -19,7 +19,7 @@ ALLOWED = {
     "plan": {"errors", "kernels"},
     "manifest": {"errors"},
     "storage": {"errors", "kernels", "plan"},
-    "mixing": set(),
+    "mixing": {"abc", "order"},
     "splits": {"errors"},
     "progress": {"events"},
     "types": {"errors"},

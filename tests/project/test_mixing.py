@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 from scipy.special import comb
 
-from annbatch_dask.mixing import batch_entropy, expected_entropy, measure_mixing
+from annbatch_dask.mixing import batch_entropy, expected_entropy, measure_mixing, plot_mixing, sampled_batches
+from annbatch_dask.samplers import RandomSampler, SequentialSampler
+from tests.loader.test_samplers import rows
 
 
 def simulated_entropy(counts, n, *, n_draws=4000, seed=0):
@@ -42,6 +44,7 @@ def test_one_class_has_nothing_to_mix():
 
 def test_no_batches():
     assert measure_mixing([]).n_batches == 0
+    assert measure_mixing([np.zeros(0, int)]).entropies == ()
 
 
 def test_shuffled_batches_reach_the_ideal_and_sorted_ones_do_not():
@@ -53,3 +56,39 @@ def test_shuffled_batches_reach_the_ideal_and_sorted_ones_do_not():
     assert shuffled.mean_classes > 9.9
     assert in_order.share < 0.1
     assert in_order.mean_classes < 1.5
+
+
+def test_a_sampler_is_asked_for_an_epoch_and_stays_where_it_is():
+    codes = np.repeat(np.arange(10), 100)
+    sampler = RandomSampler(10, 20, 50, rng=np.random.default_rng(0))
+    asked = [[b.tolist() for b in sampled_batches(sampler, codes, epoch=e)] for e in (0, 1)]
+    drawn = [
+        codes[rows(request)[split]].tolist()
+        for _ in range(2)
+        for request in sampler.sample(1000)
+        for split in request["splits"]
+    ]
+    assert asked[0] + asked[1] == drawn
+    with pytest.raises(ValueError, match="exceeds loader n_obs"):
+        list(sampled_batches(SequentialSampler(10, 2, 5, mask=slice(0, 2000)), codes))
+
+
+def test_more_chunks_mix_better():
+    codes = np.repeat(np.arange(10), 100)
+    shares = [
+        measure_mixing(sampled_batches(RandomSampler(10, n, 50, rng=np.random.default_rng(0)), codes)).share
+        for n in (5, 20, 100)
+    ]
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1, abs=0.02)
+
+
+def test_each_batch_and_the_ideal_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    batches = [np.arange(4), np.zeros(4, int), np.array([0, 0, 1, 1])]
+    mixing = measure_mixing(batches)
+    assert mixing.entropies == pytest.approx([2, 0, 1])
+    plot_mixing(mixing, tmp_path / "m.svg", title="three batches")
+    drawn = (tmp_path / "m.svg").read_text()
+    for words in ("three batches", "batches, 1.000 bits on average", "drawn at random, 1.096 bits"):
+        assert f"<!-- {words} -->" in drawn
