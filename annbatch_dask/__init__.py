@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from annbatch_dask import abc, errors, events, samplers, scdataset, transforms, types, utils
     from annbatch_dask.collection import DatasetCollection
+    from annbatch_dask.lazy import concat_lazy, read_lazy
     from annbatch_dask.loader import Loader
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "Loader",
     "__version__",
     "abc",
+    "concat_lazy",
     "errors",
     "events",
+    "read_lazy",
     "samplers",
     "scdataset",
     "transforms",
@@ -29,7 +32,12 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_HOMES = {"DatasetCollection": "annbatch_dask.collection", "Loader": "annbatch_dask.loader"}
+_HOMES = {
+    "DatasetCollection": "annbatch_dask.collection",
+    "Loader": "annbatch_dask.loader",
+    "concat_lazy": "annbatch_dask.lazy",
+    "read_lazy": "annbatch_dask.lazy",
+}
 _MODULES = ("abc", "errors", "events", "samplers", "scdataset", "transforms", "types", "utils")
 
 

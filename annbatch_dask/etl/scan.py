@@ -31,8 +31,16 @@ class Scanned:
     annotations: ad.AnnData | None
 
 
-def scan(ref: SourceRef, want_annotations: bool, read_values: bool = False) -> Scanned:  # noqa: FBT001, FBT002 - a task
-    """Look at one input. ``read_values`` also reads every value of its matrices, which is as much work as a scatter.
+def scan(  # a task's arguments are positional
+    ref: SourceRef,
+    want_annotations: bool,  # noqa: FBT001
+    read_values: bool = False,  # noqa: FBT001, FBT002
+    metadata_only: bool = False,  # noqa: FBT001, FBT002
+) -> Scanned:
+    """Look at one input.
+
+    ``read_values`` reads every value of its matrices, which is as much work as a scatter; ``metadata_only`` none at
+    all, so that the stored values of each row are guessed.
 
     Raises
     ------
@@ -43,7 +51,8 @@ def scan(ref: SourceRef, want_annotations: bool, read_values: bool = False) -> S
     """
     try:
         with open_source(ref) as source:
-            schema = choose_counts(replace(_with_shared_names(source.schema()), tagged=ref.tagged), ref.counts)
+            schema = _with_shared_names(source.schema(metadata_only=metadata_only))
+            schema = choose_counts(replace(schema, tagged=ref.tagged), ref.counts)
             if read_values:
                 found = tuple(replace(m, values=_range_of_matrix(source, schema, m)) for m in schema.matrices)
                 schema = replace(schema, matrices=found)

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from annbatch_dask.errors import SchemaError
 from annbatch_dask.etl.job import JobFile, load_job, trim_memory
 from annbatch_dask.etl.rows import NAMES, all_columns, group_keys, row_hashes, sum_hashes, write_column
-from annbatch_dask.kernels.rows import bounds_of, map_indices, sort_rows
+from annbatch_dask.kernels.rows import bounds_of
 from annbatch_dask.kernels.values import narrow_counts, range_of
 from annbatch_dask.plan.build import Plan
-from annbatch_dask.plan.dtypes import ValueRange, index_dtype, merge_ranges, signed_dtype, smallest_dtype
+from annbatch_dask.plan.dtypes import ValueRange, index_dtype, merge_ranges, smallest_dtype
 from annbatch_dask.plan.layout import Block
 from annbatch_dask.plan.schema import ColumnSpec, MatrixSchema, MatrixSpec, SourceSchema
 from annbatch_dask.storage.columns import ColumnRows
+from annbatch_dask.storage.join import dense_to_csr, in_gene_order, join_dense, map_genes, read_column
 from annbatch_dask.storage.matrices import CsrRows
 from annbatch_dask.storage.publish import Folder
 from annbatch_dask.storage.sources import Source
@@ -95,7 +95,7 @@ def read_block(plan: Plan, block: Block, source: SourceSchema, opened: Source) -
         found = opened.matrix(schemas[spec.name], block.start, block.stop)
         gene_map = plan.gene_map(block.source, schemas[spec.name], spec)
         if spec.kind == "csr":
-            csr = found if isinstance(found, CsrRows) else _dense_to_csr(found)
+            csr = found if isinstance(found, CsrRows) else dense_to_csr(found)
             _read_sparse(rows, spec, schemas[spec.name], csr, gene_map)
         else:
             _read_dense(rows, spec, np.asarray(found), gene_map)
@@ -114,28 +114,8 @@ def read_columns(
     heads: Heads = {}
     flats: Flats = {}
     for column in columns:
-        tag = column.path == plan.source_column.path
-        found = _read_tag(plan, block, source, opened) if tag else _read_column(column, block, source, opened)
-        write_column(column, found, heads, flats)
+        write_column(column, read_column(column, block, source, opened), heads, flats)
     return heads, flats
-
-
-def _read_tag(plan: Plan, block: Block, source: SourceSchema, opened: Source) -> ColumnRows:
-    """The source of each row: the input itself, or what a collection's rows say of where they came from."""
-    if source.tagged:
-        return _read_column(plan.source_column, block, source, opened)
-    categories = plan.source_column.categories
-    assert categories is not None  # it always is a categorical
-    code = categories.values.index(source.path)
-    return ColumnRows(np.full(block.n_rows, code, signed_dtype(len(categories.values))))
-
-
-def _dense_to_csr(values: NDArray) -> CsrRows:
-    """A dense source among sparse ones: its non-zeros (a NaN is not zero, a negative zero is)."""
-    at, cols = np.nonzero(values)
-    bounds = bounds_of(np.bincount(at, minlength=len(values)))
-    stored = values[at, cols]
-    return CsrRows(bounds, lambda visit: visit(0, cols.astype(np.int32)), lambda visit: visit(0, stored))
 
 
 def _read_sparse(
@@ -146,39 +126,17 @@ def _read_sparse(
         gene_map = np.arange(spec.n_cols, dtype=np.int32)
     drops = bool((gene_map < 0).any())
     target = np.dtype(np.int32) if drops else index_dtype(spec.n_cols)
-    indices = _collect_indices(csr, nnz, gene_map.astype(target), n_cols=schema.n_cols)
+    indices = map_genes(csr, gene_map.astype(target), n_cols=schema.n_cols)
     exact, values_range = _collect_values(csr, nnz, np.dtype(schema.dtype))
+    bounds, indices, exact = in_gene_order(bounds, indices, exact, gene_map)
     if drops:
-        keep = indices >= 0
-        kept = np.add.reduceat(np.append(keep, [False]), bounds[:-1], dtype=np.int64)  # wrong for empty rows
-        bounds = bounds_of(kept * (np.diff(bounds) > 0))
-        indices, exact = indices[keep].astype(index_dtype(spec.n_cols)), exact[keep]
+        indices = indices.astype(index_dtype(spec.n_cols))
         values_range = ValueRange(*range_of(exact))
-    if (np.diff(gene_map[gene_map >= 0]) < 0).any():
-        order = np.empty(len(indices), np.int64)
-        sort_rows(bounds, indices, order)
-        indices, exact = indices[order], exact[order]
     rows.heads[f"{spec.name}#length"] = np.diff(bounds).astype(np.uint32)
     rows.flats[f"{spec.name}#indices"] = indices, bounds
     rows.flats[f"{spec.name}#values"] = exact.astype(smallest_dtype(values_range, exact.dtype), copy=False), bounds
     rows.exact[f"{spec.name}#values"] = exact
     rows.ranges[spec.name] = values_range
-
-
-def _collect_indices(csr: CsrRows, nnz: int, gene_map: NDArray, *, n_cols: int) -> NDArray:
-    """Column indices in the collection's gene space; each piece is mapped while it is hot in its thread's cache."""
-    out = np.empty(nnz, gene_map.dtype)
-
-    def visit(first: int, piece: NDArray) -> None:
-        if not map_indices(piece, gene_map, out[first : first + len(piece)]):
-            msg = (
-                f"column indices run from {piece.min():,} to {piece.max():,} in a matrix of {n_cols:,} columns; "
-                "write the file anew"
-            )
-            raise SchemaError(msg)
-
-    csr.indices(visit)
-    return out
 
 
 def _collect_values(csr: CsrRows, nnz: int, dtype: np.dtype) -> tuple[NDArray, ValueRange]:
@@ -223,53 +181,12 @@ def _collect_counts(csr: CsrRows, nnz: int, dtype: np.dtype) -> tuple[NDArray[np
 
 
 def _read_dense(rows: _Rows, spec: MatrixSpec, values: NDArray, gene_map: NDArray[np.int32] | None) -> None:
-    values = values.astype(np.promote_types(values.dtype, spec.source_dtype), copy=False)
-    if gene_map is not None and not np.array_equal(gene_map, np.arange(spec.n_cols)):
-        joined = np.full((len(values), spec.n_cols), np.nan if values.dtype.kind == "f" else 0, values.dtype)
-        joined[:, gene_map[gene_map >= 0]] = values[:, gene_map >= 0]
-        values = joined
+    values = join_dense(values, spec, gene_map)
     found = ValueRange(*range_of(values))
     name = f"{spec.name}#dense"
     rows.heads[name] = values.astype(smallest_dtype(found, values.dtype), copy=False)
     rows.exact[name] = values
     rows.ranges[spec.name] = found
-
-
-def _read_column(column: ColumnSpec, block: Block, source: SourceSchema, opened: Source) -> ColumnRows:
-    """A column's rows as the collection holds them: codes mapped, dtypes promoted, gaps filled."""
-    schema = next((c for c in source.columns if c.path == column.path), None)
-    n = block.n_rows
-    if schema is None:
-        return _missing(column, n)
-    found = opened.column(schema, block.start, block.stop)
-    if column.categories is not None:
-        code_map = column.code_maps[block.source]
-        assert code_map is not None  # the source has the column, and it is categorical
-        dtype = signed_dtype(len(column.categories.values))
-        mapped = np.append(code_map, -1)[found.values]  # code -1 takes the last entry
-        return ColumnRows(mapped.astype(dtype))
-    if schema.categories is not None:  # a categorical that becomes plain because another file has it plain
-        missing = found.values < 0
-        fill = "" if column.kind == "string" else 0
-        values = np.append(schema.categories.index().to_numpy(), [fill])[found.values]
-        found = ColumnRows(values.astype(object if column.kind == "string" else column.dtype), missing)
-    if column.kind == "string":
-        return found
-    values = found.values.astype(column.dtype, copy=False)
-    if found.mask is not None:
-        masked = np.asarray(np.nan if values.dtype.kind == "f" else 0, values.dtype)
-        values = np.where(found.mask, masked, values)
-    return ColumnRows(values, found.mask)
-
-
-def _missing(column: ColumnSpec, n: int) -> ColumnRows:
-    if column.categories is not None:
-        return ColumnRows(np.full(n, -1, signed_dtype(len(column.categories.values))))
-    if column.kind == "string":
-        return ColumnRows(np.full(n, "", object), np.ones(n, bool))
-    if column.nullable:
-        return ColumnRows(np.zeros(n, column.dtype), np.ones(n, bool))
-    return ColumnRows(np.full(n, np.nan, column.dtype))
 
 
 # --- partition and write -------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class AnnDataSource:
         self._obs = self._frames[OBS]
         self._columns = {(f, str(k)): k for f, frame in self._frames.items() for k in frame.columns}
 
-    def schema(self) -> SourceSchema:
+    def schema(self, *, metadata_only: bool = False) -> SourceSchema:
         """What it holds."""
         adata = self._adata
         matrices, unsupported = [], []

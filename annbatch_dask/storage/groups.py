@@ -53,8 +53,8 @@ class GroupSource:
     def __init__(self, label: str, group: Any, identity: str = "") -> None:
         self._label, self._group, self._identity = label, group, identity
 
-    def schema(self) -> SourceSchema:
-        """What it holds."""
+    def schema(self, *, metadata_only: bool = False) -> SourceSchema:
+        """What it holds. With ``metadata_only`` no value of a matrix is read, so stored values a row are guessed."""
         obs = self._group["obs"]
         index = str(obs.attrs["_index"])
         n_obs = int(_length(obs[index]))
@@ -64,12 +64,13 @@ class GroupSource:
                 columns += self._columns(name)
                 unsupported += [f"{name}/{c}" for c in self._unsupported_columns(name)]
                 continue
-            described = describe_matrix(name, elem)
+            described = describe_matrix(name, elem, metadata_only=metadata_only)
             if described is None:
                 unsupported.append(name)
             else:
                 check_rows(self._label, described, n_rows_of(elem), n_obs)
-                matrices.append(replace(described, genes=genes, integral=are_whole(elem) if genes else None))
+                integral = are_whole(elem) if genes and not metadata_only else None
+                matrices.append(replace(described, genes=genes, integral=integral))
         return SourceSchema(
             path=self._label,
             n_obs=n_obs,

@@ -57,10 +57,13 @@ def check_rows(label: str, matrix: MatrixSchema, n_rows: int, n_obs: int) -> Non
         raise SchemaError(msg)
 
 
-def describe_matrix(name: str, values: Any) -> MatrixSchema | None:
-    """Schema of a matrix; None for an element that is no numeric matrix."""
+def describe_matrix(name: str, values: Any, *, metadata_only: bool = False) -> MatrixSchema | None:
+    """Schema of a matrix; None for an element that is no numeric matrix.
+
+    With ``metadata_only`` a stored one is not read: its stored values are taken to be spread evenly over its rows.
+    """
     if hasattr(values, "keys") and hasattr(values, "attrs") and not isinstance(values, pd.DataFrame):
-        return _describe_stored_sparse(name, values)
+        return _describe_stored_sparse(name, values, metadata_only=metadata_only)
     dtype, ndim = getattr(values, "dtype", None), getattr(values, "ndim", 0)
     if isinstance(values, pd.DataFrame) or dtype is None or dtype.kind not in "biuf" or ndim != 2:  # noqa: PLR2004
         return None
@@ -101,27 +104,36 @@ def _row_counts(matrix: Any) -> NDArray[np.int64]:
     )
 
 
-def knots(ends: NDArray[np.integer]) -> NDArray[np.int64]:
+def knots(ends: NDArray) -> NDArray[np.int64]:
     """Stored values before every ROW_STEP-th row and before the end, from those up to and with each row."""
     at = np.minimum(np.arange(-(-len(ends) // ROW_STEP) + 1) * ROW_STEP, len(ends))
     return np.concatenate([[0], ends])[at].astype(np.int64)
 
 
-def _describe_stored_sparse(name: str, group: Any) -> MatrixSchema | None:
+def _describe_stored_sparse(name: str, group: Any, *, metadata_only: bool) -> MatrixSchema | None:
     encoding = str(group.attrs.get("encoding-type", ""))
     if encoding not in ("csr_matrix", "csc_matrix"):
         return None
+    kind: MatrixKind = "csr" if encoding == "csr_matrix" else "csc"
     n_rows, n_cols = (int(n) for n in group.attrs["shape"])
-    if encoding == "csr_matrix":
-        kind, ends = "csr", group["indptr"][1:]
-    else:
-        kind, counts = "csc", np.zeros(n_rows, np.int64)
-        n = group["indices"].shape[0]
-        for a in range(0, n, SLAB_NBYTES):
-            counts += np.bincount(group["indices"][a : min(a + SLAB_NBYTES, n)], minlength=n_rows)
-        ends = np.cumsum(counts)
     dtypes = (_source_dtype(group, group["data"].dtype), group["indices"].dtype.name)
-    return MatrixSchema(name, kind, *dtypes, n_cols, ROW_STEP, knots(ends))  # type: ignore[arg-type]
+    ends = _even_ends(group, n_rows) if metadata_only else _row_ends(group, kind, n_rows)
+    return MatrixSchema(name, kind, *dtypes, n_cols, ROW_STEP, knots(ends), exact=not metadata_only)
+
+
+def _even_ends(group: Any, n_rows: int) -> NDArray[np.float64]:
+    """(n_rows,) stored values up to and with each row, if all rows had as many."""
+    return np.linspace(0, group["data"].shape[0], n_rows + 1)[1:]
+
+
+def _row_ends(group: Any, kind: MatrixKind, n_rows: int) -> NDArray[np.integer]:
+    """(n_rows,) stored values up to and with each row."""
+    if kind == "csr":
+        return np.asarray(group["indptr"][1:])
+    counts, n = np.zeros(n_rows, np.int64), group["indices"].shape[0]
+    for a in range(0, n, SLAB_NBYTES):
+        counts += np.bincount(group["indices"][a : min(a + SLAB_NBYTES, n)], minlength=n_rows)
+    return np.cumsum(counts)
 
 
 def matrix_rows(values: Any, matrix: MatrixSchema, start: int, stop: int) -> CsrRows | NDArray:

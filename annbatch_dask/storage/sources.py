@@ -52,8 +52,8 @@ class SourceRef:
 class Source(Protocol):
     """An open input."""
 
-    def schema(self) -> SourceSchema:
-        """What it holds."""
+    def schema(self, *, metadata_only: bool = False) -> SourceSchema:
+        """What it holds. With ``metadata_only`` no value of a matrix is read, so stored values a row are guessed."""
 
     def annotations(self) -> AnnData:
         """What it says of genes and of itself: an AnnData of no cells, with var, varm, varp, uns and raw.var."""

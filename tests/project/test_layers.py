@@ -30,7 +30,7 @@ ALLOWED = {
     "loader": {"abc", "errors", "kernels", "manifest", "order", "samplers", "storage", "transforms", "types"},
     "scdataset": {"loader", "order", "samplers", "types"},
     "utils": {"loader", "order"},
-    "lazy": {"errors", "manifest", "storage"},
+    "lazy": {"arguments", "etl", "plan", "storage"},
     "etl": {"errors", "events", "kernels", "manifest", "plan", "storage"},
 }
 MAY_IMPORT_DISTRIBUTED = {"collection.py", "etl/run.py", "etl/cluster.py"}

@@ -1,0 +1,113 @@
+"""Rows of a source as the collection has them: genes joined, categories united, gaps filled."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from annbatch_dask.errors import SchemaError
+from annbatch_dask.kernels.rows import bounds_of, map_indices, sort_rows
+from annbatch_dask.plan.dtypes import signed_dtype
+from annbatch_dask.plan.layout import Block
+from annbatch_dask.plan.schema import OBS, SRC_PATH, ColumnSpec, MatrixSpec, SourceSchema
+from annbatch_dask.storage.columns import ColumnRows
+from annbatch_dask.storage.matrices import CsrRows
+from annbatch_dask.storage.sources import Source
+
+__all__ = ["dense_to_csr", "in_gene_order", "join_dense", "map_genes", "read_column"]
+
+
+def dense_to_csr(values: NDArray) -> CsrRows:
+    """A dense source among sparse ones: its non-zeros (a NaN is not zero, a negative zero is)."""
+    at, cols = np.nonzero(values)
+    bounds = bounds_of(np.bincount(at, minlength=len(values)))
+    stored = values[at, cols]
+    return CsrRows(bounds, lambda visit: visit(0, cols.astype(np.int32)), lambda visit: visit(0, stored))
+
+
+def map_genes(csr: CsrRows, gene_map: NDArray, *, n_cols: int) -> NDArray:
+    """Column indices in the collection's gene space; each piece is mapped while it is hot in its thread's cache.
+
+    Raises
+    ------
+    SchemaError
+        For an index outside the ``n_cols`` columns of the source.
+    """
+    out = np.empty(int(csr.bounds[-1]), gene_map.dtype)
+
+    def visit(first: int, piece: NDArray) -> None:
+        if not map_indices(piece, gene_map, out[first : first + len(piece)]):
+            msg = (
+                f"column indices run from {piece.min():,} to {piece.max():,} in a matrix of {n_cols:,} columns; "
+                "write the file anew"
+            )
+            raise SchemaError(msg)
+
+    csr.indices(visit)
+    return out
+
+
+def in_gene_order(
+    bounds: NDArray[np.int64], indices: NDArray, values: NDArray, gene_map: NDArray[np.int32]
+) -> tuple[NDArray[np.int64], NDArray, NDArray]:
+    """Mapped rows without the genes that are left out (-1), each in the order of its genes."""
+    if (gene_map < 0).any():
+        keep = indices >= 0
+        kept = np.add.reduceat(np.append(keep, [False]), bounds[:-1], dtype=np.int64)  # wrong for empty rows
+        bounds = bounds_of(kept * (np.diff(bounds) > 0))
+        indices, values = indices[keep], values[keep]
+    if (np.diff(gene_map[gene_map >= 0]) < 0).any():
+        order = np.empty(len(indices), np.int64)
+        sort_rows(bounds, indices, order)
+        indices, values = indices[order], values[order]
+    return bounds, indices, values
+
+
+def join_dense(values: NDArray, spec: MatrixSpec, gene_map: NDArray[np.int32] | None) -> NDArray:
+    """Dense rows on the collection's genes, in a dtype that holds all sources' values; NaN where a gene is absent."""
+    values = values.astype(np.promote_types(values.dtype, spec.source_dtype), copy=False)
+    if gene_map is None or np.array_equal(gene_map, np.arange(spec.n_cols)):
+        return values
+    joined = np.full((len(values), spec.n_cols), np.nan if values.dtype.kind == "f" else 0, values.dtype)
+    joined[:, gene_map[gene_map >= 0]] = values[:, gene_map >= 0]
+    return joined
+
+
+def read_column(column: ColumnSpec, block: Block, source: SourceSchema, opened: Source) -> ColumnRows:
+    """A block's rows of a column: codes mapped, dtypes promoted, gaps filled."""
+    if column.path == f"{OBS}/{SRC_PATH}" and not source.tagged:
+        assert column.categories is not None  # it always is a categorical
+        code = column.categories.values.index(source.path)
+        return ColumnRows(np.full(block.n_rows, code, signed_dtype(len(column.categories.values))))
+    schema = next((c for c in source.columns if c.path == column.path), None)
+    if schema is None:
+        return _missing(column, block.n_rows)
+    found = opened.column(schema, block.start, block.stop)
+    if column.categories is not None:
+        code_map = column.code_maps[block.source]
+        assert code_map is not None  # the source has the column, and it is categorical
+        dtype = signed_dtype(len(column.categories.values))
+        mapped = np.append(code_map, -1)[found.values]  # code -1 takes the last entry
+        return ColumnRows(mapped.astype(dtype))
+    if schema.categories is not None:  # a categorical that becomes plain because another file has it plain
+        missing = found.values < 0
+        fill = "" if column.kind == "string" else 0
+        values = np.append(schema.categories.index().to_numpy(), [fill])[found.values]
+        found = ColumnRows(values.astype(object if column.kind == "string" else column.dtype), missing)
+    if column.kind == "string":
+        return found
+    values = found.values.astype(column.dtype, copy=False)
+    if found.mask is not None:
+        masked = np.asarray(np.nan if values.dtype.kind == "f" else 0, values.dtype)
+        values = np.where(found.mask, masked, values)
+    return ColumnRows(values, found.mask)
+
+
+def _missing(column: ColumnSpec, n: int) -> ColumnRows:
+    if column.categories is not None:
+        return ColumnRows(np.full(n, -1, signed_dtype(len(column.categories.values))))
+    if column.kind == "string":
+        return ColumnRows(np.full(n, "", object), np.ones(n, bool))
+    if column.nullable:
+        return ColumnRows(np.zeros(n, column.dtype), np.ones(n, bool))
+    return ColumnRows(np.full(n, np.nan, column.dtype))
