@@ -1,4 +1,4 @@
-"""The command line: ``annbatch-dask shuffle | plan | info | verify | gc | stream | mixing``."""
+"""The command line: ``annbatch-dask shuffle | plan | info | report | verify | gc | stream | mixing``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from annbatch_dask.progress import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    import zarr
     from numpy.typing import NDArray
 
     from annbatch_dask.collection import DatasetCollection
@@ -38,6 +37,7 @@ examples:
   annbatch-dask plan a.h5ad b.h5ad                    what a shuffle would do; runs nothing
   annbatch-dask shuffle a.h5ad b.h5ad -o atlas.zarr   on all cores of this machine
   annbatch-dask info atlas.zarr
+  annbatch-dask report atlas.zarr -o report.html      the same and more, for a browser
   annbatch-dask verify atlas.zarr --against *.h5ad    proof that no cell was lost or changed
   annbatch-dask stream atlas.zarr --by cell_type      speed, and how well batches are mixed
   annbatch-dask mixing atlas.zarr --plot mixing.png   the latter alone, without reading data
@@ -59,6 +59,13 @@ example:
     "info": """\
 example:
   annbatch-dask info atlas.zarr
+""",
+    "report": """\
+example:
+  annbatch-dask report atlas.zarr -o report.html
+
+One file that a browser opens without a network: sources, shared genes, cells per category, values per cell, sizes,
+mixing, and the builds with their timings.
 """,
     "verify": """\
 examples:
@@ -164,6 +171,12 @@ def _verify(args: argparse.Namespace) -> None:
     print(f"{args.collection}: {size}: every file and every row is as it was written{proof}")
 
 
+def _report(args: argparse.Namespace) -> None:
+    report = _open(args.collection).report()
+    report.save(args.output)
+    print(f"{args.output}: {report.n_obs:,} cells, {format_bytes(report.n_bytes_stored)}")
+
+
 def _gc(args: argparse.Namespace) -> None:
     from annbatch_dask import DatasetCollection
 
@@ -253,13 +266,15 @@ def _classes(collection: DatasetCollection, column: str | None) -> tuple[str, ND
 
 
 def _facts(collection: DatasetCollection) -> Iterator[tuple[str, object]]:
+    from annbatch_dask.report import describe_element, element_names
+
     groups = list(collection)
     yield "collection", collection.path
     yield "datasets", len(groups)
     yield "cells", f"{collection.n_obs:,}"
     yield "genes", f"{collection.n_var:,}"
-    for name in _element_names(groups[0]):
-        yield name, _describe(groups[0], name)
+    for name in element_names(groups[0]):
+        yield name, describe_element(groups[0], name)
     yield "on disk", format_bytes(_bytes_on_disk(collection.path))
     manifest = collection.manifest
     if manifest is None:
@@ -270,22 +285,6 @@ def _facts(collection: DatasetCollection) -> Iterator[tuple[str, object]]:
         yield "build", f"{build.mode}, {len(build.sources)} sources, {order}, seed {build.seed}"
     for source in manifest.sources:
         yield "source", f"{source.path} ({source.n_obs:,} cells)"
-
-
-def _element_names(group: zarr.Group) -> list[str]:
-    nested = [f"{kind}/{name}" for kind in ("layers", "obsm") if kind in group for name in group[kind]]  # type: ignore[union-attr]
-    return [name for name in ("X", *sorted(nested), "raw/X") if name in group]
-
-
-def _describe(group: zarr.Group, name: str) -> str:
-    element: Any = group[name]
-    kind = element.attrs.get("encoding-type", "array")
-    arrays = (
-        {"": element} if hasattr(element, "dtype") else {k: element[k] for k in ("data", "indices") if k in element}
-    )
-    dtypes = ", ".join(f"{array.dtype} {key}".strip() for key, array in arrays.items())
-    source = element.attrs.get("source-dtype")
-    return f"{kind}, {dtypes}" + (f" (sources: {source})" if source else "")
 
 
 def _bytes_on_disk(path: str) -> int:
@@ -364,6 +363,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_shuffle(commands)
     _add_plan(commands)
     _add_info(commands)
+    _add_report(commands)
     _add_verify(commands)
     _add_gc(commands)
     _add_stream(commands)
@@ -417,6 +417,14 @@ def _add_plan(commands: Any) -> None:
 def _add_info(commands: Any) -> None:
     parser = _add_command(commands, "info", _info, "print what a collection holds")
     parser.add_argument("collection", metavar="OUT.zarr")
+
+
+def _add_report(commands: Any) -> None:
+    parser = _add_command(commands, "report", _report, "write what a collection holds, and how it was built, as a page")
+    parser.add_argument("collection", metavar="OUT.zarr")
+    parser.add_argument(
+        "-o", "--output", default="report.html", metavar="FILE", help="the page to write (default: report.html)"
+    )
 
 
 def _add_verify(commands: Any) -> None:

@@ -22,6 +22,7 @@ from annbatch_dask.arguments import absolute, folder_at, groupby_columns, refere
 from annbatch_dask.errors import CollectionError
 from annbatch_dask.etl.commit import leftovers, sweep
 from annbatch_dask.etl.job import Job, work_folder
+from annbatch_dask.etl.log import Recorder
 from annbatch_dask.etl.run import Engine, EngineRoom, build, choose_engine, run_check
 from annbatch_dask.etl.scan import merge_annotations, scan
 from annbatch_dask.etl.verify import (
@@ -34,6 +35,7 @@ from annbatch_dask.etl.verify import (
     source_refs,
 )
 from annbatch_dask.events import Callback, Callbacks
+from annbatch_dask.html import render
 from annbatch_dask.manifest import (
     ANNBATCH_ENCODING,
     DATASET_NAME,
@@ -47,6 +49,7 @@ from annbatch_dask.plan.build import Extension, Options, Plan, build_plan
 from annbatch_dask.plan.elements import Elements
 from annbatch_dask.plan.genes import check_unique
 from annbatch_dask.progress import default_callbacks
+from annbatch_dask.report import Report, make_report
 from annbatch_dask.splits import Splits, make_splits
 from annbatch_dask.storage.lock import Lease, check_unchanged, claim_numbers, exclusive, is_claim
 from annbatch_dask.storage.matrices import describe_matrix
@@ -128,6 +131,14 @@ class DatasetCollection:
         if self._h5ad or self.is_empty:
             return f"DatasetCollection({self.path!r}, empty)" if self.is_empty else f"DatasetCollection({self.path!r})"
         return f"DatasetCollection({self.path!r}, {len(self)} datasets, {self.n_obs:,} cells x {self.n_var:,} genes)"
+
+    def _repr_html_(self) -> str:
+        """The same in a notebook, with the sources."""
+        manifest, facts = self.manifest, []
+        if not self._h5ad and not self.is_empty:
+            facts = [("cells", f"{self.n_obs:,}"), ("genes", f"{self.n_var:,}"), ("datasets", f"{len(self):,}")]
+        sources = () if manifest is None else manifest.sources
+        return render("collection.html", path=self.path, figures=facts, sources=sources)
 
     @cached_property
     def _folder(self) -> Folder:
@@ -254,6 +265,31 @@ class DatasetCollection:
         for name in sorted(names, key=lambda n: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", n)]):
             with h5py.File(f"{self._folder.path}/{name}") as f:
                 yield f["obs"]
+
+    def report(self) -> Report:
+        """Look at the collection: sources and their shared genes, cells per category, sizes, mixing, builds.
+
+        obs, row pointers and the sizes of files are read, one column of one dataset at a time; X is not.
+
+        Returns
+        -------
+        Report
+            A notebook shows it; ``report.save("report.html")`` writes one page that needs no network; its attributes
+            are the figures.
+
+        Raises
+        ------
+        CollectionError
+            If the collection is empty, or a folder of h5ad files.
+
+        Examples
+        --------
+        >>> collection.report().save("report.html")  # doctest: +SKIP
+        """
+        if self._h5ad or self.is_empty:
+            msg = f"{self.path} holds no zarr datasets to report on; build it with add_adatas"
+            raise CollectionError(msg)
+        return make_report(self.path, list(self), self.manifest, None if self._is_in_memory else self._target)
 
     # --- splitting ---------------------------------------------------------------------------------------------
 
@@ -613,7 +649,7 @@ class DatasetCollection:
         first = claim_numbers(target, plan.work_key, plan.first_dataset, plan.n_datasets)
         check_unchanged(target, version)  # now that what another build publishes has other names
         job = Job(plan, refs, scratch / work_folder(plan, target), target, annotations, first, manifest, version)
-        build(job, engine, callback)
+        build(job, engine, Callbacks([callback, Recorder(target, plan)]))
         if scratch == self._scratch:  # what other interrupted builds left here, none of them can use now
             scratch.remove()
         elif not scratch.names():

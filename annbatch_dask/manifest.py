@@ -51,6 +51,8 @@ class SourceRecord:
         Of its rows, 16 hex digits.
     counts
         Which of its matrices became X.
+    n_vars
+        Genes of the collection that it had; None where not recorded.
     """
 
     path: str
@@ -58,6 +60,7 @@ class SourceRecord:
     nnz: int
     fingerprint: str
     counts: str = "X"
+    n_vars: int | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,9 @@ class BuildRecord:
         Which of their elements were chosen, and excluded (with a leading ``-``); empty for all that can be carried.
     groupby
         Columns of obs by which the rows of each dataset it wrote are sorted.
+    genes
+        How many genes exactly the same inputs had, by a hexadecimal bit mask of them (bit k is the k-th); the 64 most
+        frequent masks, all others together under "".
     """
 
     mode: str
@@ -113,6 +119,7 @@ class BuildRecord:
     sources: tuple[str, ...]
     elements: tuple[str, ...] = ()
     groupby: tuple[str, ...] = ()
+    genes: Mapping[str, int] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> BuildRecord:

@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 Receipt = Mapping[str, Any]
 
+_MAX_OVERLAPS = 64
+"""Sets of inputs whose shared genes the manifest counts, which keeps it small with a thousand different inputs."""
+
 
 def commit(job: Job, manifest: Manifest) -> None:
     """Publish a collection: its datasets lie there, and nobody sees them before this returns.
@@ -134,6 +137,7 @@ def make_manifest(
         sources=tuple(s.path for s in plan.sources if not s.tagged),
         elements=plan.options.elements.names,
         groupby=plan.options.groupby,
+        genes=_gene_overlaps(plan),
     )
     written = tuple(
         DatasetRecord(r["name"], r["n_rows"], r["nnz"], r["fingerprint"], {k: tuple(v) for k, v in r["files"].items()})
@@ -178,12 +182,18 @@ def _sources(plan: Plan, scattered: Sequence[Receipt]) -> tuple[SourceRecord, ..
     nnz = np.zeros(len(plan.sources), np.int64)
     for block, receipt in zip(plan.blocks, scattered, strict=True):
         nnz[block.source] += sum(receipt["nnz"].get("X", ()))
-    found = zip(plan.sources, nnz.tolist(), source_fingerprints(plan, scattered), strict=True)
+    fingerprints = source_fingerprints(plan, scattered)
     return tuple(
-        SourceRecord(s.path, s.n_obs, n, fingerprint, next(m.source_name for m in s.matrices if m.name == "X"))
-        for s, n, fingerprint in found
+        SourceRecord(s.path, s.n_obs, int(nnz[k]), fingerprints[k], s.x.source_name, plan.n_genes_of(k))
+        for k, s in enumerate(plan.sources)
         if not s.tagged
     )
+
+
+def _gene_overlaps(plan: Plan) -> dict[str, int]:
+    found = list(plan.gene_overlaps.items())
+    rest = sum(n for _, n in found[_MAX_OVERLAPS:])
+    return {f"{mask:x}": n for mask, n in found[:_MAX_OVERLAPS]} | ({"": rest} if rest else {})
 
 
 def merged_range(scattered: Sequence[Receipt], matrix: str) -> ValueRange:

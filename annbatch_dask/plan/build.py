@@ -15,6 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import LayoutError, SchemaError
+from annbatch_dask.html import overlap_rows, render
 from annbatch_dask.plan.columns import unite_columns, unite_tags
 from annbatch_dask.plan.dtypes import ValueRange, merge_ranges, smallest_dtype
 from annbatch_dask.plan.elements import Elements, check_counts
@@ -209,6 +210,16 @@ class Plan:
         """Where a source matrix's columns are in the collection's, -1 where left out; None where they stay."""
         return self.genes[spec.genes].map_of(source, matrix.genes) if spec.genes else None
 
+    def n_genes_of(self, source: int) -> int:
+        """How many of the collection's genes a source has."""
+        return int((self.genes["var"].map_of(source, self.sources[source].x.genes) >= 0).sum())
+
+    @cached_property
+    def gene_overlaps(self) -> dict[int, int]:
+        """How many genes exactly the same inputs have, by a bit mask of them, the most frequent mask first."""
+        inputs = [(k, s.x.genes) for k, s in enumerate(self.sources) if not s.tagged]
+        return self.genes["var"].overlaps(inputs)
+
     @property
     def values(self) -> dict[str, ValueRange]:
         """Range of each matrix's values; empty unless the scan read them."""
@@ -217,49 +228,77 @@ class Plan:
         }
         return {name: merge_ranges(r for r in ranges if r) for name, ranges in found.items() if all(ranges)}
 
-    def summary(self) -> str:
-        """The plan in words: tasks, bytes and peak memory."""
+    @property
+    def title(self) -> str:
+        """What comes of what, in one line."""
+        return (
+            f"Plan {self.fingerprint[:12]}: {self.n_obs:,} cells x {self.n_vars:,} genes "
+            f"from {_plural(len(self.sources), 'source')} into {_plural(self.n_datasets, 'dataset')} "
+            f"of up to {max(self.layout.sizes):,} cells"
+        )
+
+    def figures(self) -> list[tuple[str, str]]:
+        """What the plan says, each with a name: tasks, bytes, peak memory and the like."""
         scatter, gather = self.peak_nbytes
         exact = all(m.exact for s in self.sources for m in s.matrices)
         about = "" if exact else "about "
         n = len(self.blocks) + self.n_datasets
-        lines = [
-            f"Plan {self.fingerprint[:12]}: {self.n_obs:,} cells x {self.n_vars:,} genes "
-            f"from {_plural(len(self.sources), 'source')} into {_plural(self.n_datasets, 'dataset')} "
-            f"of up to {max(self.layout.sizes):,} cells",
-            f"  order    {self.placement.name}, seed {self.seed}"
-            + (f", each dataset sorted by {', '.join(self.options.groupby)}" if self.options.groupby else ""),
-            f"  carried  {', '.join([*(m.name for m in self.matrices), *self._frames()])}",
-            *self._counts(),
+        groupby = f", each dataset sorted by {', '.join(self.options.groupby)}" if self.options.groupby else ""
+        missing = [f"{name} ({_plural(len(paths), 'source')})" for name, paths in self.left_out.items()]
+        return [
+            ("order", f"{self.placement.name}, seed {self.seed}{groupby}"),
+            ("carried", ", ".join([*(m.name for m in self.matrices), *self._frames()])),
+            ("X from", self._counts()),
+            *([("left out", ", ".join(missing))] if missing else []),
+            ("tasks", f"{n:,}: {len(self.blocks):,} scatter + {self.n_datasets:,} gather"),
+            (
+                "bytes",
+                f"{about}{format_nbytes(self.n_bytes_read)} to read (uncompressed); "
+                "at most as much to spill and to write, less with smaller dtypes",
+            ),
+            (
+                "peak",
+                f"{format_nbytes(scatter)} a scatter task, {format_nbytes(gather)} a gather task; "
+                f"{format_nbytes(self.budget.task_nbytes)} available to each",
+            ),
+            *self._stored(),
         ]
-        if self.left_out:
-            missing = [f"{name} ({_plural(len(paths), 'source')})" for name, paths in self.left_out.items()]
-            lines.append(f"  left out {', '.join(missing)}")
-        lines += [
-            f"  tasks    {n:,}: {len(self.blocks):,} scatter + {self.n_datasets:,} gather",
-            f"  bytes    {about}{format_nbytes(self.n_bytes_read)} to read (uncompressed); "
-            f"at most as much to spill and to write, less with smaller dtypes",
-            f"  peak     {format_nbytes(scatter)} a scatter task, {format_nbytes(gather)} a gather task; "
-            f"{format_nbytes(self.budget.task_nbytes)} available to each",
+
+    def summary(self) -> str:
+        """The plan in words: tasks, bytes and peak memory."""
+        return "\n".join([self.title, *(f"  {name:<8} {text}" for name, text in self.figures())])
+
+    __repr__ = summary
+
+    def _repr_html_(self) -> str:
+        """The same in a notebook, with the genes that inputs share."""
+        inputs = [(s.path, s.n_obs, self.n_genes_of(k)) for k, s in enumerate(self.sources) if not s.tagged]
+        genes = overlap_rows(self.gene_overlaps, len(inputs))
+        return render("plan.html", title=self.title, figures=self.figures(), inputs=inputs, genes=genes)
+
+    def _stored(self) -> list[tuple[str, str]]:
+        """How matrices will be stored, where the scan read their values."""
+        found = [(m, self.values.get(m.name)) for m in self.matrices]
+        return [
+            (
+                m.name,
+                f"stored as {smallest_dtype(v, np.dtype(m.source_dtype))}; "
+                f"{v.n_nan:,} NaN and {v.n_inf:,} infinite values, kept as they are",
+            )
+            for m, v in found
+            if v is not None
         ]
-        for m in self.matrices:
-            if (found := self.values.get(m.name)) is not None:
-                counts = f"{found.n_nan:,} NaN and {found.n_inf:,} infinite values, kept as they are"
-                lines.append(f"  {m.name:<8} stored as {smallest_dtype(found, np.dtype(m.source_dtype))}; {counts}")
-        return "\n".join(lines)
 
     def _frames(self) -> list[str]:
         n_columns = Counter(c.frame for c in (self.source_column, *self.columns))
         return [f"{frame} ({_plural(n, 'column')})" for frame, n in n_columns.items()]
 
-    def _counts(self) -> list[str]:
+    def _counts(self) -> str:
         """Which matrix of the sources is X, and whether its values are counts."""
         words = {True: "whole numbers", False: "fractions", None: "zeros alone"}
-        found = Counter((m.source_name, m.integral) for s in self.sources for m in s.matrices if m.name == "X")
+        found = Counter((s.x.source_name, s.x.integral) for s in self.sources)
         parts = [f"{name} in {_plural(n, 'source')}: {words[whole]}" for (name, whole), n in found.items()]
-        return [f"  X from   {'; '.join(parts)} (of a sample)"]
-
-    __repr__ = summary
+        return f"{'; '.join(parts)} (of a sample)"
 
 
 def _plural(n: int, noun: str) -> str:

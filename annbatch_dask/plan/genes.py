@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import numpy as np
@@ -110,3 +113,27 @@ class GeneSpace:
     def map_of(self, source: int, genes: str) -> NDArray[np.int32]:
         """The map of one of a source's gene lists."""
         return self.maps[self.which[source, genes]]
+
+    def overlaps(self, lists: Sequence[tuple[int, str]]) -> dict[int, int]:
+        """How many genes exactly the same sources have.
+
+        Parameters
+        ----------
+        lists
+            A gene list of each source, as in ``which``.
+
+        Returns
+        -------
+        Genes by a bit mask of the sources that have them (bit k is the k-th list), the most frequent mask first.
+        """
+        bits = [0] * len(self.maps)
+        for k, key in enumerate(lists):
+            bits[self.which[key]] |= 1 << k
+        has = np.zeros((len(self.genes), len(self.maps)), bool)
+        for j, places in enumerate(self.maps):
+            has[places[places >= 0], j] = bits[j] > 0
+        _, first, counts = np.unique(np.packbits(has, axis=1), axis=0, return_index=True, return_counts=True)
+        found: Counter[int] = Counter()
+        for row, n in zip(has[first], counts.tolist(), strict=True):
+            found[reduce(or_, (bits[j] for j in np.flatnonzero(row)), 0)] += n
+        return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))

@@ -176,6 +176,11 @@ class SourceSchema:
         names = {k: shared_names(state[k]) for k in ("var_names", "raw_names") if state[k] is not None}
         self.__dict__.update(state | names)
 
+    @property
+    def x(self) -> MatrixSchema:
+        """The matrix that becomes X."""
+        return next(m for m in self.matrices if m.name == "X")
+
     def genes_of(self, matrix: MatrixSchema) -> np.ndarray:
         """Gene names of a matrix's columns."""
         if matrix.genes == "raw":

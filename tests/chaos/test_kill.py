@@ -105,8 +105,8 @@ def published(path):
 
 
 def check_leftovers(path):
-    """Nothing but the collection lies there."""
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    """Nothing but the collection and the logs of its builds lies there."""
+    assert {p.name for p in path.parent.iterdir()} - {f"{path.name}.log"} == {path.name}
     names = {d.name for d in DatasetCollection(path, mode="r").manifest.datasets}
     assert {p.name for p in path.iterdir()} == names | {"zarr.json"}
 

@@ -10,7 +10,7 @@ from distributed import LocalCluster
 from annbatch_dask import DatasetCollection, __version__
 from annbatch_dask.cli import main
 
-COMMANDS = ["shuffle", "plan", "info", "stream", "mixing"]
+COMMANDS = ["shuffle", "plan", "info", "report", "stream", "mixing"]
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +118,13 @@ def test_info(collection, h5ad_pair, capsys):
     assert re.fullmatch(r"[\d.]+ kB", lines["on disk"])
 
 
+def test_report_writes_a_page(collection, tmp_path, capsys):
+    page = tmp_path / "report.html"
+    assert run("report", collection, "-o", page) == 0
+    assert re.fullmatch(rf"{page}: 500 cells, [\d.]+ kB\n", capsys.readouterr().out)
+    assert page.read_text().startswith("<!doctype html>")
+
+
 @pytest.mark.parametrize("dense", [[], ["--dense"]], ids=["csr", "dense"])
 def test_stream(collection, capsys, dense):
     sizes = ["--batch-size", 50, "--chunk-size", 10, "--preload-nchunks", 10]
@@ -196,7 +203,7 @@ def test_a_missing_gene_list(h5ad_pair, tmp_path, capsys):
     assert "absent.txt" in error_line(capsys)
 
 
-@pytest.mark.parametrize("command", ["info", "stream", "mixing"])
+@pytest.mark.parametrize("command", ["info", "report", "stream", "mixing"])
 def test_no_collection_there(command, tmp_path, capsys):
     assert run(command, tmp_path / "absent.zarr") == 1
     assert "absent.zarr" in error_line(capsys)

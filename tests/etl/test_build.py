@@ -90,15 +90,15 @@ def test_events_add_up_to_what_was_announced(tmp_path, h5ad_pair):
         assert seen.bytes[stage] == pytest.approx(n_bytes, rel=0.01)
 
 
-def test_nothing_is_left_beside_the_collection(tmp_path, h5ad_pair):
+def test_only_the_log_is_left_beside_the_collection(tmp_path, h5ad_pair):
     build(tmp_path / "a.zarr", h5ad_pair)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
+    assert {p.name for p in tmp_path.iterdir()} == {"a.zarr", "a.zarr.log"}
     assert not list((tmp_path / "a.zarr").rglob(".tmp-*"))
 
 
 def test_scratch_elsewhere(tmp_path, h5ad_pair):
     build(tmp_path / "a.zarr", h5ad_pair, scratch=tmp_path / "spill")
-    assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
+    assert {p.name for p in tmp_path.iterdir()} == {"a.zarr", "a.zarr.log"}
 
 
 def test_two_collections_of_one_plan_share_a_scratch_folder(tmp_path, h5ad_pair):

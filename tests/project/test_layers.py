@@ -16,7 +16,8 @@ ALLOWED = {
     "errors": set(),
     "events": set(),
     "kernels": {"errors"},
-    "plan": {"errors", "kernels"},
+    "html": {"progress"},
+    "plan": {"errors", "html", "kernels"},
     "manifest": {"errors"},
     "storage": {"errors", "kernels", "plan"},
     "mixing": {"abc", "order"},
@@ -32,6 +33,7 @@ ALLOWED = {
     "utils": {"loader", "order"},
     "lazy": {"arguments", "etl", "plan", "storage"},
     "etl": {"errors", "events", "kernels", "manifest", "plan", "storage"},
+    "report": {"etl", "html", "manifest", "mixing", "progress", "storage"},
 }
 MAY_IMPORT_DISTRIBUTED = {"collection.py", "etl/run.py", "etl/cluster.py"}
 PURE_FORBIDS = {"anndata", "dask", "distributed", "fsspec", "h5py", "xarray", "zarr"}

@@ -49,8 +49,8 @@ def test_few_requests_and_no_listing_of_the_bucket(bucket, atlas, server):
     n_blocks, n_datasets, n_inputs = 2, 2, 2
     n_files = sum(len(d.files) for d in collection.manifest.datasets)
     found = counts(requests)
-    # every file once; of each block a spill file and a receipt, of each dataset a receipt; job, claim and root
-    assert found["PUT"] == n_files + 2 * n_blocks + n_datasets + 3
+    # every file once; of each block a spill file and a receipt, of each dataset a receipt; job, claim, root and log
+    assert found["PUT"] == n_files + 2 * n_blocks + n_datasets + 4
     # by hand: what a task asks for, times the tasks; nothing depends on the number of files
     assert found["GET"] <= 4 * n_inputs + 3 * n_blocks + 8 * n_blocks * n_datasets + 3 * n_datasets + 4
     assert found["LIST"] <= 6 + 2 * n_inputs + 2 * n_blocks + 4 * n_datasets + 4
