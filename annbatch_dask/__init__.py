@@ -9,25 +9,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from annbatch_dask import abc, errors, events, samplers, scdataset, transforms, types, utils
+    from annbatch_dask import abc, errors, events, io, samplers, scdataset, transforms, types, utils
     from annbatch_dask.collection import DatasetCollection
+    from annbatch_dask.io import create_anndata_collection, write_sharded
     from annbatch_dask.lazy import concat_lazy, read_lazy
     from annbatch_dask.loader import Loader
+    from annbatch_dask.loader.older import ZarrSparseDataset
 
 __all__ = [
     "DatasetCollection",
     "Loader",
+    "ZarrSparseDataset",
     "__version__",
     "abc",
     "concat_lazy",
+    "create_anndata_collection",
     "errors",
     "events",
+    "io",
     "read_lazy",
     "samplers",
     "scdataset",
     "transforms",
     "types",
     "utils",
+    "write_sharded",
 ]
 
 __version__ = "0.1.0"
@@ -35,10 +41,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "DatasetCollection": "annbatch_dask.collection",
     "Loader": "annbatch_dask.loader",
+    "ZarrSparseDataset": "annbatch_dask.loader.older",
     "concat_lazy": "annbatch_dask.lazy",
+    "create_anndata_collection": "annbatch_dask.io",
     "read_lazy": "annbatch_dask.lazy",
+    "write_sharded": "annbatch_dask.io",
 }
-_MODULES = ("abc", "errors", "events", "samplers", "scdataset", "transforms", "types", "utils")
+_MODULES = ("abc", "errors", "events", "io", "samplers", "scdataset", "transforms", "types", "utils")
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.loader.batch import CsrParts
 
-__all__ = ["Framework", "check_framework", "make_deliver"]
+__all__ = ["Framework", "check_framework", "deliver_as", "make_deliver"]
 
 Framework = Literal["torch", "jax"]
 Array = NDArray[Any]
@@ -43,6 +43,16 @@ def make_deliver(to: Framework | None, *, on_gpu: bool, bfloat16: bool = False) 
     if on_gpu:
         return {None: _to_cupy, "torch": _to_torch_cuda, "jax": _to_jax}[to]
     return {None: _to_scipy, "torch": _to_torch, "jax": _to_jax}[to]
+
+
+def deliver_as(matrix: Any, to: Framework, *, on_gpu: bool) -> Any:
+    """A CSR matrix or array as another library's; TypeError for anything else."""
+    if isinstance(matrix, sp.csr_matrix | sp.csr_array):
+        matrix = CsrParts(matrix.data, matrix.indices, matrix.indptr, matrix.shape)
+    elif not isinstance(matrix, np.ndarray):
+        msg = f"Cannot convert {type(matrix)} to {to}; give a csr_matrix or a numpy array"
+        raise TypeError(msg)
+    return make_deliver(to, on_gpu=on_gpu)(matrix)
 
 
 def _to_scipy(batch: CsrParts | Array) -> Any:

@@ -6,13 +6,18 @@ import inspect
 import subprocess
 import sys
 
+import anndata as ad
+import dask
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 import zarr
+from anndata.tests.helpers import assert_equal
 
 import annbatch_dask
-from annbatch_dask import Loader, types, utils
+from annbatch_dask import Loader, io, types, utils
+from tests.loader.data import quiet
 
 ARGUMENTS = {
     "batch_sampler": None,
@@ -83,3 +88,110 @@ def test_what_scvi_tools_reaches_for():
 def test_every_public_name_is_there():
     for name in annbatch_dask.__all__:
         assert getattr(annbatch_dask, name) is not None
+
+
+# --- annbatch.utils
+
+
+def test_values_below_1_are_refused_by_their_label():
+    utils.check_lt_1([1, 2], ["chunks", "rows"])
+    with pytest.raises(ValueError, match="rows must be greater than 1, got 0"):
+        utils.check_lt_1([1, 0, -1], ["chunks", "rows", "others"])
+
+
+def test_the_parts_of_a_csr_matrix():
+    x = sp.csr_matrix(np.eye(2, 3))
+    parts = utils.CSRContainer((x.data, x.indices, x.indptr), x.shape, x.dtype)
+    assert (sp.csr_matrix(parts.elems, parts.shape) != x).nnz == 0
+
+
+@pytest.mark.parametrize("make", [np.asarray, sp.csr_matrix, sp.csr_array])
+def test_matrices_become_tensors(make):
+    torch = pytest.importorskip("torch")
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    made = utils.convert(make(x), False, "torch")
+    assert torch.equal(made if make is np.asarray else made.to_dense(), torch.from_numpy(x))
+    with pytest.raises(TypeError, match="Cannot convert <class 'scipy.sparse._csc.csc_matrix'> to torch"):
+        utils.convert(sp.csc_matrix(x), False, "torch")
+
+
+# --- annbatch.io
+
+
+def test_constants_of_the_format():
+    assert io.V1_ENCODING == {"encoding-type": "annbatch-preshuffled", "encoding-version": "0.1.0"}
+    assert io.DATASET_PREFIX == "dataset"
+    assert io.DatasetCollection is annbatch_dask.DatasetCollection
+
+
+def test_arguments_of_writing():
+    found = inspect.signature(annbatch_dask.write_sharded).parameters
+    assert list(found) == ["group", "adata", "n_obs_per_chunk", "shard_size", "compressors", "key"]
+    assert (found["n_obs_per_chunk"].default, found["shard_size"].default, found["key"].default) == (64, "1GB", None)
+
+
+@pytest.fixture
+def adata():
+    x = sp.random(50, 8, density=0.5, format="csr", dtype=np.float32, rng=np.random.default_rng(0))
+    obs = pd.DataFrame({"kind": pd.Categorical(["a", "b"] * 25)}, index=[f"c{i}" for i in range(50)])
+    var = pd.DataFrame(index=[f"g{i}" for i in range(8)])
+    return ad.AnnData(x, obs, var, obsm={"pca": np.ones((50, 3))}, layers={"dense": x.toarray()})
+
+
+@pytest.mark.parametrize("key", [None, "part"])
+def test_what_is_written_in_shards_is_read_as_it_was(tmp_path, adata, key):
+    with quiet():
+        group = zarr.open_group(tmp_path / "x.zarr", mode="w", zarr_format=3)
+        annbatch_dask.write_sharded(group, adata, n_obs_per_chunk=8, shard_size=20, key=key)
+        found = ad.io.read_zarr(tmp_path / "x.zarr" / (key or ""))
+    assert_equal(found, adata)
+    written = zarr.open_group(tmp_path / "x.zarr" / (key or ""), mode="r", use_consolidated=False)
+    for name in ("obsm/pca", "layers/dense"):
+        assert (written[name].chunks[0], written[name].shards[0]) == (8, 16)
+    n = int(8 * adata.X.nnz / 50)
+    assert [written[f"X/{part}"].chunks for part in ("data", "indices", "indptr")] == [(n,)] * 3
+    assert written["X/data"].shards == (20 * adata.X.nnz // 50 // n * n,)
+    assert written["X/indices"].dtype == np.uint8
+
+
+def test_a_shard_is_no_larger_than_asked_for(tmp_path, adata):
+    with quiet():
+        group = zarr.open_group(tmp_path / "x.zarr", mode="w", zarr_format=3)
+        annbatch_dask.write_sharded(group, adata, n_obs_per_chunk=1, shard_size="1KB")
+    for name in ("X/data", "obsm/pca", "layers/dense"):
+        array = zarr.open_array(tmp_path / "x.zarr" / name, mode="r")
+        assert np.prod(array.shards) * array.dtype.itemsize <= 1024
+
+
+def test_nothing_is_no_matrix_to_write(tmp_path, adata):
+    group = zarr.open_group(tmp_path / "x.zarr", mode="w", zarr_format=3)
+    with quiet(), pytest.raises(ValueError, match="0 observations"):
+        annbatch_dask.write_sharded(group, adata[:0])
+
+
+# --- names of annbatch's first releases
+
+
+def test_a_collection_by_its_older_name(tmp_path, h5ad_pair):
+    path = tmp_path / "o.zarr"
+    with dask.config.set(scheduler="synchronous"):
+        collection = annbatch_dask.create_anndata_collection(h5ad_pair, path, seed=0)
+    assert collection.n_obs == 500
+    with pytest.raises(FileExistsError, match="is a collection already; extend it"):
+        annbatch_dask.create_anndata_collection(h5ad_pair, path)
+
+
+def test_the_older_loader_yields_tuples(adata):
+    options = {"chunk_size": 10, "preload_nchunks": 2, "batch_size": 5, "preload_to_gpu": False, "to_torch": False}
+    plain = annbatch_dask.ZarrSparseDataset(shuffle=False, **options).add_anndatas([adata, adata], obs_keys="kind")
+    assert len(plain) == 100
+    rows, labels = zip(*plain, strict=True)
+    np.testing.assert_array_equal(sp.vstack(rows).toarray(), sp.vstack([adata.X, adata.X]).toarray())
+    assert np.concatenate(labels).tolist() == ["a", "b"] * 50
+    indexed = annbatch_dask.ZarrSparseDataset(return_index=True, **options)
+    indexed.add_anndata(adata, layer_key="dense", obs_key="kind")
+    for x, label, index in indexed:
+        np.testing.assert_array_equal(x, adata.layers["dense"][index])
+        assert label.tolist() == adata.obs["kind"].iloc[index].tolist()
+    bare = annbatch_dask.ZarrSparseDataset(**options).add_datasets([adata.X], None)
+    assert {labels for _, labels in bare} == {None}
