@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from itertools import islice
+from itertools import islice, product
 
 import numpy as np
 import pandas as pd
@@ -245,14 +245,17 @@ def dataloader(loader, n_workers, kind=None, **kwargs):
     return kind(loader, batch_size=None, num_workers=n_workers, collate_fn=plain, **kwargs)
 
 
-@pytest.mark.parametrize("name", ["random", "sequential", "class"])
+SPAWN = {"multiprocessing_context": "spawn"}
+
+
 @pytest.mark.parametrize(
-    ("n_workers", "kwargs"),
+    ("name", "n_workers", "kwargs"),
     [
-        (1, {}),
-        (2, {}),
-        (4, {"persistent_workers": True}),
-        pytest.param(2, {"multiprocessing_context": "spawn"}, marks=pytest.mark.chaos),  # slow starts
+        *product(["random", "sequential", "class"], [1, 2], [{}]),
+        *product(["random", "sequential", "class"], [4], [{"persistent_workers": True}]),
+        ("random", 2, {"persistent_workers": True, **SPAWN}),
+        # Slow starts.
+        *(pytest.param(name, 2, SPAWN, marks=pytest.mark.chaos) for name in ("random", "sequential", "class")),
     ],
 )
 def test_epochs_are_the_same_with_any_workers(name, n_workers, kwargs):
