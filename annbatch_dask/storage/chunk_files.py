@@ -9,7 +9,7 @@ import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import zarr
@@ -28,7 +28,12 @@ Identity = tuple[Any, ...]
 
 
 class ChunkFiles(Protocol):
-    """The files of one array, by their keys; any number of threads may read."""
+    """The files of one array, by their keys; any number of threads may read.
+
+    ``tells_versions`` says whether no two versions of a file have one identity.
+    """
+
+    tells_versions: ClassVar[bool]
 
     def name(self, key: str) -> str:
         """Of a file, for people."""
@@ -63,6 +68,8 @@ def chunk_files(array: zarr.Array[Any]) -> ChunkFiles | None:
 
 @dataclass(frozen=True)
 class _LocalFiles:
+    tells_versions: ClassVar = True
+
     root: Path
 
     def name(self, key: str) -> str:
@@ -103,6 +110,8 @@ def _identity(found: os.stat_result) -> Identity:
 @dataclass(frozen=True)
 class _RemoteFiles:
     """Files of a store, which are asked after once: a dataset's name is never used twice."""
+
+    tells_versions: ClassVar = False
 
     folder: Folder
     _systems: dict[int, fsspec.AbstractFileSystem] = field(default_factory=dict, repr=False, compare=False)

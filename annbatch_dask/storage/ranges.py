@@ -18,7 +18,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
@@ -300,8 +300,8 @@ def _find_codec(codecs: Sequence[Mapping[str, Any]], dtype: np.dtype[Any]) -> _C
 class _ShardIndex:
     """Offset and size of every chunk of one file; size -1 where the chunk was not written.
 
-    ``checked`` says which chunks had the right checksum when they were read first. They are not checked again while the
-    file stays as it is, as checksums cost a twelfth of an epoch's time (measured: CSR batches, two cores).
+    ``checked`` says which chunks had the right checksum when this process read them first. They are not checked again
+    while the file stays as it is, as checksums cost a twelfth of an epoch's time (measured: CSR batches, two cores).
     """
 
     key: str
@@ -311,18 +311,25 @@ class _ShardIndex:
     checked: NDArray[np.bool_]
 
 
+@lru_cache(maxsize=16_384)
+def _checked_chunks(path: str, identity: Identity | None, n_chunks: int) -> NDArray[np.bool_]:
+    """Marks that all readers of one version of a file share: each loader begins with a reader of its own."""
+    return np.zeros(n_chunks, bool)
+
+
 def _read_index(layout: _Layout, key: str) -> _ShardIndex:
     identity, path = layout.files.identity(key), layout.files.name(key)
     n_chunks = math.prod(layout.chunks_per_shard)
-    unchecked = np.zeros(n_chunks, bool)
+    marks = _checked_chunks if layout.files.tells_versions else _checked_chunks.__wrapped__
+    checked = marks(path, identity, n_chunks)
     if identity is None:  # a file of nothing but fill values is not written
         if layout.all_written:
             msg = f"{path} is missing, and it was written; restore it, or build the collection again"
             raise IntegrityError(msg)
-        return _ShardIndex(key, None, np.zeros(n_chunks, np.int64), np.full(n_chunks, _MISSING), unchecked)
+        return _ShardIndex(key, None, np.zeros(n_chunks, np.int64), np.full(n_chunks, _MISSING), checked)
     file_nbytes = identity[-1]
     if not layout.is_sharded:
-        return _ShardIndex(key, identity, np.zeros(1, np.int64), np.array([file_nbytes], np.int64), unchecked)
+        return _ShardIndex(key, identity, np.zeros(1, np.int64), np.array([file_nbytes], np.int64), checked)
     nbytes = layout.index_nbytes
     if file_nbytes < nbytes:
         msg = f"{path} has {file_nbytes} bytes, its shard index alone needs {nbytes}: the file is truncated"
@@ -337,7 +344,7 @@ def _read_index(layout: _Layout, key: str) -> _ShardIndex:
     if (entries < 0).any() or (entries.sum(axis=1) > file_nbytes).any():
         msg = f"the shard index of {path} points beyond the file's {file_nbytes} bytes"
         raise IntegrityError(msg)
-    return _ShardIndex(key, identity, entries[:, 0], np.where(is_missing, _MISSING, entries[:, 1]), unchecked)
+    return _ShardIndex(key, identity, entries[:, 0], np.where(is_missing, _MISSING, entries[:, 1]), checked)
 
 
 def _checked(raw: memoryview, what: str) -> memoryview:

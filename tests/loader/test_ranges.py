@@ -202,9 +202,11 @@ def test_a_chunk_is_checked_once_for_each_version_of_its_file(tmp_path, monkeypa
     for _ in range(2):
         reader.read(spans, np.empty(45, np.uint16))
     assert len(checked) == 3  # the shard's index and two chunks
+    RangeReader(array).read(spans, np.empty(45, np.uint16))
+    assert len(checked) == 4  # the index alone
     (tmp_path / "a/c/0").touch()
     reader.read(spans, np.empty(45, np.uint16))
-    assert len(checked) == 6
+    assert len(checked) == 7
 
 
 def test_a_file_that_was_written_and_is_missing_is_no_fill_value(tmp_path):
