@@ -15,9 +15,10 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -28,7 +29,7 @@ from annbatch_dask.loader.batch import BatchBuilder
 from annbatch_dask.loader.contents import Contents, Matrix
 from annbatch_dask.loader.pool import BufferPool
 from annbatch_dask.loader.requests import Assignment, Loaded, Window, assign, resolve_rows, resolve_splits
-from annbatch_dask.loader.sources import Source
+from annbatch_dask.loader.sources import Located, Source
 from annbatch_dask.storage.ranges import Task
 from annbatch_dask.types import LoaderOutput, LoadRequest
 
@@ -38,6 +39,7 @@ T = TypeVar("T")
 
 THREAD_PREFIX = "annbatch-dask"
 _MAX_THREADS = 16
+_N_REMOTE_THREADS = 32  # requests under way to an object store; a window has more
 _WINDOW_SHARE = 0.75
 
 
@@ -105,7 +107,7 @@ class PipelineOptions:
     prefetch_nbytes
         Bytes of windows and batches that may lie ready or be under way.
     n_threads
-        Helpers of each of the two stages.
+        Helpers of each of the two stages. More of them fetch from an object store, where they wait.
     """
 
     prefetch_nbytes: int
@@ -145,9 +147,11 @@ class Pipeline:
         self._requests: SimpleQueue[LoadRequest | _Failure | _End] = SimpleQueue()
         self._windows: SimpleQueue[Window | _Failure | _End] = SimpleQueue()
         self._batches: SimpleQueue[_Ready[LoaderOutput] | _Failure | _End] = SimpleQueue()
+        is_remote = any(source.is_remote for matrix in contents.matrices for source in matrix.sources)
+        n_fetching = max(options.n_threads, _N_REMOTE_THREADS) if is_remote else options.n_threads
         self._helpers = [
-            ThreadPoolExecutor(options.n_threads, thread_name_prefix=f"{THREAD_PREFIX}-{stage}-helper")
-            for stage in ("fetch", "assemble")
+            ThreadPoolExecutor(n_threads, thread_name_prefix=f"{THREAD_PREFIX}-{stage}-helper")
+            for stage, n_threads in (("fetch", n_fetching), ("assemble", options.n_threads))
         ]
         # Daemons, so that an iterator that is still open when the interpreter ends does not keep it alive.
         self._threads = [
@@ -218,7 +222,7 @@ class Pipeline:
         rows = resolve_rows(request, int(self._bounds[-1]))
         splits = resolve_splits(request, len(rows))
         assignments = assign(rows, self._bounds)
-        located = [[m.sources[a.dataset].locate(a.rows) for a in assignments] for m in self._contents.matrices]
+        located = [self._locate(matrix, assignments) for matrix in self._contents.matrices]
         nbytes = sum(part.nbytes for parts in located for part in parts)
         self._window_budget.reserve(nbytes)
 
@@ -242,6 +246,15 @@ class Pipeline:
         codes = {} if labels is None else labels.take(assignments, len(rows))
         self._wait(futures)
         return Window(rows, splits, matrices, taken, codes, nbytes)
+
+    def _locate(self, matrix: Matrix, assignments: Sequence[Assignment]) -> list[Located]:
+        """Find the rows and their chunks; for the first ones, files are read."""
+        sources = [matrix.sources[a.dataset] for a in assignments]
+        found = self._wait(
+            self._start(0, [partial(s.locate, a.rows) for s, a in zip(sources, assignments, strict=True)])
+        )
+        self._wait(self._start(0, [task for s, part in zip(sources, found, strict=True) for task in s.prepare(part)]))
+        return found
 
     # --- assembling
 
@@ -274,7 +287,7 @@ class Pipeline:
 
     # --- helpers
 
-    def _start(self, stage: int, tasks: list[Task]) -> list[Future[None]]:
+    def _start(self, stage: int, tasks: Sequence[Callable[[], T]]) -> list[Future[T]]:
         if len(tasks) == 1 and stage == 1:
             tasks[0]()  # small batches: not worth waking a thread
             return []
@@ -285,19 +298,21 @@ class Pipeline:
                 raise Closed from None
             raise
 
-    def _wait(self, futures: list[Future[None]]) -> None:
+    def _wait(self, futures: Sequence[Future[T]]) -> list[T]:
         # All of them, even after a failure: a task still running writes into buffers of this window.
         # One by one: concurrent.futures.wait never returns for a future that a shutdown cancelled.
+        results: list[T] = []
         errors: list[Exception] = []
         for future in futures:
             try:
-                future.result()
+                results.append(future.result())
             except CancelledError:
                 errors.append(Closed())
             except Exception as error:  # noqa: BLE001
                 errors.append(error)
         if errors:
             raise errors[0]
+        return results
 
 
 def _make_builder(matrix: Matrix, pool: BufferPool, n_parts: int) -> BatchBuilder:

@@ -108,6 +108,11 @@ class Source(ABC):
     is_sparse: bool
 
     @property
+    def is_remote(self) -> bool:
+        """Whether its tasks wait for a store most of the time."""
+        return False
+
+    @property
     def n_obs(self) -> int:
         """Number of rows."""
         return self.shape[0]
@@ -115,6 +120,10 @@ class Source(ABC):
     @abstractmethod
     def locate(self, rows: Ints) -> Located:
         """Find the rows (any order, repeats allowed); reads no values."""
+
+    def prepare(self, located: Located) -> list[Task]:  # noqa: ARG002
+        """What is best done in many threads before :meth:`open`."""
+        return []
 
     @abstractmethod
     def open(self, located: Located, pool: BufferPool) -> tuple[Block, list[Task]]:
@@ -179,6 +188,15 @@ class ZarrCsrSource(Source):
                 self._indptr = self._read_indptr()
             return self._indptr
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether it lies in an object store."""
+        return self._values.is_remote
+
+    def prepare(self, located: Located) -> list[Task]:
+        """Find the chunks."""
+        return [*self._values.index_tasks(located.spans), *self._columns.index_tasks(located.spans)]
+
     def _read_indptr(self) -> Ints:
         reader = RangeReader(_array(self._group, "indptr"))
         stored = np.empty(reader.shape, reader.dtype)
@@ -235,6 +253,15 @@ class ZarrArraySource(Source):
         self.shape = self._reader.shape
         self.stored_dtype = self._reader.dtype
         self.dtype = np.dtype(str(array.attrs.get(SOURCE_DTYPE, self.stored_dtype)))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it lies in an object store."""
+        return self._reader.is_remote
+
+    def prepare(self, located: Located) -> list[Task]:
+        """Find the chunks."""
+        return self._reader.index_tasks(located.spans)
 
     def locate(self, rows: Ints) -> Located:
         """Find the rows."""

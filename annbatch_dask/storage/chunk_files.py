@@ -30,10 +30,10 @@ Identity = tuple[Any, ...]
 class ChunkFiles(Protocol):
     """The files of one array, by their keys; any number of threads may read.
 
-    ``tells_versions`` says whether no two versions of a file have one identity.
+    ``is_remote`` says whether each read is a request to a store; an identity then does not tell all versions apart.
     """
 
-    tells_versions: ClassVar[bool]
+    is_remote: ClassVar[bool]
 
     def name(self, key: str) -> str:
         """Of a file, for people."""
@@ -68,7 +68,7 @@ def chunk_files(array: zarr.Array[Any]) -> ChunkFiles | None:
 
 @dataclass(frozen=True)
 class _LocalFiles:
-    tells_versions: ClassVar = True
+    is_remote: ClassVar = False
 
     root: Path
 
@@ -111,7 +111,7 @@ def _identity(found: os.stat_result) -> Identity:
 class _RemoteFiles:
     """Files of a store, which are asked after once: a dataset's name is never used twice."""
 
-    tells_versions: ClassVar = False
+    is_remote: ClassVar = True
 
     folder: Folder
     _systems: dict[int, fsspec.AbstractFileSystem] = field(default_factory=dict, repr=False, compare=False)

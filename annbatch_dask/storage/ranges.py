@@ -39,7 +39,7 @@ __all__ = ["ALL_WRITTEN", "MAX_GAP_NBYTES", "MAX_READ_NBYTES", "RangeReader", "T
 ALL_WRITTEN = "all-chunks-written"
 """Attribute of an array of which every chunk was written: a file that is not there was lost, and is no fill value."""
 
-Task = Callable[[], None]
+Task = Callable[[], object]
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
 
@@ -81,6 +81,11 @@ class RangeReader:
         return self._layout is not None
 
     @property
+    def is_remote(self) -> bool:
+        """Whether each task waits for a request to a store."""
+        return self._layout is not None and self._layout.files.is_remote
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         """Dtype of the values, native byte order."""
         return np.dtype(self.array.dtype).newbyteorder("=")
@@ -114,6 +119,15 @@ class RangeReader:
         if self._layout is None:
             return list(self._plain_tasks(spans, out))
         return list(self._fast_tasks(self._layout, spans, out))
+
+    def index_tasks(self, spans: Ints) -> list[Task]:
+        """What :meth:`tasks` would do first, one after the other: read the indexes of shards not met before."""
+        if self._layout is None:
+            return []
+        pieces = _Pieces.of(spans[spans[:, 1] > spans[:, 0]], self._layout.chunk_shape[0])
+        rows = [row for row, _, _ in pieces.by_shard(self._layout.chunks_per_shard[0])]
+        shards = {(row, *column.shard) for row in rows for column in self._layout.columns()}
+        return [partial(self._index, self._layout, shard) for shard in sorted(shards - self._indexes.keys())]
 
     def _plain_tasks(self, spans: Ints, out: Array) -> Iterator[Task]:
         row = 0
@@ -320,7 +334,7 @@ def _checked_chunks(path: str, identity: Identity | None, n_chunks: int) -> NDAr
 def _read_index(layout: _Layout, key: str) -> _ShardIndex:
     identity, path = layout.files.identity(key), layout.files.name(key)
     n_chunks = math.prod(layout.chunks_per_shard)
-    marks = _checked_chunks if layout.files.tells_versions else _checked_chunks.__wrapped__
+    marks = _checked_chunks.__wrapped__ if layout.files.is_remote else _checked_chunks
     checked = marks(path, identity, n_chunks)
     if identity is None:  # a file of nothing but fill values is not written
         if layout.all_written:

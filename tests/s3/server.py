@@ -7,6 +7,7 @@ import random
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass
 from urllib.parse import parse_qs, unquote
@@ -61,6 +62,8 @@ class S3Server:
         self._fault = lambda _: None
         self.requests = []
         self.n_faults = 0
+        self.delay_s = 0.0
+        self._n_open = self.n_at_once = 0
         self._thread.start()
 
     @property
@@ -91,7 +94,7 @@ class S3Server:
             fault = self._fault(request)
             self.n_faults += fault is not None
         if fault is None:
-            return self._app(environ, start_response)
+            return self._answer(environ, start_response)
         if fault == "reset":
             connection = environ["werkzeug.socket"]
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -105,6 +108,26 @@ class S3Server:
         status, body = FAULTS[fault]
         start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
         return [body.encode()]
+
+    def _answer(self, environ, start_response):
+        with self._lock:
+            self._n_open += 1
+            self.n_at_once = max(self.n_at_once, self._n_open)
+        time.sleep(self.delay_s)
+        try:
+            return self._app(environ, start_response)
+        finally:
+            with self._lock:
+                self._n_open -= 1
+
+    @contextlib.contextmanager
+    def slow(self, delay_s):
+        """Let each answer take longer; ``n_at_once`` counts the requests that were waited for together."""
+        self.delay_s, self.n_at_once = delay_s, 0
+        try:
+            yield
+        finally:
+            self.delay_s = 0.0
 
     @contextlib.contextmanager
     def failing(self, fault):
