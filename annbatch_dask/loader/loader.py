@@ -128,8 +128,9 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         Instead of ``batch_size``: rows of the batches of all ranks together, which are then the same on any number
         of ranks.
     prefetch_bytes
-        How many bytes of loaded windows and finished batches may lie ready or be under way. One of each is
-        always allowed. Batches the user holds, and buffers waiting to be used again, come on top.
+        How many bytes of loaded windows (three quarters) and finished batches (one quarter) may lie ready or be under
+        way. One of each is always allowed, however large. Batches the user holds, and buffers waiting to be used
+        again, come on top.
 
     Examples
     --------
