@@ -146,7 +146,7 @@ class State:
         """Give the sampler the seed, or the generator's state, that were saved."""
         inner = _inner(sampler)
         if isinstance(inner, SeededSampler):
-            inner.seed = inner.seed if self.seed is None else self.seed
+            inner.restore_seed(inner.seed if self.seed is None else self.seed)
         elif inner.rng is not None and self.rng_state is not None:
             inner.rng.bit_generator.state = self.rng_state
 

@@ -1,7 +1,8 @@
 """Which epoch comes next, agreed upon by a process and the DataLoader workers it starts.
 
 A DataLoader with worker processes starts them anew for each epoch, from copies of what the parent has: a count
-in the copies would be lost, and every epoch would be the first. So the count lies in memory they all share.
+in the copies would be lost, and every epoch would be the first. So the count lies in memory they all share, and so does
+a seed that a worker was told to go on with.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from annbatch_dask.order.share import Worker
 __all__ = ["EpochCounter"]
 
 _N_PASSES = 64
-_NEXT, _FOREIGN, _FIRST = 0, 1, 2
+_NEXT, _FOREIGN, _SEED, _FIRST = 0, 1, 2, 3
 _N_CELLS = _FIRST + _N_PASSES
 _NOBODY = -1
 
@@ -85,6 +86,17 @@ class EpochCounter:
         """Whether the latest pass was begun by a DataLoader's worker."""
         with self._cells() as cells:
             return bool(cells[_FOREIGN])
+
+    @property
+    def seed(self) -> int | None:
+        """The seed to go on with, whichever process was told; None where none was."""
+        with self._cells() as cells:
+            return None if cells[_SEED] == _NOBODY else int(cells[_SEED])
+
+    @seed.setter
+    def seed(self, value: int | None) -> None:
+        with self._cells() as cells:
+            cells[_SEED] = _NOBODY if value is None else value
 
     def _next_id(self, worker: Worker | None) -> int:
         """Persistent workers make several passes under one seed, all equally many."""

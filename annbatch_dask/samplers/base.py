@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,17 +42,26 @@ class SeededSampler(Sampler):
         given = check_rng(value)
         self._rng = np.random.default_rng() if given is None else given
         self._seed_is_given = given is not None
-        self._seed = int.from_bytes(self._rng.bytes(8), "little") >> 1
+        self.seed = int.from_bytes(self._rng.bytes(8), "little") >> 1
         self.set_epoch(0)
 
     @property
     def seed(self) -> int:
         """A non-negative integer that, with the number of an epoch, fixes its order."""
-        return self._seed
+        restored = self.epoch_counter.seed
+        return self._seed if restored is None else restored
 
     @seed.setter
     def seed(self, value: int) -> None:
-        self._seed = value
+        self._seed, self.epoch_counter.seed = value, None
+
+    def restore_seed(self, seed: int) -> None:
+        """Go on with the seed of a saved state, in the workers of a DataLoader that are started later too."""
+        if seed != self.seed:
+            self.epoch_counter.seed = seed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_seed": self.seed}
 
     @property
     def seed_is_given(self) -> bool:
@@ -64,7 +74,7 @@ class SeededSampler(Sampler):
 
     def plan_requests(self, n_obs: int, epoch: int) -> Iterator[Planned]:
         """The load requests of one epoch, all workers' together."""
-        return self.epoch(n_obs, (self._seed, epoch)).planned()
+        return self.epoch(n_obs, (self.seed, epoch)).planned()
 
     def _sample(self, n_obs: int) -> Iterator[LoadRequest]:
         for planned in self.plan_requests(n_obs, self.epoch_counter.start(None)):

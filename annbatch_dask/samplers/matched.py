@@ -128,9 +128,10 @@ class MatchedControlSampler(RunSampler):
 
     def plan_requests(self, n_obs: int, epoch: int) -> Iterator[Planned]:
         """The load requests of one epoch, all workers' together."""
+        key = (self.seed, epoch)
         for k, planned in enumerate(super().plan_requests(n_obs, epoch)):
             sizes = tuple(size * (1 + self._n_controls) for size in planned.sizes)
-            yield Planned(sizes, partial(self._add_controls, planned.make, (self._seed, epoch), k))
+            yield Planned(sizes, partial(self._add_controls, planned.make, key, k))
 
     def _add_controls(self, make: Callable[[], LoadRequest], key: Key, k: int) -> LoadRequest:
         request = make()

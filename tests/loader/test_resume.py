@@ -15,10 +15,12 @@ from annbatch_dask.loader import Loader
 from annbatch_dask.samplers import (
     ClassSampler,
     DistributedSampler,
+    MatchedControlSampler,
     RandomSampler,
     SequentialSampler,
     WeightedClassSampler,
 )
+from annbatch_dask.scdataset import BlockShuffling, BlockWeightedSampling, StrategySampler
 from tests.loader.data import matrix
 from tests.loader.test_samplers import Minimal
 
@@ -57,6 +59,13 @@ SAMPLERS = {
     "weighted class": lambda: WeightedClassSampler(5, 4, 4, classes=CLASSES, num_samples=90, rng=rng()),
     "rank": lambda: DistributedSampler(RandomSampler(5, 2, 2, rng=rng()), dist_info=(1, 3)),
     "global": lambda: DistributedSampler(RandomSampler(5, 4, 4, rng=rng()), dist_info=(1, 2), global_batches=True),
+    "matched": lambda: MatchedControlSampler(
+        5, 4, 4, is_control=np.arange(N_OBS) % 4 > 0, match=np.arange(N_OBS) % 3, rng=rng()
+    ),
+    "blocks": lambda: StrategySampler(BlockShuffling(4), 4, 5, rng=rng()),
+    "rounds": lambda: StrategySampler(
+        BlockWeightedSampling(4, weights=1.0 + np.arange(N_OBS), replace=False, sampling_size=30), 4, 5, rng=rng()
+    ),
     "user": drawn,
 }
 
@@ -74,15 +83,22 @@ def saved(loader):
     return json.loads(json.dumps(loader.state_dict()))
 
 
+STOPS = ["start", "first", "middle", "last", "over"]
+
+
+def count_before(stop, n):
+    """Batches of ``n`` that are taken before the run is broken off; "over" is when the end was seen as well."""
+    return {"start": 0, "first": 1, "middle": n // 2, "last": n, "over": n}[stop]
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("stop", ["start", "first", "middle", "last", "over"])
+@pytest.mark.parametrize("stop", STOPS)
 def test_a_run_goes_on_where_it_stopped(name, stop):
     loader = make(name)
     list(loader)  # the second epoch is the one that is broken off
     n = len(loader)
-    n_before = {"start": 0, "first": 1, "middle": n // 2, "last": n, "over": n}[stop]
     epoch = iter(loader)
-    before = indices(islice(epoch, n_before))
+    before = indices(islice(epoch, count_before(stop, n)))
     if stop == "over":
         assert next(epoch, None) is None
     state = saved(loader)
@@ -283,35 +299,42 @@ def test_what_only_workers_know_is_not_made_up():
         loader.state_dict()
 
 
-@pytest.mark.parametrize("n_before", [0, 1, 7, 23, 24, "over"])
-@pytest.mark.parametrize(
-    ("n_workers", "kwargs"), [(0, {}), (2, {}), (2, {"persistent_workers": True})], ids=["0", "2", "2 persistent"]
-)
-def test_stateful_dataloader(n_workers, kwargs, n_before):
+WORKERS = {"none": (0, {}), "two": (2, {}), "two persistent": (2, {"persistent_workers": True})}
+
+
+def whole_matrix():
+    """Each sampler stopped midway in two workers, and "random" everywhere; the rest is slow."""
+    for name, workers, stop in product(SAMPLERS, WORKERS, STOPS):
+        is_quick = name == "random" or (workers, stop) == ("two", "middle")
+        yield pytest.param(name, workers, stop, marks=() if is_quick else pytest.mark.chaos)
+
+
+@pytest.mark.parametrize(("name", "workers", "stop"), list(whole_matrix()))
+def test_stateful_dataloader(name, workers, stop):
     """Twice broken off: in the second epoch, and once more after that."""
     stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    n_workers, kwargs = WORKERS[workers]
 
     def new():
-        return dataloader(make("random"), n_workers, stateful, **kwargs)
-
-    def take(loader, n):
-        epoch = iter(loader)
-        taken = list(epoch) if n == "over" else list(islice(epoch, n))
-        return taken, epoch, loader.state_dict()
+        return dataloader(make(name), n_workers, stateful, **kwargs)
 
     run = new()
     list(run)
-    before, epoch, state = take(run, n_before)
-    rest = list(epoch) if n_before != "over" else []
+    epoch = iter(run)
+    before = list(islice(epoch, count_before(stop, len(make(name)))))
+    if stop == "over":
+        assert next(epoch, None) is None
+    state = run.state_dict()
+    rest = list(epoch)
     following = list(run)
-    assert sorted(before + rest) != sorted(following)
+    assert len(before + rest) == len(following) == len(make(name))
 
     resumed = new()
     resumed.load_state_dict(state)
-    if n_before != "over":
-        taken, epoch, state = take(resumed, min(2, len(rest)))
-        assert taken == rest[:2]
+    if stop != "over":
+        epoch = iter(resumed)
+        assert list(islice(epoch, min(2, len(rest)))) == rest[:2]
         again = new()
-        again.load_state_dict(state)
+        again.load_state_dict(resumed.state_dict())
         assert list(again) == rest[2:] == list(epoch)
     assert list(resumed) == following
