@@ -36,14 +36,26 @@ def train(rank, world_size, port, folder, state):
     if state is not None:
         loader.load_state_dict(json.loads(state.read_text()))
     model = DistributedDataParallel(torch.nn.Linear(5, 1))
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def learn(batch):
+        optimiser.zero_grad()
+        loss = model(batch["X"]).square().mean()
+        loss.backward()  # waits for every other rank
+        optimiser.step()
+        return loss.item()
+
     seen = []
     for n, batch in enumerate(loader, 1):
-        model(batch["X"]).square().mean().backward()  # waits for every other rank
+        learn(batch)
         seen.append(batch["index"].tolist())
         if state is None and n == 5:
             break
     (folder / f"seen_{rank}_of_{world_size}.json").write_text(json.dumps(seen))
     (folder / f"state_{rank}_of_{world_size}.json").write_text(json.dumps(loader.state_dict()))
+    losses = [learn(batch) for batch in loader]  # a whole epoch
+    learnt = {"losses": losses, "weights": [p.tolist() for p in model.parameters()]}
+    (folder / f"learnt_{rank}_of_{world_size}.json").write_text(json.dumps(learnt))
     dist.destroy_process_group()
 
 
@@ -75,13 +87,20 @@ def test_three_ranks_train_and_stop_and_two_go_on(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    three, two = (
-        [json.loads((tmp_path / f"seen_{rank}_of_{world_size}.json").read_text()) for rank in range(world_size)]
-        for world_size in (3, 2)
-    )
+
+    def written(name, world_size):
+        return [
+            json.loads((tmp_path / f"{name}_{rank}_of_{world_size}.json").read_text()) for rank in range(world_size)
+        ]
+
+    three, two = written("seen", 3), written("seen", 2)
     assert [len(seen) for seen in three] == [5] * 3
     assert [len(seen) for seen in two] == [11] * 2  # 203 rows: 16 batches of 12, and 11 rows that are left out
     assert {len(batch) for seen in three for batch in seen} == {4}
     assert {len(batch) for seen in two for batch in seen} == {6}
     drawn = np.concatenate([np.ravel(three), np.ravel(two)])
     assert len(set(drawn.tolist())) == len(drawn) == 192
+    for world_size in (3, 2):
+        learnt = written("learnt", world_size)
+        assert [len(one["losses"]) for one in learnt] == [16] * world_size
+        assert all(one["weights"] == learnt[0]["weights"] for one in learnt)
