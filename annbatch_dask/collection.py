@@ -405,6 +405,8 @@ class DatasetCollection:
         shuffle: bool = True,
         merge: str | None = None,
         groupby: str | Iterable[str] | None = None,
+        shuffle_chunk_size: int | None = None,
+        h5ad_compressor: str | None = None,
         elements: Iterable[str] | None = None,
         counts: str | Mapping[str, str] = "X",
         allow_mixed_counts: bool = False,
@@ -456,6 +458,9 @@ class DatasetCollection:
             Columns of obs by which the rows of each dataset are sorted: by category in the collection's order of
             categories, by value where numbers or strings, missing ones last; rows of one group stand in the order of
             the shuffle. Categories may differ between inputs. An extension sorts what it rewrites only if it says so.
+        shuffle_chunk_size, h5ad_compressor
+            Arguments of annbatch's. They have no effect, which a warning says: rows are shuffled one by one, and h5ad
+            is not written.
         elements
             What to carry: names such as ``"layers"``, ``"layers/counts"``, ``"obsm/X_pca"``, ``"obs"``, ``"raw"``,
             ``"uns"``, beside X and the obs names. Names with a leading ``-`` say what not to carry. None carries
@@ -508,6 +513,7 @@ class DatasetCollection:
         IntegrityError
             If what was written is not what was read; nothing is published.
         """
+        _warn_unused(shuffle_chunk_size=shuffle_chunk_size, h5ad_compressor=h5ad_compressor)
         self._check_target()
         refs = references(adata_paths, load_adata, storage_options, counts)
         options = resolve_options(
@@ -787,6 +793,13 @@ class DatasetCollection:
             msg = "a folder of h5ad files cannot be built; give a path that ends in .zarr"
             raise CollectionError(msg)
         self._folder  # noqa: B018 - raises for stores that workers cannot open
+
+
+def _warn_unused(**arguments: object) -> None:
+    names = [name for name, value in arguments.items() if value is not None]
+    if names:
+        msg = f"{', '.join(names)} of annbatch's add_adatas: no effect here; leave out"
+        warnings.warn(msg, UserWarning, stacklevel=3)
 
 
 def _open(folder: Folder, mode: str) -> zarr.Group | None:

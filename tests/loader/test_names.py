@@ -181,6 +181,16 @@ def test_a_collection_by_its_older_name(tmp_path, h5ad_pair):
         annbatch_dask.create_anndata_collection(h5ad_pair, path)
 
 
+def test_arguments_of_a_build_that_have_no_effect_here(tmp_path, h5ad_pair):
+    collection = annbatch_dask.DatasetCollection(tmp_path / "o.zarr")
+    with (
+        dask.config.set(scheduler="synchronous"),
+        pytest.warns(UserWarning, match="shuffle_chunk_size, h5ad_compressor"),
+    ):
+        collection.add_adatas(h5ad_pair, seed=0, shuffle_chunk_size=100, h5ad_compressor="gzip")
+    assert collection.n_obs == 500
+
+
 def test_the_older_loader_yields_tuples(adata):
     options = {"chunk_size": 10, "preload_nchunks": 2, "batch_size": 5, "preload_to_gpu": False, "to_torch": False}
     plain = annbatch_dask.ZarrSparseDataset(shuffle=False, **options).add_anndatas([adata, adata], obs_keys="kind")
