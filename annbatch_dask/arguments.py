@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -82,8 +83,33 @@ def _reference(item: Any, load_adata: Callable[[Any], ad.AnnData] | None, option
         return SourceRef(str(item), folder.url, options=folder.options)
     if load_adata is not None:
         return SourceRef(str(item), item, load_adata)
-    msg = f"an input is a path, a URL or a zarr.Group, not {type(item).__name__}; write it to a file first"
+    if _is_lazy(item):
+        own = item.copy() if item.is_view else item
+        return SourceRef(_label(own), own, _given)
+    msg = f"an input is a path, a URL, a zarr.Group or a lazy AnnData, not {type(item).__name__}; write it to a file"
     raise TypeError(msg)
+
+
+def _is_lazy(item: Any) -> bool:
+    """Whether it is an AnnData whose X dask will compute, so that workers can."""
+    return hasattr(item, "obs") and hasattr(getattr(item, "X", None), "dask")
+
+
+def _given(adata: ad.AnnData) -> ad.AnnData:
+    """What loads an input that is no file: nothing to do."""
+    return adata
+
+
+def _label(adata: ad.AnnData) -> str:
+    """A name of a lazy AnnData that tells it from others: the same for the same computation on the same obs."""
+    import pandas as pd
+    from dask.base import tokenize
+
+    obs = adata.obs if isinstance(adata.obs, pd.DataFrame) else adata.obs.to_memory()
+    hashed = pd.util.hash_pandas_object(obs).to_numpy().tobytes()
+    values = [adata.X.name, *(tokenize(v) for k, v in sorted(adata.layers.items()) if k is not None)]
+    digest = blake2b(repr(values).encode() + hashed, digest_size=4).hexdigest()
+    return f"AnnData({adata.n_obs} x {adata.n_vars}, {digest})"
 
 
 def resolve_seed(seed: int | None, rng: np.random.Generator | None) -> int:

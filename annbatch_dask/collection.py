@@ -58,7 +58,10 @@ from annbatch_dask.storage.publish import Folder, folder_of
 from annbatch_dask.storage.sources import SourceRef
 
 if TYPE_CHECKING:
+    import xarray as xr
     from distributed import Client
+
+    from annbatch_dask.lazy.view import View
 
 
 __all__ = ["DatasetCollection"]
@@ -291,6 +294,48 @@ class DatasetCollection:
             raise CollectionError(msg)
         return make_report(self.path, list(self), self.manifest, None if self._is_in_memory else self._target)
 
+    def to_lazy(self, *, load_annotation_index: bool = True) -> ad.AnnData:
+        """All datasets as one AnnData to look at: X, layers and raw are dask arrays, columns of obs are read when used.
+
+        Parameters
+        ----------
+        load_annotation_index
+            Read the obs names; False leaves them on disk. See :func:`annbatch_dask.concat_lazy`.
+
+        Returns
+        -------
+        AnnData of (n_obs, n_var), its rows in the order of the datasets; X has the dtype of the inputs.
+
+        Examples
+        --------
+        >>> view = collection.to_lazy()  # doctest: +SKIP
+        >>> view[view.obs["cell_type"] == "T"].to_memory()  # doctest: +SKIP
+        """
+        return self._view().to_anndata(load_annotation_index=load_annotation_index)
+
+    def obs_dataset(self) -> xr.Dataset:
+        """Obs of all datasets as a plain xarray dataset, to filter, group and plot.
+
+        Returns
+        -------
+        Dataset of the dimension ``obs``, (n_obs,) in the order of the datasets. Its variables, and the coordinate
+        ``obs_names``, are read when they are used; categorical ones keep all categories.
+
+        Examples
+        --------
+        >>> obs = collection.obs_dataset()  # doctest: +SKIP
+        >>> obs[["cell_type", "n_counts"]].groupby("cell_type").mean().to_dataframe()  # doctest: +SKIP
+        """
+        return self._view().obs_dataset()
+
+    def _view(self) -> View:
+        from annbatch_dask.lazy.view import View  # imports xarray, which takes a while
+
+        if self.is_empty:
+            msg = f"{self.path} holds no dataset to look at; build it with add_adatas"
+            raise CollectionError(msg)
+        return View.of(tuple(self._dataset_refs()), merge="first")  # they say the same of genes
+
     # --- splitting ---------------------------------------------------------------------------------------------
 
     def split(
@@ -435,7 +480,8 @@ class DatasetCollection:
         Parameters
         ----------
         adata_paths
-            Paths or URLs of ``.h5ad`` files and ``.zarr`` stores, or zarr and h5py groups in files.
+            Paths or URLs of ``.h5ad`` files and ``.zarr`` stores, zarr groups in files, or AnnData whose X is a dask
+            array, such as :func:`annbatch_dask.concat_lazy` returns: each task computes the blocks of its own rows.
         load_adata
             ``path -> AnnData`` instead of the default, which reads all elements from the file. What it
             returns may be in memory, backed or lazy; it is called on the workers, several times for an input.
@@ -543,7 +589,7 @@ class DatasetCollection:
             if plan.left_out:
                 warnings.warn(_words_of(plan.left_out, len(refs)), UserWarning, stacklevel=2)
             with room.start() as engine:
-                all_refs = (*self._dataset_refs(extension), *refs)
+                all_refs = (*([] if extension is None else self._dataset_refs()), *refs)
                 self._build(plan, all_refs, annotations, engine, callback, base, version)
         return self
 
@@ -588,10 +634,8 @@ class DatasetCollection:
             last = max(last, self.manifest.last_dataset)
         return Extension(mode, len(self), last + 1, union=genes == "union")
 
-    def _dataset_refs(self, extension: Extension | None) -> list[SourceRef]:
+    def _dataset_refs(self) -> list[SourceRef]:
         """The datasets as inputs of a build that extends them."""
-        if extension is None:
-            return []
         folder = self._target
         return [SourceRef(n, (folder / n).url, tagged=True, options=folder.options) for n in self._names()]
 
@@ -607,7 +651,7 @@ class DatasetCollection:
     ) -> tuple[Plan, ad.AnnData | None]:
         """Scan the inputs, and the datasets of a collection that is extended, and plan."""
         wanted = merge is not None or (extension is None and len(refs) == 1)
-        datasets = self._dataset_refs(extension)
+        datasets = [] if extension is None else self._dataset_refs()
         first = extension is not None and (merge is not None or not extension.union)
         tasks = [(ref, first and k == 0, False) for k, ref in enumerate(datasets)]
         tasks += [(ref, wanted, read_values) for ref in refs]

@@ -178,6 +178,12 @@ class View:
                 raw={"X": matrices["raw/X"], "var": self._raw_var()} if "raw/X" in matrices else None,
             )
 
+    def obs_dataset(self) -> xr.Dataset:
+        """See :meth:`annbatch_dask.DatasetCollection.obs_dataset`."""
+        rows = SourceRows.of(self.plan, self.refs)
+        variables = {c.name: rows.column(c, "obs") for c in self.columns if c.frame == OBS}
+        return xr.Dataset(variables, {"obs_names": rows.names("obs")})
+
     def _frames(self, label: str | None, *, load_annotation_index: bool) -> dict[str, Dataset2D]:
         """obs, and the frames of obsm, by name."""
         rows, index = SourceRows.of(self.plan, self.refs), self.plan.index_name or "_index"

@@ -119,9 +119,9 @@ def cut_blocks(
 ) -> tuple[Block, ...]:
     """Cut every source into row blocks of about ``block_nbytes``, at the steps at which its bytes are known.
 
-    A block holds at least one step; an empty source has none. A source with a CSC matrix is read whole for each
-    of its blocks, so it is cut into blocks of ``csc_nbytes``, as few as memory allows. The first ``skip`` sources have
-    none: their rows stay where they are.
+    A block holds at least one step; an empty source has none. A source that names its ``cuts`` is cut there alone.
+    A source with a CSC matrix is read whole for each of its blocks, so it is cut into blocks of ``csc_nbytes``, as few
+    as memory allows. The first ``skip`` sources have none: their rows stay where they are.
     """
     blocks: list[Block] = []
     first = 0
@@ -142,7 +142,8 @@ def cut_blocks(
 def _cumulative_nbytes(source: SourceSchema, *, obs_nbytes: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Rows at which a source may be cut, and the uncompressed bytes of matrices and obs before each."""
     step = max((m.row_step for m in source.matrices if len(m.nnz)), default=64)
-    edges = np.minimum(np.arange(-(-source.n_obs // step) + 1) * step, source.n_obs)
+    steps = np.minimum(np.arange(-(-source.n_obs // step) + 1) * step, source.n_obs)
+    edges = steps if source.cuts is None else source.cuts
     total = edges.astype(np.float64) * obs_nbytes
     for m in source.matrices:
         item = np.dtype(m.dtype).itemsize

@@ -155,6 +155,8 @@ class SourceSchema:
         Size and modification time (or the store's equivalent) at the time of the scan: a resume must see the same.
     tagged
         A dataset of a collection: its rows say in ``src_path`` where they came from.
+    cuts
+        (n_blocks + 1,) rows at which its row blocks may be cut, where not everywhere: those of a lazy array's blocks.
     raw_names
         (n_raw_vars,) gene names of ``raw``, object dtype; None where there is no ``raw``.
     """
@@ -170,6 +172,7 @@ class SourceSchema:
     tagged: bool = False
     unsupported: tuple[str, ...] = ()
     raw_names: np.ndarray | None = field(default=None, compare=False, repr=False)
+    cuts: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What a worker sends brings strings of its own."""

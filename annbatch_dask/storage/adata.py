@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import anndata as ad
@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import zarr
+from dask.local import get_sync
+from dask.optimization import cull
 from numpy.typing import NDArray
 
 from annbatch_dask.plan.schema import OBS, ColumnSchema, Genes, MatrixSchema, SourceSchema
@@ -40,9 +42,9 @@ class AnnDataSource:
         self._label, self._adata, self._identity = label, adata, identity
         obsm = {f"obsm/{k}": v for k, v in adata.obsm.items()}
         frames = {OBS: adata.obs} | {k: v for k, v in obsm.items() if hasattr(v, "columns")}
-        self._frames = {k: f if isinstance(f, pd.DataFrame) else f.to_memory() for k, f in frames.items()}
-        self._obs = self._frames[OBS]
+        self._frames = {k: _DataFrame(f) if isinstance(f, pd.DataFrame) else _LazyFrame(f) for k, f in frames.items()}
         self._columns = {(f, str(k)): k for f, frame in self._frames.items() for k in frame.columns}
+        self._blocks: dict[str, _Blocks] = {}
 
     def schema(self, *, metadata_only: bool = False) -> SourceSchema:
         """What it holds."""
@@ -55,7 +57,7 @@ class AnnDataSource:
             else:
                 matrices.append(replace(described, genes=genes))
         described_columns = [
-            replace(describe_series(name, self._frames[frame][k]), frame=frame)
+            replace(describe_series(name, self._frames[frame].rows(k, 0, adata.n_obs)), frame=frame)
             for (frame, name), k in self._columns.items()
         ]
         return SourceSchema(
@@ -64,11 +66,12 @@ class AnnDataSource:
             var_names=np.asarray(adata.var_names.astype(str), object),
             matrices=tuple(matrices),
             columns=tuple(described_columns),
-            index_name=None if self._obs.index.name is None else str(self._obs.index.name),
+            index_name=self._frames[OBS].index_name,
             left_out=tuple(f"{k}/{name}" for k in PAIRED for name in sorted(getattr(adata, k))),
             unsupported=tuple(unsupported),
             raw_names=None if adata.raw is None else np.asarray(adata.raw.var_names.astype(str), object),
             identity=self._identity,
+            cuts=_cuts(matrix for _, _, matrix in self._matrix_values()),
         )
 
     def _matrix_values(self) -> Iterator[tuple[str, Genes, Any]]:
@@ -94,17 +97,86 @@ class AnnDataSource:
         values = _unwrap(next(v for name, _, v in self._matrix_values() if name == matrix.source_name))
         if not isinstance(values, da.Array):
             return matrix_rows(values, matrix, start, stop)
-        block = values[start:stop].compute(scheduler="synchronous")  # within a task: its thread does the work
-        return matrix_rows(block, matrix, 0, stop - start)
+        if matrix.source_name not in self._blocks:
+            self._blocks[matrix.source_name] = _Blocks.of(values)
+        return matrix_rows(self._blocks[matrix.source_name].rows(start, stop), matrix, 0, stop - start)
 
     def column(self, column: ColumnSchema, start: int, stop: int) -> ColumnRows:
         """Rows [start, stop) of a column."""
         frame = self._frames[column.frame]
-        return series_rows(column, frame[self._columns[column.frame, column.name]].iloc[start:stop])
+        return series_rows(column, frame.rows(self._columns[column.frame, column.name], start, stop))
 
     def names(self, start: int, stop: int) -> NDArray[np.object_]:
         """Obs names of rows [start, stop)."""
-        return np.asarray(self._obs.index[start:stop].astype(str), object)
+        return np.asarray(self._frames[OBS].names(start, stop).astype(str), object)
+
+
+class _DataFrame:
+    """A frame in memory."""
+
+    def __init__(self, frame: pd.DataFrame) -> None:
+        self._frame, self.columns = frame, frame.columns
+        self.index_name = None if frame.index.name is None else str(frame.index.name)
+
+    def rows(self, name: Any, start: int, stop: int) -> pd.Series:
+        found: pd.Series = self._frame[name].iloc[start:stop]
+        return found
+
+    def names(self, start: int, stop: int) -> pd.Index:
+        return self._frame.index[start:stop]
+
+
+class _LazyFrame:
+    """One that anndata keeps in xarray: read column by column, and of that what is asked for."""
+
+    def __init__(self, frame: Any) -> None:
+        self._frame, self.columns = frame, sorted(frame.columns)
+        self.index_name = None if frame.true_index_dim in _NO_NAMES else str(frame.true_index_dim)
+
+    def rows(self, name: Any, start: int, stop: int) -> pd.Series:
+        found = self._frame.ds[[name]].isel({self._frame.index_dim: slice(start, stop)})
+        series: pd.Series = found.to_dataframe()[name]
+        return series.astype("string") if found[name].attrs.get("is_nullable_string") else series
+
+    def names(self, start: int, stop: int) -> pd.Index:
+        found: pd.Index = pd.Index(np.asarray(self._frame.true_xr_index[start:stop]))
+        return found
+
+
+_NO_NAMES = ("_index", "_anndata_concat_index", "_anndata_merge_index")
+"""What anndata calls an index that has no name."""
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Row blocks of a dask array, whose graph is optimised once and not for each range of rows."""
+
+    graph: dict[Any, Any]
+    keys: list[Any]
+    starts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, values: da.Array) -> _Blocks:
+        values = values.rechunk({1: -1})
+        keys = [(values.name, i, 0) for i in range(values.numblocks[0])]
+        graph = dict(values.__dask_optimize__(values.dask, keys))
+        return cls(graph, keys, np.concatenate([[0], np.cumsum(values.chunks[0])]).astype(np.int64))
+
+    def rows(self, start: int, stop: int) -> Any:
+        """Rows [start, stop), of the blocks they are in; this thread does the work."""
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        last = max(first + 1, int(np.searchsorted(self.starts, stop)))
+        wanted = self.keys[first:last]
+        found = get_sync(cull(self.graph, wanted)[0], wanted)
+        whole = sp.vstack(found, format="csr") if sp.issparse(found[0]) else np.concatenate(found)
+        low = int(self.starts[first])
+        return whole if whole.shape[0] == stop - start else whole[start - low : stop - low]
+
+
+def _cuts(matrices: Iterable[Any]) -> NDArray[np.int64] | None:
+    """Rows between which the blocks of the first lazy matrix lie, since a part of one costs as much as all of it."""
+    lazy = next((m for m in matrices if isinstance(m, da.Array)), None)
+    return None if lazy is None else np.unique(np.concatenate([[0], np.cumsum(lazy.chunks[0])])).astype(np.int64)
 
 
 def _unwrap(values: Any) -> Any:

@@ -122,7 +122,14 @@ def describe_series(name: str, series: pd.Series) -> ColumnSchema:
 def series_rows(column: ColumnSchema, series: pd.Series) -> ColumnRows:
     """All rows of a column in memory."""
     if column.kind == "categorical":
-        return ColumnRows(np.asarray(series.cat.codes))
+        assert column.categories is not None  # it is a categorical
+        known = describe_series(column.name, series).categories
+        assert known is not None
+        codes = np.asarray(series.cat.codes)
+        if known.values == column.categories.values:
+            return ColumnRows(codes)
+        united = column.categories.index().get_indexer(known.index())  # a lazy slice has lost those it does not use
+        return ColumnRows(np.append(united, -1)[codes])
     mask = series.isna().to_numpy(bool) if column.nullable else None
     if column.kind == "string":
         values = series.to_numpy(object, na_value="") if mask is not None else series.to_numpy(object)

@@ -141,7 +141,7 @@ def _is_hdf5(ref: SourceRef) -> bool:
     try:
         return folder.first_bytes(len(_HDF5)) == _HDF5
     except (FileNotFoundError, IsADirectoryError):
-        if not any(folder.version(name) for name in _ZARR_ROOTS):
+        if all(folder.version(name) is None for name in _ZARR_ROOTS):
             msg = f"{path} does not exist; check the URL, and whether the credentials may read it"
             raise SourceNotFoundError(msg) from None
         return False

@@ -36,13 +36,13 @@ def make(k, n_obs=40):
     return out
 
 
-def write(folder, kind):
+def write(folder, kind, n_obs=40):
     """The files, as h5ad with gzip or as zarr."""
     paths = [folder / f"part_{k}.{kind}" for k in range(3)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what anndata says of its next defaults
         for k, path in enumerate(paths):
-            made = make(k)
+            made = make(k, n_obs)
             made.write_h5ad(path, compression="gzip") if kind == "h5ad" else made.write_zarr(path)
     return paths
 
