@@ -588,7 +588,7 @@ class DatasetCollection:
             plan, annotations = self._plan(refs, options, merge, room, extension)
             if plan.left_out:
                 warnings.warn(_words_of(plan.left_out, len(refs)), UserWarning, stacklevel=2)
-            with room.start() as engine:
+            with room.start(max(len(plan.blocks), plan.n_datasets)) as engine:
                 all_refs = (*([] if extension is None else self._dataset_refs()), *refs)
                 self._build(plan, all_refs, annotations, engine, callback, base, version)
         return self

@@ -6,11 +6,16 @@ without a main guard, ``python -c``, standard input and notebooks all work. The 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import logging
+import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+import dask
 from distributed import Client, Scheduler, SpecCluster
 from distributed.deploy.subprocess import SubprocessWorker
 
@@ -54,6 +59,22 @@ def _add_dashboard(cluster: SpecCluster) -> None:
     cluster.sync(add)
 
 
+class _Workers(SubprocessWorker):
+    """Several workers, started by one command."""
+
+    def __init__(self, scheduler: str, name: int, n_workers: int, options: dict[str, Any]) -> None:
+        super().__init__(scheduler, name=str(name))
+        nanny = {"cls": "distributed.Nanny", "opts": options}
+        self.spec = {str(k): nanny for k in range(n_workers)}
+
+    async def _start(self) -> None:
+        command = [sys.executable, "-m", "annbatch_dask.etl.workers", self.scheduler, "--spec", json.dumps(self.spec)]
+        environ = dask.config.get("distributed.nanny.pre-spawn-environ")  # which must be set before numpy is imported
+        self.process = await asyncio.create_subprocess_exec(
+            *command, env=os.environ | {k: str(v) for k, v in environ.items()}
+        )
+
+
 @contextlib.contextmanager
 def local_client(*, n_workers: int, threads_per_worker: int, memory_limit: int) -> Iterator[Client]:
     """A client of a new local cluster; both are closed at the end.
@@ -81,12 +102,11 @@ def local_client(*, n_workers: int, threads_per_worker: int, memory_limit: int) 
         "preload": ["annbatch_dask.etl.preload"],
         "silence_logs": logging.WARNING,
     }
-    worker = {"cls": SubprocessWorker, "options": {"worker_class": "distributed.Nanny", "worker_kwargs": options}}
+    workers = {"cls": _Workers, "options": {"n_workers": n_workers, "options": options}}
     with (
         SpecCluster(
-            workers=dict.fromkeys(range(n_workers), worker),
+            workers={0: workers},
             scheduler=scheduler,
-            worker=worker,
             name="annbatch-dask",
             silence_logs=logging.WARNING,
         ) as cluster,

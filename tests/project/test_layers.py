@@ -35,7 +35,7 @@ ALLOWED = {
     "etl": {"errors", "events", "kernels", "manifest", "plan", "storage"},
     "report": {"etl", "html", "manifest", "mixing", "progress", "storage"},
 }
-MAY_IMPORT_DISTRIBUTED = {"collection.py", "etl/run.py", "etl/cluster.py"}
+MAY_IMPORT_DISTRIBUTED = {"collection.py", "etl/run.py", "etl/cluster.py", "etl/workers.py"}
 PURE_FORBIDS = {"anndata", "dask", "distributed", "fsspec", "h5py", "xarray", "zarr"}
 MAY_PRINT = {"cli.py"}
 
