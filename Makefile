@@ -1,6 +1,7 @@
 # make demo | test | lint | bench | venv      needs only python3 (3.11 or newer, with venv) and make
 # make demo FILES="a.h5ad b.h5ad"             the demo on your own files
 # make test TESTS=tests/cli                   some of the tests
+# make docs                                   the API reference and the notebooks as pages in site/
 # make chaos                                  what is too slow for make test: builds killed at every moment
 # make bench ANNBATCH_PYTHON=path/to/python   the figures of README.md, beside annbatch where that Python has it
 # make venv PYTHON=python3.12                 another interpreter (make clean first)
@@ -19,7 +20,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lint test chaos bench clean
+.PHONY: help venv demo lint docs test chaos bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -30,7 +31,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable . --group test
+	$(BIN)/python -m pip install --quiet --editable . --group test --group docs
 	@touch $@
 
 demo: $(STAMP)
@@ -39,6 +40,10 @@ demo: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory docs
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses logical --dist worksteal $(TESTS)
@@ -51,4 +56,4 @@ bench: $(STAMP)
 		--annbatch-python "$(ANNBATCH_PYTHON)" $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) demo_data .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo_data site .mypy_cache .pytest_cache .ruff_cache

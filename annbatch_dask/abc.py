@@ -67,6 +67,24 @@ class Sampler(ABC):
     Subclasses implement ``batch_size``, ``shuffle``, ``n_batches``, ``validate`` and ``_sample``; they need
     not call ``super().__init__()``. What ``_sample`` yields is shared out among the workers of a DataLoader
     afterwards: it must be the same in each of them.
+
+    Examples
+    --------
+    >>> class Backwards(abc.Sampler):
+    ...     batch_size, shuffle = 100, False
+    ...
+    ...     def n_batches(self, n_obs):
+    ...         return n_obs // 100
+    ...
+    ...     def validate(self, n_obs):
+    ...         pass
+    ...
+    ...     def _sample(self, n_obs):
+    ...         for stop in range(n_obs, 0, -100):
+    ...             yield {"requests": [slice(stop - 100, stop)]}
+    >>> loader = Loader(batch_sampler=Backwards(), return_index=True).use_collection(collection)
+    >>> [int(batch["index"][0]) for batch in loader]
+    [400, 300, 200, 100, 0]
     """
 
     # Class attributes, so that a subclass with an __init__ of its own still has them.

@@ -98,8 +98,9 @@ class DatasetCollection:
 
     Examples
     --------
-    >>> collection = DatasetCollection("atlas.zarr")  # doctest: +SKIP
-    >>> collection.add_adatas(["a.h5ad", "b.h5ad"], seed=0)  # doctest: +SKIP
+    >>> collection = DatasetCollection("atlas.zarr").add_adatas(["a.h5ad", "b.h5ad"], seed=0)
+    >>> collection.n_obs
+    500
     """
 
     def __init__(
@@ -287,7 +288,7 @@ class DatasetCollection:
 
         Examples
         --------
-        >>> collection.report().save("report.html")  # doctest: +SKIP
+        >>> collection.report().save("report.html")
         """
         if self._h5ad or self.is_empty:
             msg = f"{self.path} holds no zarr datasets to report on; build it with add_adatas"
@@ -368,8 +369,8 @@ class DatasetCollection:
 
         Examples
         --------
-        >>> splits = collection.split({"train": 0.8, "test": 0.2}, by="donor", seed=0)  # doctest: +SKIP
-        >>> loader = Loader(where=splits["train"], batch_size=512).use_collection(collection)  # doctest: +SKIP
+        >>> splits = collection.split({"train": 0.8, "test": 0.2}, by="donor", seed=0)
+        >>> loader = Loader(where=splits["train"], batch_size=512).use_collection(collection)
         """
         groups, strata = ([c] if isinstance(c, str) else list(c or ()) for c in (by, stratify))
         obs = self.obs(columns=[*groups, *strata]) if groups or strata else pd.DataFrame(index=range(self.n_obs))

@@ -1,6 +1,14 @@
 """The errors a user can meet: one small tree, each also the built-in a caller would expect.
 
 A message says what, where, the two numbers or values that clash, and the remedy.
+
+Examples
+--------
+>>> try:
+...     DatasetCollection("small.zarr").plan_adatas(["a.h5ad", "b.h5ad"], memory_limit="100MB")
+... except errors.MemoryBudgetError as error:
+...     print(isinstance(error, errors.AnnbatchDaskError), isinstance(error, MemoryError))
+True True
 """
 
 __all__ = [

@@ -2,6 +2,17 @@
 
 A listener subclasses :class:`Callback` and overrides what it wants to hear. All methods are called
 in the process that runs the build, never on a worker, and one at a time.
+
+Examples
+--------
+>>> class Stages(events.Callback):
+...     def on_stage_end(self, event):
+...         print(event.stage)
+>>> with dask.config.set(scheduler="threads"):
+...     built = DatasetCollection("listened.zarr").add_adatas(["a.h5ad"], seed=0, callbacks=[Stages()])
+scatter
+gather
+commit
 """
 
 from __future__ import annotations

@@ -43,6 +43,11 @@ def create_anndata_collection(
     ------
     FileExistsError
         If there is a collection already; ``DatasetCollection(path).add_adatas`` would extend it.
+
+    Examples
+    --------
+    >>> create_anndata_collection(["a.h5ad", "b.h5ad"], "created.zarr", seed=0).n_obs
+    500
     """
     collection = DatasetCollection(output_path)
     if not collection.is_empty:
@@ -83,6 +88,12 @@ def write_sharded(  # noqa: PLR0913 - annbatch's arguments
     ------
     ValueError
         If a matrix has no rows.
+
+    Examples
+    --------
+    >>> write_sharded(zarr.open_group("one.zarr", mode="w", use_consolidated=False), ad.read_h5ad("a.h5ad"))
+    >>> ad.io.read_zarr("one.zarr").n_obs
+    300
     """
     codecs = tuple(compressors)
 

@@ -22,7 +22,11 @@ class NormalizeLog1p:
 
     Examples
     --------
-    >>> Loader(batch_size=4096, dense=True, transform=NormalizeLog1p(1e4))  # doctest: +SKIP
+    >>> from annbatch_dask.transforms import NormalizeLog1p
+    >>> loader = Loader(batch_size=64, chunk_size=16, preload_nchunks=8, dense=True, transform=NormalizeLog1p(1e4))
+    >>> batch = next(iter(loader.use_collection(collection)))
+    >>> np.allclose(np.expm1(batch["X"]).sum(1), 1e4, rtol=1e-4)
+    True
     """
 
     target_sum: float = 1e4

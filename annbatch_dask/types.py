@@ -1,4 +1,11 @@
-"""The dictionaries that pass between samplers, the loader and its user."""
+"""The dictionaries that pass between samplers, the loader and its user.
+
+Examples
+--------
+>>> request = types.LoadRequest(requests=[slice(0, 4), slice(8, 12)], splits=[np.array([0, 5]), np.array([7, 2])])
+>>> sorted(request)
+['requests', 'splits']
+"""
 
 from __future__ import annotations
 

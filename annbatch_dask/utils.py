@@ -26,6 +26,12 @@ class CSRContainer:
         ``data``, ``indices`` and ``indptr``.
     shape, dtype
         Of the matrix.
+
+    Examples
+    --------
+    >>> x = sp.random(4, 3, format="csr")
+    >>> utils.CSRContainer((x.data, x.indices, x.indptr), x.shape, x.dtype).shape
+    (4, 3)
     """
 
     elems: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
@@ -34,12 +40,23 @@ class CSRContainer:
 
 
 def split_given_size(a: NDArray[Any], size: int, *, copy: bool = False) -> list[NDArray[Any]]:
-    """An array in pieces of ``size``, the last one maybe shorter; views, unless ``copy``."""
+    """An array in pieces of ``size``, the last one maybe shorter; views, unless ``copy``.
+
+    Examples
+    --------
+    >>> [len(piece) for piece in utils.split_given_size(np.arange(10), 4)]
+    [4, 4, 2]
+    """
     return [piece.copy() if copy else piece for piece in cut(a, size)]
 
 
 def check_lt_1(vals: Sequence[float], obs: Sequence[str]) -> None:
-    """ValueError with the label, from ``obs``, of the first value less than 1."""
+    """ValueError with the label, from ``obs``, of the first value less than 1.
+
+    Examples
+    --------
+    >>> utils.check_lt_1([8, 1], ["chunk size", "preload"])
+    """
     for value, label in zip(vals, obs, strict=True):
         if value < 1:
             msg = f"{label} must be greater than 1, got {value}"
@@ -57,5 +74,10 @@ def convert(input: Any, preload_to_gpu: bool, to: Framework) -> Any:  # noqa: A0
         Whether a torch tensor goes to the current CUDA device.
     to
         ``"torch"`` or ``"jax"``.
+
+    Examples
+    --------
+    >>> utils.convert(np.eye(2), preload_to_gpu=False, to="torch").shape
+    torch.Size([2, 2])
     """
     return deliver_as(input, to, on_gpu=preload_to_gpu)

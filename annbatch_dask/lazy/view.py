@@ -94,9 +94,10 @@ def concat_lazy(
 
     Examples
     --------
-    >>> view = concat_lazy(["a.h5ad", "https://host/b.h5ad"])  # doctest: +SKIP
-    >>> t_cells = view[view.obs["cell_type"] == "T"]  # doctest: +SKIP
-    >>> t_cells.X.sum(0).compute(), t_cells[:1000].to_memory()  # doctest: +SKIP
+    >>> view = concat_lazy(["a.h5ad", "b.h5ad"])
+    >>> t_cells = view[view.obs["cell_type"] == "T"]
+    >>> t_cells[:100].to_memory().n_obs
+    100
     """
     refs = references(paths, None, storage_options, counts)
     return View.of(refs, join=join, merge=merge).to_anndata(label=label, load_annotation_index=load_annotation_index)
@@ -115,7 +116,8 @@ def read_lazy(
 
     Examples
     --------
-    >>> read_lazy("https://host/atlas.h5ad").obs["cell_type"].to_series().value_counts()  # doctest: +SKIP
+    >>> int(read_lazy("a.h5ad").obs["cell_type"].to_series().value_counts().sum())
+    300
     """
     return concat_lazy(
         [path], counts=counts, load_annotation_index=load_annotation_index, storage_options=storage_options

@@ -134,9 +134,11 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
 
     Examples
     --------
-    >>> loader = Loader(batch_size=4096, shuffle=True).use_collection(collection)  # doctest: +SKIP
-    >>> for batch in loader:  # doctest: +SKIP
-    ...     train(batch["X"], batch["obs"]["cell_type"])
+    >>> loader = Loader(batch_size=64, chunk_size=16, preload_nchunks=8, shuffle=True)
+    >>> for batch in loader.use_collection(collection):
+    ...     X, labels = batch["X"], batch["obs"]["cell_type"]
+    >>> X.shape[0] == len(labels)
+    True
     """
 
     def __init__(  # noqa: PLR0913 - annbatch's interface

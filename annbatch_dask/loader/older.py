@@ -32,6 +32,12 @@ class ZarrSparseDataset(Loader):
         The Loader's, with the defaults of then.
     to_torch
         Whether ``X`` is a torch tensor; by default where torch is installed.
+
+    Examples
+    --------
+    >>> dataset = ZarrSparseDataset(batch_size=64, chunk_size=16, preload_nchunks=8)
+    >>> dataset.use_collection(collection).n_obs
+    500
     """
 
     def __init__(  # noqa: PLR0913 - annbatch's interface

@@ -17,6 +17,11 @@ def load_all_aligned(group: zarr.Group) -> ad.AnnData:
 
     Entries of ``layers`` and ``obsm`` that are neither dense arrays nor CSR matrices are left out; TypeError where
     ``X`` is neither.
+
+    Examples
+    --------
+    >>> utils.load_all_aligned(next(iter(collection))).obs.columns.tolist()
+    ['cell_type', 'n_counts', 'passed', 'donor', 'src_path']
     """
     return load_dataset(group, None)
 

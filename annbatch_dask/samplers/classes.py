@@ -86,6 +86,14 @@ class ClassSampler(RunSampler):
         Leave out the last batch if it is not full.
     rng
         Where the seed is drawn from, once; by default a fresh one.
+
+    Examples
+    --------
+    >>> classes = collection.obs(["cell_type"])["cell_type"].array
+    >>> sampler = samplers.ClassSampler(1, 64, 16, classes=classes, num_samples=256)
+    >>> batch = next(iter(Loader(batch_sampler=sampler).use_collection(collection)))
+    >>> batch["obs"]["cell_type"].nunique()
+    1
     """
 
     def __init__(  # noqa: PLR0913 - annbatch's interface
@@ -219,6 +227,15 @@ class WeightedClassSampler(ClassSampler):
     """Batches of mixed classes: one is drawn by its weight for every chunk, and all rows of a window are mixed.
 
     Parameters are those of :class:`ClassSampler`.
+
+    Examples
+    --------
+    >>> classes = collection.obs(["cell_type"])["cell_type"].array
+    >>> weights = np.array([3, 1, 0, 0])
+    >>> sampler = samplers.WeightedClassSampler(1, 256, 256, classes=classes, num_samples=256, class_weights=weights)
+    >>> batch = next(iter(Loader(batch_sampler=sampler).use_collection(collection)))
+    >>> batch["obs"]["cell_type"].nunique()
+    2
     """
 
     @property

@@ -49,6 +49,13 @@ class DistributedSampler(Sampler):
         With ``global_batches``, where ``world_size`` does not divide the batch size.
     RuntimeError
         If torch or JAX is asked and is not initialised.
+
+    Examples
+    --------
+    >>> sampler = samplers.RandomSampler(16, 8, 64, rng=np.random.default_rng(0))
+    >>> first, second = (samplers.DistributedSampler(sampler, dist_info=lambda k=k: (k, 2)) for k in range(2))
+    >>> first.n_batches(500), second.n_batches(500)
+    (3, 3)
     """
 
     def __init__(

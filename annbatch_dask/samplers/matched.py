@@ -54,6 +54,14 @@ class MatchedControlSampler(RunSampler):
     ------
     SelectionError
         If a perturbed cell's group has no control.
+
+    Examples
+    --------
+    >>> obs = collection.obs(["cell_type", "donor"])
+    >>> sampler = samplers.MatchedControlSampler(16, 8, 64, is_control=obs["cell_type"] == "T", match=obs["donor"])
+    >>> batch = next(iter(Loader(batch_sampler=sampler).use_collection(collection)))
+    >>> int((batch["obs"]["cell_type"] == "T").sum())
+    32
     """
 
     def __init__(  # noqa: PLR0913

@@ -38,6 +38,12 @@ class RandomSampler(RunSampler):
         Range of rows to draw from; by default all.
     rng
         Where the seed is drawn from, once; by default a fresh one.
+
+    Examples
+    --------
+    >>> sampler = samplers.RandomSampler(16, 8, 64, rng=np.random.default_rng(0))
+    >>> len(list(Loader(batch_sampler=sampler).use_collection(collection)))
+    8
     """
 
     def __init__(  # noqa: PLR0913 - annbatch's interface
@@ -114,6 +120,13 @@ class SequentialSampler(RunSampler):
         Leave out the last batch if it is not full.
     mask
         Range of rows; by default all.
+
+    Examples
+    --------
+    >>> sampler = samplers.SequentialSampler(16, 8, 64, mask=slice(0, 128))
+    >>> loader = Loader(batch_sampler=sampler, return_index=True).use_collection(collection)
+    >>> [batch["index"][0].item() for batch in loader]
+    [0, 64]
     """
 
     def __init__(

@@ -36,6 +36,12 @@ class MultiIndexable:
         If there are no members, some with and some without names, or one without length.
     ValueError
         If lengths differ, or the number of names does, or a name comes twice.
+
+    Examples
+    --------
+    >>> pairs = scdataset.MultiIndexable(rna=np.arange(10), protein=np.arange(10) * 100)
+    >>> pairs[[1, 3]]["protein"].tolist()
+    [100, 300]
     """
 
     def __init__(

@@ -78,6 +78,14 @@ class scDataset(Resumable, _Base):  # noqa: N801 - scDataset's name
         If a size is below 1, or the rank is none of ``world_size``.
     RuntimeError
         If there are several ranks, no seed, and no process group to agree on one.
+
+    Examples
+    --------
+    >>> from annbatch_dask.scdataset import BlockShuffling, scDataset
+    >>> data = np.arange(100)
+    >>> batches = scDataset(data, BlockShuffling(block_size=4), batch_size=10, seed=0)
+    >>> sorted(np.concatenate(list(batches)).tolist()) == list(range(100))
+    True
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - scDataset's interface

@@ -41,6 +41,14 @@ class SamplingStrategy:
     ----------
     indices
         The rows to draw from, in any order, repeats allowed, or a mask; by default all.
+
+    Examples
+    --------
+    >>> class EveryOther(scdataset.SamplingStrategy):
+    ...     def get_indices(self, data_collection, seed=None, rng=None):
+    ...         return np.arange(0, len(data_collection), 2)
+    >>> next(iter(scdataset.scDataset(np.arange(100), EveryOther(), batch_size=4, seed=0))).tolist()
+    [0, 2, 4, 6]
     """
 
     _shuffle_before_yield: bool | None = None
@@ -123,6 +131,12 @@ class Streaming(SamplingStrategy):
         The rows to draw from; by default all.
     shuffle
         Mix the rows of each fetch.
+
+    Examples
+    --------
+    >>> batches = scdataset.scDataset(np.arange(100), scdataset.Streaming(indices=[3, 1, 2]), batch_size=2, seed=0)
+    >>> [batch.tolist() for batch in batches]
+    [[1, 2], [3]]
     """
 
     def __init__(self, indices: ArrayLike | None = None, shuffle: bool = False) -> None:  # noqa: FBT001, FBT002 - scDataset's interface
@@ -151,6 +165,12 @@ class BlockShuffling(SamplingStrategy):
         The rows to draw from; by default all.
     drop_last
         Leave out as many rows as the last block would be short of; in each epoch others.
+
+    Examples
+    --------
+    >>> batches = scdataset.scDataset(np.arange(100), scdataset.BlockShuffling(block_size=4), batch_size=10, seed=0)
+    >>> len(list(batches))
+    10
     """
 
     _shuffle_before_yield = True
@@ -194,6 +214,14 @@ class BlockWeightedSampling(SamplingStrategy):
         or two. Without, an epoch is made of rounds.
     sampling_size
         Rows of a round, in which none comes twice. Needed without replacement.
+
+    Examples
+    --------
+    >>> weights = np.repeat([1, 0], 50)
+    >>> strategy = scdataset.BlockWeightedSampling(block_size=4, weights=weights, total_size=40)
+    >>> batches = scdataset.scDataset(np.arange(100), strategy, batch_size=10, seed=0)
+    >>> len(list(batches))
+    4
     """
 
     _shuffle_before_yield = True
@@ -289,6 +317,14 @@ class ClassBalancedSampling(BlockWeightedSampling):
     labels
         The class of every row of the collection, which then weighs by the whole collection's frequencies, or of
         ``indices`` in their order, which balances the subset.
+
+    Examples
+    --------
+    >>> labels = np.repeat(["rare", "common"], [10, 90])
+    >>> strategy = scdataset.ClassBalancedSampling(labels, block_size=1, total_size=1000)
+    >>> rows = np.concatenate(list(scdataset.scDataset(np.arange(100), strategy, batch_size=100, seed=0)))
+    >>> bool(400 < (rows < 10).sum() < 600)
+    True
     """
 
     def __init__(  # noqa: PLR0913 - scDataset's interface
@@ -328,6 +364,12 @@ class StrategySampler(SeededSampler):
         Leave out the last batch if it is not full.
     rng
         Where the seed is drawn from, once; by default a fresh one.
+
+    Examples
+    --------
+    >>> sampler = scdataset.StrategySampler(scdataset.BlockShuffling(16), batch_size=64)
+    >>> len(list(Loader(batch_sampler=sampler).use_collection(collection)))
+    8
     """
 
     def __init__(

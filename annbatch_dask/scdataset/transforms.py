@@ -22,6 +22,11 @@ def adata_to_mindex(batch: Any, columns: Sequence[str] | None = None) -> MultiIn
         In memory or backed.
     columns
         Of ``obs``; they come out as arrays.
+
+    Examples
+    --------
+    >>> scdataset.adata_to_mindex(ad.read_h5ad("a.h5ad")[:3], columns=["cell_type"])["cell_type"].tolist()
+    ['B', 'B', 'B']
     """
     # Not AnnCollection's to_adata(), which anndata 0.13 broke.
     read = batch.to_memory() if getattr(batch, "isbacked", False) else batch
@@ -45,6 +50,12 @@ def hf_tahoe_to_tensor(batch: Any, num_genes: int = 62713) -> Any:
     ------
     ValueError
         If the batch is empty or of another kind.
+
+    Examples
+    --------
+    >>> batch = {"genes": [[1, 4, 7]], "expressions": [[-2.0, 3.0, 5.0]]}
+    >>> scdataset.hf_tahoe_to_tensor(batch, num_genes=8).tolist()
+    [[0.0, -2.0, 0.0, 0.0, 3.0, 0.0, 0.0, 5.0]]
     """
     import torch
 
@@ -73,6 +84,12 @@ def bionemo_to_tensor(data_collection: Any, idx: Any) -> Any:
         A ``bionemo.scdl`` dataset.
     idx
         An integer, slice, list, array or tensor; TypeError otherwise.
+
+    Examples
+    --------
+    >>> dataset = SingleCellMemMapDataset("memmap/")  # doctest: +SKIP
+    >>> take = scdataset.bionemo_to_tensor
+    >>> batches = scdataset.scDataset(dataset, scdataset.Streaming(), 64, fetch_callback=take)  # doctest: +SKIP
     """
     import torch
 

@@ -42,6 +42,11 @@ def estimate_sample_size(  # noqa: PLR0913, PLR0917 - scDataset's interface
         Rows to look at, from the first one on.
     fetch_callback, fetch_transform, batch_callback, batch_transform
         As for :class:`annbatch_dask.scdataset.scDataset`.
+
+    Examples
+    --------
+    >>> scdataset.estimate_sample_size(np.zeros((1000, 50), np.float32)) >= 200
+    True
     """
     n = min(n_samples, count_rows(data_collection))
     sizes = []
@@ -85,6 +90,12 @@ def suggest_parameters(  # noqa: PLR0913, PLR0917 - scDataset's interface
     -------
     ``num_workers``, ``fetch_factor``, ``prefetch_factor``, ``block_size_conservative``, ``block_size_balanced``,
     ``block_size_aggressive``, ``estimated_memory_per_fetch_mb``, ``estimated_total_memory_mb`` and ``system_info``.
+
+    Examples
+    --------
+    >>> found = scdataset.suggest_parameters(np.zeros((1000, 50), np.float32), batch_size=64, verbose=False)
+    >>> found["num_workers"] >= 1
+    True
     """
     hooks = (fetch_callback, fetch_transform, batch_callback, batch_transform)
     row_nbytes = max(estimate_sample_size(data_collection, 16, *hooks), 1)
