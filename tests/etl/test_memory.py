@@ -78,7 +78,7 @@ def test_a_task_stays_within_the_figure_of_the_plan(tmp_path, monkeypatch, shape
         ad.AnnData(X=X, obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(X.shape[1])])).write_h5ad(paths[-1])
     engine = FreshProcesses("synchronous", Budget(RESERVED_NBYTES + 300 * MIB))
     room = run.EngineRoom(
-        run.LocalEngine("threads", engine.budget), engine.budget, lambda: contextlib.nullcontext(engine)
+        run.LocalEngine("threads", engine.budget), engine.budget, lambda _: contextlib.nullcontext(engine)
     )
     monkeypatch.setattr("annbatch_dask.collection.choose_engine", lambda *_: room)
     collection = DatasetCollection(tmp_path / "o.zarr")
