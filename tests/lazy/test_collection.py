@@ -13,6 +13,7 @@ from annbatch_dask import DatasetCollection, concat_lazy
 from annbatch_dask.errors import CollectionError
 from annbatch_dask.lazy import blocks, view
 from tests.lazy.files import assert_same_frame, dense, read, write
+from tests.s3.tools import At, CrashError, crash
 
 pytestmark = pytest.mark.filterwarnings("ignore:left out")
 
@@ -111,6 +112,11 @@ def test_a_view_is_known_again_and_holds_no_secret_on_disk(paths, tmp_path):
     urls = [f"file://{p}" for p in paths]
     lazy = concat_lazy(urls, storage_options={"auto_mkdir": False, "s3cr3t-key": "s3cr3t"})
     with dask.config.set(scheduler="synchronous"):
+        with pytest.raises(CrashError):
+            DatasetCollection(tmp_path / "c.zarr").add_adatas([lazy[:100]], seed=0, callbacks=[At("gather", crash)])
+        left = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+        assert "job.pkl" in {p.name for p in left}
+        assert not [p for p, content in left.items() if b"s3cr3t" in content]
         collection = DatasetCollection(tmp_path / "c.zarr").add_adatas([lazy[:100]], seed=0)
         again = concat_lazy(urls, storage_options={"auto_mkdir": False, "s3cr3t-key": "s3cr3t"})
         assert collection.add_adatas([again[:100]], seed=0).n_obs == 100
