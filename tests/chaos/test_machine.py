@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import dask
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -126,4 +127,5 @@ class Builds(RuleBasedStateMachine):
 
 
 TestBuilds = Builds.TestCase
-TestBuilds.settings = settings(max_examples=4, stateful_step_count=8, deadline=None)
+TestBuilds.settings = settings(max_examples=3, stateful_step_count=7, deadline=None)
+TestBuilds.pytestmark = pytest.mark.timeout(900)  # what failed is made smaller first, run by run
