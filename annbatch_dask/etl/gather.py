@@ -439,7 +439,8 @@ def _write_frames(group: zarr.Group, obs: _ObsColumns, job: Job) -> None:
         with warnings.catch_warnings():  # scanpy's structured arrays in uns; anndata writes and reads them alike
             warnings.filterwarnings("ignore", ".* does not have a Zarr V3 specification")
             for name, value in elements.items():
-                ad.io.write_elem(group, name, value)
+                parent, _, key = name.rpartition("/")
+                ad.io.write_elem(group[parent] if parent else group, key, value)
 
 
 def _annotations(job: Job) -> dict[str, Any]:
