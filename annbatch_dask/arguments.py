@@ -107,7 +107,7 @@ def _label(adata: ad.AnnData) -> str:
 
     obs = adata.obs if isinstance(adata.obs, pd.DataFrame) else adata.obs.to_memory()
     hashed = pd.util.hash_pandas_object(obs).to_numpy().tobytes()
-    values = [adata.X.name, *(tokenize(v) for k, v in sorted(adata.layers.items()) if k is not None)]
+    values = [adata.X.name, *(tokenize(adata.layers[k]) for k in sorted(k for k in adata.layers if k is not None))]
     digest = blake2b(repr(values).encode() + hashed, digest_size=4).hexdigest()
     return f"AnnData({adata.n_obs} x {adata.n_vars}, {digest})"
 
