@@ -51,6 +51,7 @@ from annbatch_dask.plan.genes import check_unique
 from annbatch_dask.progress import default_callbacks
 from annbatch_dask.report import Report, make_report
 from annbatch_dask.splits import Splits, make_splits
+from annbatch_dask.storage.groups import n_rows
 from annbatch_dask.storage.lock import Lease, check_unchanged, claim_numbers, exclusive, is_claim
 from annbatch_dask.storage.matrices import describe_matrix
 from annbatch_dask.storage.metadata import METADATA
@@ -201,7 +202,7 @@ class DatasetCollection:
         """Cells in all datasets."""
         if (manifest := self.manifest) is not None:
             return manifest.n_obs
-        return sum(_n_rows(group["obs"]) for group in self)
+        return sum(n_rows(group["obs"]) for group in self)
 
     @property
     def var(self) -> pd.DataFrame:
@@ -817,7 +818,7 @@ class DatasetCollection:
         """A manifest for a collection that annbatch wrote: what its metadata say, no fingerprints."""
         first = next(iter(self))
         records = tuple(
-            DatasetRecord(name, _n_rows(group["obs"]), _nnz(group["X"]))
+            DatasetRecord(name, n_rows(group["obs"]), _nnz(group["X"]))
             for name, group in zip(self._names(), self, strict=True)
         )
         stored = describe_matrix("X", first["X"])
@@ -903,12 +904,6 @@ def _annotated(annotations: ad.AnnData | None) -> frozenset[str]:
 
 def _nnz(x: Any) -> int:
     return int(x["data"].shape[0]) if hasattr(x, "keys") else 0
-
-
-def _n_rows(obs: Any) -> int:
-    index = obs[str(obs.attrs["_index"])]
-    values: Any = index["values"] if isinstance(index, zarr.Group) else index
-    return int(values.shape[0])
 
 
 def _read_obs(elem: Any, columns: Sequence[str] | None) -> pd.DataFrame:

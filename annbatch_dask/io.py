@@ -12,16 +12,13 @@ import zarr
 from humanfriendly import parse_size
 
 from annbatch_dask.collection import DatasetCollection
+from annbatch_dask.manifest import ANNBATCH_ENCODING as V1_ENCODING
+from annbatch_dask.manifest import DATASET_PREFIX
 
 if TYPE_CHECKING:
     import os
 
 __all__ = ["DATASET_PREFIX", "V1_ENCODING", "DatasetCollection", "create_anndata_collection", "write_sharded"]
-
-V1_ENCODING = {"encoding-type": "annbatch-preshuffled", "encoding-version": "0.1.0"}
-"""Attributes of a zarr group that is a collection."""
-DATASET_PREFIX = "dataset"
-"""What the names of a collection's datasets begin with."""
 
 _COMPRESSORS = (zarr.codecs.BloscCodec(cname="lz4", clevel=3, shuffle="shuffle"),)
 _ROW_ALIGNED = {"layers", "obsm", "obsp"}

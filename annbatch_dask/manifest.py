@@ -29,6 +29,7 @@ ANNBATCH_ENCODING = {"encoding-type": "annbatch-preshuffled", "encoding-version"
 """The attributes by which annbatch knows a collection."""
 MANIFEST_KEY = "annbatch_dask"
 DATASET_PREFIX = "dataset"
+"""What the names of a collection's datasets begin with."""
 DATASET_NAME = re.compile(rf"{DATASET_PREFIX}_(\d+)")
 FORMAT_VERSION = 1
 

@@ -22,6 +22,7 @@ from annbatch_dask.html import OverlapRow, overlap_rows, render
 from annbatch_dask.manifest import BuildRecord, Manifest, SourceRecord
 from annbatch_dask.mixing import Mixing, measure_mixing
 from annbatch_dask.progress import format_bytes
+from annbatch_dask.storage.groups import n_rows
 from annbatch_dask.storage.metadata import METADATA
 from annbatch_dask.storage.publish import Folder
 
@@ -204,7 +205,7 @@ def make_report(path: str, groups: Sequence[zarr.Group], manifest: Manifest | No
     target
         Its folder, beside which the logs of its builds are; None in memory.
     """
-    n_obs = sum(_n_rows(group["obs"]) for group in groups)
+    n_obs = sum(n_rows(group["obs"]) for group in groups)
     mixing_rows = min(_MIXING_ROWS, max(n_obs // 20, 2))
     categories, mixing = [], []
     for column in _categorical_columns(groups):
@@ -217,7 +218,7 @@ def make_report(path: str, groups: Sequence[zarr.Group], manifest: Manifest | No
     return Report(
         path=path,
         n_obs=n_obs,
-        n_vars=_n_rows(groups[0]["var"]),
+        n_vars=n_rows(groups[0]["var"]),
         n_datasets=len(groups),
         sources=() if manifest is None else manifest.sources,
         builds=tuple((b, None if target is None else read_log(target, b.plan)) for b in builds),
@@ -227,12 +228,6 @@ def make_report(path: str, groups: Sequence[zarr.Group], manifest: Manifest | No
         mixing=tuple(mixing),
         mixing_rows=mixing_rows,
     )
-
-
-def _n_rows(frame: Any) -> int:
-    index: Any = frame[frame.attrs["_index"]]
-    values: Any = index["values"] if isinstance(index, zarr.Group) else index
-    return int(values.shape[0])
 
 
 def _categorical_columns(groups: Sequence[zarr.Group]) -> list[str]:

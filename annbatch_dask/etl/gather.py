@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.etl.job import Job, JobFile, load_job
 from annbatch_dask.etl.rows import all_columns, decode_strings, head, row_hashes, sum_hashes
+from annbatch_dask.etl.scan import raw_var
 from annbatch_dask.etl.scatter import GROUP, PLACE, Flats, Heads, scatter_again
 from annbatch_dask.kernels.rows import bounds_of, copy_runs
 from annbatch_dask.manifest import DATASET_PREFIX, MANIFEST_KEY
@@ -451,9 +452,7 @@ def _annotations(job: Job) -> dict[str, Any]:
         ordered = found[:, plan.var.index]
         out = {k: dict(getattr(ordered, k)) for k in ("varm", "varp", "uns") if len(getattr(ordered, k))}
     if "raw" in plan.genes:
-        genes = plan.genes["raw"].genes
-        raw = None if found is None else found.raw
-        out["raw/var"] = pd.DataFrame(index=genes) if raw is None else raw.var.loc[genes]
+        out["raw/var"] = raw_var(plan.genes["raw"].genes, found)
         out["raw/varm"] = {}
     return out
 

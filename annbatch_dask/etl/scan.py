@@ -8,6 +8,7 @@ from typing import Any
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.kernels.values import range_of
@@ -107,3 +108,9 @@ def merge_annotations(found: Sequence[ad.AnnData], merge: str | None) -> ad.AnnD
         raw.X = np.zeros(raw.shape, np.float32)
         out.raw = raw
     return out
+
+
+def raw_var(genes: Sequence[str] | NDArray[Any], annotations: ad.AnnData | None) -> pd.DataFrame:
+    """What is said of ``raw``'s genes, in their order; no columns where nothing is."""
+    raw = None if annotations is None else annotations.raw
+    return pd.DataFrame(index=genes) if raw is None else raw.var.loc[genes]

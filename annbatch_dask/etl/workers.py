@@ -14,14 +14,14 @@ _PRELOAD = ["annbatch_dask.etl.preload", "anndata", "distributed.nanny"]
 
 def main() -> None:
     """Run the workers until they are told to stop."""
-    if sys.platform == "linux":
+    method = "forkserver" if sys.platform == "linux" else "spawn"
+    if method == "forkserver":
         multiprocessing.forkserver.set_forkserver_preload(_PRELOAD)
         multiprocessing.forkserver.ensure_running()
 
     import dask
     from distributed.cli.dask_spec import main as run_spec
 
-    method = "forkserver" if sys.platform == "linux" else "spawn"
     with dask.config.set({"distributed.worker.multiprocessing-method": method}):
         run_spec()
 

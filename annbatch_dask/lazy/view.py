@@ -17,7 +17,7 @@ from dask.base import compute
 from dask.delayed import delayed
 
 from annbatch_dask.arguments import references
-from annbatch_dask.etl.scan import merge_annotations, scan
+from annbatch_dask.etl.scan import merge_annotations, raw_var, scan
 from annbatch_dask.lazy.blocks import lazy_matrix
 from annbatch_dask.lazy.columns import SourceRows
 from annbatch_dask.plan.build import Options, Plan, build_plan
@@ -79,7 +79,7 @@ def concat_lazy(
         Read the obs names, as in :func:`anndata.experimental.read_lazy`. False leaves them in the files, and numbers
         stand in their place until the view is in memory: opening takes a moment, whatever the number of rows.
     storage_options
-        fsspec's, for URLs: credentials, endpoint, cache.
+        fsspec's, for URLs: credentials, endpoint.
 
     Returns
     -------
@@ -177,7 +177,7 @@ class View:
                 varm=None if found is None else dict(found.varm),
                 varp=None if found is None else dict(found.varp),
                 uns=None if found is None else dict(found.uns),
-                raw={"X": matrices["raw/X"], "var": self._raw_var()} if "raw/X" in matrices else None,
+                raw=self._raw(matrices["raw/X"]) if "raw/X" in matrices else None,
             )
 
     def obs_dataset(self) -> xr.Dataset:
@@ -209,10 +209,8 @@ class View:
         found = unite_columns(self.plan.sources)
         return found if self.join == "outer" else tuple(c for c in found if all(c.present))
 
-    def _raw_var(self) -> pd.DataFrame:
-        genes = self.plan.genes["raw"].genes
-        raw = None if self.annotations is None else self.annotations.raw
-        return pd.DataFrame(index=genes) if raw is None else raw.var.loc[genes]
+    def _raw(self, x: Any) -> dict[str, Any]:
+        return {"X": x, "var": raw_var(self.plan.genes["raw"].genes, self.annotations)}
 
 
 def _dataset_2d(dataset: xr.Dataset, index: str) -> Dataset2D:

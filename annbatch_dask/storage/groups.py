@@ -17,7 +17,7 @@ from annbatch_dask.storage.matrices import CsrRows, are_whole, check_rows, descr
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["GENE_WISE", "PAIRED", "GroupSource", "is_current", "no_cells"]
+__all__ = ["GENE_WISE", "PAIRED", "GroupSource", "is_current", "n_rows", "no_cells"]
 
 PAIRED = ("varm", "obsp", "varp", "uns")
 """Mappings that are not row-aligned, or with both axes."""
@@ -30,8 +30,10 @@ def is_current(group: Any) -> bool:
     return all(not hasattr(f, "dtype") and "_index" in f.attrs for f in (group["obs"], group["var"]))
 
 
-def _length(elem: Any) -> int:
-    return int(elem["values"].shape[0] if hasattr(elem, "keys") else elem.shape[0])
+def n_rows(frame: Any) -> int:
+    """Rows of a stored frame."""
+    index = frame[str(frame.attrs["_index"])]
+    return int((index["values"] if hasattr(index, "keys") else index).shape[0])
 
 
 def no_cells(
@@ -56,8 +58,7 @@ class GroupSource:
     def schema(self, *, metadata_only: bool = False) -> SourceSchema:
         """What it holds. With ``metadata_only`` no value of a matrix is read, so stored values a row are guessed."""
         obs = self._group["obs"]
-        index = str(obs.attrs["_index"])
-        n_obs = int(_length(obs[index]))
+        index, n_obs = str(obs.attrs["_index"]), n_rows(obs)
         columns, matrices, unsupported = self._columns(OBS), [], [f"{OBS}/{c}" for c in self._unsupported_columns(OBS)]
         for name, genes, elem in self._matrix_elems():
             if elem.attrs.get("encoding-type") == "dataframe":
@@ -118,7 +119,7 @@ class GroupSource:
     def _gene_names(self, frame: str) -> NDArray[np.object_]:
         var = self._group[frame]
         index = var[str(var.attrs["_index"])]
-        names = elem_rows(ColumnSchema("", "string"), index, 0, _length(index)).values
+        names = elem_rows(ColumnSchema("", "string"), index, 0, n_rows(var)).values
         return names.astype(str).astype(object)
 
     def annotations(self) -> AnnData:

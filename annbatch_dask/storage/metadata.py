@@ -38,9 +38,14 @@ def metadata_below(folder: Folder, prefix: str = "") -> dict[str, Any]:
 
 def consolidated(folder: Folder, prefix: str) -> dict[str, Any]:
     """The same from the folder's own document alone; empty where that does not hold it."""
-    root = json.loads(folder.read(METADATA))
-    below = (root.pop("consolidated_metadata", None) or {}).get("metadata", {})
+    root, below = _group(folder)
     return {prefix: root} | {f"{prefix}/{path}": node for path, node in below.items()} if below else {}
+
+
+def _group(folder: Folder) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A folder's group document, and the nodes below by their paths, as that has them."""
+    root = json.loads(folder.read(METADATA))
+    return root, (root.pop("consolidated_metadata", None) or {}).get("metadata", {})
 
 
 def nodes_of(documents: Mapping[str, bytes], prefix: str = "") -> dict[str, Any]:
@@ -73,8 +78,7 @@ def group_document(attributes: Mapping[str, Any], nodes: Mapping[str, Any]) -> b
 
 def consolidated_below(folder: Folder) -> dict[str, Any]:
     """What a folder's group document says of the nodes below it, as :func:`group_document` made it."""
-    nodes: dict[str, Any] = json.loads(folder.read(METADATA)).get("consolidated_metadata", {}).get("metadata", {})
-    return nodes
+    return _group(folder)[1]
 
 
 def nodes_checksum(nodes: Mapping[str, Any]) -> str:

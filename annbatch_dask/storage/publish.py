@@ -291,9 +291,15 @@ def _warn_plain(protocol: str) -> None:
 
 def _is_refused(error: OSError) -> bool:
     """Whether a store said that the file is not the version it should replace."""
+    refusals = ("PreconditionFailed", "ConditionalRequestConflict", "412")
+    return isinstance(error, FileExistsError) or _error_code(error) in refusals
+
+
+def _error_code(error: OSError) -> str | None:
+    """S3's, where s3fs made the error of one."""
     response = getattr(error.__cause__, "response", None) or {}
-    code = response.get("Error", {}).get("Code")
-    return isinstance(error, FileExistsError) or code in ("PreconditionFailed", "ConditionalRequestConflict", "412")
+    code: str | None = response.get("Error", {}).get("Code")
+    return code
 
 
 @contextlib.contextmanager
@@ -381,8 +387,7 @@ def _cat_range(fs: fsspec.AbstractFileSystem, path: str, start: int, stop: int |
     try:
         return bytes(fs.cat_file(path, start=start, end=stop))
     except OSError as e:
-        code = (getattr(e.__cause__, "response", None) or {}).get("Error", {}).get("Code")
-        if code in ("InvalidRange", "416"):  # the file ends before
+        if _error_code(e) in ("InvalidRange", "416"):  # the file ends before
             return b""
         raise
 

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.kernels.rows import bounds_of, copy_runs
+from annbatch_dask.storage.checksums import checksum_of
 from annbatch_dask.storage.publish import Folder
 
 __all__ = ["SpillError", "SpillReader", "find_receipt", "forget_receipt", "is_spilled", "write_receipt", "write_spill"]
@@ -96,7 +97,7 @@ def write_receipt(folder: Folder, task: str, receipt: Mapping[str, Any]) -> None
 
 
 def _crc_line(payload: bytes) -> bytes:
-    return f"{google_crc32c.value(payload):08x}".encode()
+    return checksum_of(payload)[1].encode()
 
 
 def forget_receipt(folder: Folder, task: str) -> None:

@@ -114,21 +114,16 @@ def test_shards_equal_zarrs_own(tmp_path, compressor, dtype):
         (folder / "g").remove()
 
 
+def _ten_bytes(folder, *, shard_rows):
+    layout = {"shape": (10,), "dtype": np.dtype("u1"), "chunk_rows": 4, "shard_rows": shard_rows}
+    return ShardWriter(folder, folder.zarr_store(), "a", **layout, compressor=None, attributes={})
+
+
 def test_shards_that_fall_short_are_refused(tmp_path):
     folder = Folder(str(tmp_path / "o.zarr"))
     with (
         pytest.raises(LayoutError, match="has 10 rows and 4 were written"),
-        ShardWriter(
-            folder,
-            folder.zarr_store(),
-            "a",
-            shape=(10,),
-            dtype=np.dtype("u1"),
-            chunk_rows=4,
-            shard_rows=4,
-            compressor=None,
-            attributes={},
-        ) as w,
+        _ten_bytes(folder, shard_rows=4) as w,
     ):
         w.append(np.zeros(4, "u1"))
 
@@ -137,17 +132,7 @@ def test_an_error_leaves_no_half_shard(tmp_path):
     folder = Folder(str(tmp_path / "o.zarr"))
     with (
         pytest.raises(KeyError),
-        ShardWriter(
-            folder,
-            folder.zarr_store(),
-            "a",
-            shape=(10,),
-            dtype=np.dtype("u1"),
-            chunk_rows=4,
-            shard_rows=8,
-            compressor=None,
-            attributes={},
-        ) as w,
+        _ten_bytes(folder, shard_rows=8) as w,
     ):
         w.append(np.zeros(5, "u1"))
         raise KeyError
