@@ -15,6 +15,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from annbatch_dask.kernels.prefetch import prefetch_row
+
 __all__ = [
     "Places",
     "SparseRows",
@@ -238,15 +240,31 @@ def _normalize(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_sta
 
 
 @_compiled
+def _is_plain(columns: Array, n_columns: np.uint64) -> bool:
+    """Whether a row's columns ascend and all exist, as anndata writes them: then each is there once."""
+    n = columns.shape[0]
+    n_down = 0
+    for j in range(1, n):
+        n_down += columns[j] <= columns[j - 1]
+    return n_down == 0 and (n == 0 or (columns[0] >= 0 and np.uint64(columns[n - 1]) < n_columns))
+
+
+@_compiled
 def _scatter(rows: _Rows, dest: Array, dest_rows: Ints) -> tuple[int, int]:
     values, value_starts, columns, starts, lengths = rows
     n_columns = np.uint64(dest.shape[1])
     n_outside = n_repeated = 0
+    last = starts.shape[0] - 1
     for i in range(starts.shape[0]):
         row_values = values[value_starts[i] : value_starts[i] + lengths[i]]
         row_columns = columns[starts[i] : starts[i] + lengths[i]]
         row = dest[dest_rows[i]]
         row[:] = 0
+        prefetch_row(dest[dest_rows[min(i + 1, last)]])
+        if _is_plain(row_columns, n_columns):
+            for j in range(row_columns.shape[0]):
+                row[np.uint64(row_columns[j])] = row_values[j]
+            continue
         for j in range(row_columns.shape[0]):
             column = np.uint64(row_columns[j])  # a negative one becomes huge
             if column < n_columns:
@@ -262,7 +280,7 @@ def _scatter_selected(rows: _Rows, places: Places, dest: Array, dest_rows: Ints)
     values, value_starts, columns, starts, lengths = rows
     n_columns = np.uint64(places.shape[0])
     n_outside = n_repeated = 0
-    longest = 0
+    last, longest = starts.shape[0] - 1, 0
     for i in range(lengths.shape[0]):
         longest = max(longest, lengths[i])
     kept = np.empty(longest + 1, np.int64)
@@ -271,8 +289,17 @@ def _scatter_selected(rows: _Rows, places: Places, dest: Array, dest_rows: Ints)
         row_columns = columns[starts[i] : starts[i] + lengths[i]]
         row = dest[dest_rows[i]]
         row[:] = 0
+        prefetch_row(dest[dest_rows[min(i + 1, last)]])
         # Which entries stay is found first, without a branch: nobody can predict the few chosen ones.
         n_kept = 0
+        if _is_plain(row_columns, n_columns):
+            for j in range(row_columns.shape[0]):
+                kept[n_kept] = j
+                n_kept += places[np.uint64(row_columns[j])] >= 0
+            for k in range(n_kept):
+                j = kept[k]
+                row[np.uint64(places[np.uint64(row_columns[j])])] = row_values[j]
+            continue
         for j in range(row_columns.shape[0]):
             column = np.uint64(row_columns[j])
             if column < n_columns:
