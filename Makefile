@@ -31,7 +31,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable . --group test --group docs
+	$(BIN)/python -m pip install --quiet --no-compile --editable . --group test --group docs
 	@touch $@
 
 demo: $(STAMP)

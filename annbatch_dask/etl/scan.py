@@ -110,7 +110,7 @@ def merge_annotations(found: Sequence[ad.AnnData], merge: str | None) -> ad.AnnD
     return out
 
 
-def raw_var(genes: Sequence[str] | NDArray[Any], annotations: ad.AnnData | None) -> pd.DataFrame:
+def raw_var(genes: pd.Index, annotations: ad.AnnData | None) -> pd.DataFrame:
     """What is said of ``raw``'s genes, in their order; no columns where nothing is."""
     raw = None if annotations is None else annotations.raw
     return pd.DataFrame(index=genes) if raw is None else raw.var.loc[genes]

@@ -246,7 +246,7 @@ def _is_plain(columns: Array, n_columns: np.uint64) -> bool:
     n_down = 0
     for j in range(1, n):
         n_down += columns[j] <= columns[j - 1]
-    return n_down == 0 and (n == 0 or (columns[0] >= 0 and np.uint64(columns[n - 1]) < n_columns))
+    return n == 0 or bool(n_down == 0 and columns[0] >= 0 and np.uint64(columns[n - 1]) < n_columns)
 
 
 @_compiled

@@ -1,4 +1,4 @@
-"""Memory asked for before it is written: a core that waits for each cache line in turn leaves half the bandwidth unused."""
+"""Memory asked for before it is written: a core that waits for each line in turn leaves bandwidth unused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ __all__ = ["prefetch_row"]
 _LINE_NBYTES = 64
 
 
-@intrinsic  # type: ignore[misc]
 def _prefetch(_typing: Any, array: Any, index: Any) -> Any:
     """LLVM's ``prefetch`` of ``array[index]``, 1-D and contiguous, for a write that comes soon."""
 
@@ -29,8 +28,11 @@ def _prefetch(_typing: Any, array: Any, index: Any) -> Any:
     return numba.void(array, index), generate
 
 
+_ask: Any = intrinsic(_prefetch)
+
+
 @numba.njit(nogil=True, cache=True)
 def prefetch_row(row: Any) -> None:
     """Ask for all cache lines of a contiguous row, to be written; a hint that changes no value."""
     for at in range(0, row.shape[0], _LINE_NBYTES // row.itemsize):
-        _prefetch(row, at)
+        _ask(row, at)

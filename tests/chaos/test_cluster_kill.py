@@ -96,7 +96,7 @@ def many_tasks(monkeypatch):
 @pytest.mark.parametrize(
     ("stage", "who"),
     [
-        ("scatter", "nanny and worker"),
+        pytest.param("scatter", "nanny and worker", marks=pytest.mark.chaos),
         ("gather", "worker"),
         pytest.param("scatter", "worker", marks=pytest.mark.chaos),
         pytest.param("gather", "nanny and worker", marks=pytest.mark.chaos),

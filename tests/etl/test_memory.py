@@ -63,7 +63,7 @@ def dense():
 
 
 def many():
-    for _ in range(40):
+    for _ in range(20):
         yield sparse(300, 5000, 1000, whole=True)
 
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from annbatch_dask.kernels.assemble import SparseRows, scatter_rows
 from annbatch_dask.kernels.fingerprint import add_dense, add_sparse, add_strings, field_salt, finish_rows
 from annbatch_dask.kernels.rows import copy_runs, map_indices, sort_rows
 from annbatch_dask.kernels.values import narrow_counts, range_of
@@ -31,6 +32,32 @@ def test_copy_runs_gathers_rows_in_a_cycle(dtype):
     copy_runs(src, start[CYCLE], out, dst_start, new_length)
     want = np.concatenate([src[start[r] : start[r] + length[r]] for r in CYCLE])
     np.testing.assert_array_equal(out, want)
+
+
+@given(
+    st.lists(st.lists(st.integers(-1, 8), max_size=9) | st.sets(st.integers(0, 7)).map(sorted), min_size=1, max_size=5),
+    st.sampled_from([None, [3, -1, 0, 2, -1, -1, 1, -1]]),
+    st.randoms(use_true_random=False),
+)
+def test_rows_become_dense_whatever_the_order_of_their_columns(rows, places, random):
+    """Rows that ascend and exist are stored, others are added up; -1 and 8 are columns that the data lacks."""
+    lengths = np.array([len(r) for r in rows])
+    columns = np.array([c for r in rows for c in r], np.int32)
+    values = np.arange(1, len(columns) + 1, dtype=np.uint16)
+    to = np.array(random.sample(range(len(rows)), len(rows)))
+    selected = None if places is None else np.array(places, np.int32)
+    dense = np.full((len(rows), 8 if places is None else 4), 99, np.float32)
+    want, n_outside = np.zeros_like(dense), 0
+    for row, column, value in zip(np.repeat(to, lengths), columns, values, strict=True):
+        is_inside = 0 <= column < 8
+        n_outside += not is_inside
+        place = column if places is None or not is_inside else places[column]
+        if is_inside and place >= 0:
+            want[row, place] += value
+    starts = np.cumsum(lengths) - lengths
+    found = scatter_rows(SparseRows(values, columns), starts, lengths, dense, to, selected)
+    np.testing.assert_array_equal(dense, want)
+    assert found[0] == n_outside
 
 
 def test_copy_runs_refuses_a_cast():

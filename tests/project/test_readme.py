@@ -1,5 +1,6 @@
 """What README.md shows is what runs."""
 
+import os
 import re
 import shlex
 import shutil
@@ -24,6 +25,7 @@ def test_the_first_example_runs_as_shown(h5ad_pair, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", PYTHON[0]],
         cwd=tmp_path,
+        env=os.environ | {"DASK_SCHEDULER": "threads"},  # tests/entrypoints starts the local cluster
         capture_output=True,
         text=True,
         timeout=120,

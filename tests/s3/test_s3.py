@@ -25,8 +25,15 @@ def test_a_collection_has_the_bytes_it_has_on_a_disk(bucket, atlas, server, loca
 # --- commit --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["scatter", "gather"])
-@pytest.mark.parametrize("extends", [False, True])
+@pytest.mark.parametrize(
+    ("stage", "extends"),
+    [
+        ("scatter", False),
+        ("gather", True),
+        pytest.param("scatter", True, marks=pytest.mark.chaos),
+        pytest.param("gather", False, marks=pytest.mark.chaos),
+    ],
+)
 def test_of_two_builds_at_once_the_second_to_commit_is_refused(bucket, atlas, server, stage, extends):
     url = f"{bucket}/o.zarr"
     first, second, base = atlas.urls[0], atlas.urls[1], f"{bucket}/base.h5ad"
@@ -89,7 +96,9 @@ def test_numbers_of_an_interrupted_build_are_left_to_it(bucket, atlas, server):
     assert collection.verify().ok
 
 
-@pytest.mark.parametrize("mode", ["extend", "append", "reshuffle"])
+@pytest.mark.parametrize(
+    "mode", ["extend", *(pytest.param(m, marks=pytest.mark.chaos) for m in ("append", "reshuffle"))]
+)
 def test_a_collection_is_extended_under_its_readers(bucket, atlas, server, mode):
     url = f"{bucket}/o.zarr"
     build(url, atlas, server, atlas.urls[:1])
