@@ -15,6 +15,7 @@ __all__ = [
     "AnnbatchDaskError",
     "CollectionBusyError",
     "CollectionError",
+    "DeviceError",
     "IntegrityError",
     "LayoutError",
     "MemoryBudgetError",
@@ -78,3 +79,7 @@ class StateError(AnnbatchDaskError, ValueError):
 
 class SelectionError(AnnbatchDaskError, ValueError):
     """A selection or split of rows does not fit the data."""
+
+
+class DeviceError(AnnbatchDaskError, RuntimeError):
+    """Batches are to be made on a GPU, and there is none."""

@@ -28,7 +28,7 @@ from annbatch_dask.loader.requests import Loaded
 from annbatch_dask.loader.sources import DenseBlock, SparseBlock
 from annbatch_dask.storage.ranges import Task
 
-__all__ = ["BatchBuilder", "CsrParts", "Form", "RunTasks", "Selection"]
+__all__ = ["BatchBuilder", "CsrParts", "Form", "RunTasks", "Selection", "check_columns", "row_parts", "sparse_parts"]
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -172,7 +172,7 @@ class BatchBuilder:
         run(
             [
                 partial(_gather, self.form, block, starts, lengths, (values, columns), dest[places])
-                for block, places, starts, lengths in _sparse_parts(loaded, split, n_parts)
+                for block, places, starts, lengths in sparse_parts(loaded, split, n_parts)
             ]
         )
         indptr = np.zeros(len(split) + 1, index_dtype)
@@ -184,17 +184,17 @@ class BatchBuilder:
         if self.form.selection is None:
             return loaded.lengths[split]
         counts = np.empty(len(split), np.int64)
-        parts = _sparse_parts(loaded, split, self.n_parts)
+        parts = sparse_parts(loaded, split, self.n_parts)
         run([partial(_count, self.form.selection, *part, counts) for part in parts])
         return counts
 
     def _dense_tasks(self, loaded: Loaded, split: Ints, out: Array) -> Iterator[Task]:
         n_parts = self._n_parts(out.nbytes)
         if self.is_sparse:
-            for block, places, starts, lengths in _sparse_parts(loaded, split, n_parts):
+            for block, places, starts, lengths in sparse_parts(loaded, split, n_parts):
                 yield partial(_densify, self.form, block, starts, lengths, out, places)
             return
-        for number, places in _parts(loaded, split, n_parts):
+        for number, places in row_parts(loaded, split, n_parts):
             source = loaded.blocks[number]
             assert isinstance(source, DenseBlock)  # noqa: S101
             positions = source.positions[loaded.position[split[places]]]
@@ -204,7 +204,7 @@ class BatchBuilder:
         return max(1, min(self.n_parts, nbytes // _MIN_TASK_NBYTES))
 
 
-def _parts(loaded: Loaded, split: Ints, n_parts: int) -> Iterator[tuple[int, Ints]]:
+def row_parts(loaded: Loaded, split: Ints, n_parts: int) -> Iterator[tuple[int, Ints]]:
     """Pieces of a batch, each from one block: the block and the places in the batch."""
     block = loaded.block[split]
     for b in range(len(loaded.blocks)):
@@ -215,8 +215,9 @@ def _parts(loaded: Loaded, split: Ints, n_parts: int) -> Iterator[tuple[int, Int
                 yield b, piece
 
 
-def _sparse_parts(loaded: Loaded, split: Ints, n_parts: int) -> Iterator[tuple[SparseBlock, Ints, Ints, Ints]]:
-    for b, places in _parts(loaded, split, n_parts):
+def sparse_parts(loaded: Loaded, split: Ints, n_parts: int) -> Iterator[tuple[SparseBlock, Ints, Ints, Ints]]:
+    """The same of sparse blocks: the block, the places, where each row begins in it, and its length."""
+    for b, places in row_parts(loaded, split, n_parts):
         source = loaded.blocks[b]
         assert isinstance(source, SparseBlock)  # noqa: S101
         rows = loaded.position[split[places]]
@@ -228,7 +229,7 @@ def _sparse_parts(loaded: Loaded, split: Ints, n_parts: int) -> Iterator[tuple[S
 
 def _count(selection: Selection, block: SparseBlock, places: Ints, starts: Ints, lengths: Ints, out: Ints) -> None:
     out[places], n_outside = count_selected(block.columns, starts, lengths, selection.places)
-    _check_columns(n_outside, len(selection.places))
+    check_columns(n_outside, len(selection.places))
 
 
 def _gather(form: Form, block: SparseBlock, starts: Ints, lengths: Ints, out: tuple[Array, Array], dest: Ints) -> None:
@@ -247,7 +248,7 @@ def _densify(form: Form, block: SparseBlock, starts: Ints, lengths: Ints, out: A
         rows = starts[part], lengths[part]
         sparse = _prepared(form, block, *rows, out.dtype)
         n_outside, n_repeated = scatter_rows(sparse, *rows, _bits(out, form), places[part], selected)
-        _check_columns(n_outside, out.shape[1] if selected is None else len(selected))
+        check_columns(n_outside, out.shape[1] if selected is None else len(selected))
         if n_repeated and form.is_half:
             # The bits of half precision cannot be added up; such rows are rare, and take the long way.
             full = np.empty((len(rows[0]), out.shape[1]), np.float32)
@@ -264,7 +265,8 @@ def _prepared(form: Form, block: SparseBlock, starts: Ints, lengths: Ints, dtype
     return SparseRows(flat, block.columns, flat_starts)
 
 
-def _check_columns(n_outside: int, n_columns: int) -> None:
+def check_columns(n_outside: int, n_columns: int) -> None:
+    """IntegrityError if entries name a column that does not exist."""
     if n_outside:
         msg = f"{n_outside} entries name a column beyond the {n_columns} the data has: the data is damaged"
         raise IntegrityError(msg)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -11,15 +12,17 @@ import pandas as pd
 from numpy.typing import DTypeLike, NDArray
 
 from annbatch_dask.loader.batch import CsrParts, Form, Selection
+from annbatch_dask.loader.device import Device, Target, check_device, find_device
 from annbatch_dask.loader.output import Framework, check_framework, make_deliver
 from annbatch_dask.loader.requests import Labels, ObsTable, Window
 from annbatch_dask.loader.sources import Source
 from annbatch_dask.transforms import NormalizeLog1p
 
-__all__ = ["Contents", "Key", "Matrix", "Transform", "Wanted"]
+__all__ = ["Contents", "Dense", "Key", "Matrix", "Transform", "Wanted"]
 
 Array = NDArray[Any]
 Transform = NormalizeLog1p | Callable[[Any], Any]
+Dense = bool | Literal["cpu", "gpu"]
 STORED = "stored"
 
 
@@ -38,12 +41,16 @@ X = Key("X")
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix over all datasets, and how its rows are delivered."""
+    """One matrix over all datasets, and how its rows are delivered.
+
+    With a ``device`` batches are made there, as what is delivered; else ``deliver`` makes it of them.
+    """
 
     key: Key
     sources: tuple[Source, ...]
     form: Form
-    deliver: Callable[[CsrParts | Array], Any]
+    deliver: Callable[[Any], Any]
+    device: Device | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ class Wanted:
 
     to: Framework | None
     on_gpu: bool
-    dense: bool
+    dense: Literal["cpu", "gpu"] | None
     dtype: DTypeLike | None
     var_names: tuple[str, ...] | None
     normalize: NormalizeLog1p | None
@@ -110,7 +117,7 @@ class Wanted:
         *,
         to: Framework | None,
         preload_to_gpu: bool,
-        dense: bool,
+        dense: Dense,
         dtype: DTypeLike | None,
         var_names: Sequence[str] | None,
         transform: Transform | Sequence[Transform] | None,
@@ -121,11 +128,14 @@ class Wanted:
     ) -> Wanted:
         """From the arguments of the Loader."""
         check_framework(to, preload_to_gpu=preload_to_gpu)
+        made = _where_dense(dense, preload_to_gpu=preload_to_gpu)
+        if made == "gpu":
+            check_device(to)
         normalize, rest = _split_transform(transform)
         wanted = cls(
             to,
-            preload_to_gpu,
-            dense,
+            preload_to_gpu or made == "gpu",
+            made,
             _checked_dtype(dtype),
             _names("var_names", var_names),
             normalize,
@@ -139,8 +149,11 @@ class Wanted:
         return wanted
 
     def _check(self) -> None:
-        if self.dtype == "bfloat16" and (self.to != "torch" or self.on_gpu):
-            msg = f"dtype='bfloat16' needs to='torch', and is made on the CPU; got to={self.to!r}"
+        if self.dtype == "bfloat16" and (self.to != "torch" or (self.on_gpu and self.dense != "gpu")):
+            msg = (
+                f"dtype='bfloat16' needs to='torch', and dense='gpu' with preload_to_gpu; got to={self.to!r}, "
+                f"dense={self.dense!r}"
+            )
             raise ValueError(msg)
         is_float = self.dtype in (None, "bfloat16") or (self.dtype != STORED and np.dtype(self.dtype).kind == "f")
         if self.normalize is not None and not is_float:
@@ -212,23 +225,25 @@ class Wanted:
         chosen = self.select(var)
         selection = None if chosen is None else Selection.of(chosen, sources[X][0].shape[1])
         shown = frames if frames is None or self.obs_columns is None else [f[list(self.obs_columns)] for f in frames]
-        deliver = make_deliver(self.to, on_gpu=self.on_gpu)
+        device = find_device(self.to) if self.dense == "gpu" else None
         matrices = []
         for key, parts in sources.items():
-            form = Form(dense=self.dense, selection=None if key.kind == "obsm" else selection)
+            form = Form(dense=self.dense is not None, selection=None if key.kind == "obsm" else selection)
             if key == X:
                 form = self._form_of_x(parts, form)
-            its_deliver = make_deliver(self.to, on_gpu=self.on_gpu, bfloat16=True) if form.is_bfloat16 else deliver
-            matrices.append(Matrix(key, parts, form, its_deliver))
+            matrices.append(Matrix(key, parts, form, self._deliver(device, is_bfloat16=form.is_bfloat16), device))
         return Contents(
             tuple(matrices),
             None if shown is None else ObsTable(shown),
             Labels(frames, self.obs_codes) if frames is not None and self.obs_codes else None,
             var if var is None or chosen is None else var.iloc[chosen],
             with_index,
-            deliver,
+            self._deliver(None) if device is None else partial(_put_codes, device),
             self.transform,
         )
+
+    def _deliver(self, device: Device | None, *, is_bfloat16: bool = False) -> Callable[[Any], Any]:
+        return _as_it_is if device is not None else make_deliver(self.to, on_gpu=self.on_gpu, bfloat16=is_bfloat16)
 
     def _form_of_x(self, sources: tuple[Source, ...], form: Form) -> Form:
         is_bfloat16 = self.dtype == "bfloat16"
@@ -240,6 +255,26 @@ class Wanted:
             dtype = None if self.dtype is None else np.dtype(self.dtype)
         target_sum = None if self.normalize is None else self.normalize.target_sum
         return Form(form.dense, dtype, is_bfloat16, form.selection, target_sum)
+
+
+def _where_dense(dense: Dense, *, preload_to_gpu: bool) -> Literal["cpu", "gpu"] | None:
+    """Where dense batches are made; None for sparse ones."""
+    if dense is False:
+        return None
+    if dense is True:
+        return "gpu" if preload_to_gpu else "cpu"
+    if dense not in ("cpu", "gpu"):
+        msg = f"dense must be True, False, 'cpu' or 'gpu', got {dense!r}"
+        raise ValueError(msg)
+    return dense
+
+
+def _put_codes(device: Device, codes: Array) -> Any:
+    return device.finish(codes, Target(Form(), codes.dtype))
+
+
+def _as_it_is(built: Any) -> Any:
+    return built
 
 
 def _names(argument: str, names: Iterable[str] | None) -> tuple[str, ...] | None:

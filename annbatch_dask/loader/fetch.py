@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.loader.batch import BatchBuilder
 from annbatch_dask.loader.contents import Contents, Matrix
+from annbatch_dask.loader.device import DeviceBuilder
 from annbatch_dask.loader.pool import BufferPool
 from annbatch_dask.loader.requests import Assignment, Loaded, Window, assign, resolve_rows, resolve_splits
 from annbatch_dask.loader.sources import Located, Source
@@ -315,9 +316,12 @@ class Pipeline:
         return results
 
 
-def _make_builder(matrix: Matrix, pool: BufferPool, n_parts: int) -> BatchBuilder:
-    first = matrix.sources[0]
-    return BatchBuilder(matrix.form, matrix.form.width_of(first.shape), first.is_sparse, pool, n_parts)
+def _make_builder(matrix: Matrix, pool: BufferPool, n_parts: int) -> BatchBuilder | DeviceBuilder:
+    form, first = matrix.form, matrix.sources[0]
+    width = form.width_of(first.shape)
+    if matrix.device is None:
+        return BatchBuilder(form, width, first.is_sparse, pool, n_parts)
+    return DeviceBuilder.of(form, width, matrix.device, is_sparse=first.is_sparse, n_parts=n_parts)
 
 
 def _common_dtype(sources: Sequence[Source], assignments: Sequence[Assignment]) -> np.dtype[Any]:

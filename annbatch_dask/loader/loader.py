@@ -18,7 +18,7 @@ from anndata.abc import CSRDataset
 from numpy.typing import DTypeLike
 
 from annbatch_dask.abc import Sampler
-from annbatch_dask.loader.contents import Key, Transform, Wanted
+from annbatch_dask.loader.contents import Dense, Key, Transform, Wanted
 from annbatch_dask.loader.fetch import Pipeline, PipelineOptions, count_threads
 from annbatch_dask.loader.output import Framework
 from annbatch_dask.loader.reading import load_dataset
@@ -87,7 +87,8 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
     batch_size
         Rows in a batch; 1 by default.
     preload_to_gpu
-        Deliver batches on the GPU; needs cupy, and is on by default where cupy is installed.
+        Deliver batches on the GPU that is current where the iteration begins; needs cupy, and is on by default where
+        cupy is installed. ``dense`` says where they are made.
     drop_last
         Leave out the last batch if it is not full.
     to
@@ -95,7 +96,11 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
     rng
         Source of randomness: a generator, or an int to seed one.
     dense
-        Deliver sparse data as dense rows, in the same pass that picks them.
+        Deliver sparse data as dense rows, in the same pass that picks them. ``"cpu"`` makes them in host memory (from
+        where ``preload_to_gpu`` copies them). ``"gpu"`` copies the rows to the GPU as they are stored and makes them
+        dense there, with everything asked for by ``dtype``, ``var_names`` and ``NormalizeLog1p``; batches are
+        delivered there whatever ``preload_to_gpu`` says. It needs a CUDA device, and cupy or ``to="torch"``.
+        True is ``"gpu"`` with ``preload_to_gpu``, else ``"cpu"``.
     dtype
         Deliver the values of ``X`` in this dtype: any of numpy's, ``"bfloat16"`` (with ``to="torch"``), or
         ``"stored"`` for what they are stored in, often small integers. By default the dtype the data had before it
@@ -130,7 +135,14 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
     prefetch_bytes
         How many bytes of loaded windows (three quarters) and finished batches (one quarter) may lie ready or be under
         way. One of each is always allowed, however large. Batches the user holds, and buffers waiting to be used
-        again, come on top.
+        again, come on top. A batch made on a GPU counts, though it lies there.
+
+    Raises
+    ------
+    ImportError
+        If ``to``, ``preload_to_gpu`` or ``dense`` need what is not installed.
+    DeviceError
+        If dense batches are to be made on a GPU, and there is none.
 
     Examples
     --------
@@ -154,7 +166,7 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         drop_last: bool | None = None,
         to: Framework | None = None,
         rng: np.random.Generator | int | None = None,
-        dense: bool = False,
+        dense: Dense = False,
         dtype: DTypeLike | None = None,
         var_names: Sequence[str] | None = None,
         transform: Transform | Sequence[Transform] | None = None,

@@ -34,14 +34,14 @@ def check_framework(to: Framework | None, *, preload_to_gpu: bool) -> None:
 
 
 def make_deliver(to: Framework | None, *, on_gpu: bool, bfloat16: bool = False) -> Callable[[CsrParts | Array], Any]:
-    """The function that turns an assembled matrix into what is yielded.
+    """The function that turns an assembled matrix into what is yielded, on the GPU that is current now.
 
     With ``bfloat16`` the values are the bits of such numbers; only torch can read them.
     """
     if bfloat16:
         return _to_torch_bfloat16
-    if on_gpu:
-        return {None: _to_cupy, "torch": _to_torch_cuda, "jax": _to_jax}[to]
+    if on_gpu and to != "jax":
+        return _to_current_cupy() if to is None else _to_current_cuda()
     return {None: _to_scipy, "torch": _to_torch, "jax": _to_jax}[to]
 
 
@@ -89,8 +89,10 @@ def _import_torch() -> Any:
     return torch
 
 
-def _to_torch_cuda(batch: CsrParts | Array) -> Any:
-    return _to_torch(batch).cuda()
+def _to_current_cuda() -> Callable[[CsrParts | Array], Any]:
+    # Batches are delivered in a thread, whose own current device is the first one.
+    device = _import_torch().cuda.current_device()
+    return lambda batch: _to_torch(batch).cuda(device)
 
 
 def _to_jax(batch: CsrParts | Array) -> Any:
@@ -102,6 +104,18 @@ def _to_jax(batch: CsrParts | Array) -> Any:
         parts = tuple(jnp.array(part, copy=True) for part in (batch.values, batch.columns, batch.indptr))
         return sparse.CSR(parts, shape=batch.shape)
     return jnp.array(batch, copy=True)
+
+
+def _to_current_cupy() -> Callable[[CsrParts | Array], Any]:
+    import cupy
+
+    device = cupy.cuda.Device()  # the current one
+
+    def deliver(batch: CsrParts | Array) -> Any:
+        with device:
+            return _to_cupy(batch)
+
+    return deliver
 
 
 def _to_cupy(batch: CsrParts | Array) -> Any:
