@@ -4,7 +4,7 @@ import re
 import socket
 import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 
 import dask
 import numpy as np
@@ -13,37 +13,15 @@ import pytest
 from annbatch_dask import DatasetCollection
 
 pytest.importorskip("torch", reason="torch is not installed")
-PIPELINES = Path(__file__).parents[2] / "pipelines"
-sys.path.insert(0, str(PIPELINES))
-
-import demo  # noqa: E402
 import train_classifier  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def atlas(tmp_path_factory):
-    """The demo's files, a tenth as large, shuffled and in order."""
-    folder = tmp_path_factory.mktemp("atlas")
-    with pytest.MonkeyPatch.context() as patch, dask.config.set(scheduler="synchronous"):
-        patch.setattr(demo, "N_SPACE", 1200)
-        patch.setattr(demo, "PARTS", {"a.h5ad": (2000, 1000), "b.h5ad": (1500, 850)})
-        files = demo.make_files(folder / "files")
-        for name, shuffle in (("shuffled", True), ("in_order", False)):
-            DatasetCollection(folder / f"{name}.zarr").add_adatas(files, shuffle=shuffle, seed=0, dataset_size=1500)
-    return folder
-
-
 @pytest.fixture
-def run(monkeypatch):
+def run(monkeypatch, call):
     """Run the script in this process, with steps for an atlas a tenth as large."""
-
-    def call(*args):
-        monkeypatch.setattr(train_classifier, "BATCH_SIZE", 30)
-        monkeypatch.setattr(train_classifier, "LEARNING_RATE", 0.01)
-        monkeypatch.setattr(sys, "argv", ["train_classifier.py", *map(str, args)])
-        return train_classifier.main()
-
-    return call
+    monkeypatch.setattr(train_classifier, "BATCH_SIZE", 30)
+    monkeypatch.setattr(train_classifier, "LEARNING_RATE", 0.01)
+    return partial(call, train_classifier)
 
 
 def accuracies(text):
@@ -110,7 +88,7 @@ def test_three_processes_of_torchrun(atlas):
         "--standalone",
         "--nproc-per-node",
         "3",
-        PIPELINES / "train_classifier.py",
+        train_classifier.__file__,
     ]
     done = subprocess.run(
         [sys.executable, *command, atlas / "shuffled.zarr", "cell_type", "--distributed"],
