@@ -30,7 +30,8 @@ from annbatch_dask.errors import AnnbatchDaskError, CollectionError
 if TYPE_CHECKING:
     import anndata as ad
 
-N_SHOWN = 10  # genes, and categories in the picture
+N_SHOWN = 10  # genes in the table, categories in the picture
+N_LABELLED = 5  # genes in the picture
 
 
 class Look(NamedTuple):
@@ -112,13 +113,13 @@ def draw(found: Look, name: str, path: Path) -> None:
     categories, values, genes = figure.subplots(1, 3)
     largest = found.cells["cells"].head(N_SHOWN)[::-1]
     categories.barh(largest.index.astype(str), largest)
-    categories.set(xlabel="cells", title=f"largest of {len(found.cells)} {name}")
-    values.hist(found.n_values, bins=50)
+    categories.set(xlabel="cells", title=f"{name}: {len(largest)} largest of {len(found.cells)}")
+    values.hist(found.n_values, bins="auto")
     values.set(xlabel="values a cell", ylabel="cells", title=f"{len(found.n_values):,} cells")
     seen = found.genes[found.genes["mean"] > 0]
     genes.loglog(seen["mean"], seen["variance"], ".", markersize=3)
-    for gene, at in seen.head(N_SHOWN).iterrows():
-        genes.annotate(str(gene), (at["mean"], at["variance"]), fontsize=7)
+    for gene, at in seen.head(N_LABELLED).iterrows():
+        genes.annotate(f"{gene} ", (at["mean"], at["variance"]), fontsize=7, ha="right")
     genes.set(xlabel="mean", ylabel="variance", title=f"{len(seen):,} genes that have values")
     figure.savefig(path, dpi=120)
 
