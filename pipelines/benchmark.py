@@ -173,8 +173,10 @@ def in_turn(sides: list[Any], repeats: int) -> Iterator[tuple[int, Any]]:
 
 def is_collection(paths: list[str]) -> bool:
     """Say whether the path is a collection's, and not one of AnnData files."""
+    if len(paths) > 1 or not paths[0].rstrip("/").endswith(".zarr"):
+        return False
     try:
-        return len(paths) == 1 and not DatasetCollection(paths[0], mode="r").is_empty
+        return not DatasetCollection(paths[0], mode="r").is_empty
     except CollectionError:
         return False
 

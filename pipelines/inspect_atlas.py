@@ -44,22 +44,23 @@ class Look(NamedTuple):
 
 def open_view(paths: list[str]) -> ad.AnnData:
     """Open a collection, or the outer join of files; nothing of X and no obs names are read."""
-    if len(paths) == 1:
+    if len(paths) == 1 and paths[0].rstrip("/").endswith(".zarr"):
         try:
             return DatasetCollection(paths[0], mode="r").to_lazy(load_annotation_index=False)
-        except CollectionError:  # a file, or nothing
+        except CollectionError:  # an AnnData file, or nothing
             pass
     return concat_lazy(paths, label="file", load_annotation_index=False)
 
 
 def category(view: ad.AnnData, by: str | None) -> xr.DataArray:
     """Read a column of obs: the one asked for, or cell_type, or the first categorical one."""
-    obs = view.obs
-    found = [c for c in obs.columns if isinstance(obs[c].dtype, pd.CategoricalDtype)]
+    obs = view.obs.ds
+    names = [str(name) for name in obs if name != "_index"]
+    found = [c for c in names if isinstance(obs[c].dtype, pd.CategoricalDtype)]
     name = by or next((c for c in ("cell_type", *found) if c in found), None)
-    if name not in obs.columns:
+    if name not in names:
         what = "categorical column" if name is None else f"column {name!r}"
-        sys.exit(f"inspect_atlas: obs has no {what}; give --by one of: {', '.join(obs.columns)}")
+        sys.exit(f"inspect_atlas: obs has no {what}; give --by one of: {', '.join(names)}")
     return obs[name].load()
 
 

@@ -71,10 +71,3 @@ def test_annbatch_does_the_same_beside_us(atlas, run, tmp_path, capsys):
 def test_a_column_that_is_not_there_is_named(atlas, run, alone, tmp_path):
     with pytest.raises(SystemExit, match="no column 'colour'; give --by one of: cell_type"):
         run(atlas / "shuffled.zarr", "--by", "colour", "--work", tmp_path)
-
-
-def test_help_names_the_options(run, capsys):
-    with pytest.raises(SystemExit) as caught:
-        run("--help")
-    assert caught.value.code == 0
-    assert all(option in capsys.readouterr().out for option in ("--by", "--repeats", "--work"))

@@ -42,8 +42,7 @@ def test_of_some_row_blocks_only_their_cells_are_read(atlas):
     X = in_memory(atlas).X.toarray()
     X = np.concatenate([X[:n_first], X[-n_last:]])
     np.testing.assert_array_equal(found.n_values, (X != 0).sum(1))
-    assert found.cells["cells"].sum() == 3500
-    assert set(found.genes["mean"].to_numpy()) == pytest.approx(set(X.mean(0, dtype=float)))
+    assert found.cells["cells"].sum() == 3500  # of obs all rows
 
 
 def test_a_file_on_a_web_server_is_printed_and_drawn(atlas, call, capsys, tmp_path):
@@ -75,10 +74,3 @@ def test_a_file_on_a_web_server_is_printed_and_drawn(atlas, call, capsys, tmp_pa
 def test_what_is_wrong_is_said_in_a_line(atlas, call, options, words):
     with pytest.raises(SystemExit, match=words):
         call(inspect_atlas, atlas / "files" / "a.h5ad", *options)
-
-
-def test_help_names_the_options(call, capsys):
-    with pytest.raises(SystemExit) as caught:
-        call(inspect_atlas, "--help")
-    assert caught.value.code == 0
-    assert all(option in capsys.readouterr().out for option in ("--by", "--blocks", "--plot", "--scheduler"))

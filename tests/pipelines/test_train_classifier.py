@@ -100,11 +100,3 @@ def test_three_processes_of_torchrun(atlas):
     assert done.returncode == 0, done.stderr
     assert len(accuracies(done.stdout)) == 1  # of rank 0
     assert "after 3,150 cells" in done.stdout
-
-
-def test_help_names_the_options(run, capsys):
-    with pytest.raises(SystemExit) as caught:
-        run("--help")
-    assert caught.value.code == 0
-    shown = capsys.readouterr().out
-    assert all(option in shown for option in ("--against", "--plot", "--distributed", "torchrun"))

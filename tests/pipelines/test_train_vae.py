@@ -84,10 +84,3 @@ def test_what_is_no_count_is_refused(tmp_path, run):
         DatasetCollection(tmp_path / "halves.zarr").add_adatas([tmp_path / "a.h5ad"], seed=0)
     with pytest.raises(SystemExit, match="holds fractions, and the likelihood is one of counts"):
         run(tmp_path / "halves.zarr", "cell_type")
-
-
-def test_help_names_the_options(run, capsys):
-    with pytest.raises(SystemExit) as caught:
-        run("--help")
-    assert caught.value.code == 0
-    assert all(option in capsys.readouterr().out for option in ("--epochs", "--genes", "--state", "--plot"))
