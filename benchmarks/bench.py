@@ -285,6 +285,8 @@ def main() -> int:
     print_orders(setup)
     print_scaling(setup, folders)
     print_bounds(setup, folders[full], alone)
+    print("\nopening files lazily, and counting cells by type", flush=True)
+    subprocess.run([sys.executable, str(HERE / "lazy.py"), str(setup.work / "lazy")], check=True)
     return 0
 
 
