@@ -416,12 +416,12 @@ def _add_plan(commands: Any) -> None:
 
 def _add_info(commands: Any) -> None:
     parser = _add_command(commands, "info", _info, "print what a collection holds")
-    parser.add_argument("collection", metavar="OUT.zarr")
+    _add_collection(parser)
 
 
 def _add_report(commands: Any) -> None:
     parser = _add_command(commands, "report", _report, "write what a collection holds, and how it was built, as a page")
-    parser.add_argument("collection", metavar="OUT.zarr")
+    _add_collection(parser)
     parser.add_argument(
         "-o", "--output", default="report.html", metavar="FILE", help="the page to write (default: report.html)"
     )
@@ -429,7 +429,7 @@ def _add_report(commands: Any) -> None:
 
 def _add_verify(commands: Any) -> None:
     parser = _add_command(commands, "verify", _verify, "read a whole collection and compare it with what was written")
-    parser.add_argument("collection", metavar="OUT.zarr")
+    _add_collection(parser)
     parser.add_argument("--against", nargs="+", metavar="FILES", help="the files it was made of")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="run on this Dask cluster, e.g. tcp://head-node:8786")
     parser.set_defaults(n_workers=None)
@@ -437,14 +437,14 @@ def _add_verify(commands: Any) -> None:
 
 def _add_gc(commands: Any) -> None:
     parser = _add_command(commands, "gc", _gc, "remove what interrupted builds left behind")
-    parser.add_argument("collection", metavar="OUT.zarr")
+    _add_collection(parser)
 
 
 def _add_stream(commands: Any) -> None:
     parser = _add_command(commands, "stream", _stream, "stream epochs: cells per second, and how mixed batches are")
     _add_order_options(parser)
     parser.add_argument("--dense", action="store_true", help="dense float32 batches instead of sparse ones")
-    parser.add_argument("--epochs", type=_positive, default=1, metavar="N", help="(default: 1)")
+    parser.add_argument("--epochs", type=_positive, default=1, metavar="N", help="passes over the cells (default: 1)")
 
 
 def _add_mixing(commands: Any) -> None:
@@ -454,8 +454,12 @@ def _add_mixing(commands: Any) -> None:
     parser.set_defaults(dense=False)
 
 
+def _add_collection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("collection", metavar="OUT.zarr", help="path or URL of a collection")
+
+
 def _add_order_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("collection", metavar="OUT.zarr")
+    _add_collection(parser)
     parser.add_argument("--batch-size", type=_positive, default=4096, metavar="N", help="cells (default: 4096)")
     parser.add_argument(
         "--chunk-size",
@@ -471,13 +475,15 @@ def _add_order_options(parser: argparse.ArgumentParser) -> None:
         help="chunks mixed in memory (default: about 32, to make whole batches)",
     )
     parser.add_argument(
-        "--by", metavar="COLUMN", help="obs column to judge mixing by (default: cell_type, or the first)"
+        "--by",
+        metavar="COLUMN",
+        help="obs column to judge mixing by (default: cell_type, or the first categorical one)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the order of batches (default: 0)")
 
 
 def _add_layout_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILES", help=".h5ad or .zarr AnnData files")
+    parser.add_argument("files", nargs="+", metavar="FILES", help=".h5ad or .zarr AnnData files, paths or URLs")
     parser.add_argument(
         "--dataset-size",
         type=_size,
