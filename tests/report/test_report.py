@@ -209,30 +209,49 @@ def test_notebooks_show_the_plan_the_collection_and_the_report(built, report):
     assert report._repr_html_().startswith("<iframe srcdoc=")
 
 
-def test_a_browser_shows_the_page_without_an_error(report, tmp_path):
+@pytest.fixture(scope="module")
+def browser():
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("needs Chromium: apt-get install chromium")
     from playwright.sync_api import sync_playwright
 
-    report.save(tmp_path / "report.html")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for width in (1200, 390):  # a desktop, a phone
-            problems, requests = [], []
-            page = browser.new_page(viewport={"width": width, "height": 800})
-            page.on("console", lambda message, to=problems: to.append(message.text))
-            page.on("pageerror", lambda error, to=problems: to.append(str(error)))
-            page.on("requestfailed", lambda request, to=problems: to.append(request.url))
-            page.on("request", lambda request, to=requests: to.append(request.url))
-            page.goto((tmp_path / "report.html").as_uri(), wait_until="networkidle")
-            text = page.inner_text("body")
-            assert not problems
-            assert [Path(url).name for url in requests] == ["report.html"]
-            assert page.evaluate("document.documentElement.scrollWidth") == width
-            assert "620" in text
-            assert ODD in text
+        yield browser
         browser.close()
+
+
+def test_a_browser_shows_the_page_without_an_error(report, browser, tmp_path):
+    report.save(tmp_path / "report.html")
+    for width in (1200, 390):  # a desktop, a phone
+        problems, requests = [], []
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        page.on("console", lambda message, to=problems: to.append(message.text))
+        page.on("pageerror", lambda error, to=problems: to.append(str(error)))
+        page.on("requestfailed", lambda request, to=problems: to.append(request.url))
+        page.on("request", lambda request, to=requests: to.append(request.url))
+        page.goto((tmp_path / "report.html").as_uri(), wait_until="networkidle")
+        text = page.inner_text("body")
+        assert not problems
+        assert [Path(url).name for url in requests] == ["report.html"]
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert "620" in text
+        assert ODD in text
+
+
+def test_it_prints_dark_on_white_and_keeps_sections_whole(report, browser, tmp_path):
+    report.save(tmp_path / "report.html")
+    page = browser.new_page(color_scheme="dark", viewport={"width": 680, "height": 960})  # A4 less its margins
+    page.goto((tmp_path / "report.html").as_uri())
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("document.documentElement.scrollWidth") == 680
+    style = "getComputedStyle(document.querySelector('{}')).{}".format
+    assert page.evaluate(style("body", "backgroundColor")) == "rgb(255, 255, 255)"
+    assert page.evaluate(style("body", "color")) == "rgb(0, 0, 0)"
+    assert page.evaluate(style("section.keep", "breakInside")) == "avoid"
+    assert page.evaluate(style("h2", "breakAfter")) == "avoid"
+    assert page.evaluate("Math.max(...[...document.querySelectorAll('section.keep')].map(s => s.offsetHeight))") < 960
 
 
 # --- shared genes --------------------------------------------------------------------------------------------------
