@@ -1,6 +1,8 @@
 """Disks that are full or fail: one clear error, the old collection stays whole, and the same call goes on afterwards."""
 
 import errno
+import io
+import itertools
 import os
 import subprocess
 
@@ -92,19 +94,45 @@ def test_a_full_disk_under_the_collection(paths, undisturbed, tmp_path, small):
     assert tree_digest(out) == undisturbed[1]
 
 
-@pytest.mark.parametrize("at", [30, pytest.param(200, marks=pytest.mark.chaos)])
-def test_a_disk_that_fails_when_a_file_is_synced(paths, undisturbed, tmp_path, monkeypatch, at):
-    out, fsync, calls = tmp_path / "o.zarr", os.fsync, []
+def fails_to_sync(countdown):
+    fsync = os.fsync
 
     def fail(fd):
-        calls.append(fd)
-        if len(calls) == at:
+        if next(countdown) == 0:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         fsync(fd)
 
+    return "os.fsync", fail
+
+
+def fails_to_close(countdown):
+    """As network disks do, which write only then."""
+
+    class File(io.BufferedWriter):
+        def close(self):
+            is_first = not self.closed
+            super().close()
+            if is_first and next(countdown) == 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    return "annbatch_dask.storage.publish.open", lambda path, _, buffering: File(io.FileIO(path, "wb"), buffering)
+
+
+@pytest.mark.parametrize(
+    ("how", "at"),
+    [
+        (fails_to_sync, 30),
+        (fails_to_close, 1),
+        (fails_to_close, 20),
+        pytest.param(fails_to_sync, 200, marks=pytest.mark.chaos),
+        pytest.param(fails_to_close, 60, marks=pytest.mark.chaos),
+    ],
+)
+def test_a_disk_that_fails(paths, undisturbed, tmp_path, monkeypatch, how, at):
+    out = tmp_path / "o.zarr"
     add(out, paths[:1])
     with monkeypatch.context() as patch, pytest.raises(OSError, match=rf"Input/output error: '.*{tmp_path}/"):
-        patch.setattr(os, "fsync", fail)
+        patch.setattr(*how(itertools.count(at, -1)), raising=False)
         add(out, paths[1:])
     assert DatasetCollection(out, mode="r").verify().ok
     assert (
