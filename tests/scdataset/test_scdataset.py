@@ -389,11 +389,9 @@ def test_epochs_differ_and_no_seed_repeats_anothers_epoch():
     assert data._base_seed == 0
 
 
-def loaded(data, n_workers, **kwargs):
-    torch = pytest.importorskip("torch")
-    return torch.utils.data.DataLoader(
-        data, batch_size=None, num_workers=n_workers, collate_fn=np.ndarray.tolist, **kwargs
-    )
+def loaded(data, n_workers, kind=None, **kwargs):
+    kind = kind or pytest.importorskip("torch").utils.data.DataLoader
+    return kind(data, batch_size=None, num_workers=n_workers, collate_fn=np.ndarray.tolist, **kwargs)
 
 
 @pytest.mark.parametrize("name", ["blocks", "rounds"])
@@ -452,6 +450,22 @@ def test_a_run_goes_on_where_it_stopped(name):
     assert [b.tolist() for b in other] == [b.tolist() for b in data]
     with pytest.raises(StateError, match="another sampler"):
         dataset(STRATEGIES[name](), batch_size=4).load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata 0.11 with torch 2.13
+@pytest.mark.parametrize("n_workers", [0, 2])
+@pytest.mark.parametrize("name", ["blocks", "rounds"])
+def test_a_run_under_a_stateful_dataloader_goes_on_where_it_stopped(name, n_workers):
+    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    run, resumed = (loaded(dataset(STRATEGIES[name]()), n_workers, stateful) for _ in range(2))
+    list(run)
+    running = iter(run)
+    list(islice(running, 5))
+    resumed.load_state_dict(run.state_dict())
+    rest = list(running)
+    assert rest
+    assert list(resumed) == rest
+    assert list(resumed) == list(run)
 
 
 @pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))])
