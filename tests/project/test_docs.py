@@ -79,6 +79,12 @@ def test_the_example_of_a_name_runs(name, names):
     check(resolve(name), name, names)
 
 
+def test_the_example_of_the_data_module_runs(names):
+    pytest.importorskip("lightning")  # so it is not among the public names
+    assert "annbatch_dask.lightning" in documented()
+    check(resolve("annbatch_dask.lightning.DataModule"), "DataModule", names)
+
+
 @pytest.mark.parametrize("name", sorted(OF_A_MODULE))
 def test_the_example_of_a_module_runs(name, names):
     check(getattr(annbatch_dask, name), name, names, recurse=False)

@@ -29,6 +29,7 @@ ALLOWED = {
     "abc": {"errors", "order", "types"},
     "samplers": {"abc", "errors", "order", "types"},
     "loader": {"abc", "errors", "kernels", "manifest", "order", "samplers", "storage", "transforms", "types"},
+    "lightning": {"loader"},
     "scdataset": {"loader", "order", "samplers", "types"},
     "utils": {"loader", "order"},
     "lazy": {"arguments", "etl", "plan", "storage"},
