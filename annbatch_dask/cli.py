@@ -140,9 +140,7 @@ def _shuffle(args: argparse.Namespace) -> None:
             progress=args.progress,
         )
     shape = f"{collection.n_obs:,} cells x {collection.n_var:,} genes"
-    n = len(collection)
-    datasets = f"{n} dataset{'s' if n > 1 else ''}"
-    print(f"{args.output}: {shape} in {datasets}, {time.perf_counter() - start:.1f} s")
+    print(f"{args.output}: {shape} in {_datasets(len(collection))}, {time.perf_counter() - start:.1f} s")
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -166,7 +164,7 @@ def _verify(args: argparse.Namespace) -> None:
     for name in found.leftovers:
         print(f"{name}: does not belong to the collection; `annbatch-dask gc` removes it")
     found.raise_for_problems()
-    size = f"{found.n_obs:,} cells in {found.n_datasets} datasets, {format_bytes(found.n_bytes)}"
+    size = f"{found.n_obs:,} cells in {_datasets(found.n_datasets)}, {format_bytes(found.n_bytes)}"
     proof = f"; they are the cells of {len(found.against)} files" if found.against else ""
     print(f"{args.collection}: {size}: every file and every row is as it was written{proof}")
 
@@ -285,6 +283,10 @@ def _facts(collection: DatasetCollection) -> Iterator[tuple[str, object]]:
         yield "build", f"{build.mode}, {len(build.sources)} sources, {order}, seed {build.seed}"
     for source in manifest.sources:
         yield "source", f"{source.path} ({source.n_obs:,} cells)"
+
+
+def _datasets(n: int) -> str:
+    return f"{n} dataset{'s' if n > 1 else ''}"
 
 
 def _bytes_on_disk(path: str) -> int:

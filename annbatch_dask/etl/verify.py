@@ -80,7 +80,9 @@ class Verification:
         """
         if self.problems:
             shown = "; ".join(map(str, self.problems[:3]))
-            msg = f"{self.path} has {len(self.problems):,} problems: {shown}; restore these files, or build it again"
+            n = len(self.problems)
+            problems = f"{n:,} problem{'s' if n > 1 else ''}"
+            msg = f"{self.path} has {problems}: {shown}; restore these files, or build it again"
             raise IntegrityError(msg)
 
 

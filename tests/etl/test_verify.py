@@ -104,7 +104,7 @@ def test_files_short_gone_or_too_many(copy, what, capsys):
         file.write_bytes(b"x")
     found = verify(copy)
     assert [p.where for p in found.problems] == [str(file.relative_to(copy))]
-    with pytest.raises(IntegrityError, match="has 1 problems: .*X/data/c/"):
+    with pytest.raises(IntegrityError, match="has 1 problem: .*X/data/c/"):
         found.raise_for_problems()
     assert main(["verify", str(copy)]) == 1
     assert str(file.relative_to(copy)) in capsys.readouterr().out
