@@ -2,6 +2,7 @@
 # make demo FILES="a.h5ad b.h5ad"             the demo on your own files
 # make test TESTS=tests/cli                   some of the tests
 # make docs                                   the API reference and the notebooks as pages in site/
+# make notebooks                              runs the notebooks and keeps what they show; NOTEBOOKS=notebooks/lazy.ipynb for one
 # make chaos                                  what is too slow for make test: builds killed at every moment
 # make bench ANNBATCH_PYTHON=path/to/python   the figures of README.md, beside annbatch where that Python has it
 # make venv PYTHON=python3.12                 another interpreter (make clean first)
@@ -9,6 +10,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 FILES  ?=
+NOTEBOOKS ?=
 TESTS  ?= tests
 SHARED ?= ../shared
 ATLAS  ?=
@@ -20,7 +22,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lint docs test chaos bench clean
+.PHONY: help venv demo lint docs notebooks test chaos bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -44,6 +46,9 @@ lint: $(STAMP)
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+notebooks: $(STAMP)
+	$(BIN)/python tests/notebooks/execute.py $(NOTEBOOKS)
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses logical --dist worksteal $(TESTS)
