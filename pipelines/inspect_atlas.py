@@ -102,8 +102,11 @@ def report(found: Look, name: str, plot: Path) -> None:
     print(f"\n{found.cells.to_string(float_format='{:,.0f}'.format)}")
     print(f"\ngenes that vary most, in {len(found.n_values):,} cells")
     print(found.genes.head(N_SHOWN).to_string(float_format="{:,.3g}".format))
-    draw(found, name, plot)
-    print(f"\npicture: {plot}")
+    try:
+        draw(found, name, plot)
+        print(f"\npicture: {plot}")
+    except ImportError as error:
+        print(f"\nno picture: {error}; pip install matplotlib")
 
 
 def draw(found: Look, name: str, path: Path) -> None:

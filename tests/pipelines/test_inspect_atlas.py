@@ -1,5 +1,6 @@
 """pipelines/inspect_atlas.py: its figures are those of the files read into memory."""
 
+import sys
 import threading
 from http.server import ThreadingHTTPServer
 
@@ -62,6 +63,15 @@ def test_a_file_on_a_web_server_is_printed_and_drawn(atlas, call, capsys, tmp_pa
     assert "donor_5" in shown
     assert "genes that vary most, in 2,000 cells" in shown
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_tables_are_printed_all_the_same(atlas, call, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert call(inspect_atlas, atlas / "files" / "b.h5ad", "--plot", tmp_path / "a.png") == 0
+    shown = capsys.readouterr().out
+    assert "genes that vary most, in 1,500 cells" in shown
+    assert "pip install matplotlib" in shown
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
