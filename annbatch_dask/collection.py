@@ -857,7 +857,7 @@ def _open(folder: Folder, mode: str) -> zarr.Group | None:
     if not names and folder.fs.isfile(folder.path):
         msg = f"{folder.url} is a file, not a collection; give another path"
         raise CollectionError(msg)
-    if all(DATASET_NAME.fullmatch(n) or is_claim(n) for n in names):  # nothing, or an unfinished build
+    if all(DATASET_NAME.fullmatch(n) or is_claim(n) or folder.is_unfinished(n) for n in names):  # at most a build's
         if mode in ("r", "r+"):
             msg = f"there is no collection at {folder.url}; check the path, or build one with add_adatas"
             raise _CollectionNotFoundError(msg)

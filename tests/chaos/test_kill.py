@@ -33,6 +33,7 @@ INSTANTS = [
     ("gather", 2),
     ("gather", "end"),
     ("commit", "start"),
+    ("commit", "rename"),
     ("commit", "end"),
 ]
 
@@ -115,7 +116,7 @@ def cases():
     """Every instant in every mode; a part of them in the usual run."""
     for mode in MODES:
         for instant in INSTANTS:
-            usual = mode == "create" or instant in INSTANTS[-3:]
+            usual = mode == "create" or instant in INSTANTS[-4:]
             marks = () if usual else (pytest.mark.chaos,)
             yield pytest.param(mode, instant, marks=marks, id="-".join(map(str, (mode, *instant))))
 

@@ -51,6 +51,18 @@ class Fragile:
         return self.open(ref)
 
 
+def die_before_renaming(path):
+    """Kill this process when a file is written, and is about to appear as ``path``."""
+    replace = os.replace
+
+    def fatal(written, to):
+        if to == path:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(written, to)
+
+    os.replace = fatal
+
+
 def die_once(item, pid_of, flag):
     """``load_adata`` that kills a process the first time it is called: its own, or another."""
     if not flag.exists():
@@ -60,8 +72,10 @@ def die_once(item, pid_of, flag):
 
 
 def add(out, paths, options, reports, kill, scheduler):
-    """Build; die at ``kill``: a stage, and "start", "end" or a number of finished tasks."""
+    """Build; die at ``kill``: a stage, and "start", "rename" (of the root), "end" or a number of finished tasks."""
     if kill is not None and kill[0] == "scan":
         scan.open_source = Fragile(kill[1])
+    if kill == ("commit", "rename"):
+        die_before_renaming(f"{out}/zarr.json")
     with dask.config.set(scheduler=scheduler):
         DatasetCollection(out).add_adatas(paths, callbacks=[Killer(kill, reports)], progress=False, **options)
