@@ -35,7 +35,7 @@ def test_a_build_and_its_plan(tmp_path, h5ad_pair):
     assert "500 cells x 58 genes from 2 sources" in planned.stdout, planned.stderr
     assert not (tmp_path / "o.zarr").exists()
     done = run(path)
-    assert "500 cells x 58 genes, 1 datasets" in done.stdout, done.stderr
+    assert "500 cells x 58 genes, datasets: 1" in done.stdout, done.stderr
     assert DatasetCollection(tmp_path / "o.zarr").verify(against=h5ad_pair).ok
 
 

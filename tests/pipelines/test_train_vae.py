@@ -39,7 +39,7 @@ def learnt(monkeypatch):
     return record
 
 
-def test_the_elbo_of_cells_held_out_improves_and_types_part_in_the_latent_space(atlas, run, capsys):
+def test_the_elbo_of_cells_held_out_improves_with_each_epoch(atlas, run, capsys):
     picture = atlas / "latent.png"
     assert run(atlas / "shuffled.zarr", "cell_type", "--epochs", 4, "--genes", 300, "--plot", picture) == 0
     found = re.findall(r"ELBO a cell (\S+), held out (\S+)", capsys.readouterr().out)
