@@ -64,7 +64,7 @@ def _tag(source: SourceSchema) -> Categories:
 
 
 def _unite(name: str, found: Sequence[tuple[str, ColumnSchema | None]]) -> ColumnSpec:
-    columns = [(path, c) for path, c in found if c is not None]
+    columns = _with_kinds([(path, c) for path, c in found if c is not None])
     present = tuple(c is not None for _, c in found)
     kinds = {c.kind for _, c in columns}
     if kinds == {"categorical"}:
@@ -80,6 +80,27 @@ def _unite(name: str, found: Sequence[tuple[str, ColumnSchema | None]]) -> Colum
         "make them one kind in load_adata"
     )
     raise SchemaError(msg)
+
+
+def _with_kinds(columns: Sequence[tuple[str, ColumnSchema]]) -> list[tuple[str, ColumnSchema]]:
+    """Categories that are none, where every value is missing, count as of the kind that the other sources have."""
+    dtypes = (_value_dtype(c) for _, c in columns if c.categories is None or c.categories.values)
+    dtype = next(dtypes, None)
+    return [
+        (path, c if dtype is None or c.categories is None or c.categories.values else _without_values(c, dtype))
+        for path, c in columns
+    ]
+
+
+def _value_dtype(c: ColumnSchema) -> str:
+    if c.categories is not None:
+        return c.categories.dtype
+    return "str" if c.kind == "string" else c.dtype
+
+
+def _without_values(c: ColumnSchema, dtype: str) -> ColumnSchema:
+    assert c.categories is not None  # noqa: S101
+    return replace(c, categories=replace(c.categories, dtype=dtype))
 
 
 def _family(c: ColumnSchema) -> str:

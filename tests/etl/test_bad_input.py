@@ -148,6 +148,19 @@ def test_ordered_in_one_and_not_in_the_other(out, tmp_path):
         add(out, [tmp_path / "a.h5ad", tmp_path / "b.h5ad"])
 
 
+@pytest.mark.parametrize("values", [pd.Categorical(["x", "y", "x"]), ["x", "y", "x"], [1, 2, 3], [True, False, True]])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_categories_that_are_none_clash_with_nothing(tmp_path, values, is_first):
+    """A column of missing values alone: pandas says that its categories are floats."""
+    small(label=pd.Categorical([np.nan] * 3)).write_h5ad(tmp_path / "empty.h5ad")
+    small(label=values).write_h5ad(tmp_path / "values.h5ad")
+    names = ["empty", "values"] if is_first else ["values", "empty"]
+    collection = add(tmp_path / "o.zarr", [tmp_path / f"{name}.h5ad" for name in names])
+    label = collection.obs()["label"]
+    assert label.isna().sum() == 3
+    assert sorted(label.dropna()) == sorted(values)
+
+
 def test_columns_of_clashing_kinds(out, tmp_path):
     small(cluster=pd.Categorical(["x", "y", "z"])).write_h5ad(tmp_path / "a.h5ad")
     small(cluster=[1, 2, 3]).write_h5ad(tmp_path / "b.h5ad")
