@@ -22,7 +22,7 @@ def execute(path, folder):
     """The notebook with the outputs of a run in a folder, and none of the metadata that differs from run to run."""
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(folder)}}
-    options = {"kernel_name": "python3", "timeout": 200, "record_timing": False, "coalesce_streams": True}
+    options = {"kernel_name": "python3", "timeout": 400, "record_timing": False, "coalesce_streams": True}
     NotebookClient(notebook, resources=resources, **options).execute()
     notebook.metadata = nbformat.from_dict(METADATA)
     return notebook

@@ -7,6 +7,7 @@ import pytest
 
 from tests.notebooks.execute import NOTEBOOKS, execute
 
+pytestmark = pytest.mark.timeout(900)  # each starts processes of its own, which a busy machine takes minutes for
 NEEDS_TORCH = {"training", "migration"}
 MAX_BYTES = 150_000
 VARIES = "varies"
