@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,8 +143,10 @@ def loader_threads() -> list[threading.Thread]:
 
 def open_files(folder: Path) -> list[str]:
     """Files under the folder that this process has open."""
-    links = (link for link in Path("/proc/self/fd").iterdir())
-    targets = [link.readlink() for link in links if link.is_symlink()]
+    targets = []
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            targets.append(link.readlink())
     return [str(target) for target in targets if target.is_relative_to(folder) and target.is_file()]
 
 
