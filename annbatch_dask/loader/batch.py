@@ -28,7 +28,17 @@ from annbatch_dask.loader.requests import Loaded
 from annbatch_dask.loader.sources import DenseBlock, SparseBlock
 from annbatch_dask.storage.ranges import Task
 
-__all__ = ["BatchBuilder", "CsrParts", "Form", "RunTasks", "Selection", "check_columns", "row_parts", "sparse_parts"]
+__all__ = [
+    "BatchBuilder",
+    "CsrParts",
+    "Form",
+    "RunTasks",
+    "Selection",
+    "check_columns",
+    "count_parts",
+    "row_parts",
+    "sparse_parts",
+]
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -168,7 +178,7 @@ class BatchBuilder:
         values = self.pool.empty(nnz, dtype)
         columns = self.pool.empty(nnz, index_dtype)
         dest = ends - counts
-        n_parts = self._n_parts(nnz * (values.itemsize + columns.itemsize))
+        n_parts = count_parts(self.n_parts, nnz * (values.itemsize + columns.itemsize))
         run(
             [
                 partial(_gather, self.form, block, starts, lengths, (values, columns), dest[places])
@@ -189,7 +199,7 @@ class BatchBuilder:
         return counts
 
     def _dense_tasks(self, loaded: Loaded, split: Ints, out: Array) -> Iterator[Task]:
-        n_parts = self._n_parts(out.nbytes)
+        n_parts = count_parts(self.n_parts, out.nbytes)
         if self.is_sparse:
             for block, places, starts, lengths in sparse_parts(loaded, split, n_parts):
                 yield partial(_densify, self.form, block, starts, lengths, out, places)
@@ -200,8 +210,10 @@ class BatchBuilder:
             positions = source.positions[loaded.position[split[places]]]
             yield partial(_pick, self.form, source.values, positions, out, places)
 
-    def _n_parts(self, nbytes: int) -> int:
-        return max(1, min(self.n_parts, nbytes // _MIN_TASK_NBYTES))
+
+def count_parts(n_parts: int, nbytes: int) -> int:
+    """Tasks that the making of so many bytes is cut into, ``n_parts`` at most."""
+    return max(1, min(n_parts, nbytes // _MIN_TASK_NBYTES))
 
 
 def row_parts(loaded: Loaded, split: Ints, n_parts: int) -> Iterator[tuple[int, Ints]]:

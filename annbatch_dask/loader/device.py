@@ -22,7 +22,7 @@ from numpy.typing import DTypeLike, NDArray
 from annbatch_dask.errors import DeviceError
 from annbatch_dask.kernels import gpu, tensors
 from annbatch_dask.kernels.assemble import copy_rows
-from annbatch_dask.loader.batch import CsrParts, Form, RunTasks, check_columns, row_parts, sparse_parts
+from annbatch_dask.loader.batch import CsrParts, Form, RunTasks, check_columns, count_parts, row_parts, sparse_parts
 from annbatch_dask.loader.output import Framework
 from annbatch_dask.loader.requests import Loaded
 from annbatch_dask.loader.sources import DenseBlock, SparseBlock
@@ -32,8 +32,6 @@ __all__ = ["Device", "DeviceBuilder", "TorchDevice", "check_device", "find_devic
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
-
-_MIN_TASK_NBYTES = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -183,7 +181,9 @@ class DeviceBuilder:
         values = self.device.empty(nnz, _common([block.values for block in blocks]))
         columns = self.device.empty(nnz, _common([block.columns for block in blocks]))
         tasks: list[Task] = []
-        for block, places, starts, lengths in sparse_parts(loaded, split, self._count_parts(values, columns)):
+        for block, places, starts, lengths in sparse_parts(
+            loaded, split, count_parts(self.n_parts, values.nbytes + columns.nbytes)
+        ):
             dest = indptr[places]
             tasks += [
                 partial(copy_rows, block.values, starts, lengths, values, dest),
@@ -196,11 +196,8 @@ class DeviceBuilder:
         blocks = [block for block in loaded.blocks if isinstance(block, DenseBlock)]
         shape = blocks[0].values.shape[1:]
         rows = self.device.empty((len(split), *shape), _common([block.values for block in blocks]))
-        run(list(_dense_tasks(loaded, split, rows, self._count_parts(rows))))
+        run(list(_dense_tasks(loaded, split, rows, count_parts(self.n_parts, rows.nbytes))))
         return rows
-
-    def _count_parts(self, *arrays: Array) -> int:
-        return max(1, min(self.n_parts, sum(array.nbytes for array in arrays) // _MIN_TASK_NBYTES))
 
 
 def _dense_tasks(loaded: Loaded, split: Ints, out: Array, n_parts: int) -> Iterator[Task]:
