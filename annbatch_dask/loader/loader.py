@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import numpy as np
@@ -15,6 +16,7 @@ import pandas as pd
 import scipy.sparse as sp
 import zarr
 from anndata.abc import CSRDataset
+from humanfriendly import InvalidSize, parse_size
 from numpy.typing import DTypeLike
 
 from annbatch_dask.abc import Sampler
@@ -29,9 +31,12 @@ from annbatch_dask.loader.state import Progress, Resumable, State, digest
 from annbatch_dask.order.share import Even
 from annbatch_dask.samplers import DistributedSampler, RandomSampler, SequentialSampler
 from annbatch_dask.samplers.distributed import DistInfo
+from annbatch_dask.storage.range_cache import RangeCache
 from annbatch_dask.types import LoaderOutput, LoadRequest
 
 if TYPE_CHECKING:
+    import os
+
     import anndata as ad
 
     class _Base:
@@ -136,6 +141,12 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         How many bytes of loaded windows (three quarters) and finished batches (one quarter) may lie ready or be under
         way. One of each is always allowed, however large. Batches the user holds, and buffers waiting to be used
         again, come on top. A batch made on a GPU counts, though it lies there.
+    cache_dir
+        A folder on a local disk where what is read from an object store is kept for later epochs and runs. Loaders
+        and processes may share it. None keeps nothing.
+    cache_bytes
+        Room on the disk that the folder may take, such as ``"500GB"``. Once it is full, the rest is read from the
+        store each time. Beyond the first process, each may pass it by 64 MiB.
 
     Raises
     ------
@@ -179,6 +190,8 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         even: Even | None = "drop",
         global_batch_size: int | None = None,
         prefetch_bytes: int = _PREFETCH_NBYTES,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int | str = "64GB",
     ) -> None:
         given = {
             "chunk_size": chunk_size,
@@ -226,6 +239,7 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         self._selected: Selected | None = None
         self._return_index = return_index
         self._prefetch_nbytes = prefetch_bytes
+        self._cache = None if cache_dir is None else RangeCache(Path(cache_dir).absolute(), _nbytes(cache_bytes))
         # Replaced, never changed in place: a shallow copy keeps what it was copied with.
         self._sources: tuple[Source, ...] = ()
         self._beside: dict[Key, tuple[Source, ...]] = {}
@@ -392,8 +406,8 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
             msg = f"{self._wanted.keys[0]} is asked for, but only X can be added this way; use add_adata"
             raise ValueError(msg)
         _check_dataset(dataset, obs, var)
-        source = make_source(dataset)
-        others = {key: make_source(element) for key, element in (beside or {}).items()}
+        source = make_source(dataset, self._cache)
+        others = {key: make_source(element, self._cache) for key, element in (beside or {}).items()}
         if obs is not None and len(obs) != source.n_obs:
             msg = f"obs has {len(obs)} rows, the dataset has {source.n_obs}"
             raise ValueError(msg)
@@ -459,6 +473,8 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
             self._n_open -= 1
             if pipeline is not None:
                 pipeline.close()
+            if self._cache is not None:
+                self._cache.flush()
             _close(requests)
 
     def _open(self, progress: Progress) -> Iterator[LoadRequest]:
@@ -545,6 +561,17 @@ def _fitting_preload(chunk_size: int, batch_size: int) -> int:
     if step > _MAX_DEFAULT_PRELOAD:
         return _PRELOAD_NCHUNKS
     return max(1, round(_PRELOAD_NCHUNKS / step)) * step
+
+
+def _nbytes(size: int | str) -> int:
+    """A size in bytes, which may be written as in ``"64GB"``."""
+    try:
+        nbytes = int(parse_size(size, binary=True)) if isinstance(size, str) else size
+    except InvalidSize:
+        msg = f"cache_bytes is {size!r}; give a number of bytes, or a size such as '64GB'"
+        raise ValueError(msg) from None
+    _check_positive("cache_bytes", nbytes)
+    return nbytes
 
 
 def _check_positive(name: str, value: Any) -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import SourceError
 from annbatch_dask.loader.pool import BufferPool
+from annbatch_dask.storage.range_cache import RangeCache
 from annbatch_dask.storage.ranges import RangeReader, Task
 
 if TYPE_CHECKING:
@@ -130,12 +131,12 @@ class Source(ABC):
         """The block, complete once every task has run; row ``i`` is the ``i``-th row located."""
 
 
-def make_source(dataset: Any) -> Source:
-    """The source for a dataset the loader accepts."""
+def make_source(dataset: Any, cache: RangeCache | None = None) -> Source:
+    """The source for a dataset the loader accepts; a remote one's files are kept in the cache."""
     if isinstance(dataset, CSRDataset):
-        return ZarrCsrSource(dataset.group)
+        return ZarrCsrSource(dataset.group, cache)
     if isinstance(dataset, zarr.Array):
-        return ZarrArraySource(dataset)
+        return ZarrArraySource(dataset, cache)
     if isinstance(dataset, np.ndarray):
         return ArraySource(dataset)
     return CsrSource(dataset)
@@ -162,10 +163,11 @@ class ZarrCsrSource(Source):
 
     is_sparse = True
 
-    def __init__(self, group: zarr.Group) -> None:
+    def __init__(self, group: zarr.Group, cache: RangeCache | None = None) -> None:
         self._group = group
-        self._values = RangeReader(_array(group, "data"))
-        self._columns = RangeReader(_array(group, "indices"))
+        self._cache = cache
+        self._values = RangeReader(_array(group, "data"), cache=cache)
+        self._columns = RangeReader(_array(group, "indices"), cache=cache)
         shape: Any = group.attrs["shape"]
         self.shape = tuple(int(n) for n in shape)
         self.stored_dtype = self._values.dtype
@@ -198,7 +200,7 @@ class ZarrCsrSource(Source):
         return [*self._values.index_tasks(located.spans), *self._columns.index_tasks(located.spans)]
 
     def _read_indptr(self) -> Ints:
-        reader = RangeReader(_array(self._group, "indptr"))
+        reader = RangeReader(_array(self._group, "indptr"), cache=self._cache)
         stored = np.empty(reader.shape, reader.dtype)
         reader.read(np.array([[0, len(stored)]]), stored)
         indptr: Ints = stored.astype(np.int64, copy=False)
@@ -245,11 +247,11 @@ class ZarrArraySource(Source):
 
     is_sparse = False
 
-    def __init__(self, array: zarr.Array[Any]) -> None:
+    def __init__(self, array: zarr.Array[Any], cache: RangeCache | None = None) -> None:
         if array.ndim < 2:
             msg = f"{array.store_path}: a dataset needs 2 dimensions or more, found {array.ndim}"
             raise SourceError(msg)
-        self._reader = RangeReader(array)
+        self._reader = RangeReader(array, cache=cache)
         self.shape = self._reader.shape
         self.stored_dtype = self._reader.dtype
         self.dtype = np.dtype(str(array.attrs.get(SOURCE_DTYPE, self.stored_dtype)))

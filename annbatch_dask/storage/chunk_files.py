@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import CollectionError, IntegrityError
 from annbatch_dask.storage.publish import Folder, RemoteRanges, folder_of
+from annbatch_dask.storage.range_cache import RangeCache, RemoteFile
 
 if TYPE_CHECKING:
     import fsspec
@@ -54,13 +55,13 @@ class ChunkFiles(Protocol):
         """
 
 
-def chunk_files(array: zarr.Array[Any]) -> ChunkFiles | None:
-    """The files of an array; None where only its store knows them."""
+def chunk_files(array: zarr.Array[Any], cache: RangeCache | None = None) -> ChunkFiles | None:
+    """The files of an array, remote ones by way of a cache; None where only its store knows them."""
     if type(array.store) is zarr.storage.LocalStore and hasattr(os, "preadv"):
         return _LocalFiles(Path(array.store.root) / array.path)
     if type(array.store) is zarr.storage.FsspecStore:
         try:
-            return _RemoteFiles(folder_of(array))
+            return _RemoteFiles(folder_of(array), cache)
         except CollectionError:  # fsspec's own local file system, and the like
             return None
     return None
@@ -114,10 +115,11 @@ class _RemoteFiles:
     is_remote: ClassVar = True
 
     folder: Folder
+    cache: RangeCache | None = None
     _systems: dict[int, fsspec.AbstractFileSystem] = field(default_factory=dict, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _RemoteFiles, (self.folder,)
+        return _RemoteFiles, (self.folder, self.cache)
 
     def _ranges(self, key: str) -> RemoteRanges:
         """A file. All threads of a process share a file system: fsspec would make one, with connections, for each."""
@@ -128,16 +130,19 @@ class _RemoteFiles:
         return f"{self.folder.url}/{key}"
 
     def identity(self, key: str) -> Identity | None:
-        size = self._ranges(key).size()
-        return None if size is None else (size,)
+        return self._ranges(key).identity()
 
     def is_current(self, key: str, identity: Identity | None) -> bool:  # noqa: ARG002
         return True
 
-    def read(self, key: str, start: int, stop: int, identity: Identity) -> memoryview:  # noqa: ARG002
+    def read(self, key: str, start: int, stop: int, identity: Identity) -> memoryview:
         raw = memoryview(scratch("raw", stop - start))
+        fetch = self._ranges(key).read_into
         try:
-            n = self._ranges(key).read_into(start, raw)
+            if self.cache is None:
+                n = fetch(start, raw)
+            else:
+                n = self.cache.read_into(RemoteFile(self.name(key), *identity), start, raw, fetch)
         except FileNotFoundError as e:
             msg = f"{self.name(key)} was removed while it was being read; open the collection again"
             raise IntegrityError(msg) from e

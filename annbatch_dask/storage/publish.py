@@ -38,8 +38,12 @@ _N_BLOCKS = 8
 """A remote file read here and there keeps this many blocks, read whole and once as long as they stay."""
 
 
-_VERSION_KEYS = ("ETag", "etag", "generation", "mtime", "LastModified", "created")
+_VERSION_KEYS = ("ETag", "etag", "generation", "mtime", "LastModified", "Last-Modified", "created")
 """Where file systems say which content a file has, the surest first."""
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    return str(next(filter(None, map(info.get, _VERSION_KEYS)), ""))
 
 
 class StorageOptions(dict[str, Any]):
@@ -119,7 +123,7 @@ class Folder:
             info = self.fs.info(f"{self.path}/{name}")
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return str(next(filter(None, map(info.get, _VERSION_KEYS)), ""))
+        return _version(info)
 
     def first_bytes(self, n: int) -> bytes:
         """The first ``n`` bytes of the file at this path, or as many as it has."""
@@ -362,12 +366,13 @@ class RemoteRanges:
     fs: fsspec.AbstractFileSystem
     path: str
 
-    def size(self) -> int | None:
-        """Its bytes; None where there is no such file."""
+    def identity(self) -> tuple[str, int] | None:
+        """Its version, as in :meth:`Folder.version`, and its bytes; None where there is no such file."""
         try:
-            return int(self.fs.size(self.path))
+            info = self.fs.info(self.path)
         except FileNotFoundError:
             return None
+        return _version(info), int(info["size"])
 
     def read_into(self, start: int, out: memoryview) -> int:
         """Fill ``out`` from byte ``start`` on; returns the bytes there were."""

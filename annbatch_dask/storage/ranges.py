@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.storage.chunk_files import ChunkFiles, Identity, chunk_files, scratch
+from annbatch_dask.storage.range_cache import RangeCache
 
 if TYPE_CHECKING:
     import zarr
@@ -65,11 +66,13 @@ class RangeReader:
         The zarr array.
     fast
         False to read through zarr in any case. True does not force: see :attr:`is_fast`.
+    cache
+        Where to keep what comes from an object store.
     """
 
-    def __init__(self, array: zarr.Array[Any], *, fast: bool = True) -> None:
+    def __init__(self, array: zarr.Array[Any], *, fast: bool = True, cache: RangeCache | None = None) -> None:
         self.array = array
-        self._layout = _find_layout(array) if fast else None
+        self._layout = _find_layout(array, cache) if fast else None
         self._indexes: dict[tuple[int, ...], _ShardIndex] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -228,10 +231,10 @@ class _Layout:
 _COMPRESSORS = ("blosc", "zstd", "gzip")
 
 
-def _find_layout(array: zarr.Array[Any]) -> _Layout | None:
+def _find_layout(array: zarr.Array[Any], cache: RangeCache | None) -> _Layout | None:
     """How to read the array directly, or None where only zarr knows."""
     metadata: Any = array.metadata
-    files = chunk_files(array)
+    files = chunk_files(array, cache)
     if files is None or metadata.zarr_format != 3:
         return None
     dtype = np.dtype(array.dtype)

@@ -51,3 +51,59 @@ def test_many_requests_are_under_way_to_a_slow_server(collection, server):
         with server.slow(DELAY_S):
             assert len(rows_of(loader)) == 500
         assert server.n_at_once >= 16
+
+
+class TestCache:
+    """What is read once is kept on a local disk."""
+
+    @pytest.fixture
+    def expected(self, collection):
+        plain = loader_of(collection)
+        return [rows_of(plain) for _ in range(2)]
+
+    def loader_of(self, collection, folder, **options):
+        loader = Loader(
+            batch_size=50, chunk_size=10, preload_nchunks=25, shuffle=True, rng=3, cache_dir=folder, **options
+        )
+        return loader.use_collection(collection)
+
+    def test_later_epochs_and_runs_ask_for_nothing(self, collection, server, tmp_path, expected):
+        loader = self.loader_of(collection, tmp_path)
+        with server.recorded() as first:
+            np.testing.assert_array_equal(rows_of(loader), expected[0])
+        with server.recorded() as second:
+            np.testing.assert_array_equal(rows_of(loader), expected[1])
+        later = self.loader_of(collection, tmp_path)
+        with server.recorded() as third:
+            for rows in expected:
+                np.testing.assert_array_equal(rows_of(later), rows)
+        assert set(counts(first)) == {"GET"}
+        assert counts(second) == counts(third) == {}
+
+    def test_what_does_not_fit_is_asked_for_each_time(self, collection, server, tmp_path, expected):
+        with server.recorded() as whole:
+            rows_of(loader_of(collection))
+        loader = self.loader_of(collection, tmp_path, cache_bytes=200_000)
+        for rows in expected:
+            with server.recorded() as asked:
+                np.testing.assert_array_equal(rows_of(loader), rows)
+        assert 0 < len(asked) < 0.8 * len(whole)
+        assert sum(path.stat().st_blocks * 512 for path in tmp_path.iterdir()) <= 200_000
+
+    def test_workers_of_a_dataloader_share_it(self, collection, server, tmp_path):
+        DataLoader = pytest.importorskip("torch.utils.data").DataLoader
+        for _ in range(2):  # the second time, new processes
+            workers = DataLoader(
+                self.loader_of(collection, tmp_path),
+                batch_size=None,
+                num_workers=2,
+                multiprocessing_context="fork",
+            )
+            with server.recorded() as asked:
+                assert sum(batch["X"].shape[0] for batch in workers) == 500
+        assert counts(asked)["GET"] == 0
+
+    @pytest.mark.parametrize(("options", "message"), [({"cache_bytes": "many"}, "many"), ({"cache_bytes": 0}, "got 0")])
+    def test_a_limit_that_is_none(self, tmp_path, options, message):
+        with pytest.raises(ValueError, match=message):
+            Loader(batch_size=1, cache_dir=tmp_path, **options)
