@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import anndata as ad
 import numpy as np
 import pandas as pd
-import psutil
 import pytest
 import scipy.sparse as sp
 from hypothesis import settings
+
+from tests.leaks import nothing_is_left
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,11 +59,8 @@ def h5ad_pair(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return write_pair(tmp_path_factory.mktemp("pair"))
 
 
-@pytest.fixture
-def no_processes_left() -> Iterator[None]:
-    """Fail if a test leaves a child process running."""
-    me = psutil.Process()
-    before = set(me.children(recursive=True))
-    yield
-    _, alive = psutil.wait_procs([p for p in me.children(recursive=True) if p not in before], timeout=10)
-    assert not alive, f"still running: {alive}"
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    """Whatever a test did, no thread of a loader, open file or process outlives it."""
+    with nothing_is_left():
+        yield

@@ -67,7 +67,6 @@ def test_var_subset_is_a_file_of_names(h5ad_pair, tmp_path):
     assert set(DatasetCollection(target, mode="r").var.index) <= {"gene_1", "gene_2", "gene_3"}
 
 
-@pytest.mark.usefixtures("no_processes_left")
 def test_shuffle_on_a_scheduler(h5ad_pair, tmp_path, collection):
     target = tmp_path / "out.zarr"
     options = {"threads_per_worker": 2, "processes": False, "protocol": "tcp://", "dashboard_address": None}
@@ -83,7 +82,6 @@ def contents(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.usefixtures("no_processes_left")
 def test_shuffle_with_a_number_of_workers(h5ad_pair, tmp_path, collection):
     """The installed way: a process of its own, with a cluster of its own."""
     target = tmp_path / "out.zarr"

@@ -84,9 +84,7 @@ def assert_shuffled(collection, expected):
     assert_same_frame(found.obs.drop(columns=["src_path", "file"]), expected.obs)
 
 
-def test_a_view_of_three_files_is_preprocessed_lazily_and_shuffled_on_worker_processes(
-    paths, tmp_path, no_processes_left
-):
+def test_a_view_of_three_files_is_preprocessed_lazily_and_shuffled_on_worker_processes(paths, tmp_path):
     lazy, expected = preprocessed(paths)
     collection = DatasetCollection(tmp_path / "c.zarr").add_adatas([lazy], seed=0, dataset_size=200)
     assert_shuffled(collection, expected)

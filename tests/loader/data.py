@@ -5,23 +5,20 @@ Column 0 of X and ``obs["row"]`` hold the global row number (plus one in X, so t
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pandas as pd
-import psutil
 import scipy.sparse as sp
 import zarr
 from zarr.codecs import BloscCodec
 
 N_VAR = 23
-THREADS = "annbatch-dask"
 
 
 @contextmanager
@@ -135,30 +132,3 @@ def dense(x) -> np.ndarray:
     if hasattr(x, "to_dense"):
         x = x.to_dense()
     return np.asarray(x)
-
-
-def loader_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith(THREADS)]
-
-
-def open_files(folder: Path) -> list[str]:
-    """Files under the folder that this process has open."""
-    targets = []
-    for link in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed meanwhile
-            targets.append(link.readlink())
-    return [str(target) for target in targets if target.is_relative_to(folder) and target.is_file()]
-
-
-def children() -> list[psutil.Process]:
-    """Processes this one has started that still run, but for multiprocessing's own two, which stay."""
-    found = [p for p in psutil.Process().children() if not _is_standing(p)]
-    return psutil.wait_procs(found, timeout=5)[1]
-
-
-def _is_standing(process: psutil.Process) -> bool:
-    try:
-        command = " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return False
-    return "multiprocessing.resource_tracker" in command or "multiprocessing.forkserver" in command

@@ -20,7 +20,8 @@ from annbatch_dask.loader import Loader
 from annbatch_dask.loader import fetch as fetch_module
 from annbatch_dask.loader.fetch import Budget, Closed
 from annbatch_dask.storage.ranges import RangeReader
-from tests.loader.data import dense, loader_threads, matrix, open_files, quiet, write_collection
+from tests.leaks import loader_threads, open_files
+from tests.loader.data import dense, matrix, quiet, write_collection
 from tests.loader.test_loader import check_epoch, csr, make
 from tests.loader.test_samplers import Minimal
 

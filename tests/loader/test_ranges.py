@@ -15,7 +15,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, Sharding
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.storage import ranges
 from annbatch_dask.storage.ranges import RangeReader
-from tests.loader.data import open_files
+from tests.leaks import open_files
 
 CODECS = {
     "blosc-lz4": [BloscCodec(cname="lz4", shuffle="shuffle")],

@@ -91,7 +91,7 @@ def test_secrets_are_written_nowhere(bucket, atlas, server, caplog):
         assert not [text for text in said if secret in text]
 
 
-def test_worker_processes_write_the_same_bytes(bucket, atlas, server, local, no_processes_left):
+def test_worker_processes_write_the_same_bytes(bucket, atlas, server, local):
     url = f"{bucket}/o.zarr"
     with dask.config.set(scheduler=None):
         build(url, atlas, server)
