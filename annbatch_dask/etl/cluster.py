@@ -59,7 +59,7 @@ def _add_dashboard(cluster: SpecCluster) -> None:
     cluster.sync(add)
 
 
-class _Workers(SubprocessWorker):
+class _Workers(SubprocessWorker):  # type: ignore[misc] # Dask's types are not followed
     """Several workers, started by one command."""
 
     def __init__(self, scheduler: str, name: int, n_workers: int, options: dict[str, Any]) -> None:

@@ -123,7 +123,8 @@ class WeightTable:
 
     def find(self, shares: Floats) -> Ints:
         """(k,) int64, the row at each of the (k,) shares in [0, 1) of the sum. Never one of weight 0."""
-        return find_rows(self.weights, _SPAN, self._bounds, shares * self._bounds[-1])
+        rows: Ints = find_rows(self.weights, _SPAN, self._bounds, shares * self._bounds[-1])
+        return rows
 
 
 class Weighted:

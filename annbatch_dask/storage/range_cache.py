@@ -139,8 +139,8 @@ class RangeCache:
             kept = state.files.get(file)
             if kept is None:
                 return
-            n_blocks = len(payload) // _BLOCK_NBYTES + 2 + kept.is_new  # of the log, the first one
-            cost = n_blocks * _BLOCK_NBYTES + _RECORD.itemsize
+            n_blocks = len(payload) // _BLOCK_NBYTES + 2 + 2 * kept.is_new  # the first of the log, and of the extents
+            cost = n_blocks * _BLOCK_NBYTES + 2 * _RECORD.itemsize
             if not self._reserve(state, cost):
                 return
             kept.is_new = False
@@ -148,6 +148,7 @@ class RangeCache:
         with state.lock:
             if not is_there:  # removed by another process
                 state.files.pop(file, None)
+                state.n_pending -= cost
                 return
             kept.spans.add(start, start + len(payload))
             state.unlogged.setdefault(kept, []).append((start, start + len(payload)))
@@ -163,16 +164,17 @@ class RangeCache:
     def _reserve(self, state: _State, nbytes: int) -> bool:
         """Whether there is room for so much."""
         if nbytes > state.room and not state.is_full:
-            asked = max(self._grant, nbytes)
+            asked = state.n_pending + max(self._grant, nbytes)
             used = self._make_room(state, asked)
             if used + asked <= self.limit_nbytes:
-                state.room = asked
+                state.room = asked - state.n_pending
             else:
                 state.is_full = True
                 logger.info("%s has %d of %d bytes; nothing more is kept", self.folder, used, self.limit_nbytes)
         if nbytes > state.room:
             return False
         state.room -= nbytes
+        state.n_pending += nbytes
         return True
 
     def _make_room(self, state: _State, nbytes: int) -> int:
@@ -201,9 +203,12 @@ class RangeCache:
 
     def _log(self, state: _State) -> None:
         with state.lock:
-            unlogged, state.unlogged, state.n_unlogged = state.unlogged, {}, 0
+            unlogged, n_unlogged = state.unlogged, state.n_unlogged
+            state.unlogged, state.n_unlogged = {}, 0
         for kept, spans in unlogged.items():
             kept.log(spans)
+        with state.lock:
+            state.n_pending -= n_unlogged
 
     @contextlib.contextmanager
     def _giving_up(self, state: _State) -> Iterator[None]:
@@ -224,7 +229,8 @@ class _State:
         self.lock = threading.Lock()
         self.files: dict[RemoteFile, _Kept] = {}
         self.unlogged: dict[_Kept, list[tuple[int, int]]] = {}
-        self.n_unlogged = 0
+        self.n_unlogged = 0  # bytes
+        self.n_pending = 0  # bytes granted to writes and logs that the disk may not show yet
         self.room = 0
         self.is_full = False
         self.is_broken = False
