@@ -67,7 +67,11 @@ def many():
         yield sparse(300, 5000, 1000, whole=True)
 
 
-@pytest.mark.parametrize("shape", [wide, deep, dense, many], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "shape",
+    [wide, many, *(pytest.param(shape, marks=pytest.mark.chaos) for shape in (deep, dense))],
+    ids=lambda shape: shape.__name__,
+)
 def test_a_task_stays_within_the_figure_of_the_plan(tmp_path, monkeypatch, shape):
     paths, n_obs = [], 0
     for k, X in enumerate(shape()):

@@ -62,8 +62,11 @@ def matrix(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("form", "row_nbytes"),
-    [("{}", 8 * N_PER_ROW), ("{'dense': True}", 4 * N_VAR), ("{'dense': True, 'dtype': 'float16'}", 2 * N_VAR)],
-    ids=["csr", "dense", "half"],
+    [
+        pytest.param("{}", 8 * N_PER_ROW, id="csr"),
+        pytest.param("{'dense': True}", 4 * N_VAR, id="dense"),
+        pytest.param("{'dense': True, 'dtype': 'float16'}", 2 * N_VAR, id="half", marks=pytest.mark.chaos),
+    ],
 )
 def test_peak_memory_is_the_read_ahead_and_a_constant(matrix, form, row_nbytes):
     numbers = [WINDOW_ROWS, BATCH_NBYTES // row_nbytes, PREFETCH_NBYTES]

@@ -24,7 +24,9 @@ def test_errors_throttling_and_lost_connections_are_tried_again(bucket, atlas, s
     np.testing.assert_array_equal(rows, np.concatenate(epoch(local[0])))
 
 
-@pytest.mark.parametrize("fault", ["500", "503", "reset"])
+@pytest.mark.parametrize(
+    "fault", [pytest.param("500", marks=pytest.mark.chaos), "503", pytest.param("reset", marks=pytest.mark.chaos)]
+)
 def test_a_store_that_never_answers_is_an_error_that_says_where(bucket, atlas, server, fault):
     options = server.options | {"config_kwargs": {"retries": {"max_attempts": 0}}}
     collection = DatasetCollection(f"{bucket}/o.zarr", storage_options=options)

@@ -1,5 +1,6 @@
 """A Loader over a collection on an S3 server: the same batches, few requests, many at once."""
 
+import dask
 import numpy as np
 import pytest
 
@@ -12,12 +13,20 @@ pytestmark = pytest.mark.s3
 DELAY_S = 0.05
 
 
+@pytest.fixture(scope="module")
+def url(atlas, server):
+    """A collection of 13 shards of 40 rows in each array."""
+    url = "s3://atlas/loading/o.zarr"
+    with dask.config.set(scheduler="synchronous"):
+        build(url, atlas, server, n_obs_per_chunk=10, shard_size=40)
+    return url
+
+
 @pytest.fixture
-def collection(bucket, atlas, server):
-    """13 shards of 40 rows in each array."""
-    build(f"{bucket}/o.zarr", atlas, server, n_obs_per_chunk=10, shard_size=40)
+def collection(url, server):
+    """The collection, newly opened."""
     options = server.options | {"config_kwargs": {"max_pool_connections": 32}}
-    return DatasetCollection(f"{bucket}/o.zarr", mode="r", storage_options=options)
+    return DatasetCollection(url, mode="r", storage_options=options)
 
 
 def rows_of(loader):
