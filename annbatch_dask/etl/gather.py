@@ -17,7 +17,7 @@ import zarr
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import IntegrityError
-from annbatch_dask.etl.job import Job, JobFile, load_job
+from annbatch_dask.etl.job import Job, JobFile, forget_inputs, load_job
 from annbatch_dask.etl.rows import all_columns, decode_strings, head, row_hashes, sum_hashes
 from annbatch_dask.etl.scan import raw_var
 from annbatch_dask.etl.scatter import GROUP, PLACE, Flats, Heads, scatter_again
@@ -78,6 +78,7 @@ def gather(file: JobFile, task: GatherTask) -> dict[str, Any]:
         If the rows written are not the rows read.
     """
     name = f"gather-{task.dataset:06d}"
+    forget_inputs()  # all of them have been scattered
     job = load_job(file)
     dataset = f"{DATASET_PREFIX}_{job.first_dataset + task.dataset}"
     # a receipt lies in the scratch folder, its dataset in the target, which others may have removed or replaced since

@@ -24,7 +24,7 @@ from annbatch_dask.storage.sources import Source, SourceRef, open_source
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["Job", "JobFile", "load_job", "save_job", "trim_memory"]
+__all__ = ["Job", "JobFile", "forget_inputs", "load_job", "save_job", "trim_memory"]
 
 _FILE = "job.pkl"
 
@@ -62,22 +62,33 @@ class Job:
 
     @contextmanager
     def open_source(self, index: int) -> Iterator[Source]:
-        """Open an input. What ``load_adata`` returned is kept for the next block of the same input in this thread."""
+        """Open an input. What ``load_adata`` returned is kept for the next block of the same input in this thread.
+
+        :func:`forget_inputs` lets go of it.
+        """
         ref = self.refs[index]
         if ref.load_adata is None:
             with open_source(ref) as source:
                 yield source
             return
-        key = (self.plan.work_key, index)
-        if getattr(_kept, "key", None) != key:
-            _kept.__dict__.clear()
+        key, thread = (self.plan.work_key, index), threading.get_ident()
+        kept = _kept.get(thread)
+        if kept is None or kept[0] != key:
+            kept = None  # before the next one takes its memory
+            _kept.pop(thread, None)
             with ExitStack() as files:
-                _kept.source, _kept.key = files.enter_context(open_source(ref)), key
+                kept = _kept[thread] = key, files.enter_context(open_source(ref))
                 files.pop_all()  # what a user's function opened stays open with what it returned
-        yield _kept.source
+        yield kept[1]
 
 
-_kept = threading.local()
+_kept: dict[int, tuple[tuple[str, int], Source]] = {}
+"""What ``load_adata`` returned last, by thread."""
+
+
+def forget_inputs() -> None:
+    """Let go of inputs in all threads of this process: they may be whole atlases in memory."""
+    _kept.clear()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -252,11 +252,17 @@ class SpillReader(AbstractContextManager["SpillReader"]):
 
     def __init__(self, folder: Folder, block: int, parts: range, *, keep_open: bool = True) -> None:
         self._first, self._block, self._path = parts.start, block, f"{folder.url}/{_body(block)}"
-        try:
-            self._file = folder.ranges(_body(block), keep_open=keep_open)
-            n, table, crc = self._read(0, np.empty(_HEADER_NBYTES, np.uint8)).view(np.uint64).tolist()
-        except FileNotFoundError:
-            raise self._damaged("is missing") from None
+        with ExitStack() as opened:
+            try:
+                self._file = folder.ranges(_body(block), keep_open=keep_open)
+                opened.callback(self._file.close)
+                self._read_table(parts)
+            except FileNotFoundError:  # a remote one is opened by its first read
+                raise self._damaged("is missing") from None
+            opened.pop_all()
+
+    def _read_table(self, parts: range) -> None:
+        n, table, crc = self._read(0, np.empty(_HEADER_NBYTES, np.uint8)).view(np.uint64).tolist()
         if n > table:
             raise self._damaged("has a damaged header")
         about = json.loads(self._checked(self._read(_HEADER_NBYTES, np.empty(n, np.uint8)), crc).tobytes())

@@ -39,7 +39,7 @@ def text_of(output):
 def repeatable_text(notebook):
     """What each cell prints and returns, for the cells that do the same in each run."""
     return [
-        [output.get("text") or output.get("data", {}).get("text/plain") for output in cell.outputs]
+        [o.get("text") or o.get("data", {}).get("text/plain") for o in cell.outputs if o.get("name") != "stderr"]
         for cell in code_cells(notebook)
         if VARIES not in cell.metadata.get("tags", [])
     ]
