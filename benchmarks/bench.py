@@ -286,7 +286,9 @@ def main() -> int:
     print_scaling(setup, folders)
     print_bounds(setup, folders[full], alone)
     print("\nopening files lazily, and counting cells by type", flush=True)
-    subprocess.run([sys.executable, str(HERE / "lazy.py"), str(setup.work / "lazy")], check=True)
+    for n_files in (10, 100):  # the peer ends with ten
+        command = [sys.executable, str(HERE / "lazy.py"), str(setup.work / "lazy"), "--files", str(n_files)]
+        subprocess.run(command, check=True)
     return 0
 
 
