@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.loader.data import Collection, write_collection
@@ -15,3 +17,10 @@ def collection(tmp_path_factory: pytest.TempPathFactory) -> Collection:
 def dense_collection(tmp_path_factory: pytest.TempPathFactory) -> Collection:
     """The same rows stored dense; read only."""
     return write_collection(tmp_path_factory.mktemp("dense") / "c.zarr", dense=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A hang is a failure within a minute, but for tests that start interpreters, which name their own limit."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(60))

@@ -16,6 +16,7 @@ lightning = pytest.importorskip("lightning.pytorch")
 from annbatch_dask.lightning import DataModule  # noqa: E402 - needs Lightning
 
 pytestmark = [  # Lightning's own
+    pytest.mark.timeout(150),
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used:UserWarning"),
 ]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import zarr
 
+pytestmark = pytest.mark.timeout(250)  # an interpreter and three epochs
 N_OBS, N_PER_ROW, N_VAR = 40_000, 500, 2000
 WINDOW_ROWS, BATCH_NBYTES, PREFETCH_NBYTES = 8192, 8_192_000, 24_000_000
 # Beside prefetch_bytes: the batch in the user's hands and the one before, buffers that wait to be used again, a chunk a

@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("torch")
 
+pytestmark = pytest.mark.timeout(300)  # starts interpreters, twice
+
 # The imports take longer than all the rest: one process makes them, the ranks are forked from it.
 SCRIPT = """
 import json, multiprocessing, os, socket, sys
