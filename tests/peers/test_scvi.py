@@ -10,9 +10,8 @@ import pytest
 import annbatch_dask.samplers
 from annbatch_dask import DatasetCollection, Loader
 
-pytest.importorskip("scvi", reason="scvi-tools is no dependency")
-dataloaders = pytest.importorskip("scvi.dataloaders")
-if not hasattr(dataloaders, "AnnbatchDataModule"):
+scvi = pytest.importorskip("scvi", reason="scvi-tools is no dependency")
+if not hasattr(scvi.dataloaders, "AnnbatchDataModule"):
     pytest.skip("scvi-tools before 1.5 has no module for annbatch", allow_module_level=True)
 
 
@@ -36,12 +35,10 @@ def module_of(collection, **options):
     loader = Loader(batch_size=32, chunk_size=16, preload_nchunks=4, preload_to_gpu=False, dense=True, to="torch")
     loader.use_collection(collection)
     sizes = {"batch_size": 32, "chunk_size": 16, "preload_nchunks": 4}
-    return dataloaders.AnnbatchDataModule(loader, batch_key="src_path", label_key="cell_type", **sizes, **options)
+    return scvi.dataloaders.AnnbatchDataModule(loader, batch_key="src_path", label_key="cell_type", **sizes, **options)
 
 
 def test_a_model_learns_and_predicts(collection):
-    import scvi
-
     scvi.settings.seed = 0
     data = module_of(collection, shuffle=True)
     assert (data.n_obs, data.n_vars, data.n_batch) == (500, 58, 2)

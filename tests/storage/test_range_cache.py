@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -54,7 +53,7 @@ def disk_usage(cache):
     return sum(path.stat().st_blocks * 512 for path in cache.folder.iterdir())
 
 
-def two_files(cache):
+def suffixes(cache):
     return sorted(path.suffix for path in cache.folder.iterdir() if path.name != ".lock")
 
 
@@ -93,7 +92,7 @@ def test_what_was_logged_is_there_for_the_next_process(cache):
     later = again(cache)
     assert remote.read(later, 12_000, 58_000) == remote.content[12_000:58_000]
     assert remote.fetched == [(30_000, 50_000)]
-    assert two_files(cache) == [".bytes", ".spans"]
+    assert suffixes(cache) == [".bytes", ".spans"]
 
 
 def test_what_was_not_logged_is_fetched_again(cache):
@@ -244,7 +243,7 @@ class TestDamage:
         other.flush()
         self.assert_sound(cache, kept, [0, 20_000, 60_000])
 
-    def test_a_whole_folder_that_was_removed(self, cache, kept, caplog):
+    def test_a_folder_that_was_emptied(self, cache, kept):
         for path in cache.folder.iterdir():
             path.unlink()
         self.assert_sound(cache, kept, [0, 20_000, 60_000])
@@ -289,13 +288,13 @@ def read_at_random(cache, seed):
 
 def test_processes_share_one(cache):
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=partial(read_at_random, cache, seed)) for seed in range(3)]
+    processes = [context.Process(target=read_at_random, args=(cache, seed)) for seed in range(3)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert two_files(cache) == [".bytes", ".spans"]
+    assert suffixes(cache) == [".bytes", ".spans"]
     remote, later = Remote(2 * MB), again(cache)
     pieces = [remote.read(later, start, start + 8_192) for start in range(0, 2 * MB, 8_192)]
     assert b"".join(pieces) == remote.content
