@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.stats import hypergeom
 
 from annbatch_dask.order.planned import expand
 
@@ -183,5 +182,7 @@ def _plug_in(counts: NDArray[np.integer[Any]]) -> float:
 
 def _mean_k_log_k(total: int, n_class: int, n_drawn: int) -> float:
     """Return E[k log2 k] for k hypergeometric; k = 0 and k = 1 add nothing."""
+    from scipy.stats import hypergeom  # takes more than a second, which every import of a collection would pay
+
     k = np.arange(2, min(n_class, n_drawn) + 1)
     return float((hypergeom.pmf(k, total, n_class, n_drawn) * k * np.log2(k)).sum())

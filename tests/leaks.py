@@ -62,7 +62,20 @@ def open_files(folder: Path) -> list[str]:
 
 def children() -> list[psutil.Process]:
     """Processes this one has started, and theirs, but for multiprocessing's own, which stay."""
-    return [p for p in psutil.Process().children(recursive=True) if not _is_standing(p)]
+    found = []
+    for pid in _children_of("self"):
+        with suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(pid))
+    return [p for p in found if not _is_standing(p)]
+
+
+def _children_of(pid: int | str) -> Iterator[int]:
+    """All descendants; psutil would look at every process of the machine, before and after each test."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for task in list(Path(f"/proc/{pid}/task").iterdir()):
+            for child in (task / "children").read_text().split():
+                yield int(child)
+                yield from _children_of(int(child))
 
 
 def _is_standing(process: psutil.Process) -> bool:

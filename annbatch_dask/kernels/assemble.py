@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.kernels.prefetch import prefetch_row
+from annbatch_dask.kernels.rows import order_row
 
 __all__ = [
     "Places",
@@ -342,6 +343,11 @@ def _select(
 ) -> None:
     values, value_starts, columns, starts, lengths = rows
     dest_values, dest_columns = dest
+    longest = 0
+    for i in range(lengths.shape[0]):
+        longest = max(longest, lengths[i])
+    order, spare = np.empty(longest, np.int64), np.empty(longest, np.int64)
+    kept_values, kept_columns = np.empty(longest, dest_values.dtype), np.empty(longest, dest_columns.dtype)
     for i in range(starts.shape[0]):
         n = 0
         for j in range(lengths[i]):
@@ -353,9 +359,11 @@ def _select(
         if needs_sort:
             row_values = dest_values[dest_starts[i] : dest_starts[i] + n]
             row_columns = dest_columns[dest_starts[i] : dest_starts[i] + n]
-            order = np.argsort(row_columns)
-            row_values[:] = row_values[order]
-            row_columns[:] = row_columns[order]
+            for j in range(n):
+                kept_values[j], kept_columns[j] = row_values[j], row_columns[j]
+            order_row(row_columns, order, spare)
+            for j in range(n):
+                row_values[j], row_columns[j] = kept_values[order[j]], kept_columns[order[j]]
 
 
 @_compiled

@@ -88,31 +88,41 @@ def undisturbed(tmp_path_factory, h5ad_pair):
     return tree_digest(path)
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A cluster for two tests: one kills a worker, which its nanny starts again, and the last one the scheduler."""
+    with cluster(tmp_path_factory.mktemp("shared") / "cluster") as started:
+        yield started
+
+
 @pytest.fixture(autouse=True)
 def many_tasks(monkeypatch):
     monkeypatch.setattr("annbatch_dask.plan.build._BLOCK_NBYTES", 20_000)
 
 
+def killed(started, who, stage, path, files):
+    """A build in which the first worker, or its nanny as well, is killed; its digest and its number of tasks."""
+    client, (_, first, _) = started
+    nanny = psutil.Process(first.pid)
+    victims = [p.pid for p in nanny.children(recursive=True)] + [nanny.pid] * (who != "worker")
+    seen = Counter()
+    DatasetCollection(path).add_adatas(files, client=client, callbacks=[Kill(stage, victims), seen], **OPTIONS)
+    assert victims == []
+    return tree_digest(path), seen.tasks["gather"]
+
+
+@pytest.mark.chaos
 @pytest.mark.parametrize(
-    ("stage", "who"),
-    [
-        pytest.param("scatter", "nanny and worker", marks=pytest.mark.chaos),
-        ("gather", "worker"),
-        pytest.param("scatter", "worker", marks=pytest.mark.chaos),
-        pytest.param("gather", "nanny and worker", marks=pytest.mark.chaos),
-    ],
+    ("stage", "who"), [("scatter", "worker"), ("scatter", "nanny and worker"), ("gather", "nanny and worker")]
 )
-def test_a_killed_worker_costs_its_tasks_only(tmp_path, h5ad_pair, undisturbed, who, stage):
-    with cluster(tmp_path / "cluster") as (client, (_, first, _)):
-        nanny = psutil.Process(first.pid)
-        victims = [p.pid for p in nanny.children(recursive=True)] + [nanny.pid] * (who != "worker")
-        seen = Counter()
-        DatasetCollection(tmp_path / "o.zarr").add_adatas(
-            h5ad_pair, client=client, callbacks=[Kill(stage, victims), seen], **OPTIONS
-        )
-        assert victims == []
-    assert tree_digest(tmp_path / "o.zarr") == undisturbed
-    assert seen.tasks["gather"] == 9
+def test_a_killed_nanny_costs_its_tasks_only(tmp_path, h5ad_pair, undisturbed, who, stage):
+    with cluster(tmp_path / "cluster") as started:
+        found = killed(started, who, stage, tmp_path / "o.zarr", h5ad_pair)
+    assert found == (undisturbed, 9)
+
+
+def test_a_killed_worker_costs_its_tasks_only(tmp_path, h5ad_pair, undisturbed, shared):
+    assert killed(shared, "worker", "gather", tmp_path / "o.zarr", h5ad_pair) == (undisturbed, 9)
 
 
 @pytest.mark.chaos
@@ -132,12 +142,9 @@ def test_a_kill_during_the_scan(tmp_path, h5ad_pair, who):
     assert tree_digest(path) == tree_digest(tmp_path / "plain.zarr")
 
 
-def test_a_killed_scheduler_fails_the_build_and_the_next_call_goes_on(tmp_path, h5ad_pair, undisturbed):
-    path = tmp_path / "o.zarr"
-    with (
-        cluster(tmp_path / "cluster") as (client, (scheduler, *_)),
-        pytest.raises(SchedulerError, match="was lost .* call again to go on"),
-    ):
+def test_a_killed_scheduler_fails_the_build_and_the_next_call_goes_on(tmp_path, h5ad_pair, undisturbed, shared):
+    path, (client, (scheduler, *_)) = tmp_path / "o.zarr", shared
+    with pytest.raises(SchedulerError, match="was lost .* call again to go on"):
         DatasetCollection(path).add_adatas(
             h5ad_pair, client=client, callbacks=[Kill("gather", [scheduler.pid])], **OPTIONS
         )

@@ -127,5 +127,5 @@ class Builds(RuleBasedStateMachine):
 
 
 TestBuilds = Builds.TestCase
-TestBuilds.settings = settings(max_examples=3, stateful_step_count=7, deadline=None)
+TestBuilds.settings = settings(max_examples=2, stateful_step_count=7, deadline=None)
 TestBuilds.pytestmark = pytest.mark.timeout(900)  # what failed is made smaller first, run by run

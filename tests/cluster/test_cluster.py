@@ -9,6 +9,7 @@ import urllib.request
 from importlib.resources import files
 
 import anndata as ad
+import fsspec
 import numpy as np
 import psutil
 import pytest
@@ -19,6 +20,10 @@ from annbatch_dask import DatasetCollection
 from annbatch_dask.cli import main
 from tests.etl.inputs import dense_x
 from tests.etl.test_build import Counter, rows_of, tree_digest
+from tests.lazy.files import write as write_three
+from tests.lazy.test_collection import assert_shuffled, preprocessed
+from tests.s3.server import S3Server
+from tests.s3.tools import contents
 
 N_WORKERS = 2
 
@@ -84,6 +89,35 @@ def test_a_synthetic_pair_on_two_workers_equals_one_process(tmp_path, h5ad_pair,
     assert seen.tasks["gather"] == 5
     assert tree_digest(one.path) == tree_digest(two.path)
     assert workers == set()  # nothing stays on the cluster
+
+
+@pytest.mark.s3
+def test_workers_write_to_s3_what_one_process_writes_to_a_disk(tmp_path, h5ad_pair, scheduler):
+    server = S3Server()
+    try:
+        fs = fsspec.filesystem("s3", **server.options)
+        fs.call_s3("create_bucket", Bucket="cluster")
+        fs.put([str(path) for path in h5ad_pair], "cluster/in/")
+        urls = [f"s3://cluster/in/{path.name}" for path in h5ad_pair]
+        options = {"seed": 0, "dataset_size": 300, "storage_options": server.options}
+        one = local(tmp_path / "o.zarr", urls, **options)
+        with Client(scheduler, set_as_default=False) as client:
+            DatasetCollection("s3://cluster/o.zarr", storage_options=server.options).add_adatas(
+                urls, client=client, **options
+            )
+        assert contents(fs, "s3://cluster/o.zarr") == contents(fsspec.filesystem("file"), one.path)
+    finally:
+        server.stop()
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_a_view_of_three_files_is_preprocessed_lazily_and_shuffled_by_workers(tmp_path, scheduler):
+    paths = write_three(tmp_path, "h5ad", n_obs=200)
+    lazy, expected = preprocessed(paths)
+    with Client(scheduler, set_as_default=False) as client:
+        collection = DatasetCollection(tmp_path / "c.zarr").add_adatas([lazy], client=client, seed=0, dataset_size=200)
+    assert_shuffled(collection, expected)
+    assert collection.obs()["file"].cat.categories.tolist() == [str(p) for p in paths]
 
 
 def test_pbmc68k_through_the_command_line(tmp_path, scheduler):
@@ -170,7 +204,8 @@ def test_an_error_on_a_worker_names_the_file_and_reaches_the_caller(tmp_path, h5
     assert any("bad.h5ad" in note for note in caught.value.__notes__)
 
 
-def test_nobody_answers(tmp_path, h5ad_pair, capsys):
+def test_nobody_answers(tmp_path, h5ad_pair, capsys, monkeypatch):
+    monkeypatch.setattr("annbatch_dask.etl.cluster.CONNECT_TIMEOUT_S", 1)
     with config.set({"distributed.comm.timeouts.connect": "1s"}):
         code = main(["shuffle", str(h5ad_pair[0]), "-o", str(tmp_path / "a.zarr"), "--scheduler", "tcp://127.0.0.1:9"])
     assert code == 1

@@ -133,7 +133,9 @@ def test_gene_wise_elements_follow_their_genes_into_a_subset(tmp_path):
     np.testing.assert_array_equal(out.varp["near"], want.varp["near"])
 
 
-@pytest.mark.parametrize("merge", ["same", "unique", "first", "only"])
+@pytest.mark.parametrize(
+    "merge", ["unique", "first", *(pytest.param(how, marks=pytest.mark.chaos) for how in ("same", "only"))]
+)
 def test_merge_is_that_of_anndata(tmp_path, merge):
     inputs = [make(0), make(1, genes=GENES[0], raw=RAW[0])]
     want = ad.concat(inputs, join="outer", merge=merge, uns_merge=merge)
@@ -278,7 +280,11 @@ def test_new_inputs_of_another_scale_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mode", "genes"), [("extend", "collection"), ("append", "collection"), ("reshuffle", "union")]
+    ("mode", "genes"),
+    [
+        *(pytest.param(mode, "collection", marks=pytest.mark.chaos) for mode in ("extend", "append")),
+        ("reshuffle", "union"),
+    ],
 )
 def test_an_extension_carries_everything(tmp_path, mode, genes):
     inputs = [make(0), make(1, n_obs=20)]

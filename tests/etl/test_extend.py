@@ -25,7 +25,7 @@ def dense_and_sparse(inputs):
     return len({sp.issparse(a.X) for a in inputs}) > 1
 
 
-@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(
     inputs=st.tuples(adatas(0), adatas(1), adatas(2)),
     mode=st.sampled_from(MODES),

@@ -86,6 +86,17 @@ def test_sort_rows_is_stable_within_rows():
     assert order.tolist() == [1, 2, 0, 4, 3]
 
 
+@pytest.mark.parametrize(("dtype", "highest"), [(np.uint16, 2**16 - 1), (np.int32, 2**31 - 1)])
+@given(rows=st.lists(st.integers(0, 70), max_size=5), width=st.integers(1, 32), seed=st.integers(0, 99))
+def test_sort_rows_is_numpys_stable_sort(dtype, highest, rows, width, seed):
+    bounds = np.cumsum([0, *rows])
+    keys = np.random.default_rng(seed).integers(0, min(highest, 2**width), bounds[-1], endpoint=True).astype(dtype)
+    order = np.empty(len(keys), np.int64)
+    sort_rows(bounds, keys, order)
+    want = [a + np.argsort(keys[a:b], kind="stable") for a, b in zip(bounds, bounds[1:], strict=False)]
+    assert order.tolist() == [*np.concatenate([*want, []])]
+
+
 @given(
     hnp.arrays(
         np.float32,

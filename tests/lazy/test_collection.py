@@ -6,7 +6,6 @@ import anndata as ad
 import dask
 import numpy as np
 import pytest
-import scanpy as sc
 import xarray as xr
 
 from annbatch_dask import DatasetCollection, concat_lazy
@@ -59,6 +58,8 @@ def test_an_empty_collection_has_nothing_to_look_at(tmp_path):
 
 def preprocess(adata):
     """What one does before training; the same code for both kinds of AnnData."""
+    import scanpy as sc  # slow, and only these tests need it
+
     sc.pp.filter_cells(adata, min_genes=6)
     sc.pp.filter_genes(adata, min_cells=60)
     sc.pp.normalize_total(adata, target_sum=1e4)
@@ -82,13 +83,6 @@ def assert_shuffled(collection, expected):
     assert found.var_names.tolist() == expected.var_names.tolist()
     np.testing.assert_array_equal(dense(found.X), dense(expected.X))
     assert_same_frame(found.obs.drop(columns=["src_path", "file"]), expected.obs)
-
-
-def test_a_view_of_three_files_is_preprocessed_lazily_and_shuffled_on_worker_processes(paths, tmp_path):
-    lazy, expected = preprocessed(paths)
-    collection = DatasetCollection(tmp_path / "c.zarr").add_adatas([lazy], seed=0, dataset_size=200)
-    assert_shuffled(collection, expected)
-    assert collection.obs()["file"].cat.categories.tolist() == [str(p) for p in paths]
 
 
 def test_a_task_reads_the_blocks_of_its_own_rows_once(paths, tmp_path, monkeypatch):

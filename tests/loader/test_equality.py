@@ -118,7 +118,7 @@ def stored(request, layout, tmp_path_factory):
     return [load_all_aligned(root[f"d{k}"]) for k in range(len(SIZES))], read_by_anndata(root)
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)  # of each of 14
 @given(form=st.sampled_from(sorted(FORMS)), fast=st.booleans(), seed=st.integers(0, 10**6))
 def test_every_form_equals_what_anndata_reads(stored, form, fast, seed):
     adatas, (x, layer) = stored

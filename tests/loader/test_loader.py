@@ -86,7 +86,7 @@ def test_dtype_overrides(collection, dtype, as_dense):
 
 
 @pytest.mark.parametrize("as_dense", [False, True])
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(asked=st.lists(st.integers(0, 220), min_size=1, max_size=40), seed=st.integers(0, 9))
 def test_any_rows_in_any_order(collection, as_dense, asked, seed):
     asked = np.array(asked)

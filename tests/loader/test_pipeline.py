@@ -271,8 +271,9 @@ class Plain:
         (0, None),
         (1, "fork"),
         (2, "fork"),
-        (2, "forkserver"),
-        pytest.param(2, "spawn", marks=pytest.mark.chaos),  # slow; test_resume.py has one that is always run
+        # Slow; test_resume.py has a spawn that is always run.
+        pytest.param(2, "forkserver", marks=pytest.mark.chaos),
+        pytest.param(2, "spawn", marks=pytest.mark.chaos),
     ],
 )
 @pytest.mark.timeout(150)  # new interpreters take their time; a worker that hangs is found by DataLoader's own limit

@@ -29,10 +29,11 @@ def config(folder, pair, **more):
     return path
 
 
-def test_a_build_and_its_plan(tmp_path, h5ad_pair):
+def test_a_build_and_its_plan(tmp_path, h5ad_pair, monkeypatch, capsys):
     path = config(tmp_path, h5ad_pair, cluster={"kind": "local"})
-    planned = run(path, "--plan")
-    assert "500 cells x 58 genes from 2 sources" in planned.stdout, planned.stderr
+    monkeypatch.setattr(sys, "argv", ["preprocess.py", str(path), "--plan"])
+    assert preprocess.main() == 0
+    assert "500 cells x 58 genes from 2 sources" in capsys.readouterr().out
     assert not (tmp_path / "o.zarr").exists()
     done = run(path)
     assert "500 cells x 58 genes, datasets: 1" in done.stdout, done.stderr

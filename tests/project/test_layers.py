@@ -37,14 +37,21 @@ ALLOWED = {
     "report": {"etl", "html", "manifest", "mixing", "progress", "storage"},
 }
 MAY_IMPORT_DISTRIBUTED = {"collection.py", "etl/run.py", "etl/cluster.py", "etl/workers.py"}
+SLOW = ("bokeh", "matplotlib", "scipy.stats", "torch")
+"""Each takes a second or more to import, in every process that opens a collection."""
 PURE_FORBIDS = {"anndata", "dask", "distributed", "fsspec", "h5py", "xarray", "zarr"}
 MAY_PRINT = {"cli.py"}
 
 
 def imports_of(path):
     """Yield every dotted name a module imports, wherever it does so, also for types only."""
+    yield from names_in(ast.walk(ast.parse(path.read_text())), path)
+
+
+def names_in(nodes, path):
+    """Yield the dotted names that statements of a module import."""
     package = ("annbatch_dask", *path.relative_to(PACKAGE).parent.parts)
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -57,27 +64,38 @@ def layer(name):
     return name.split("/")[0].removesuffix(".py")
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if layer(n) in ALLOWED])
-def test_imports_point_downwards(name):
-    parts = {i.split(".")[1] for i in imports_of(PACKAGE / name) if i.startswith("annbatch_dask.")}
-    assert parts <= ALLOWED[layer(name)] | {layer(name)}
+@pytest.mark.parametrize("part", ALLOWED)
+def test_imports_point_downwards(part):
+    names = [name for name in NAMES if layer(name) == part]
+    assert names
+    for name in names:
+        parts = {i.split(".")[1] for i in imports_of(PACKAGE / name) if i.startswith("annbatch_dask.")}
+        assert parts <= ALLOWED[part] | {part}, name
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_few_modules_import_distributed(name):
-    found = [i for i in imports_of(PACKAGE / name) if i.split(".")[0] == "distributed"]
-    assert name in MAY_IMPORT_DISTRIBUTED or not found
+def test_few_modules_import_distributed():
+    found = {name for name in NAMES for i in imports_of(PACKAGE / name) if i.split(".")[0] == "distributed"}
+    assert found == MAY_IMPORT_DISTRIBUTED
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if layer(n) in {"plan", "kernels"}])
-def test_pure_layers_open_nothing(name):
-    assert not {i.split(".")[0] for i in imports_of(PACKAGE / name)} & PURE_FORBIDS
+@pytest.mark.parametrize("part", ["plan", "kernels"])
+def test_pure_layers_open_nothing(part):
+    for name in [n for n in NAMES if layer(n) == part]:
+        assert not {i.split(".")[0] for i in imports_of(PACKAGE / name)} & PURE_FORBIDS, name
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in MAY_PRINT])
-def test_the_library_does_not_print(name):
-    calls = [n for n in ast.walk(ast.parse((PACKAGE / name).read_text())) if isinstance(n, ast.Call)]
-    assert not [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
+def test_the_library_does_not_print():
+    for name in [n for n in NAMES if n not in MAY_PRINT]:
+        calls = [n for n in ast.walk(ast.parse((PACKAGE / name).read_text())) if isinstance(n, ast.Call)]
+        assert not [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"], name
+
+
+def test_slow_packages_are_imported_where_they_are_used():
+    for name in NAMES:
+        whole = ast.parse((PACKAGE / name).read_text())
+        at_once = [node for node in whole.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        found = set(names_in(at_once, PACKAGE / name))
+        assert not [i for i in found if i.startswith(SLOW)], name
 
 
 def test_every_layer_is_listed():

@@ -3,7 +3,6 @@
 import logging
 import traceback
 
-import dask
 import numpy as np
 import pytest
 
@@ -91,10 +90,3 @@ def test_secrets_are_written_nowhere(bucket, atlas, server, caplog):
     for secret in (SECRET, "an-access-key"):
         assert not [path for path, content in left.items() if secret.encode() in content]
         assert not [text for text in said if secret in text]
-
-
-def test_worker_processes_write_the_same_bytes(bucket, atlas, server, local):
-    url = f"{bucket}/o.zarr"
-    with dask.config.set(scheduler=None):
-        build(url, atlas, server)
-    assert contents(atlas.fs, url) == local[1]

@@ -101,11 +101,11 @@ class TestCache:
 
     def test_workers_of_a_dataloader_share_it(self, collection, server, tmp_path):
         DataLoader = pytest.importorskip("torch.utils.data").DataLoader
-        for _ in range(2):  # the second time, new processes
+        for n_workers in (2, 1):  # the second time, a new process
             workers = DataLoader(
                 self.loader_of(collection, tmp_path),
                 batch_size=None,
-                num_workers=2,
+                num_workers=n_workers,
                 multiprocessing_context="fork",
             )
             with server.recorded() as asked:
