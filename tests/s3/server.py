@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from urllib.parse import parse_qs, unquote
 
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from moto.moto_server.werkzeug_app import create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 SECRET = "s3cr3t-" + "x" * 20
@@ -55,7 +55,7 @@ class S3Server:
     """moto behind a log and a source of faults, on a free port."""
 
     def __init__(self):
-        self._app = DomainDispatcherApplication(create_backend_app)
+        self._app = create_backend_app("s3")  # finding the service of each request takes longer than answering it
         self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=QuietHandler)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._lock = threading.Lock()

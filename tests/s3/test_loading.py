@@ -62,13 +62,15 @@ def test_many_requests_are_under_way_to_a_slow_server(collection, server):
         assert server.n_at_once >= 16
 
 
+@pytest.fixture(scope="module")
+def expected(url, server):
+    """Two epochs' rows."""
+    plain = loader_of(DatasetCollection(url, mode="r", storage_options=server.options))
+    return [rows_of(plain) for _ in range(2)]
+
+
 class TestCache:
     """What is read once is kept on a local disk."""
-
-    @pytest.fixture
-    def expected(self, collection):
-        plain = loader_of(collection)
-        return [rows_of(plain) for _ in range(2)]
 
     def loader_of(self, collection, folder, **options):
         loader = Loader(
