@@ -72,7 +72,7 @@ def order_row(keys, order, spare):  # type: ignore[no-untyped-def]  # noqa: ANN0
         return
     places = np.empty(256, np.int64)
     shift = np.uint64(0)
-    while highest >> shift:
+    while shift < 64 and highest >> shift:
         for digit in range(256):
             places[digit] = 0
         for k in range(n):

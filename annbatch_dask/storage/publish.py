@@ -38,6 +38,8 @@ _N_BLOCKS = 8
 """A remote file read here and there keeps this many blocks, read whole and once as long as they stay."""
 
 
+_N_REMOVALS = 10
+"""How often a folder is removed into which somebody still writes."""
 _VERSION_KEYS = ("ETag", "etag", "generation", "mtime", "LastModified", "Last-Modified", "created")
 """Where file systems say which content a file has, the surest first."""
 
@@ -170,12 +172,22 @@ class Folder:
         return name.startswith(_TMP)
 
     def remove(self) -> None:
-        """Remove the folder and all in it; no error where it does not exist."""
-        if self.is_local:
-            with contextlib.suppress(FileNotFoundError):
-                self.fs.rm(self.path, recursive=True)
-        else:
+        """Remove the folder and all in it; no error where it does not exist.
+
+        A worker that lost its scheduler ends its task first: files may come and go meanwhile.
+        """
+        if not self.is_local:
             self.remove_files(self.files())
+            return
+        for tries_left in reversed(range(_N_REMOVALS)):
+            try:
+                if self.fs.exists(self.path):
+                    self.fs.rm(self.path, recursive=True)
+            except OSError as e:
+                if e.errno not in (errno.ENOENT, errno.ENOTEMPTY) or not tries_left:
+                    raise
+            else:
+                return
 
     def remove_files(self, names: Iterable[str]) -> None:
         """Remove files, in few requests; none of them need be there."""

@@ -143,11 +143,13 @@ def test_a_kill_during_the_scan(tmp_path, h5ad_pair, who):
 
 
 def test_a_killed_scheduler_fails_the_build_and_the_next_call_goes_on(tmp_path, h5ad_pair, undisturbed, shared):
-    path, (client, (scheduler, *_)) = tmp_path / "o.zarr", shared
+    path, (client, (scheduler, *workers)) = tmp_path / "o.zarr", shared
     with pytest.raises(SchedulerError, match="was lost .* call again to go on"):
         DatasetCollection(path).add_adatas(
             h5ad_pair, client=client, callbacks=[Kill("gather", [scheduler.pid])], **OPTIONS
         )
+    for worker in workers:
+        worker.wait(60)  # each ends its task, and then itself
     assert not (path / "zarr.json").exists()
     seen, counter = Reused(), Counter()
     with config.set(scheduler="synchronous"):

@@ -35,7 +35,7 @@ def build(folder, inputs, hows, **options):
     return collection, paths
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(
     inputs=st.tuples(adatas(0), adatas(1), adatas(2)).flatmap(lambda xs: st.integers(1, 3).map(lambda n: list(xs[:n]))),
     hows=st.lists(st.sampled_from(["gzip", "lzf", None, "zarr", "zarr2"]), min_size=3, max_size=3),

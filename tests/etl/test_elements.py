@@ -88,7 +88,7 @@ OF_SEVERAL = PAIRWISE | {"varm/load", "varp/near", "uns/note", "uns/deep", "uns/
 
 
 @pytest.mark.filterwarnings("ignore:Consolidated metadata")
-@pytest.mark.parametrize("how", ["h5ad", "zarr", "memory"])
+@pytest.mark.parametrize("how", ["h5ad", "zarr", pytest.param("memory", marks=pytest.mark.chaos)])
 def test_everything_row_aligned_travels_with_its_rows(tmp_path, how):
     inputs = [make(0), make(1, n_obs=20)]
     paths = write(tmp_path, inputs, "zarr" if how == "zarr" else "h5ad")

@@ -82,7 +82,7 @@ def test_a_view_over_http_equals_the_local_one(folder, web, kind):
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize("kind", ["h5ad", "zarr"])
+@pytest.mark.parametrize("kind", [pytest.param("h5ad", marks=pytest.mark.chaos), "zarr"])
 def test_a_view_on_s3_equals_the_local_one(folder, s3, kind):
     server, base = s3
     with server.recorded() as requests:

@@ -82,12 +82,12 @@ def test_rows_of_several_datasets_are_drawn_as_often_as_their_weights_say(name):
     loader = Loader(batch_sampler=sampler, return_index=True, preload_to_gpu=False)
     loader.add_datasets(np.split(matrix(N_CLASSED), BORDERS))
     counts = np.zeros(N_CLASSED)
-    for _ in range(12):
+    for _ in range(8):
         for batch in loader:
             np.testing.assert_array_equal(batch["X"][:, 0], batch["index"] + 1)
             counts += np.bincount(batch["index"], minlength=N_CLASSED)
     expected = weights / weights.sum() * counts.sum()
-    assert counts.sum() == 12 * 2000
+    assert counts.sum() == 8 * 2000
     assert not counts[weights == 0].any()
     of_class = np.array([np.bincount(CODES, weights=values) for values in (counts, expected)]) / n_together
     assert chisquare(*of_class[:, of_class[1] > 0]).pvalue > 1e-3

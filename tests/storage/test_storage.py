@@ -1,6 +1,7 @@
 """Each fast path equals the plain one; what is written is what is read."""
 
 import itertools
+import os
 import tempfile
 from unittest import mock
 
@@ -83,7 +84,9 @@ def test_a_damaged_chunk_is_an_error(tmp_path):
     ],
     ids=["none", "blosc-lz4", "blosc-zstd", "zstd", "gzip"],
 )
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "int64", "bool"])
+@pytest.mark.parametrize(
+    "dtype", ["uint16", "bool", *(pytest.param(t, marks=pytest.mark.chaos) for t in ("uint8", "float32", "int64"))]
+)
 def test_shards_equal_zarrs_own(tmp_path, compressor, dtype):
     rng = np.random.default_rng(0)
     folder = Folder(str(tmp_path / "o.zarr"))
@@ -126,6 +129,27 @@ def test_shards_that_fall_short_are_refused(tmp_path):
         _ten_bytes(folder, shard_rows=4) as w,
     ):
         w.append(np.zeros(4, "u1"))
+
+
+@pytest.mark.parametrize("what", ["comes", "goes"])
+def test_a_folder_is_removed_while_another_process_ends_its_work_there(tmp_path, monkeypatch, what):
+    inner = tmp_path / "o" / "X"
+    inner.mkdir(parents=True)
+    (inner / "first").touch()
+    met, rmdir, unlink = [], os.rmdir, os.unlink
+
+    def meet(original, path, **kwargs):
+        if not met:
+            met.append(path)
+            (inner / "late").touch() if what == "comes" else unlink(inner / "first")
+        return original(path, **kwargs)
+
+    name, original = ("rmdir", rmdir) if what == "comes" else ("unlink", unlink)
+    monkeypatch.setattr(os, name, lambda path, **kwargs: meet(original, path, **kwargs))
+    Folder(str(tmp_path / "o")).remove()
+    assert met
+    assert not (tmp_path / "o").exists()
+    Folder(str(tmp_path / "o")).remove()  # no error
 
 
 def test_an_error_leaves_no_half_shard(tmp_path):
