@@ -56,9 +56,9 @@ docs: $(STAMP)
 notebooks: $(STAMP)
 	$(BIN)/python tests/notebooks/execute.py $(NOTEBOOKS)
 
-# Two processes more than cores: a fifth of the tests' time is waiting for clusters, servers and disks.
+# One process more than cores: a fifth of the tests' time is waiting for clusters, servers and disks.
 test: lint
-	$(BIN)/python -m pytest --numprocesses $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 2)") --dist worksteal $(TESTS)
+	$(BIN)/python -m pytest --numprocesses $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 1)") --dist worksteal $(TESTS)
 
 chaos: $(STAMP)
 	$(BIN)/python -m pytest -m chaos

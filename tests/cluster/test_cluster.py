@@ -91,6 +91,7 @@ def test_a_synthetic_pair_on_two_workers_equals_one_process(tmp_path, h5ad_pair,
     assert workers == set()  # nothing stays on the cluster
 
 
+@pytest.mark.chaos  # slow; tests/s3 does it in one process
 @pytest.mark.s3
 def test_workers_write_to_s3_what_one_process_writes_to_a_disk(tmp_path, h5ad_pair, scheduler):
     server = S3Server()

@@ -218,7 +218,7 @@ def test_what_cannot_be_carried_is_refused_by_name_unless_excluded(tmp_path, how
 # --- which matrix is X ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["file", "memory"])
+@pytest.mark.parametrize("how", ["file", pytest.param("memory", marks=pytest.mark.chaos)])
 def test_raw_becomes_x(tmp_path, how):
     inputs = [make(0), make(1)]
     paths = write(tmp_path, inputs)

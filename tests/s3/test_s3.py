@@ -29,7 +29,7 @@ def test_a_collection_has_the_bytes_it_has_on_a_disk(bucket, atlas, server, loca
     ("stage", "extends"),
     [
         ("scatter", False),
-        ("gather", True),
+        pytest.param("gather", True, marks=pytest.mark.chaos),
         pytest.param("scatter", True, marks=pytest.mark.chaos),
         pytest.param("gather", False, marks=pytest.mark.chaos),
     ],
