@@ -262,10 +262,11 @@ def test_values_take_the_smallest_dtype_and_say_what_they_were(tmp_path, h5ad_pa
     "compressor",
     [
         (),
+        pytest.param(zarr.codecs.ZstdCodec(level=1), marks=pytest.mark.chaos),
         zarr.codecs.GzipCodec(level=1),
         zarr.codecs.BloscCodec(cname="zstd", clevel=1),
     ],
-    ids=["none", "gzip", "blosc-zstd"],
+    ids=["none", "zstd", "gzip", "blosc-zstd"],
 )
 def test_compressors(tmp_path, h5ad_pair, compressor):
     plain = build(tmp_path / "a.zarr", h5ad_pair)

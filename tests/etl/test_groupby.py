@@ -1,6 +1,7 @@
 """groupby: each dataset is sorted, stably, and otherwise as without it."""
 
 from functools import cache
+from itertools import product
 
 import anndata as ad
 import dask
@@ -65,6 +66,8 @@ def groupings():
         for shuffle in (True, False):
             usual = by == "cell_type" or shuffle == (k % 2 == 0)
             yield pytest.param(by, shuffle, marks=() if usual else pytest.mark.chaos)
+    for by, shuffle in product((["half"], ["maybe", "cell_type"]), (True, False)):
+        yield pytest.param(by, shuffle, marks=pytest.mark.chaos)
 
 
 @pytest.mark.parametrize(("by", "shuffle"), list(groupings()))

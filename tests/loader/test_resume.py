@@ -272,6 +272,11 @@ SPAWN = {"multiprocessing_context": "spawn"}
         ("random", 1, {}),
         ("random", 4, {"persistent_workers": True}),
         ("random", 2, {"persistent_workers": True, **SPAWN}),
+        *(pytest.param(name, 1, {}, marks=pytest.mark.chaos) for name in ("sequential", "class")),
+        *(
+            pytest.param(name, 4, {"persistent_workers": True}, marks=pytest.mark.chaos)
+            for name in ("sequential", "class")
+        ),
         # Slow starts.
         *(pytest.param(name, 2, SPAWN, marks=pytest.mark.chaos) for name in ("random", "sequential", "class")),
     ],
