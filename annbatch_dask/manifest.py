@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 import google_crc32c
@@ -149,6 +150,9 @@ class Manifest:
         The highest number a dataset ever had: names are not used twice.
     metadata
         crc32c (8 hex digits) of the datasets' consolidated metadata, which stand beside the manifest.
+    id
+        16 hex digits that the build which created the collection gave it, and every later build keeps; "" where not
+        recorded.
     """
 
     n_obs: int
@@ -159,7 +163,18 @@ class Manifest:
     builds: tuple[BuildRecord, ...]
     last_dataset: int
     metadata: str = ""
+    id: str = ""
     format_version: int = FORMAT_VERSION
+
+    @property
+    def identity(self) -> str:
+        """Identity of the cells and their order, 16 hex digits: alike for equal contents, whatever release reads them.
+
+        A digest of named fields: a field that a later release adds does not change it.
+        """
+        datasets = [[d.name, d.n_obs, d.nnz, d.fingerprint] for d in self.datasets]
+        payload = {"id": self.id, "n_obs": self.n_obs, "n_vars": self.n_vars, "datasets": datasets}
+        return blake2b(json.dumps(payload, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def is_shard(self, name: str) -> bool:
         """Whether a file of a dataset is a shard of a matrix, whose chunks have checksums of their own."""

@@ -147,7 +147,7 @@ def make_manifest(
     matrices: dict[str, Mapping[str, Any]] = _matrices(plan, scattered, tasks)
     last = job.first_dataset + plan.n_datasets - 1
     if base is None:
-        return Manifest(plan.n_obs, plan.n_vars, matrices, written, sources, (build,), last)
+        return Manifest(plan.n_obs, plan.n_vars, matrices, written, sources, (build,), last, id=plan.fingerprint[:16])
     kept = base.datasets if extension is not None and extension.n_kept else ()
     if kept:
         matrices = {name: _united(base.matrices.get(name), m) for name, m in matrices.items()}
@@ -159,6 +159,7 @@ def make_manifest(
         sources=(*base.sources, *sources),
         builds=(*base.builds, build),
         last_dataset=last,
+        id=base.id or plan.fingerprint[:16],
     )
 
 
