@@ -33,6 +33,7 @@ from annbatch_dask.samplers import DistributedSampler, RandomSampler, Sequential
 from annbatch_dask.samplers.distributed import DistInfo
 from annbatch_dask.storage.range_cache import RangeCache
 from annbatch_dask.types import LoaderOutput, LoadRequest
+from annbatch_dask.where import Condition
 
 if TYPE_CHECKING:
     import os
@@ -126,9 +127,10 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         Columns of ``obs`` to deliver as integers, under ``batch["obs_codes"]``: (n,) int64, -1 where a value is
         missing. ``loader.obs_categories[column]`` says what the codes mean, alike in all datasets.
     where
-        Which rows take part: a query on ``obs`` as :meth:`pandas.DataFrame.query` takes it, a mask over all rows, or
-        indices. Samplers count the selected rows only, ``index`` stays the position among all. Only chunks that
-        hold a selected row are read.
+        Which rows take part: a condition on ``obs`` as :meth:`pandas.DataFrame.query` takes it, a mask over all rows,
+        or indices. Samplers count the selected rows only, ``index`` stays the position among all. Only chunks that
+        hold a selected row are read. A condition is data, never run as code: it is made of what
+        :class:`annbatch_dask.where.Condition` lists, and reads the columns it names.
     dist_info
         Share the batches among ranks: where the ranks come from, see
         :class:`annbatch_dask.samplers.DistributedSampler`. None reads everything.
@@ -154,6 +156,8 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         If ``to``, ``preload_to_gpu`` or ``dense`` need what is not installed.
     DeviceError
         If dense batches are to be made on a GPU, and there is none.
+    SelectionError
+        If ``where`` is a text that is no condition.
 
     Examples
     --------
@@ -236,6 +240,7 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
                 global_batches=global_batch_size is not None,
             )
         self._where = where
+        self._where_columns = Condition.parse(where).columns if isinstance(where, str) else ()
         self._selected: Selected | None = None
         self._return_index = return_index
         self._prefetch_nbytes = prefetch_bytes
@@ -342,7 +347,7 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
                 "use add_adatas if rows of different collections need not be mixed"
             )
             raise RuntimeError(msg)
-        load = partial(load_dataset, obs_columns=self._wanted.columns) if load_adata is None else load_adata
+        load = partial(load_dataset, obs_columns=self._columns_to_read()) if load_adata is None else load_adata
         if hasattr(collection, "lease"):  # annbatch's has none
             self._lease = collection.lease()
             collection.check()
@@ -350,6 +355,11 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         self._collection_added = True
         self._collection_digest = digest(getattr(collection, "manifest", None))
         return self
+
+    def _columns_to_read(self) -> tuple[str, ...] | None:
+        """Columns of obs that batches or the selection need; None for all."""
+        columns = self._wanted.columns
+        return None if columns is None else tuple(dict.fromkeys((*columns, *self._where_columns)))
 
     def add_adatas(self, adatas: Sequence[ad.AnnData]) -> Self:
         """Add several AnnData objects; see :meth:`add_adata`."""

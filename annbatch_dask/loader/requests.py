@@ -117,17 +117,13 @@ class ObsTable:
     """``obs`` of all datasets, taken window by window, with dtypes that do not depend on the window."""
 
     def __init__(self, frames: Sequence[pd.DataFrame]) -> None:
-        self._frames = _aligned(frames)
-
-    def whole(self) -> pd.DataFrame:
-        """All rows of all datasets."""
-        return pd.concat(self._frames)
+        self.frames = _aligned(frames)
 
     def take(self, assignments: Sequence[Assignment], n_rows: int) -> pd.DataFrame:
         """The rows of a window, in request order."""
         if not assignments:
-            return self._frames[0].iloc[:0]
-        parts = [self._frames[a.dataset].iloc[a.rows] for a in assignments]
+            return self.frames[0].iloc[:0]
+        parts = [self.frames[a.dataset].iloc[a.rows] for a in assignments]
         if len(parts) == 1:
             return parts[0]
         order = np.empty(n_rows, np.int64)

@@ -1,21 +1,24 @@
-"""Which rows of the data take part: a query on ``obs``, a mask, or indices."""
+"""Which rows of the data take part: a condition on ``obs``, a mask, or indices."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from annbatch_dask.errors import SelectionError
 from annbatch_dask.loader.requests import ObsTable
 from annbatch_dask.order.planned import expand
 from annbatch_dask.types import LoadRequest
+from annbatch_dask.where import Condition
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["Selected", "Where", "select"]
 
@@ -56,17 +59,19 @@ def _query(where: str, frames: Sequence[pd.DataFrame] | None) -> Ints:
     if frames is None:
         msg = f"where={where!r} asks for obs, and the datasets were added without; give a mask or indices"
         raise SelectionError(msg)
-    obs = ObsTable(frames).whole()
-    try:
-        found: Any = obs.eval(where, local_dict={}, global_dict={})
-    except (pd.errors.UndefinedVariableError, SyntaxError, TypeError, ValueError) as error:
-        msg = f"where={where!r}: {error}; obs has the columns {list(obs.columns)} (obs_columns= limits them)"
-        raise SelectionError(msg) from error
-    mask = np.asarray(found)
-    if mask.dtype != bool or mask.shape != (len(obs),):
-        msg = f"where={where!r} must be true or false for each row, it gives {mask.dtype} of shape {mask.shape}"
-        raise SelectionError(msg)
-    return np.flatnonzero(mask)
+    condition = Condition.parse(where)
+    masks = [condition.mask(partial(_column, where, frame), len(frame)) for frame in ObsTable(frames).frames]
+    return np.flatnonzero(np.concatenate(masks))
+
+
+def _column(where: str, frame: pd.DataFrame, name: str) -> pd.Series:
+    """A column of obs; by ``index``, or by its own name, the obs names."""
+    if name in frame.columns:
+        return frame[name]
+    if name in ("index", frame.index.name):
+        return frame.index.to_series()
+    msg = f"where={where!r}: {name!r} is not a column of obs, which has {', '.join(map(repr, frame.columns))}"
+    raise SelectionError(msg)
 
 
 def _given(where: NDArray[Any], n_obs: int) -> Ints:
@@ -76,7 +81,7 @@ def _given(where: NDArray[Any], n_obs: int) -> Ints:
             raise SelectionError(msg)
         return np.flatnonzero(where)
     if where.ndim != 1 or (where.dtype.kind not in "iu" and len(where)):
-        msg = f"where must be a query, a mask or indices, got an array of {where.dtype} of shape {where.shape}"
+        msg = f"where must be a condition, a mask or indices, got an array of {where.dtype} of shape {where.shape}"
         raise SelectionError(msg)
     rows = np.unique(where.astype(np.int64))
     if len(rows) < len(where):

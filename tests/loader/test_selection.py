@@ -31,7 +31,7 @@ MASK = np.arange(221) % 3 == 1
             "kind in ['a', 'c'] and row > 125 and text != 't200'",
             [r for r in range(126, 221) if r % 3 != 1 and r != 200],
         ),
-        ("row > row.mean()", np.arange(111, 221)),  # of all datasets together
+        ("index == 'cell_7' or row / 2 >= 110", [7, 220]),
         (MASK, np.flatnonzero(MASK)),
         (pd.Series(MASK), np.flatnonzero(MASK)),
         ([200, 3, 130, 129], [3, 129, 130, 200]),
@@ -70,18 +70,34 @@ def test_nothing_else_is_read(collection, monkeypatch):
     ("where", "message"),
     [
         ("kind == 'z'", "selects none of 221 rows"),
-        ("colour == 'b'", "'colour' is not defined; obs has the columns"),
-        ("row +", "obs has the columns"),
+        ("colour == 'b'", "'colour' is not a column of obs, which has 'row'"),
+        ("row +", "cannot be read"),
+        ("row > row.mean()", r"'row.mean\(\)' is refused; it may hold columns"),
         ("row", "must be true or false for each row"),
         (MASK[:-1], r"mask of shape \(220,\), the data has 221 rows"),
         ([1, 1], "1 rows more than once"),
         ([-1, 3], "names rows -1 to 3, the data has rows 0 to 220"),
-        ([0.5], "must be a query, a mask or indices"),
+        ([0.5], "must be a condition, a mask or indices"),
     ],
 )
 def test_what_selects_nothing_sensible_is_refused(collection, where, message):
     with pytest.raises(SelectionError, match=message):
         len(make(collection, where=where))
+
+
+def test_a_condition_reads_the_columns_it_names_and_batches_do_not_carry_them(collection):
+    loader = make(collection, where="kind == 'b'", obs_columns=["row"], obs_codes=[])
+    assert sorted(loader._obs[0].columns) == ["kind", "row"]
+    obs = pd.concat([batch["obs"] for batch in loader])
+    assert obs.columns.tolist() == ["row"]
+    assert obs["row"].tolist() == np.flatnonzero(MASK).tolist()
+
+
+def test_a_condition_runs_nothing(tmp_path):
+    path = tmp_path / "pwned.csv"
+    with pytest.raises(SelectionError, match="is refused"):
+        len(Loader(batch_size=5, **SMALL, where=f"text.to_csv({str(path)!r}) == 1").add_dataset(csr(), frame(20)))
+    assert not path.exists()
 
 
 def test_a_query_needs_obs():
