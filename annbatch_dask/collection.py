@@ -113,6 +113,7 @@ class DatasetCollection:
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         self._h5ad = is_collection_h5ad
+        self._parsed: tuple[zarr.Group, Manifest] | None = None
         if isinstance(group, zarr.Group):
             if is_collection_h5ad:
                 msg = "Do not set `is_collection_h5ad` to True with a zarr group: give the folder's path"
@@ -174,6 +175,8 @@ class DatasetCollection:
     def _names(self) -> list[str]:
         if self._group is None:
             return []
+        if (manifest := self._manifest) is not None:
+            return [d.name for d in manifest.datasets]
         return sorted(filter(DATASET_NAME.fullmatch, self._group.group_keys()), key=dataset_number)
 
     def __len__(self) -> int:
@@ -193,9 +196,17 @@ class DatasetCollection:
     @property
     def manifest(self) -> Manifest | None:
         """What the build recorded; None for an empty collection and for one that annbatch wrote."""
-        if self.is_empty or self._group is None or MANIFEST_KEY not in self._group.attrs:
+        return None if self.is_empty else self._manifest
+
+    @property
+    def _manifest(self) -> Manifest | None:
+        """As above, read once from each group."""
+        group = self._group
+        if group is None or MANIFEST_KEY not in group.attrs:
             return None
-        return Manifest.from_json(self._group.attrs[MANIFEST_KEY])  # type: ignore[arg-type]
+        if self._parsed is None or self._parsed[0] is not group:
+            self._parsed = group, Manifest.from_json(group.attrs[MANIFEST_KEY])  # type: ignore[arg-type]
+        return self._parsed[1]
 
     @property
     def n_obs(self) -> int:
@@ -753,7 +764,7 @@ class DatasetCollection:
         callback = Callbacks([*default_callbacks(progress=progress), *(callbacks or ())])
         engine, target = choose_engine(client, None).scanner, self._target
         problems = check_root(target, manifest)
-        size = (manifest.n_obs, sum(n for d in manifest.datasets for n, _ in d.files.values()))
+        size = (manifest.n_obs, sum(d.n_bytes for d in manifest.datasets))
         tasks: list[tuple[Any, ...]] = [(target, d, manifest.n_vars) for d in manifest.datasets]
         problems += run_check(engine, "verify", check_dataset, tasks, callback, size)
         refs = () if against is None else references(against, load_adata, storage_options)
@@ -769,7 +780,7 @@ class DatasetCollection:
             leftovers=tuple(leftovers(target, manifest)),
             n_datasets=len(manifest.datasets),
             n_obs=manifest.n_obs,
-            n_bytes=sum(n for d in manifest.datasets for n, _ in d.files.values()),
+            n_bytes=sum(d.n_bytes for d in manifest.datasets),
             against=tuple(r.label for r in refs),
         )
 

@@ -32,7 +32,10 @@ MANIFEST_KEY = "annbatch_dask"
 DATASET_PREFIX = "dataset"
 """What the names of a collection's datasets begin with."""
 DATASET_NAME = re.compile(rf"{DATASET_PREFIX}_(\d+)")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE = (1, FORMAT_VERSION)
+"""Version 1 held the checksums of all files itself; since 2, each dataset's own ``zarr.json`` holds them, so that a
+collection of thousands of datasets opens at once."""
 
 
 def _checksum(values: Mapping[str, Any]) -> str:
@@ -77,15 +80,36 @@ class DatasetRecord:
         Rows, and stored values of X.
     fingerprint
         Of its rows, 16 hex digits; "" where it was not recorded (a dataset that annbatch wrote).
+    metadata
+        Bytes and crc32c (8 hex digits) of its ``zarr.json``, which lists its other files; None where not recorded.
+    n_files, n_bytes
+        Files, and bytes of all of them; 0 where not recorded.
     files
-        Bytes and crc32c (8 hex digits) of every file, by path within the dataset; empty where not recorded.
+        Bytes and crc32c of every file, by path within the dataset; empty but in collections of format version 1.
     """
 
     name: str
     n_obs: int
     nnz: int
     fingerprint: str = ""
+    metadata: tuple[int, str] | None = None
+    n_files: int = 0
+    n_bytes: int = 0
     files: Mapping[str, tuple[int, str]] = field(default_factory=dict, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        values = asdict(self) | {"metadata": None if self.metadata is None else list(self.metadata)}
+        files = {name: list(sums) for name, sums in values.pop("files").items()}
+        return values | ({"files": files} if files else {})
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> DatasetRecord:
+        """From JSON values."""
+        files = {name: (int(n), str(crc)) for name, (n, crc) in values.get("files", {}).items()}
+        counted = {"n_files": len(files), "n_bytes": sum(n for n, _ in files.values())} if files else {}
+        metadata = values.get("metadata")
+        return cls(**{**values, "files": files, "metadata": None if metadata is None else tuple(metadata), **counted})
 
     @property
     def number(self) -> int:
@@ -149,7 +173,7 @@ class Manifest:
     last_dataset
         The highest number a dataset ever had: names are not used twice.
     metadata
-        crc32c (8 hex digits) of the datasets' consolidated metadata, which stand beside the manifest.
+        crc32c (8 hex digits) of the datasets' consolidated metadata beside the manifest; "" where there are none.
     id
         16 hex digits that the build which created the collection gave it, and every later build keeps; "" where not
         recorded.
@@ -188,7 +212,7 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """As JSON values, with a checksum of themselves."""
         values = asdict(self) | {
-            "datasets": [asdict(d) | {"files": {k: list(v) for k, v in d.files.items()}} for d in self.datasets],
+            "datasets": [d.to_json() for d in self.datasets],
             "sources": [asdict(s) for s in self.sources],
             "builds": [{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(b).items()} for b in self.builds],
         }
@@ -204,7 +228,7 @@ class Manifest:
             If a newer release wrote it, or it is damaged.
         """
         version = values.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in _READABLE:
             msg = (
                 f"the collection has format version {version} and this release reads {FORMAT_VERSION}; "
                 "upgrade annbatch-dask"
@@ -216,14 +240,11 @@ class Manifest:
             raise CollectionError(msg)
         try:
             records = {
-                "datasets": tuple(
-                    DatasetRecord(**d | {"files": {k: (n, crc) for k, (n, crc) in d["files"].items()}})
-                    for d in values["datasets"]
-                ),
+                "datasets": tuple(map(DatasetRecord.from_json, values["datasets"])),
                 "sources": tuple(SourceRecord(**s) for s in values["sources"]),
                 "builds": tuple(BuildRecord.from_json(b) for b in values["builds"]),
             }
-            return cls(**{**values, **records})
+            return cls(**{**values, **records, "format_version": FORMAT_VERSION})
         except (KeyError, TypeError, ValueError) as e:
             msg = f"the collection's manifest is damaged ({e}); build it again"
             raise CollectionError(msg) from e
@@ -235,6 +256,9 @@ def dataset_number(name: str) -> int:
 
 
 def dataset_names(document: bytes) -> set[str]:
-    """Names of the datasets in a root document's consolidated metadata."""
-    nodes = json.loads(document).get("consolidated_metadata", {}).get("metadata", {}) if document else {}
+    """Names of the datasets that a root document's manifest has, or its consolidated metadata where there is none."""
+    root = json.loads(document) if document else {}
+    if (manifest := root.get("attributes", {}).get(MANIFEST_KEY)) is not None:
+        return {record["name"] for record in manifest["datasets"]}
+    nodes = (root.get("consolidated_metadata") or {}).get("metadata", {})
     return {path for path in nodes if "/" not in path}

@@ -17,6 +17,7 @@ import pandas as pd
 import zarr
 from numpy.typing import NDArray
 
+from annbatch_dask.etl.files import recorded_files
 from annbatch_dask.etl.log import BuildLog, read_log
 from annbatch_dask.html import OverlapRow, overlap_rows, render
 from annbatch_dask.manifest import BuildRecord, Manifest, SourceRecord
@@ -280,10 +281,9 @@ def _files(groups: Sequence[zarr.Group], manifest: Manifest | None, target: Fold
     total: Counter[str] = Counter()
     records = {} if manifest is None else {d.name: d for d in manifest.datasets}
     for name in (group.basename for group in groups):
-        if name in records and records[name].files:
-            total.update({path: n for path, (n, _) in records[name].files.items()})
-        elif target is not None:
-            total.update((target / name).sizes())
+        if target is not None:
+            files = recorded_files(target, records[name]) if name in records else {}
+            total.update({path: n for path, (n, _) in files.items()} or (target / name).sizes())
     if target is not None:
         total[METADATA] += target.size(METADATA) or 0
     return total

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from annbatch_dask.errors import IntegrityError
+from annbatch_dask.etl.files import recorded_files
 from annbatch_dask.etl.gather import GatherTask
 from annbatch_dask.etl.job import Job
 from annbatch_dask.manifest import (
@@ -44,6 +48,10 @@ logger = logging.getLogger(__name__)
 
 Receipt = Mapping[str, Any]
 
+MAX_CONSOLIDATED_NBYTES = 8 * 2**20
+"""Metadata of all datasets stand in the root document too, up to this size, so that opening it is one read. zarr takes
+a second to read that much; a collection of thousands of datasets would take a minute, and gigabytes."""
+_N_THREADS = 16
 _MAX_OVERLAPS = 64
 """Sets of inputs whose shared genes the manifest counts, which keeps it small with a thousand different inputs."""
 
@@ -62,21 +70,27 @@ def commit(job: Job, manifest: Manifest) -> None:
     """
     target = job.target
     check_unchanged(target, job.base_version)
-    nodes: dict[str, Any] = {}
-    for record in manifest.datasets:
-        sizes = (target / record.name).sizes()
-        if record.files and sizes != {name: size for name, (size, _) in record.files.items()}:
-            msg = (
-                f"{target.url}/{record.name} has {len(sizes):,} files, {sum(sizes.values()):,} bytes, and "
-                f"{len(record.files):,} files, {sum(n for n, _ in record.files.values()):,} bytes were written; "
-                "let nobody remove files while a build runs, and call again"
-            )
-            raise IntegrityError(msg)
-        nodes |= consolidated(target / record.name, record.name) or metadata_below(target / record.name, record.name)
-    manifest = replace(manifest, metadata=nodes_checksum(nodes))
+    with ThreadPoolExecutor(_N_THREADS) as pool:  # each asks an object store twice
+        found = list(pool.map(partial(_finished_nodes, target), manifest.datasets))
+    nodes = {path: node for nodes in found for path, node in nodes.items()}
+    together = nodes if len(json.dumps(nodes)) <= MAX_CONSOLIDATED_NBYTES else None
+    manifest = replace(manifest, metadata="" if together is None else nodes_checksum(together))
     keep_generation(target)
-    root = group_document(ANNBATCH_ENCODING | {MANIFEST_KEY: manifest.to_json()}, nodes)
+    root = group_document(ANNBATCH_ENCODING | {MANIFEST_KEY: manifest.to_json()}, together)
     target.replace(METADATA, root, version=job.base_version)
+
+
+def _finished_nodes(target: Folder, record: DatasetRecord) -> dict[str, Any]:
+    """Metadata of a dataset's groups and arrays, by path within the collection; all its files must be there."""
+    sizes, files = (target / record.name).sizes(), recorded_files(target, record)
+    if files and sizes != {name: size for name, (size, _) in files.items()}:
+        msg = (
+            f"{target.url}/{record.name} has {len(sizes):,} files, {sum(sizes.values()):,} bytes, and "
+            f"{record.n_files:,} files, {record.n_bytes:,} bytes were written; "
+            "let nobody remove files while a build runs, and call again"
+        )
+        raise IntegrityError(msg)
+    return consolidated(target / record.name, record.name) or metadata_below(target / record.name, record.name)
 
 
 def withdraw(job: Job) -> None:
@@ -139,10 +153,7 @@ def make_manifest(
         groupby=plan.options.groupby,
         genes=_gene_overlaps(plan),
     )
-    written = tuple(
-        DatasetRecord(r["name"], r["n_rows"], r["nnz"], r["fingerprint"], {k: tuple(v) for k, v in r["files"].items()})
-        for r in gathered
-    )
+    written = tuple(map(_record, gathered))
     sources = _sources(plan, scattered)
     matrices: dict[str, Mapping[str, Any]] = _matrices(plan, scattered, tasks)
     last = job.first_dataset + plan.n_datasets - 1
@@ -160,6 +171,19 @@ def make_manifest(
         builds=(*base.builds, build),
         last_dataset=last,
         id=base.id or plan.fingerprint[:16],
+    )
+
+
+def _record(receipt: Receipt) -> DatasetRecord:
+    files = receipt["files"]
+    return DatasetRecord(
+        receipt["name"],
+        receipt["n_rows"],
+        receipt["nnz"],
+        receipt["fingerprint"],
+        metadata=tuple(files[METADATA]),
+        n_files=len(files),
+        n_bytes=sum(size for size, _ in files.values()),
     )
 
 

@@ -28,7 +28,7 @@ from annbatch_dask.plan.dtypes import index_dtype
 from annbatch_dask.plan.schema import OBS, SOURCE_DTYPE, ColumnSpec, MatrixSpec
 from annbatch_dask.storage.checksums import FileSums, checksum, checksum_of
 from annbatch_dask.storage.columns import to_pandas
-from annbatch_dask.storage.metadata import METADATA, group_document, is_metadata, nodes_of
+from annbatch_dask.storage.metadata import FILES, METADATA, group_document, is_metadata, nodes_of
 from annbatch_dask.storage.publish import Folder, name_errors
 from annbatch_dask.storage.shards import ShardWriter
 from annbatch_dask.storage.spill import SpillError, SpillReader, find_receipt, write_receipt
@@ -129,10 +129,10 @@ def _write_dataset(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
     start, stop = plan.layout.dataset_bounds(task.dataset)
     obs = _ObsColumns(all_columns(plan), stop - start)
     total, n_bytes = 0, 0
-    with contextlib.ExitStack() as shards:
+    with contextlib.ExitStack() as open_shards:
         writers = [_matrix_writer(m, plan.options, stop - start, task, folder, group) for m in plan.matrices]
         for w in writers:
-            shards.enter_context(w)
+            open_shards.enter_context(w)
         for heads, flats in one_ahead(_parts(job, task)):
             hashes = row_hashes(len(heads[PLACE]), plan.matrices, all_columns(plan), heads, flats)
             total = (total + sum_hashes(hashes)) % 2**64
@@ -146,8 +146,8 @@ def _write_dataset(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
         )
         raise IntegrityError(msg)
     _write_frames(group, obs, job)
-    sums = {name: found for w in writers for name, found in w.files.items()}
-    sums |= _publish(folder, {name: content.to_bytes() for name, content in files.items()})
+    shards = {name: found for w in writers for name, found in w.files.items()}
+    sums = _publish(folder, {name: content.to_bytes() for name, content in files.items()}, shards)
     if strangers := folder.sizes().keys() - sums.keys():
         folder.remove_files(strangers)
     folder.sync()
@@ -458,10 +458,12 @@ def _annotations(job: Job) -> dict[str, Any]:
     return out
 
 
-def _publish(folder: Folder, files: dict[str, bytes]) -> dict[str, tuple[int, str]]:
-    """Write a dataset's small files, its root with the metadata of all at last; returns their checksums."""
+def _publish(folder: Folder, files: dict[str, bytes], shards: dict[str, tuple[int, str]]) -> dict[str, tuple[int, str]]:
+    """Write a dataset's small files, its root with the metadata and checksums of all at last; returns all checksums."""
     nodes = nodes_of({name: content for name, content in files.items() if is_metadata(name)})
-    root = group_document(nodes[""]["attributes"], nodes)
-    folder.write_all({name: content for name, content in files.items() if name != METADATA})
+    below = {name: content for name, content in files.items() if name != METADATA}
+    sums = dict(sorted((shards | {name: checksum_of(content) for name, content in below.items()}).items()))
+    root = group_document(nodes[""]["attributes"] | {FILES: {name: list(found) for name, found in sums.items()}}, nodes)
+    folder.write_all(below)
     folder.write(METADATA, root, durable=False)  # all is synced together
-    return {name: checksum_of(content) for name, content in (files | {METADATA: root}).items()}
+    return sums | {METADATA: checksum_of(root)}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
 from annbatch_dask.errors import AnnbatchDaskError, CollectionError, IntegrityError
+from annbatch_dask.etl.files import recorded_files
 from annbatch_dask.etl.rows import sum_hashes
 from annbatch_dask.etl.scan import scan
 from annbatch_dask.etl.scatter import hash_block, read_block
@@ -98,7 +99,7 @@ def check_root(target: Folder, manifest: Manifest) -> list[Problem]:
             what = f"rows of the datasets have fingerprint {one:016x} and rows of the sources {two:016x}"
             problems.append(Problem(METADATA, what))
     consolidated = consolidated_below(target)
-    for record in manifest.datasets:
+    for record in manifest.datasets if manifest.metadata else ():
         try:
             nodes = metadata_below(target / record.name, record.name)
         except ValueError:
@@ -117,14 +118,14 @@ def _recorded(manifest: Manifest) -> bool:
 def check_dataset(target: Folder, record: DatasetRecord, n_vars: int) -> dict[str, Any]:
     """Compare a dataset's files and rows with its record: ``problems``, ``n_rows`` and ``n_bytes`` read."""
     folder = target / record.name
-    problems = _check_files(folder, record, read=record.files) if record.files else []
+    problems = _check_files(target, record, lambda _: True)
     if not problems:
         ref = SourceRef(record.name, folder.url, tagged=True, options=folder.options)
         problems = _check_rows(ref, record, n_vars=n_vars)
     return {
         "problems": problems,
         "n_rows": record.n_obs,
-        "n_bytes": sum(size for size, _ in record.files.values()),
+        "n_bytes": record.n_bytes,
     }
 
 
@@ -142,26 +143,32 @@ def check_readable(target: Folder, manifest: Manifest) -> None:
     if manifest.metadata not in ("", found := nodes_checksum(consolidated_below(target))):
         problems.append(Problem(METADATA, f"its metadata have crc32c {found} and had {manifest.metadata}"))
     for record in manifest.datasets:
-        if record.files and not problems:
-            whole = {name for name in record.files if not manifest.is_shard(name)}
-            problems = _check_files(target / record.name, record, read=whole)
+        problems = problems or _check_files(target, record, lambda name: not manifest.is_shard(name))
     if problems:
         msg = f"{target.url} cannot be read: {problems[0]}; verify() names all that is damaged; restore it"
         raise IntegrityError(msg)
 
 
-def _check_files(folder: Folder, record: DatasetRecord, *, read: Collection[str]) -> list[Problem]:
-    """What differs from the record: sizes of all files, and checksums of those to ``read``."""
-    problems, sizes = [], folder.sizes()
-    for name, (size, crc) in record.files.items():
+def _check_files(target: Folder, record: DatasetRecord, reads: Callable[[str], bool]) -> list[Problem]:
+    """What differs from the record: sizes of all files, and checksums of those that ``reads`` names."""
+    try:
+        files = recorded_files(target, record)
+    except IntegrityError as e:
+        where, _, what = str(e).partition(": ")
+        return [Problem(where, what)]
+    if not files:  # annbatch wrote it
+        return []
+    folder, problems = target / record.name, []
+    sizes = folder.sizes()
+    for name, (size, crc) in files.items():
         where = f"{record.name}/{name}"
         if name not in sizes:
             problems.append(Problem(where, "is missing"))
         elif sizes[name] != size:
             problems.append(Problem(where, f"has {sizes[name]:,} bytes and was written with {size:,}"))
-        elif name in read and (found := checksum(folder, name)[1]) != crc:
+        elif reads(name) and (found := checksum(folder, name)[1]) != crc:
             problems.append(Problem(where, f"has crc32c {found} and was written with {crc}"))
-    extra = sorted(sizes.keys() - record.files.keys())
+    extra = sorted(sizes.keys() - files.keys())
     return [*problems, *(Problem(f"{record.name}/{name}", "was not written by the build") for name in extra)]
 
 

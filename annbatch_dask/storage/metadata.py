@@ -11,6 +11,7 @@ import google_crc32c
 from annbatch_dask.storage.publish import Folder
 
 __all__ = [
+    "FILES",
     "METADATA",
     "consolidated",
     "consolidated_below",
@@ -22,6 +23,8 @@ __all__ = [
 ]
 
 METADATA = "zarr.json"
+FILES = "annbatch_dask_files"
+"""Attribute of a dataset's group: bytes and crc32c of its other files. Copies of its metadata go without."""
 
 
 def is_metadata(name: str) -> bool:
@@ -45,34 +48,34 @@ def consolidated(folder: Folder, prefix: str) -> dict[str, Any]:
 def _group(folder: Folder) -> tuple[dict[str, Any], dict[str, Any]]:
     """A folder's group document, and the nodes below by their paths, as that has them."""
     root = json.loads(folder.read(METADATA))
-    return root, (root.pop("consolidated_metadata", None) or {}).get("metadata", {})
+    below = (root.get("consolidated_metadata") or {}).get("metadata", {})
+    return _node(root), below
+
+
+def _node(document: dict[str, Any]) -> dict[str, Any]:
+    """A group's or array's own metadata."""
+    document.pop("consolidated_metadata", None)
+    document.get("attributes", {}).pop(FILES, None)
+    return document
 
 
 def nodes_of(documents: Mapping[str, bytes], prefix: str = "") -> dict[str, Any]:
     """Metadata by the path of its group or array behind a prefix, sorted, from files by their names."""
     nodes = {}
     for name, document in documents.items():
-        node = json.loads(document)
-        node.pop("consolidated_metadata", None)
-        nodes[f"{prefix}/{name.removesuffix(METADATA)}".strip("/")] = node
+        nodes[f"{prefix}/{name.removesuffix(METADATA)}".strip("/")] = _node(json.loads(document))
     return dict(sorted(nodes.items()))
 
 
-def group_document(attributes: Mapping[str, Any], nodes: Mapping[str, Any]) -> bytes:
-    """A group's metadata file, with those of what lies below it.
+def group_document(attributes: Mapping[str, Any], nodes: Mapping[str, Any] | None) -> bytes:
+    """A group's metadata file, with those of what lies below it, or without where None.
 
     The layout is that of ``zarr.consolidate_metadata``, which cannot write it together with the attributes in one step.
     """
-    document = {
-        "zarr_format": 3,
-        "node_type": "group",
-        "attributes": dict(attributes),
-        "consolidated_metadata": {
-            "kind": "inline",
-            "must_understand": False,
-            "metadata": {path: node for path, node in nodes.items() if path},
-        },
-    }
+    document = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
+    if nodes is not None:
+        below = {path: node for path, node in nodes.items() if path}
+        document["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": below}
     return json.dumps(document, indent=2).encode()
 
 

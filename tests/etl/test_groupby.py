@@ -89,7 +89,7 @@ def test_in_little_memory_the_bytes_are_the_same(tmp_path, paths, monkeypatch):
     monkeypatch.setattr(module, "_BLOCK_NBYTES", 2000)
     monkeypatch.setattr(module, "_MAX_TASKS", 2**30)
     pieces = build(tmp_path / "b.zarr", paths, groupby="cell_type", elements=["obs"])
-    assert [d.files for d in whole.manifest.datasets] == [d.files for d in pieces.manifest.datasets]
+    assert [d.metadata for d in whole.manifest.datasets] == [d.metadata for d in pieces.manifest.datasets]
     assert all(d.fingerprint for d in whole.manifest.datasets)
 
 

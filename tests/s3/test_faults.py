@@ -48,7 +48,7 @@ def test_few_requests_and_no_listing_of_the_bucket(bucket, atlas, server):
     lists = [r.query["prefix"] for r in requests if r.is_list]
     assert all(prefix.startswith((f"{root}/o.zarr/", f"{root}/o.zarr.scratch/", "in/part_")) for prefix in lists)
     n_blocks, n_datasets, n_inputs = 2, 2, 2
-    n_files = sum(len(d.files) for d in collection.manifest.datasets)
+    n_files = sum(d.n_files for d in collection.manifest.datasets)
     found = counts(requests)
     # every file once; of each block a spill file and a receipt, of each dataset a receipt; job, claim, root and log
     assert found["PUT"] == n_files + 2 * n_blocks + n_datasets + 4

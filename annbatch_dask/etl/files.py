@@ -1,0 +1,36 @@
+"""The files of a dataset: what its own group document says of them, which the manifest vouches for."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from annbatch_dask.errors import IntegrityError
+from annbatch_dask.manifest import DatasetRecord
+from annbatch_dask.storage.checksums import FileSums, checksum_of
+from annbatch_dask.storage.metadata import FILES, METADATA
+from annbatch_dask.storage.publish import Folder
+
+__all__ = ["recorded_files"]
+
+
+def recorded_files(target: Folder, record: DatasetRecord) -> FileSums:
+    """Bytes and crc32c of each file of a dataset as it was written; empty where the build did not record them.
+
+    Raises
+    ------
+    IntegrityError
+        If the group document that lists them is missing, or not as it was written.
+    """
+    if record.metadata is None:
+        return record.files
+    document = (target / record.name).find(METADATA)
+    if document is None:
+        msg = f"{record.name}/{METADATA}: is missing"
+        raise IntegrityError(msg)
+    if (found := checksum_of(document)) != record.metadata:
+        (size, crc), (wrote, written) = found, record.metadata
+        msg = f"{record.name}/{METADATA}: has {size:,} bytes, crc32c {crc}, and was written with {wrote:,}, {written}"
+        raise IntegrityError(msg)
+    listed: dict[str, Any] = json.loads(document)["attributes"][FILES]
+    return {name: (int(n), str(crc)) for name, (n, crc) in listed.items()} | {METADATA: found}
