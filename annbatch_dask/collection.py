@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -394,8 +395,11 @@ class DatasetCollection:
 
     def _digest(self) -> str:
         """Differs where the cells, or their order, do."""
-        about = repr(self.manifest or [str(group.name) for group in self])
-        return blake2b(f"{about}/{self.n_obs}".encode(), digest_size=8).hexdigest()
+        manifest = self.manifest
+        if manifest is not None:
+            return manifest.identity
+        about = {"datasets": [str(group.name) for group in self], "n_obs": self.n_obs}
+        return blake2b(json.dumps(about).encode(), digest_size=8).hexdigest()
 
     # --- building ----------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from annbatch_dask.errors import SelectionError
 
 __all__ = ["Splits", "make_splits"]
 
-_VERSION = 1
+_VERSION = 2
 _MAX_PARTS = 255
 
 

@@ -353,7 +353,8 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
             collection.check()
         self.add_adatas([load(group) for group in collection])
         self._collection_added = True
-        self._collection_digest = digest(getattr(collection, "manifest", None))
+        manifest = getattr(collection, "manifest", None)  # annbatch's has none
+        self._collection_digest = "" if manifest is None else manifest.identity
         return self
 
     def _columns_to_read(self) -> tuple[str, ...] | None:
@@ -497,7 +498,7 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         return requests if selected is None else selected.translate(requests)
 
     def _data_digest(self) -> str:
-        ends = [list(frame.index[[0, -1]]) for frame in self._obs or [] if len(frame)]
+        ends = [[str(name) for name in frame.index[[0, -1]]] for frame in self._obs or [] if len(frame)]
         selected = self._select()
         rows = None if selected is None else selected.digest
         return digest(([source.shape for source in self._sources], ends, self._collection_digest, rows))

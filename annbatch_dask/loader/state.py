@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from typing import Any
+
+import numpy as np
 
 from annbatch_dask.abc import Sampler
 from annbatch_dask.errors import StateError
@@ -225,8 +228,16 @@ def _rng_state(sampler: Sampler) -> dict[str, Any] | None:
 
 
 def digest(value: object) -> str:
-    """Sixteen digits that differ where the text of the value does."""
-    return blake2b(repr(value).encode(), digest_size=8).hexdigest()
+    """Sixteen digits that differ where the value does: of JSON, which reads alike in all releases, unlike a repr."""
+    return blake2b(json.dumps(value, sort_keys=True, default=_plain).encode(), digest_size=8).hexdigest()
+
+
+def _plain(value: object) -> object:
+    """A value of numpy's as one of Python's."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    msg = f"a saved state depends on {value!r}; state_identity() may return numbers, texts, None, and tuples of them"
+    raise TypeError(msg)
 
 
 def _inner(sampler: Sampler) -> Sampler:

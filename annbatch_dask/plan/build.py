@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, reduce
 from hashlib import blake2b
 from typing import Literal
@@ -27,7 +27,7 @@ from annbatch_dask.plan.permutation import IDENTITY, SWAP_OR_NOT, Permutation
 from annbatch_dask.plan.placement import Dealt, deal
 from annbatch_dask.plan.schema import OBS, SRC_PATH, ColumnSpec, Genes, MatrixSchema, MatrixSpec, SourceSchema
 
-__all__ = ["Extension", "Options", "Plan", "build_plan"]
+__all__ = ["Extension", "Options", "Plan", "build_plan", "canonical"]
 
 _BLOCK_NBYTES = 128 * MIB
 """Default size of a row block: far above the cost of a task, small beside a worker's memory."""
@@ -184,16 +184,16 @@ class Plan:
     def fingerprint(self) -> str:
         """Identity of the result: builds with equal fingerprints write equal collections."""
         sources = [
-            {"path": s.path, "n_obs": s.n_obs, "matrices": repr(s.matrices), "columns": repr(s.columns)}
+            {"path": s.path, "n_obs": s.n_obs, "matrices": canonical(s.matrices), "columns": canonical(s.columns)}
             for s in self.sources
         ]
         var = pd.util.hash_pandas_object(self.var.astype(str)).to_numpy().tobytes()
         raw = pd.util.hash_array(self.genes["raw"].genes.to_numpy()).tobytes() if "raw" in self.genes else b""
         payload = {
-            "options": asdict(self.options) | {"var_subset": None, "allow_mixed_counts": None},
+            "options": canonical(replace(self.options, var_subset=None, allow_mixed_counts=False)),
             "layout": self.layout.sizes,
-            "placement": repr(self.placement),
-            "extension": None if self.extension is None else asdict(self.extension),
+            "placement": canonical(self.placement),
+            "extension": canonical(self.extension),
             "index_name": self.index_name,
             "sources": sources,
         }
@@ -203,7 +203,7 @@ class Plan:
     def work_key(self) -> str:
         """Identity of the work: a resume takes up scratch files with this key and no other."""
         identities = [s.identity for s in self.sources]
-        payload = [_WORK_VERSION, self.fingerprint, repr(self.layout), repr(self.blocks), identities]
+        payload = [_WORK_VERSION, self.fingerprint, canonical(self.layout), canonical(self.blocks), identities]
         return _digest(json.dumps(payload).encode())
 
     def gene_map(self, source: int, matrix: MatrixSchema, spec: MatrixSpec) -> NDArray[np.int32] | None:
@@ -303,6 +303,22 @@ class Plan:
 
 def _plural(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def canonical(value: object) -> object:
+    """A record as JSON values, by the names of its fields, for digests that mean the same in every release.
+
+    Fields that say nothing of its identity (``compare=False``), or have their default, are left out: so one that a
+    later release adds changes no digest. A default must never be changed.
+    """
+    if is_dataclass(value):
+        there = ((f, getattr(value, f.name)) for f in fields(value) if f.compare)
+        return {f.name: canonical(v) for f, v in there if f.default is MISSING or v != f.default}
+    if isinstance(value, tuple | list):
+        return value if all(type(v) is str for v in value) else [canonical(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 def _digest(*parts: bytes) -> str:

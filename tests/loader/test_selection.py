@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from annbatch_dask import DatasetCollection, Loader
 from annbatch_dask.errors import SelectionError, StateError
+from annbatch_dask.manifest import DatasetRecord, Manifest
 from annbatch_dask.samplers import DistributedSampler, MatchedControlSampler
 from annbatch_dask.splits import make_splits
 from annbatch_dask.storage.ranges import RangeReader
@@ -203,6 +205,49 @@ def test_a_split_of_a_collection_is_saved_read_and_loaded(collection, tmp_path):
     parts.save(tmp_path / "other.npz")
     with pytest.raises(SelectionError, match="it was changed or is another"):
         stored.read_split(tmp_path / "other.npz")
+
+
+@pytest.mark.filterwarnings("ignore:It is customary")
+def test_splits_and_states_outlive_a_release(collection, tmp_path, monkeypatch):
+    """The next one's manifest has a field more, and other reprs."""
+
+    @dataclass(frozen=True, repr=False)
+    class Later(Manifest):
+        later: str = "new"
+
+        def __repr__(self):
+            return "<manifest>"
+
+    shutil.copytree(collection.path, tmp_path / "c.zarr")
+    zarr.open_group(tmp_path / "c.zarr").attrs.update(
+        {"encoding-type": "annbatch-preshuffled", "encoding-version": "0.1.0"}
+    )
+    records = tuple(DatasetRecord(f"dataset_{k}", n, 5, f"{k:016x}") for k, n in enumerate((130, 1, 90)))
+    values = {"n_obs": 221, "n_vars": 23, "matrices": {}, "datasets": records, "sources": (), "builds": ()}
+
+    def opened(kind):
+        monkeypatch.setattr(DatasetCollection, "manifest", kind(**values, last_dataset=2, id="a" * 16))
+        stored = DatasetCollection(tmp_path / "c.zarr", mode="r")
+        monkeypatch.setattr(stored, "check", lambda: None)
+        return stored, Loader(batch_size=8, **SMALL, shuffle=True, rng=0).use_collection(stored)
+
+    stored, loader = opened(Manifest)
+    stored.split({"train": 0.7, "test": 0.3}, seed=3).save(tmp_path / "split.npz")
+    epoch = iter(loader)
+    next(epoch)
+    state, rest = loader.state_dict(), [batch["index"].tolist() for batch in epoch]
+
+    stored, loader = opened(Later)
+    assert stored.read_split(tmp_path / "split.npz")["train"].sum() == 155
+    loader.load_state_dict(state)
+    assert [batch["index"].tolist() for batch in loader] == rest
+
+    values["datasets"] = records[::-1]
+    stored, loader = opened(Later)
+    with pytest.raises(SelectionError, match="it was changed or is another"):
+        stored.read_split(tmp_path / "split.npz")
+    with pytest.raises(StateError, match="other data"):
+        loader.load_state_dict(state)
 
 
 # --- matched controls

@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+from dataclasses import make_dataclass
 
 import numpy as np
 import pandas as pd
@@ -15,8 +16,9 @@ from annbatch_dask.plan.build import Options, build_plan
 from annbatch_dask.plan.columns import unite_columns
 from annbatch_dask.plan.dtypes import NOTHING, ValueRange, index_dtype, merge_ranges, signed_dtype, smallest_dtype
 from annbatch_dask.plan.genes import GeneSpace, join_genes, unite_names
-from annbatch_dask.plan.layout import Layout, cut_blocks
+from annbatch_dask.plan.layout import Block, Layout, cut_blocks
 from annbatch_dask.plan.memory import MIB, Budget
+from annbatch_dask.plan.permutation import Permutation
 from annbatch_dask.plan.schema import Categories, ColumnSchema, MatrixSchema, SourceSchema
 
 FLOATS = st.one_of(
@@ -238,3 +240,28 @@ def test_the_plan_is_frozen_and_pure():
     assert other.fingerprint == one.fingerprint
     assert other.work_key != one.work_key
     assert isinstance(one.var, pd.DataFrame)
+
+
+def test_a_field_that_a_later_release_adds_changes_no_identity(monkeypatch):
+    """Its records have more fields, with defaults, and other reprs."""
+
+    def made():
+        columns = [numeric("int64"), categorical("b", "a")]
+        sources = [source("1", columns=columns, identity="then"), source("2", n_obs=300, columns=columns)]
+        return build_plan(sources, Options(seed=0), budget=Budget(4096 * MIB))
+
+    def grown(kind):
+        later = make_dataclass(kind.__name__, [("later", int, 0)], bases=(kind,), frozen=True, repr=False)
+        later.__repr__ = lambda self: f"<{kind.__name__}>"
+        return later
+
+    before = made()
+    for kind in (MatrixSchema, ColumnSchema, Categories, SourceSchema):
+        monkeypatch.setitem(globals(), kind.__name__, grown(kind))
+    for kind in (Options, Layout, Block, Permutation):
+        monkeypatch.setattr(f"annbatch_dask.plan.build.{kind.__name__}", grown(kind))
+    monkeypatch.setattr("annbatch_dask.plan.layout.Block", grown(Block))
+    monkeypatch.setitem(globals(), "Options", grown(Options))
+    after = made()
+    assert (after.fingerprint, after.work_key) == (before.fingerprint, before.work_key)
+    assert repr(after.sources) != repr(before.sources)
