@@ -35,11 +35,11 @@ def count_groups(file: JobFile, index: int) -> pd.DataFrame:
 def with_groups(job: Job, counted: Sequence[pd.DataFrame]) -> Job:
     """The job with the groups that were counted, and a layout in which its parts follow them."""
     counts = pd.concat(counted)
-    keys = [counts[k].to_numpy() for k in range(len(job.plan.group_columns))]
+    keys = [counts[k].to_numpy() for k in counts.columns if k not in (_DATASET, _N_ROWS)]
     groups = Groups.of(keys)
     layout = group_layout(
         job.plan.layout,
-        len(groups.combined),
+        groups.n_groups,
         counts[_DATASET].to_numpy(),
         groups.codes(keys),
         counts[_N_ROWS].to_numpy(),

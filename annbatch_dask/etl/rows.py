@@ -82,24 +82,24 @@ def write_column(
 
 
 def group_keys(plan: Plan, heads: HeadsLike, flats: FlatsLike) -> list[NDArray]:
-    """Of each column: (n_rows,) values that sort as the column does, missing ones last."""
-    return [_sortable(c, heads, flats) for c in plan.group_columns]
+    """Of each column two keys, (n_rows,) each: whether it is missing, and values that sort as the column does."""
+    return [key for c in plan.group_columns for key in _sortable(c, heads, flats)]
 
 
-def _sortable(column: ColumnSpec, heads: HeadsLike, flats: FlatsLike) -> NDArray:
+def _sortable(column: ColumnSpec, heads: HeadsLike, flats: FlatsLike) -> tuple[NDArray, NDArray]:
     if column.kind == "string":
         data, bounds = flats[head(column, "bytes")]
-        values = decode_strings(bounds, data)
+        values: NDArray = decode_strings(bounds, data)
     else:
         values = heads[head(column)]
     if column.categories is not None:
-        return np.where(values < 0, len(column.categories.values), values).astype(np.int64)
-    if column.kind == "string":
-        values = np.array([f"0{v}" for v in values], object)
-        return np.where(heads[head(column, "mask")], "1", values) if column.nullable else values
-    if column.nullable:
-        return np.where(heads[head(column, "mask")], np.inf, values.astype(np.float64))
-    return np.where(np.isnan(values), np.inf, values) if values.dtype.kind == "f" else values.astype(np.int64)
+        missing = values < 0
+    elif column.nullable:
+        missing = np.asarray(heads[head(column, "mask")], bool)
+    else:
+        missing = np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), bool)
+    nothing = np.asarray("" if values.dtype == object else 0, values.dtype)
+    return missing, np.where(missing, nothing, values)
 
 
 def row_hashes(
@@ -151,7 +151,8 @@ def _category_hashes(categories: Categories, salt: np.uint64) -> NDArray[np.uint
         counts, data = encode_strings(np.array(categories.values, object))
         add_strings(hashes, bounds_of(counts), data, salt)
     else:
-        add_dense(hashes, np.array(categories.values, np.float64).reshape(-1, 1), salt)
+        dtype = np.dtype(categories.dtype if categories.dtype in ("int64", "uint64") else np.float64)
+        add_dense(hashes, np.array(categories.values, dtype).reshape(-1, 1), salt)
     return hashes
 
 

@@ -2,8 +2,8 @@
 
 A row's hash is a sum over its elements, so it does not depend on the order in which they are met; a
 collection's fingerprint is the sum of its rows' hashes modulo 2**64. Not cryptographic: it detects loss,
-repetition and corruption, not forgery. Whole numbers below 2**32 enter as themselves, other values as float64
-(integers beyond 2**53 rounded).
+repetition and corruption, not forgery. Whole numbers below 2**32 enter as themselves, other values as float64, and
+integers that no float64 equals by bits of their own.
 """
 
 import zlib
@@ -79,7 +79,23 @@ def add_sparse(
         part = slice(bounds[a], bounds[b])
         wide = values[part].astype(np.float64)
         keys = indices[part].astype(np.uint32)
-        _add_floats(hashes[a:b], bounds[a : b + 1] - bounds[a], keys, wide, wide.view(np.uint64), salt)
+        bits = _own_bits(values[part], wide.view(np.uint64))
+        _add_floats(hashes[a:b], bounds[a : b + 1] - bounds[a], keys, wide, bits, salt)
+
+
+_NO_FLOAT = np.uint64(0xA5A5_5A5A_C3C3_3C3C)
+
+
+def _own_bits(values: NDArray, bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The bits of values as float64, but for integers that float64 rounds: 2**60 + 1 is not 2**60."""
+    if values.dtype.kind not in "iu" or values.dtype.itemsize < 8 or not values.size:  # noqa: PLR2004
+        return bits
+    if -(2**53) <= int(values.min()) and int(values.max()) <= 2**53:
+        return bits
+    size = np.where(values < 0, -values.astype(np.uint64), values.astype(np.uint64))  # also of -2**63
+    lowest = size & -size
+    rounded = size // np.maximum(lowest, np.uint64(1)) >= np.uint64(2**53)
+    return np.where(rounded, values.astype(np.uint64) ^ _NO_FLOAT, bits)
 
 
 def _row_slabs(bounds: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
@@ -108,7 +124,7 @@ def add_dense(hashes: NDArray[np.uint64], values: NDArray, salt: np.uint64) -> N
     for a in range(0, len(values), step):
         bits = values[a : a + step].astype(np.float64)
         bits[np.isnan(bits)] = np.nan  # one NaN for all: a cast may change its payload
-        _add_grid(hashes[a : a + step], bits.view(np.uint64), salt)
+        _add_grid(hashes[a : a + step], _own_bits(values[a : a + step], bits.view(np.uint64)), salt)
 
 
 @nb.njit(nogil=True, cache=True)

@@ -46,10 +46,14 @@ def copy_runs(
 @nb.njit(nogil=True, cache=True)
 def map_indices(indices, gene_map, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """``out[k] = gene_map[indices[k]]``; False, and nothing mapped, where an index is out of range."""
-    worst = np.uint32(0)
-    for k in range(indices.shape[0]):
-        worst = max(worst, np.uint32(indices[k]))  # a negative index becomes a large one
-    if worst >= gene_map.shape[0] and indices.shape[0]:
+    worst, widest = np.uint32(0), np.uint64(0)  # a negative index becomes a large one
+    if indices.itemsize > 4:  # noqa: PLR2004 - 2**32 + 1 is no 1
+        for k in range(indices.shape[0]):
+            widest = max(widest, np.uint64(indices[k]))
+    else:
+        for k in range(indices.shape[0]):
+            worst = max(worst, np.uint32(indices[k]))
+    if max(widest, np.uint64(worst)) >= np.uint64(gene_map.shape[0]) and indices.shape[0]:
         return False
     for k in range(indices.shape[0]):
         out[k] = gene_map[np.uint32(indices[k])]

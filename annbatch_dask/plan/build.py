@@ -31,7 +31,7 @@ __all__ = ["Extension", "Options", "Plan", "build_plan", "canonical"]
 
 _BLOCK_NBYTES = 128 * MIB
 """Default size of a row block: far above the cost of a task, small beside a worker's memory."""
-_WORK_VERSION = 4
+_WORK_VERSION = 5
 """Raised whenever spill files, receipts or row fingerprints change, so that no resume mixes two kinds."""
 _MAX_TASKS = 4096
 """Blocks grow, as far as memory allows, so that a stage stays below about so many tasks."""

@@ -20,27 +20,37 @@ class Groups:
     Attributes
     ----------
     values
-        Of each column: the sorted distinct values; a missing value sorts last.
-    combined
-        (n_groups,) sorted int64: positions in ``values``, the first column's counting most, as one number.
+        Of each key: the sorted distinct values.
+    pairs
+        Of each key: the sorted distinct int64 numbers ``place of the keys before * len(values) + place in values``,
+        of which the last key's are the groups. No product of many keys' sizes, which int64 might not hold.
     """
 
     values: tuple[NDArray, ...] = field(repr=False)
-    combined: NDArray[np.int64] = field(repr=False)
+    pairs: tuple[NDArray[np.int64], ...] = field(repr=False)
 
     @classmethod
-    def of(cls, columns: Sequence[NDArray]) -> Groups:
-        """The groups of some rows, or of some distinct ones, from their values in each column."""
-        found = cls(tuple(np.unique(c) for c in columns), np.zeros(0, np.int64))
-        return cls(found.values, np.unique(found._combine(columns)))
+    def of(cls, keys: Sequence[NDArray]) -> Groups:
+        """The groups of some rows, or of some distinct ones, from their values of each key, the first counting most."""
+        values, pairs = tuple(np.unique(k) for k in keys), []
+        place = np.zeros(len(keys[0]), np.int64)
+        for known, key in zip(values, keys, strict=True):
+            combined = place * len(known) + np.searchsorted(known, key)
+            pairs.append(np.unique(combined))
+            place = np.searchsorted(pairs[-1], combined)
+        return cls(values, tuple(pairs))
 
-    def _combine(self, columns: Sequence[NDArray]) -> NDArray[np.int64]:
-        codes = [np.searchsorted(v, c) for v, c in zip(self.values, columns, strict=True)]
-        return np.ravel_multi_index(codes, [len(v) for v in self.values]).astype(np.int64)
+    @property
+    def n_groups(self) -> int:
+        """Number of groups."""
+        return len(self.pairs[-1])
 
-    def codes(self, columns: Sequence[NDArray]) -> NDArray[np.int64]:
+    def codes(self, keys: Sequence[NDArray]) -> NDArray[np.int64]:
         """(n_rows,) number of each row's group."""
-        return np.searchsorted(self.combined, self._combine(columns))
+        place = np.zeros(len(keys[0]), np.int64)
+        for known, pairs, key in zip(self.values, self.pairs, keys, strict=True):
+            place = np.searchsorted(pairs, place * len(known) + np.searchsorted(known, key))
+        return place
 
 
 @dataclass(frozen=True)

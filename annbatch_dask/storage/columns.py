@@ -77,7 +77,7 @@ def elem_rows(column: ColumnSchema, elem: Any, start: int, stop: int) -> ColumnR
     rows = slice(start, stop)
     if column.kind == "categorical":
         codes = elem["codes"] if hasattr(elem, "keys") else elem
-        return ColumnRows(codes[rows])
+        return ColumnRows(_checked_codes(column, np.asarray(codes[rows])))
     nullable = _encoding(elem).startswith("nullable")
     values, mask = (elem["values"], np.asarray(elem["mask"][rows], bool)) if nullable else (elem, None)
     if column.kind == "numeric":
@@ -86,6 +86,17 @@ def elem_rows(column: ColumnSchema, elem: Any, start: int, stop: int) -> ColumnR
     if mask is not None:
         strings[mask] = ""
     return ColumnRows(strings, mask)
+
+
+def _checked_codes(column: ColumnSchema, codes: NDArray) -> NDArray:
+    """Refuse codes of no category: one would pass for a missing value, or for another category."""
+    assert column.categories is not None  # it is a categorical
+    n = len(column.categories.values)
+    if len(codes) and (codes.min() < -1 or codes.max() >= n):
+        low, high = int(codes.min()), int(codes.max())
+        msg = f"codes of {column.path} run from {low:,} to {high:,}, and it has {n:,} categories; write it anew"
+        raise SchemaError(msg)
+    return codes
 
 
 def describe_series(name: str, series: pd.Series) -> ColumnSchema:

@@ -132,8 +132,17 @@ def _row_ends(group: Any, kind: MatrixKind, n_rows: int) -> NDArray[np.integer]:
         return np.asarray(group["indptr"][1:])
     counts, n = np.zeros(n_rows, np.int64), group["indices"].shape[0]
     for a in range(0, n, SLAB_NBYTES):
-        counts += np.bincount(group["indices"][a : min(a + SLAB_NBYTES, n)], minlength=n_rows)
+        rows = group["indices"][a : min(a + SLAB_NBYTES, n)]
+        _check_row_indices(rows, n_rows)
+        counts += np.bincount(rows, minlength=n_rows)
     return np.cumsum(counts)
+
+
+def _check_row_indices(rows: NDArray, n_rows: int) -> None:
+    """Refuse a column-compressed matrix that names rows it has not: their values would be lost."""
+    if len(rows) and (rows.min() < 0 or rows.max() >= n_rows):
+        msg = f"row indices run from {rows.min():,} to {rows.max():,} in a matrix of {n_rows:,} rows; write it anew"
+        raise SchemaError(msg)
 
 
 def matrix_rows(values: Any, matrix: MatrixSchema, start: int, stop: int) -> CsrRows | NDArray:
@@ -145,15 +154,34 @@ def matrix_rows(values: Any, matrix: MatrixSchema, start: int, stop: int) -> Csr
     elif isinstance(values, zarr.Array):
         values = _zarr_rows(values, start, stop)
     else:
+        if sp.issparse(values) and not values.dtype.isnative:  # scipy slices this machine's byte order alone
+            values = values.astype(values.dtype.newbyteorder("="))
         values = values[start:stop]
     if sp.issparse(values):
         return _csr_in_memory(values.tocsr())
     return np.asarray(values).astype(matrix.dtype, copy=False)
 
 
+def _native(values: NDArray) -> NDArray:
+    """The same values in this machine's byte order, which compiled kernels need."""
+    return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
+
+
 def _csr_in_memory(rows: Any) -> CsrRows:
     bounds = rows.indptr.astype(np.int64)
-    return CsrRows(bounds, lambda visit: visit(0, rows.indices), lambda visit: visit(0, rows.data))
+    _check_pointers(bounds, rows.indices, rows.data)
+    return CsrRows(bounds, lambda visit: visit(0, _native(rows.indices)), lambda visit: visit(0, _native(rows.data)))
+
+
+def _check_pointers(bounds: NDArray[np.int64], indices: Any, data: Any) -> None:
+    """Refuse row pointers that go back, or beyond what is stored: values would be lost, or be whatever lay there."""
+    stored = min(int(indices.shape[0]), int(data.shape[0]))
+    if bounds[0] < 0 or (np.diff(bounds) < 0).any() or bounds[-1] > stored:
+        msg = (
+            f"indptr runs from {bounds.min():,} to {bounds.max():,}, and {indices.shape[0]:,} indices and "
+            f"{data.shape[0]:,} values are stored; it must never fall, nor pass their end: write the file anew"
+        )
+        raise SchemaError(msg)
 
 
 def _stored_csr(group: Any, start: int, stop: int) -> CsrRows:
@@ -163,6 +191,7 @@ def _stored_csr(group: Any, start: int, stop: int) -> CsrRows:
             f"indptr ends after {start + len(bounds) - 1:,} rows and shape says at least {stop:,}; write the file anew"
         )
         raise SchemaError(msg)
+    _check_pointers(bounds, group["indices"], group["data"])
     low, high = int(bounds[0]), int(bounds[-1])
     return CsrRows(
         bounds - low,
@@ -178,6 +207,8 @@ def _read_pointers(group: Any, start: int, stop: int) -> NDArray[np.int64]:
 
 
 def _visit(array: Any, start: int, stop: int, visit: Visitor) -> None:
+    if not array.dtype.isnative:
+        visit = _swapped(visit)
     if isinstance(array, h5py.Dataset):
         visit_h5(array, start, stop, visit)
         return
@@ -187,6 +218,10 @@ def _visit(array: Any, start: int, stop: int, visit: Visitor) -> None:
     for a in range(first, stop, step):
         lo, hi = max(a, start), min(a + step, stop)
         visit(lo - start, _zarr_rows(array, lo, hi))
+
+
+def _swapped(visit: Visitor) -> Visitor:
+    return lambda first, piece: visit(first, _native(piece))
 
 
 def _zarr_rows(array: zarr.Array, start: int, stop: int) -> NDArray:
@@ -200,10 +235,13 @@ def _zarr_rows(array: zarr.Array, start: int, stop: int) -> NDArray:
 def _csc_rows(group: Any, start: int, stop: int) -> CsrRows:
     """Rows of a column-compressed matrix: all of it goes by, in slabs, and what lies in the rows stays."""
     indptr = np.asarray(group["indptr"][:]).astype(np.int64)
+    _check_pointers(indptr, group["indices"], group["data"])
+    n_rows = n_rows_of(group)
     kept: list[tuple[NDArray, NDArray, NDArray]] = []
     for a in range(0, int(indptr[-1]), SLAB_NBYTES):
         b = min(a + SLAB_NBYTES, int(indptr[-1]))
-        rows, values = np.asarray(group["indices"][a:b]), np.asarray(group["data"][a:b])
+        rows, values = np.asarray(group["indices"][a:b]), _native(np.asarray(group["data"][a:b]))
+        _check_row_indices(rows, n_rows)
         inside = np.flatnonzero((rows >= start) & (rows < stop))
         cols = (np.searchsorted(indptr, inside + a, side="right") - 1).astype(np.int32)
         kept.append((rows[inside] - start, cols, values[inside]))

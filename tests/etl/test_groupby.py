@@ -134,7 +134,7 @@ def test_parts_hold_whole_groups_or_pieces_in_order(sizes, part_rows, n_groups, 
     codes = groups.codes([column])
     rows = np.arange(sum(sizes))
     dataset = np.searchsorted(layout.dataset_starts, rows, side="right") - 1
-    grouped = group_layout(layout, len(groups.combined), dataset, codes, np.ones(len(rows), int))
+    grouped = group_layout(layout, groups.n_groups, dataset, codes, np.ones(len(rows), int))
     part, place = grouped.locate(rows, codes)
     assert np.bincount(part).max() <= part_rows
     order = np.lexsort([place, codes, part])

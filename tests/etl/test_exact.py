@@ -1,0 +1,261 @@
+"""Values are in the collection exactly as in the inputs, or the inputs are refused."""
+
+import anndata as ad
+import dask
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import zarr
+
+from annbatch_dask import DatasetCollection
+from annbatch_dask.errors import SchemaError
+from tests.conftest import make_adata
+from tests.etl.inputs import dense_x
+
+GENES = [f"g{i}" for i in range(12)]
+HUGE = 2**60 + 1  # no float64
+
+
+@pytest.fixture(autouse=True)
+def synchronous():
+    with dask.config.set(scheduler="synchronous"):
+        yield
+
+
+def small(n=6, seed=0, **obs):
+    a = make_adata(n, GENES, seed=seed)
+    a.obs = a.obs.assign(**obs)
+    return a
+
+
+def write(adata, path):
+    adata.write_h5ad(path)
+    return path
+
+
+def build(path, paths, **options):
+    return DatasetCollection(path).add_adatas(paths, **{"seed": 0} | options)
+
+
+def contents(collection):
+    return ad.concat([ad.io.read_zarr(g) for g in collection], join="outer")
+
+
+def replaced(path, **arrays):
+    """Put other arrays in the place of some of X's."""
+    with h5py.File(path, "r+") as f:
+        for name, change in arrays.items():
+            values = change(f["X"][name][:])
+            del f["X"][name]
+            f["X"].create_dataset(name, data=values)
+    return path
+
+
+def with_first(value, dtype=np.int64):
+    def change(values):
+        values = values.astype(dtype)
+        values[0] = value
+        return values
+
+    return change
+
+
+# --- indices and pointers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", [2**32 + 1, -1, -(2**32) + 1, len(GENES)])
+def test_column_indices_beyond_the_matrix_are_refused(tmp_path, index):
+    path = replaced(write(small(), tmp_path / "a.h5ad"), indices=with_first(index))
+    with pytest.raises(SchemaError, match="column indices run from .* in a matrix of 12 columns"):
+        build(tmp_path / "o.zarr", [path])
+
+
+def test_column_indices_in_memory_are_refused_too(tmp_path):
+    def load(path):
+        a = ad.read_h5ad(path)
+        a.X.indices = with_first(2**32 + 1)(a.X.indices)
+        return a
+
+    path = write(small(), tmp_path / "a.h5ad")
+    with pytest.raises(SchemaError, match="column indices run from"):
+        build(tmp_path / "o.zarr", [path], load_adata=load)
+
+
+@pytest.mark.parametrize("index", [6, -1, 2**32 + 1])
+def test_row_indices_beyond_a_column_compressed_matrix_are_refused(tmp_path, index):
+    a = small()
+    a.X = a.X.tocsc()
+    path = replaced(write(a, tmp_path / "a.h5ad"), indices=with_first(index))
+    with pytest.raises(SchemaError, match="row indices run from .* in a matrix of 6 rows"):
+        build(tmp_path / "o.zarr", [path])
+
+
+def backwards(indptr):
+    indptr = indptr.copy()
+    indptr[2] = indptr[1] - 1
+    return indptr
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [{"indptr": backwards}, {"data": lambda v: v[:-2]}, {"indices": lambda v: v[:-2]}],
+    ids=["backwards", "values cut", "indices cut"],
+)
+@pytest.mark.parametrize("kind", ["csr", "csc"])
+def test_pointers_beyond_what_is_stored_are_refused(tmp_path, arrays, kind):
+    a = small()
+    a.X = a.X.asformat(kind)
+    path = replaced(write(a, tmp_path / "a.h5ad"), **arrays)
+    with pytest.raises(SchemaError, match="indptr runs from"):
+        build(tmp_path / "o.zarr", [path])
+
+
+@pytest.mark.parametrize("code", [2, 1, -2])
+def test_codes_of_no_category_are_refused(tmp_path, code):
+    """One beyond the last stood for a missing value, and -2 for another category."""
+    path = write(small(kind=pd.Categorical(["a"] * 6)), tmp_path / "a.h5ad")
+    with h5py.File(path, "r+") as f:
+        f["obs/kind/codes"][0] = code
+    with pytest.raises(SchemaError, match="codes of obs/kind run from .* and it has 1 categories"):
+        build(tmp_path / "o.zarr", [path])
+
+
+# --- byte order ----------------------------------------------------------------------------------------------------
+
+
+def swap(values):
+    return values.astype(values.dtype.newbyteorder(">"))
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "dense"])
+@pytest.mark.parametrize("how", ["h5ad", "zarr", "memory"])
+def test_big_endian_inputs(tmp_path, kind, how):
+    a = small(20, number=np.arange(20) + 300)
+    a.X = a.X.toarray() if kind == "dense" else a.X.asformat(kind)
+    path = write(a, tmp_path / "a.h5ad")
+    options = {"load_adata": in_memory} if how == "memory" else {}
+    if how != "memory":  # anndata does not read what scipy has no name for
+        swap_file(path, kind)
+    if how == "zarr":
+        path = to_zarr(path, tmp_path / "a.zarr")
+    check_endian(tmp_path, path, a, options)
+
+
+def check_endian(tmp_path, path, a, options):
+    collection = build(tmp_path / "o.zarr", [path], **options)
+    got = contents(collection)[a.obs_names]
+    np.testing.assert_array_equal(dense_x(got), dense_x(a))
+    assert got.obs["number"].tolist() == a.obs["number"].tolist()
+    assert got.obs["cell_type"].tolist() == a.obs["cell_type"].tolist()
+    assert collection.verify(against=[path], **options).ok
+
+
+def swap_file(path, kind):
+    with h5py.File(path, "r+") as f:
+        swap_arrays(f["X"] if kind != "dense" else f, None if kind != "dense" else ["X"])
+        swap_arrays(f["obs"], ["number"])
+        swap_arrays(f["obs/cell_type"], ["codes"])
+
+
+def in_memory(path):
+    a = ad.read_h5ad(path)
+    if sp.issparse(a.X):
+        a.X.data = swap(a.X.data)
+    else:
+        a.X = swap(a.X)
+    return a
+
+
+def swap_arrays(group, names):
+    for name in names or list(group):
+        values, attrs = group[name][...], dict(group[name].attrs)
+        del group[name]
+        group.create_dataset(name, data=swap(values)).attrs.update(attrs)
+
+
+def to_zarr(h5ad, path):
+    """The same arrays, byte order and all, in a zarr v2 store."""
+    target = zarr.open_group(path, mode="w", zarr_format=2)
+    with h5py.File(h5ad) as f:
+
+        def copy(name, node):
+            attrs = {k: v.tolist() if isinstance(v, np.ndarray | np.generic) else v for k, v in node.attrs.items()}
+            if isinstance(node, h5py.Group):
+                target.require_group(name).attrs.update(attrs)
+            elif node.dtype.kind == "O":
+                ad.io.write_elem(target, name, node.asstr()[...].astype(object))
+            else:
+                array = target.create_array(name, data=node[...]) if node.shape else None
+                if array is not None:
+                    array.attrs.update(attrs)
+
+        target.attrs.update(dict(f.attrs))
+        f.visititems(copy)
+    return path
+
+
+# --- groupby -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([2**63 + 5, 1, 2**63, 7, 2**64 - 1, 3], np.uint64),
+        pd.array([HUGE, HUGE - 1, None, HUGE + 2, HUGE + 1, -HUGE], dtype="Int64"),
+        np.array([np.inf, np.nan, 1.0, np.nan, np.inf, -np.inf]),
+    ],
+    ids=["uint64", "nullable", "infinite"],
+)
+def test_groups_of_large_numbers_are_sorted(tmp_path, values):
+    path = write(small(h=values), tmp_path / "a.h5ad")
+    got = build(tmp_path / "o.zarr", [path], groupby="h").obs()["h"]
+    want = got.sort_values(kind="stable")
+    pd.testing.assert_series_equal(got, want)
+
+
+def test_more_combinations_of_groups_than_an_integer_holds(tmp_path):
+    n = 3000
+    rng = np.random.default_rng(0)
+    names = [f"k{j}" for j in range(6)]
+    path = write(small(n, **{name: rng.random(n) for name in names}), tmp_path / "a.h5ad")
+    got = build(tmp_path / "o.zarr", [path], groupby=names).obs()
+    assert got["k0"].is_monotonic_increasing
+
+
+# --- fingerprints --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["csr", "dense"])
+def test_verify_sees_one_more_than_a_float_can_say(tmp_path, kind):
+    a = small(number=np.arange(6) + HUGE, group=pd.Categorical(np.arange(6) + HUGE))
+    a.X = (a.X.toarray() if kind == "dense" else a.X).astype(np.int64)
+    path = write(a, tmp_path / "a.h5ad")
+    collection = build(tmp_path / "o.zarr", [path])
+    assert collection.obs()["number"].sort_values().tolist() == [HUGE + k for k in range(6)]
+    assert collection.verify(against=[path]).ok
+
+    def change(what):
+        other = a.copy()
+        what(other)
+        return collection.verify(against=[write(other, tmp_path / "b" / "a.h5ad")]).ok
+
+    (tmp_path / "b").mkdir()
+
+    def more(b):
+        b.obs["number"] += np.arange(6) == 0
+
+    def other_group(b):
+        b.obs["group"] = pd.Categorical(np.append(HUGE + 6, np.arange(1, 6) + HUGE))
+
+    assert not change(more)
+    assert not change(other_group)
+    (a.X.data if kind == "csr" else a.X[0])[0] = HUGE
+    collection = build(tmp_path / "p.zarr", [write(a, path)])
+
+    def next_value(b):
+        (b.X.data if kind == "csr" else b.X[0])[0] += 1
+
+    assert collection.verify(against=[path]).ok
+    assert not change(next_value)
