@@ -25,7 +25,7 @@ __all__ = ["EpochCounter"]
 
 _N_PASSES = 64
 _NEXT, _FOREIGN, _SEED, _FIRST = 0, 1, 2, 3
-_N_CELLS = _FIRST + _N_PASSES
+_N_CELLS = _FIRST + 2 * _N_PASSES  # of each of the latest passes, who makes it: an id, and the number of a process
 _NOBODY = -1
 
 
@@ -44,7 +44,7 @@ class EpochCounter:
 
     def _adopt(self, fd: int) -> None:
         self._fd = fd
-        self._pass_id, self._n_passes = _NOBODY, 0
+        self._who, self._n_passes = (_NOBODY, 0), 0
         weakref.finalize(self, os.close, fd).atexit = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -59,18 +59,21 @@ class EpochCounter:
     def peek(self, worker: Worker | None) -> int:
         """The epoch the next pass in this process will have."""
         with self._cells() as cells:
-            return _epoch_of(cells, self._next_id(worker))
+            return _epoch_of(cells, self._next_pass(worker), worker)
 
     def start(self, worker: Worker | None, epoch: int | None = None) -> int:
         """The epoch of a pass that begins now: ``epoch`` if given, else the next one."""
-        pass_id = self._next_id(worker)
+        who = self._next_pass(worker)
         if worker is not None:
-            self._n_passes = self._n_passes + 1 if worker.pass_id == self._pass_id else 1
-            self._pass_id = worker.pass_id
+            me = (worker.pass_id, worker.first_process)
+            self._n_passes = self._n_passes + 1 if me == self._who else 1
+            self._who = me
         with self._cells() as cells:
             if epoch is None:
-                epoch = _epoch_of(cells, pass_id)
-            cells[_FIRST + epoch % _N_PASSES] = pass_id
+                epoch = _epoch_of(cells, who, worker)
+            at = _FIRST + 2 * (epoch % _N_PASSES)
+            if cells[at] != who[0] or not _is_near(cells[at + 1], who, worker):
+                cells[at : at + 2] = who
             cells[_NEXT] = epoch + 1 if worker is None else max(epoch + 1, cells[_NEXT])
             cells[_FOREIGN] = worker is not None
         return epoch
@@ -98,12 +101,12 @@ class EpochCounter:
         with self._cells() as cells:
             cells[_SEED] = _NOBODY if value is None else value
 
-    def _next_id(self, worker: Worker | None) -> int:
-        """Persistent workers make several passes under one seed, all equally many."""
+    def _next_pass(self, worker: Worker | None) -> tuple[int, int]:
+        """Who makes the next pass. Persistent workers make several under one seed, all equally many."""
         if worker is None:
-            return _NOBODY
-        n_passes = self._n_passes if worker.pass_id == self._pass_id else 0
-        return (worker.pass_id + n_passes) % 2**62
+            return _NOBODY, 0
+        n_passes = self._n_passes if (worker.pass_id, worker.first_process) == self._who else 0
+        return (worker.pass_id + n_passes + (worker.n_workers << 40)) % 2**62, worker.first_process
 
     @contextmanager
     def _cells(self) -> Iterator[NDArray[np.int64]]:
@@ -119,13 +122,19 @@ class EpochCounter:
             fcntl.lockf(self._fd, fcntl.LOCK_UN)
 
 
-def _epoch_of(cells: NDArray[np.int64], pass_id: int) -> int:
+def _epoch_of(cells: NDArray[np.int64], who: tuple[int, int], worker: Worker | None) -> int:
     """The epoch another worker of the same pass has begun already, or the next."""
-    if pass_id != _NOBODY:
+    if worker is not None:
         for epoch in range(int(cells[_NEXT]) - 1, max(int(cells[_NEXT]) - _N_PASSES, 0) - 1, -1):
-            if cells[_FIRST + epoch % _N_PASSES] == pass_id:
+            pass_id, first_process = cells[_FIRST + 2 * (epoch % _N_PASSES) :][:2]
+            if pass_id == who[0] and _is_near(first_process, who, worker):
                 return epoch
     return int(cells[_NEXT])
+
+
+def _is_near(first_process: np.int64, who: tuple[int, int], worker: Worker | None) -> bool:
+    """Whether these are workers of one pass: those of two have at least as many processes between them as there are."""
+    return worker is not None and abs(int(first_process) - who[1]) < worker.n_workers
 
 
 def _shared_file() -> int:

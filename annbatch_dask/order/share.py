@@ -6,6 +6,7 @@ every row may come to every rank.
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -28,12 +29,15 @@ Batch = tuple[Planned, int]
 class Worker(NamedTuple):
     """Where this process stands among the workers of a torch DataLoader.
 
-    ``pass_id`` is the same for all workers of one pass of a DataLoader, and no other pass has it.
+    All workers of one pass of a DataLoader have the same ``pass_id``, and so do those of other passes where the user
+    seeds torch before each. ``first_process`` tells these apart: as many processes had been made before the pass's
+    workers, or a few more where another thread made some meanwhile.
     """
 
     id: int
     n_workers: int
     pass_id: int
+    first_process: int = 0
 
 
 def current_worker() -> Worker | None:
@@ -42,7 +46,11 @@ def current_worker() -> Worker | None:
     if torch is None:  # then no DataLoader can have started this process
         return None
     info = torch.utils.data.get_worker_info()
-    return None if info is None else Worker(info.id, info.num_workers, info.seed - info.id)
+    if info is None:
+        return None
+    # multiprocessing numbers the processes that one has started; the workers of a pass are started one after another.
+    number = getattr(multiprocessing.current_process(), "_identity", None) or (0,)
+    return Worker(info.id, info.num_workers, info.seed - info.id, number[-1] - info.id)
 
 
 def by_worker(stream: Iterable[Planned], worker: Worker | None, *, in_order: bool) -> Iterator[Planned]:

@@ -227,12 +227,27 @@ def test_a_counter_gives_all_workers_of_a_pass_one_epoch():
     counter = EpochCounter()
     assert [counter.start(None), counter.start(None)] == [0, 1]
     assert [counter.start(Worker(w, 3, 77)) for w in (2, 0)] == [2, 3]  # one process, persistent: a pass each
-    counter._pass_id = -1  # another process
+    counter._who = (-1, 0)  # another process
     assert counter.peek(Worker(1, 3, 77)) == 2
     assert counter.is_elsewhere
     assert counter.start(None) == 4
     counter.set(1)
     assert [counter.start(None), EpochCounter(9).start(None)] == [1, 9]
+
+
+def test_a_counter_tells_passes_of_one_seed_apart():
+    """As where torch is seeded before each: their workers are other processes, with a higher number."""
+    counter = EpochCounter()
+    epochs = []
+    for first_process in (1, 4, 8, 30):
+        # The third is started while another thread starts a process, the fourth is another number of workers.
+        counter._who = (-1, 0)
+        others = (first_process, first_process, first_process + (first_process == 8))
+        epochs.append([])
+        for worker, first in enumerate(others if first_process < 30 else others[:2]):
+            counter._who = (-1, 0)  # each in a process of its own
+            epochs[-1].append(counter.start(Worker(worker, len(others) - (first_process == 30), 77, first)))
+    assert epochs == [[0] * 3, [1] * 3, [2] * 3, [3] * 2]
 
 
 # --- ranks

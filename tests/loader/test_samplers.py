@@ -211,7 +211,7 @@ def test_workers_that_start_anew_share_epochs(as_worker):
             as_worker(worker, 2, seed)
             forked = copy.copy(sampler)
             forked._epochs = counter  # what fork leaves shared
-            counter._pass_id, counter._n_passes = -1, 0  # a process of its own
+            counter._who, counter._n_passes = (-1, 0), 0  # a process of its own
             found += [tuple(batch) for batch in batches(forked, 95)]
         assert len(found) == 95
         assert set(found) == expected[epoch]
