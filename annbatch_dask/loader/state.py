@@ -73,7 +73,7 @@ class State:
     sampler, data
         Digests of what the order depends on.
     worker, n_workers
-        Place among the workers of a DataLoader; 0 and 0 without any.
+        Place among the workers of a DataLoader; 0 and 0 without any. The rank is not told: all stand alike.
     version
         Of this format.
     """
@@ -124,7 +124,8 @@ class State:
         if self.sampler != digest(sampler.state_identity()):
             msg = (
                 f"the state was saved with another sampler ({self.sampler}) than this loader has "
-                f"({digest(sampler.state_identity())}): {sampler.state_identity()}; use the same settings and ranks"
+                f"({digest(sampler.state_identity())}): {sampler.state_identity()}; "
+                "use the same settings and as many ranks"
             )
             raise StateError(msg)
         if self.data != data:
@@ -174,7 +175,12 @@ class Resumable(ABC):
         return iter(()) if progress.is_over else sampler.resume_requests(n_obs, epoch, progress.n_batches)
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next pass be this one, counted from 0. Passes count themselves otherwise."""
+        """Let the next pass be this one, counted from 0. Passes count themselves otherwise.
+
+        After :meth:`load_state_dict` of a state in the middle of this very epoch, the pass still goes on from there.
+        """
+        if self._resume_from is not None and self._resume_from.epoch == epoch:
+            return
         self._resume_from, self._progress = None, Progress()
         self._batch_sampler.set_epoch(epoch)
 
@@ -204,12 +210,13 @@ class Resumable(ABC):
         Raises
         ------
         StateError
-            If the state was saved with another sampler or seed, over other data, or in another worker or rank.
+            If the state was saved with another sampler or seed, over other data, in another worker, or on another
+            number of ranks.
         """
         loaded = State.read(state)
         loaded.check(self._batch_sampler, self._data_digest())
         loaded.restore_rng(self._batch_sampler)
-        worker = current_worker()
+        self._resume_from, worker = None, current_worker()
         if worker is not None:  # one whose part is over must wait for the others' before a new pass begins
             self._resume_from = loaded
         elif loaded.is_over or not loaded.batch:

@@ -128,7 +128,8 @@ class DistributedSampler(Sampler):
 
     def state_identity(self) -> tuple[object, ...]:
         """What a saved state must have in common with the sampler that goes on from it."""
-        where = () if self._global_batches else (self._rank, self._world_size)
+        # Not the rank: all ranks are equally far, and one of them may save for all.
+        where = () if self._global_batches else (self._world_size,)
         return (*self._sampler.state_identity(), self._even, self._global_batches, *where)
 
     def plan_requests(self, n_obs: int, epoch: int) -> Iterator[Planned]:

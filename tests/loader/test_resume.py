@@ -70,8 +70,11 @@ SAMPLERS = {
 }
 
 
+QUIET = {"return_index": True, "preload_to_gpu": False}
+
+
 def make(name, **kwargs):
-    return Loader(batch_sampler=SAMPLERS[name](), return_index=True, preload_to_gpu=False, **kwargs).add_dataset(X)
+    return Loader(batch_sampler=SAMPLERS[name](), **QUIET, **kwargs).add_dataset(X)
 
 
 def indices(batches):
@@ -199,6 +202,52 @@ def test_any_epoch_can_be_gone_to():
     assert [indices(loader), indices(loader)] == epochs[1:]
 
 
+@pytest.mark.parametrize("name", ["random", "user", "rank"])
+def test_the_epoch_one_is_in_may_be_named_after_a_state_is_loaded(name):
+    """As torch's ``for epoch in range(start, n): sampler.set_epoch(epoch)`` does it."""
+    loader = make(name)
+    list(loader)
+    epoch = iter(loader)
+    list(islice(epoch, 3))
+    state, rest = saved(loader), indices(epoch)
+    following = indices(loader)
+
+    other = make(name)
+    other.load_state_dict(state)
+    other.set_epoch(1)
+    assert indices(other) == rest
+    other.set_epoch(2)
+    assert indices(other) == following
+    other.load_state_dict(state)
+    other.set_epoch(0)  # another one: from its start
+    if name != "user":  # whose generator tells no epochs
+        assert indices(other) == indices(make(name))
+    other.load_state_dict(state)
+    other.load_state_dict(state | {"batch": 0})
+    assert len(indices(other)) == len(other)
+
+
+def test_one_rank_may_save_for_all():
+    """Lightning does: the state of rank 0 is every rank's."""
+
+    def ranks():
+        return [
+            Loader(batch_size=4, chunk_size=4, preload_nchunks=2, shuffle=True, rng=1, dist_info=(rank, 3), **QUIET)
+            for rank in range(3)
+        ]
+
+    stopped = [loader.add_dataset(X) for loader in ranks()]
+    epochs = [iter(loader) for loader in stopped]
+    for epoch in epochs:
+        list(islice(epoch, 3))
+    states, rest = [saved(loader) for loader in stopped], [indices(epoch) for epoch in epochs]
+    assert states[1:] == states[:1] * 2
+    for loader, expected in zip(ranks(), rest, strict=True):
+        loader.add_dataset(X).load_state_dict(states[0])
+        assert indices(loader) == expected
+        assert expected
+
+
 def test_another_number_of_ranks_goes_on_with_the_same_global_batches():
     def ranks(world_size):
         return [
@@ -235,7 +284,7 @@ def test_a_loader_with_ranks_says_what_cannot_be():
     with pytest.raises(ValueError, match="Cannot specify global_batch_size"):
         Loader(batch_sampler=SequentialSampler(5, 4, 4), global_batch_size=24)
     loader, other = (
-        Loader(batch_sampler=SequentialSampler(5, 4, 4), dist_info=(rank, 2)).add_dataset(X) for rank in (0, 1)
+        Loader(batch_sampler=SequentialSampler(5, 4, 4), dist_info=(0, n)).add_dataset(X) for n in (2, 3)
     )
     next(iter(loader))
     with pytest.raises(StateError, match="another sampler"):
@@ -289,6 +338,23 @@ def test_epochs_are_the_same_with_any_workers(name, n_workers, kwargs):
     if name != "sequential":  # whole requests are dealt
         found, expected = ([sorted(epoch) for epoch in epochs] for epochs in (found, expected))
     assert found == expected
+
+
+@pytest.mark.parametrize("kwargs", [{}, pytest.param(SPAWN, marks=[pytest.mark.chaos, pytest.mark.timeout(500)])])
+def test_workers_have_another_order_in_each_epoch_whatever_the_seed_of_torch(kwargs):
+    torch = pytest.importorskip("torch")
+    alone = make("random")
+    expected = [sorted(indices(alone)) for _ in range(3)]
+    with_workers, found = dataloader(make("random"), 2, **kwargs), []
+    for _ in range(3):
+        torch.manual_seed(0)
+        found.append(sorted(with_workers))
+    assert found == expected
+    # Broken off, perhaps before its second worker has begun.
+    torch.manual_seed(0)
+    next(iter(with_workers))
+    torch.manual_seed(0)
+    assert sorted(with_workers) == [sorted(indices(alone)) for _ in range(2)][1]
 
 
 def test_a_broken_off_epoch_counts_and_workers_still_agree():
