@@ -250,13 +250,15 @@ class DatasetCollection:
             raise CollectionError(msg)
         return lease
 
-    def obs(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    def obs(self, columns: Sequence[str] | None = None, *, names: bool = True) -> pd.DataFrame:
         """Obs of all datasets, in their order.
 
         Parameters
         ----------
         columns
             Which to read; None reads all, names that do not exist are ignored.
+        names
+            Read the obs names, which may take more memory than all columns; False numbers the rows instead.
 
         Returns
         -------
@@ -264,8 +266,8 @@ class DatasetCollection:
         """
         if self.is_empty or (columns is not None and not len(columns)):
             return pd.DataFrame()
-        frames = [_read_obs(elem, columns) for elem in self._obs_elems()]
-        out = pd.concat(frames)
+        frames = [_read_obs(elem, columns, names=names) for elem in self._obs_elems()]
+        out = pd.concat(frames, ignore_index=not names)
         for name in out.columns:  # pd.concat keeps a categorical only where all categories agree
             if all(isinstance(f[name].dtype, pd.CategoricalDtype) for f in frames if name in f):
                 united = pd.api.types.union_categoricals([f[name] for f in frames])
@@ -386,7 +388,7 @@ class DatasetCollection:
         >>> loader = Loader(where=splits["train"], batch_size=512).use_collection(collection)
         """
         groups, strata = ([c] if isinstance(c, str) else list(c or ()) for c in (by, stratify))
-        obs = self.obs(columns=[*groups, *strata]) if groups or strata else pd.DataFrame(index=range(self.n_obs))
+        obs = self.obs([*groups, *strata], names=False) if groups or strata else pd.DataFrame(index=range(self.n_obs))
         return make_splits(obs, fractions, by=groups, stratify=strata, seed=seed, collection=self._digest())
 
     def read_split(self, path: str | os.PathLike[str]) -> Splits:
@@ -921,12 +923,13 @@ def _nnz(x: Any) -> int:
     return int(x["data"].shape[0]) if hasattr(x, "keys") else 0
 
 
-def _read_obs(elem: Any, columns: Sequence[str] | None) -> pd.DataFrame:
-    if columns is None:
+def _read_obs(elem: Any, columns: Sequence[str] | None, *, names: bool) -> pd.DataFrame:
+    if columns is None and names:
         whole: pd.DataFrame = ad.io.read_elem(elem)
         return whole
     index = str(elem.attrs["_index"])
-    wanted = [c for c in elem.attrs["column-order"] if c in set(columns)]
-    frame = pd.DataFrame({c: ad.io.read_elem(elem[c]) for c in wanted}, index=ad.io.read_elem(elem[index]))
-    frame.index.name = None if index == "_index" else index
+    wanted = [c for c in elem.attrs["column-order"] if columns is None or c in set(columns)]
+    rows = ad.io.read_elem(elem[index]) if names else pd.RangeIndex(n_rows(elem))
+    frame = pd.DataFrame({c: ad.io.read_elem(elem[c]) for c in wanted}, index=rows)
+    frame.index.name = None if index == "_index" or not names else index
     return frame

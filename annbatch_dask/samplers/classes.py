@@ -89,7 +89,7 @@ class ClassSampler(RunSampler):
 
     Examples
     --------
-    >>> classes = collection.obs(["cell_type"])["cell_type"].array
+    >>> classes = collection.obs(["cell_type"], names=False)["cell_type"].array
     >>> sampler = samplers.ClassSampler(1, 64, 16, classes=classes, num_samples=256)
     >>> batch = next(iter(Loader(batch_sampler=sampler).use_collection(collection)))
     >>> batch["obs"]["cell_type"].nunique()
@@ -230,7 +230,7 @@ class WeightedClassSampler(ClassSampler):
 
     Examples
     --------
-    >>> classes = collection.obs(["cell_type"])["cell_type"].array
+    >>> classes = collection.obs(["cell_type"], names=False)["cell_type"].array
     >>> weights = np.array([3, 1, 0, 0])
     >>> sampler = samplers.WeightedClassSampler(1, 256, 256, classes=classes, num_samples=256, class_weights=weights)
     >>> batch = next(iter(Loader(batch_sampler=sampler).use_collection(collection)))

@@ -57,7 +57,7 @@ class MatchedControlSampler(RunSampler):
 
     Examples
     --------
-    >>> obs = collection.obs(["cell_type", "donor"])
+    >>> obs = collection.obs(["cell_type", "donor"], names=False)
     >>> sampler = samplers.MatchedControlSampler(16, 8, 64, is_control=obs["cell_type"] == "T", match=obs["donor"])
     >>> batch = next(iter(Loader(batch_sampler=sampler).use_collection(collection)))
     >>> int((batch["obs"]["cell_type"] == "T").sum())

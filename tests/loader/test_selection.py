@@ -250,6 +250,27 @@ def test_splits_and_states_outlive_a_release(collection, tmp_path, monkeypatch):
         loader.load_state_dict(state)
 
 
+@pytest.mark.filterwarnings("ignore:It is customary")
+def test_a_split_reads_the_columns_it_needs_and_no_names(collection, tmp_path):
+    shutil.copytree(collection.path, tmp_path / "c.zarr")
+    zarr.open_group(tmp_path / "c.zarr").attrs.update(
+        {"encoding-type": "annbatch-preshuffled", "encoding-version": "0.1.0"}
+    )
+    for dataset in sorted((tmp_path / "c.zarr").glob("dataset_*")):
+        for name in ("_index", "text", "row"):
+            for chunk in (dataset / "obs" / name / "c").iterdir():
+                chunk.unlink()
+                chunk.write_bytes(b"not a chunk")
+    stored = DatasetCollection(tmp_path / "c.zarr", mode="r")
+    parts = stored.split({"train": 0.7, "test": 0.3}, by="kind", seed=3)
+    assert (
+        parts.codes.tolist() == split(collection.obs, {"train": 0.7, "test": 0.3}, by=["kind"], seed=3).codes.tolist()
+    )
+    obs = stored.obs(["kind"], names=False)
+    assert obs.index.equals(pd.RangeIndex(221))
+    assert obs["kind"].tolist() == collection.obs["kind"].tolist()
+
+
 # --- matched controls
 
 
