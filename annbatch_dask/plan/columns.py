@@ -23,7 +23,8 @@ def unite_columns(sources: Sequence[SourceSchema]) -> tuple[ColumnSpec, ...]:
     """Columns of the collection's obs and obsm frames: every column of any source, in order of first appearance.
 
     A column that some sources lack is missing there: no category, NaN in floats, and a mask (pandas'
-    nullable dtypes) in integers, booleans and strings.
+    nullable dtypes) in integers, booleans and strings. Unordered categories of a collection that is extended keep their
+    codes, as models may have been trained on them; new ones come behind.
 
     Raises
     ------
@@ -35,7 +36,8 @@ def unite_columns(sources: Sequence[SourceSchema]) -> tuple[ColumnSpec, ...]:
     united = []
     for frame, name in names:
         found = [(s.path, cols.get((frame, name))) for s, cols in zip(sources, by_source, strict=True)]
-        united.append(replace(_unite(name, found), frame=frame))
+        old = [c for s, (_, c) in zip(sources, found, strict=True) if s.tagged and c is not None]
+        united.append(replace(_unite(name, found, old), frame=frame))
     return tuple(united)
 
 
@@ -63,12 +65,12 @@ def _tag(source: SourceSchema) -> Categories:
     return found
 
 
-def _unite(name: str, found: Sequence[tuple[str, ColumnSchema | None]]) -> ColumnSpec:
+def _unite(name: str, found: Sequence[tuple[str, ColumnSchema | None]], old: Sequence[ColumnSchema]) -> ColumnSpec:
     columns = _with_kinds([(path, c) for path, c in found if c is not None])
     present = tuple(c is not None for _, c in found)
     kinds = {c.kind for _, c in columns}
     if kinds == {"categorical"}:
-        return _unite_categories(name, found, columns, present)
+        return _unite_categories(name, found, columns, present, old)
     if kinds <= {"numeric", "categorical"} and _all_numeric(columns):
         return _unite_numbers(name, found, columns, present)
     if kinds <= {"string", "categorical"} and _all_strings(columns):
@@ -143,6 +145,7 @@ def _unite_categories(
     found: Sequence[tuple[str, ColumnSchema | None]],
     columns: Sequence[tuple[str, ColumnSchema]],
     present: tuple[bool, ...],
+    old: Sequence[ColumnSchema],
 ) -> ColumnSpec:
     sets = [(path, c.categories) for path, c in columns if c.categories is not None]
     families = {_family(c) for _, c in columns}
@@ -157,7 +160,7 @@ def _unite_categories(
             "call .cat.as_ordered() or .cat.as_unordered() in load_adata"
         )
         raise SchemaError(msg)
-    united = _merge_orders(name, sets) if sets[0][1].ordered else _union(sets)
+    united = _merge_orders(name, sets) if sets[0][1].ordered else _with_first(old, _union(sets))
     index = united.index()
     maps = tuple(None if c is None or c.categories is None else _code_map(c.categories, index) for _, c in found)
     return ColumnSpec(name, "categorical", categories=united, present=present, code_maps=maps)
@@ -168,6 +171,13 @@ def _union(sets: Sequence[tuple[str, Categories]]) -> Categories:
         return Categories(tuple(unite_names([c.values for _, c in sets])), "str")
     joined = reduce(lambda a, b: a.union(b), (c.index() for _, c in sets))
     return Categories(tuple(joined.tolist()), joined.dtype.name)
+
+
+def _with_first(old: Sequence[ColumnSchema], united: Categories) -> Categories:
+    """The categories, those of a collection first and in its order."""
+    known = dict.fromkeys(value for c in old if c.categories is not None for value in c.categories.values)
+    place = {value: k for k, value in enumerate(known)}
+    return replace(united, values=tuple(sorted(united.values, key=lambda value: place.get(value, len(place)))))
 
 
 def _merge_orders(name: str, sets: Sequence[tuple[str, Categories]]) -> Categories:

@@ -6,13 +6,14 @@ from pathlib import Path
 import anndata as ad
 import dask
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from annbatch_dask import DatasetCollection
+from annbatch_dask import DatasetCollection, Loader
 from annbatch_dask.errors import CollectionError, IntegrityError, SchemaError
 from tests.conftest import make_adata
 from tests.etl.inputs import adatas, assert_conserved, assert_holds, on_genes
@@ -90,6 +91,21 @@ def test_one_after_another(tmp_path, three, mode):
     assert collection.manifest.last_dataset == max(numbers)
     written = {"extend": 9, "append": 7, "reshuffle": 14}[mode]  # names are never used twice
     assert max(numbers) == written - 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_old_categories_keep_their_codes(tmp_path, three, mode):
+    paths, inputs = three
+    for path, a, kinds in zip(paths, inputs, (["x", "z"], ["a", "x"], ["0", "z", "b"]), strict=True):
+        a.obs["kind"] = pd.Categorical(np.resize(kinds, a.n_obs), categories=kinds)
+        a.write_h5ad(path)
+    collection = create(tmp_path / "o.zarr", paths[:1])
+    for path, expected in zip(paths[1:], (["x", "z", "a"], ["x", "z", "a", "0", "b"]), strict=True):
+        with dask.config.set(scheduler="synchronous"):
+            collection.add_adatas([path], mode=mode, seed=7, dataset_size=50)
+        loader = Loader(preload_to_gpu=False, obs_codes=["kind"], obsm=[], layers=[]).use_collection(collection)
+        assert loader.obs_categories["kind"].tolist() == expected
+    assert_conserved(collection, paths, inputs)
 
 
 def test_extending_deals_new_cells_evenly_and_keeps_old_ones_in_their_dataset(tmp_path, three):

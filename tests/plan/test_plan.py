@@ -218,6 +218,21 @@ def test_categories_unite_and_codes_are_mapped():
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "expected", "maps"),
+    [
+        ([("x", "z")], ("a", "x"), ("x", "z", "a"), [[0, 1], [2, 0]]),
+        ([("x", "z"), ("x", "z", "m")], ("b", "a", "m"), ("x", "z", "m", "a", "b"), [[0, 1], [0, 1, 2], [4, 3, 2]]),
+        ([(7, 3)], (5, 3), (7, 3, 5), [[0, 1], [2, 1]]),
+    ],
+)
+def test_categories_of_a_collection_keep_their_codes(old, new, expected, maps):
+    tagged = [source(f"dataset_{k}", columns=[categorical(*c)], tagged=True) for k, c in enumerate(old)]
+    (spec,) = unite_columns([*tagged, source(columns=[categorical(*new)])])
+    assert spec.categories.values == expected
+    assert [m.tolist() for m in spec.code_maps] == maps
+
+
+@pytest.mark.parametrize(
     ("a", "b"),
     [
         (numeric("int64"), STRING),
