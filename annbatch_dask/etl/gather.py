@@ -133,7 +133,8 @@ def _write_dataset(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
         writers = [_matrix_writer(m, plan.options, stop - start, task, folder, group) for m in plan.matrices]
         for w in writers:
             open_shards.enter_context(w)
-        for heads, flats in one_ahead(_parts(job, task)):
+        parts = open_shards.enter_context(contextlib.closing(one_ahead(_parts(job, task))))
+        for heads, flats in parts:
             hashes = row_hashes(len(heads[PLACE]), plan.matrices, all_columns(plan), heads, flats)
             total = (total + sum_hashes(hashes)) % 2**64
             for w in writers:

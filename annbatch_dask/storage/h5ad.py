@@ -7,6 +7,7 @@ in the pool, several chunks at a time. Other filters, and chunks that skip their
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import islice, product
 from math import prod
 
@@ -85,8 +86,9 @@ def _for_each_group(work: Callable[[list[RawChunk]], None], dataset: h5py.Datase
     n_chunk_bytes = prod(dataset.chunks) * dataset.dtype.itemsize
     stored = _raw_chunks(dataset, start, stop)
     groups = iter(lambda: list(islice(stored, max(1, _GROUP_NBYTES // n_chunk_bytes))), [])
-    for _ in map_ordered(work, groups):
-        pass
+    with closing(map_ordered(work, groups)) as results:
+        for _ in results:
+            pass
 
 
 def _fast_filters(dataset: h5py.Dataset) -> bool | None:

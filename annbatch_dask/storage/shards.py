@@ -176,15 +176,19 @@ class ShardWriter:
             raise LayoutError(msg)
 
     def _write_chunks(self, chunks: Any, n_rows: int | None = None) -> None:
-        for encoded in map_ordered(self._encode, chunks):
-            if self._shard is None:
-                index = self._written // (self._shard_chunks * self._chunk_shape[0])
-                name = "/".join(["c", str(index), *["0"] * (self._n_dims - 1)])
-                self._shard = _Shard(self._folder, name, self._shard_chunks)
-            self._shard.append(encoded)
-            self._written += self._chunk_shape[0] if n_rows is None else n_rows
-            if self._shard.is_full:
-                self._finish_shard()
+        with contextlib.closing(map_ordered(self._encode, chunks)) as results:
+            for encoded in results:
+                self._append(encoded, n_rows)
+
+    def _append(self, encoded: bytes, n_rows: int | None) -> None:
+        if self._shard is None:
+            index = self._written // (self._shard_chunks * self._chunk_shape[0])
+            name = "/".join(["c", str(index), *["0"] * (self._n_dims - 1)])
+            self._shard = _Shard(self._folder, name, self._shard_chunks)
+        self._shard.append(encoded)
+        self._written += self._chunk_shape[0] if n_rows is None else n_rows
+        if self._shard.is_full:
+            self._finish_shard()
 
     def _encode(self, chunk: NDArray) -> bytes:
         chunk = np.ascontiguousarray(chunk)

@@ -1,40 +1,42 @@
-"""One small thread pool a process, for work that releases the GIL: inflate, encode, decode."""
+"""One small thread pool a process, for work that releases the GIL: inflate, encode, decode.
+
+The generators here wait for threads when they end. Users close them on every way out (``contextlib.closing``): one that
+is left to the garbage collector would wait in whatever thread that runs in, perhaps for itself.
+"""
 
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+from dask.system import cpu_count
 
 __all__ = ["codec_pool", "map_ordered", "one_ahead"]
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-_lock = threading.Lock()
 _pools: dict[int, ThreadPoolExecutor] = {}
 MAX_THREADS = 4
 
 
 def n_cpus() -> int:
-    """Processors this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    """Processors this process may use: fewer than it sees where it, or its container, was given a share."""
+    return int(cpu_count())
 
 
 def codec_pool() -> ThreadPoolExecutor:
     """The pool of this process; made at first use, and anew after a fork."""
-    with _lock:
-        pid = os.getpid()
-        if pid not in _pools:
-            _pools.clear()
-            _pools[pid] = ThreadPoolExecutor(min(MAX_THREADS, n_cpus()), thread_name_prefix="shuffle-codec")
-        return _pools[pid]
+    pid = os.getpid()
+    if pid not in _pools:  # no lock, which a fork might copy while it is held: a pool too many has no threads yet
+        _pools.setdefault(pid, ThreadPoolExecutor(min(MAX_THREADS, n_cpus()), thread_name_prefix="shuffle-codec"))
+    return _pools[pid]
 
 
-def map_ordered(fn: Callable[[T], R], items: Iterable[T], *, in_flight: int = 2 * MAX_THREADS) -> Iterator[R]:
+def map_ordered(fn: Callable[[T], R], items: Iterable[T], *, in_flight: int = 2 * MAX_THREADS) -> Generator[R]:
     """``map`` in the pool: results in order, ``items`` drawn only ``in_flight`` ahead, so memory stays bounded.
 
     ``items`` is advanced in the calling thread. The first error is raised in its turn; what was in flight is awaited.
@@ -54,7 +56,7 @@ def map_ordered(fn: Callable[[T], R], items: Iterable[T], *, in_flight: int = 2 
                 future.exception()
 
 
-def one_ahead(items: Iterator[T]) -> Iterator[T]:
+def one_ahead(items: Iterator[T]) -> Generator[T]:
     """The same items, each drawn in a thread while the caller works on the one before."""
     done = object()
     with ThreadPoolExecutor(1, thread_name_prefix="shuffle-ahead") as ahead:
