@@ -3,6 +3,8 @@
 import itertools
 import os
 import tempfile
+import threading
+import zlib
 from unittest import mock
 
 import h5py
@@ -129,6 +131,31 @@ def test_shards_that_fall_short_are_refused(tmp_path):
         _ten_bytes(folder, shard_rows=4) as w,
     ):
         w.append(np.zeros(4, "u1"))
+
+
+def test_no_encoder_runs_on_behind_an_error(tmp_path, monkeypatch):
+    started, ended, go = [], [], threading.Event()
+    encode = ShardWriter._encode
+
+    def slow(self, chunk):
+        started.append(chunk)
+        if len(started) > 1:
+            go.wait(30)
+            zlib.compress(bytes(2**24))
+        ended.append(chunk)
+        return encode(self, chunk)
+
+    def full(self, encoded):
+        go.set()
+        message = "the disk is full"
+        raise OSError(message)
+
+    monkeypatch.setattr(ShardWriter, "_encode", slow)
+    monkeypatch.setattr("annbatch_dask.storage.shards._Shard.append", full)
+    writer = _ten_bytes(Folder(str(tmp_path / "o.zarr")), shard_rows=8)
+    with pytest.raises(OSError, match="the disk is full"), writer as w:
+        w.append(np.zeros(10, "u1"))
+    assert len(started) == len(ended)
 
 
 @pytest.mark.parametrize("what", ["comes", "goes"])
