@@ -31,7 +31,7 @@ def nothing_is_left() -> Iterator[None]:
     yield
     if loader_threads() or open_since():
         gc.collect()  # an iterator in a reference cycle
-    assert not loader_threads(), f"still running: {loader_threads()}"
+    assert not lasting_threads(), f"still running: {loader_threads()}"
     until = time.monotonic() + _PATIENCE_S
     while open_since() and time.monotonic() < until:
         threading.Event().wait(0.01)
@@ -49,6 +49,14 @@ def _parents(process: psutil.Process) -> list[psutil.Process]:
 
 def loader_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith(THREADS)]
+
+
+def lasting_threads() -> list[threading.Thread]:
+    """Those that do not end by themselves: an iterator that is dropped waits for none of its own."""
+    until = time.monotonic() + _PATIENCE_S
+    for thread in loader_threads():
+        thread.join(max(0, until - time.monotonic()))
+    return loader_threads()
 
 
 def open_files(folder: Path) -> list[str]:

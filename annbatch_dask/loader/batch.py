@@ -42,7 +42,7 @@ __all__ = [
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
-RunTasks = Callable[[list[Task]], None]
+RunTasks = Callable[[list[Task]], object]
 
 _MIN_TASK_NBYTES = 1024 * 1024
 _MAX_INT32 = np.iinfo(np.int32).max

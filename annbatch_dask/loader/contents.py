@@ -333,4 +333,8 @@ class _Chain:
     def __call__(self, batch: Any) -> Any:
         for function in self.functions:
             batch = function(batch)
+            if batch is None:
+                name = getattr(function, "__qualname__", repr(function))
+                msg = f"transform {name} returned None; return the batch, also where it was changed in place"
+                raise TypeError(msg)
         return batch

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -21,7 +20,9 @@ from numpy.typing import DTypeLike
 
 from annbatch_dask.abc import Sampler
 from annbatch_dask.loader.contents import Dense, Key, Transform, Wanted
-from annbatch_dask.loader.fetch import Pipeline, PipelineOptions, count_threads
+from annbatch_dask.loader.fetch import Pipeline, PipelineOptions
+from annbatch_dask.loader.helpers import count_threads
+from annbatch_dask.loader.iteration import Iteration
 from annbatch_dask.loader.output import Framework
 from annbatch_dask.loader.reading import load_dataset
 from annbatch_dask.loader.requests import Labels
@@ -32,7 +33,7 @@ from annbatch_dask.order.share import Even
 from annbatch_dask.samplers import DistributedSampler, RandomSampler, SequentialSampler
 from annbatch_dask.samplers.distributed import DistInfo
 from annbatch_dask.storage.range_cache import RangeCache
-from annbatch_dask.types import LoaderOutput, LoadRequest
+from annbatch_dask.types import LoadRequest
 from annbatch_dask.where import Condition
 
 if TYPE_CHECKING:
@@ -60,7 +61,6 @@ OutputInMemoryArray_T = TypeVar("OutputInMemoryArray_T")
 _CHUNK_SIZE = 512
 _PRELOAD_NCHUNKS = 32
 _MAX_DEFAULT_PRELOAD = 4 * _PRELOAD_NCHUNKS
-_REQUESTS_AHEAD = 2
 _PREFETCH_NBYTES = 1024**3
 _ACCEPTED = (zarr.Array, CSRDataset, sp.csr_matrix, sp.csr_array, np.ndarray)
 
@@ -256,11 +256,11 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         self._collection_digest = ""
         self._progress = Progress()
         self._resume_from: State | None = None
-        self._n_open = 0
+        self._passes: set[object] = set()  # that are under way
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no iteration open, whatever the original is doing.
-        return self.__dict__ | {"_n_open": 0, "_progress": Progress()}
+        return self.__dict__ | {"_passes": set(), "_progress": Progress()}
 
     def __len__(self) -> int:
         return self._batch_sampler.n_batches(self.n_selected)
@@ -410,7 +410,7 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         var: pd.DataFrame | None,
         beside: Mapping[Key, Any] | None = None,
     ) -> None:
-        if self._n_open:
+        if self._passes:
             msg = "Cannot add datasets while the loader is being iterated; finish or close the iterator first"
             raise RuntimeError(msg)
         if beside is None and self._wanted.keys:
@@ -464,29 +464,14 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
 
     # --- iterating
 
-    def __iter__(self) -> Iterator[LoaderOutput]:
+    def __iter__(self) -> Iteration:
         """One pass. Close the iterator, or drop it, to stop its threads early."""
         _check_positive("Number of datasets", len(self._sources))
         self._progress = Progress()
-        return self._iterate(self._progress)
+        return Iteration(self._progress, self._begin_pass, self._passes)
 
-    def _iterate(self, progress: Progress) -> Iterator[LoaderOutput]:
-        requests = self._open(progress)
-        pipeline: Pipeline | None = None
-        self._n_open += 1
-        try:
-            pipeline = self._start()
-            for batch in _batches(pipeline, requests):
-                progress.n_batches += 1
-                yield batch
-            progress.is_over = True
-        finally:
-            self._n_open -= 1
-            if pipeline is not None:
-                pipeline.close()
-            if self._cache is not None:
-                self._cache.flush()
-            _close(requests)
+    def _begin_pass(self, progress: Progress) -> tuple[Iterator[LoadRequest], Pipeline]:
+        return self._open(progress), self._start()
 
     def _open(self, progress: Progress) -> Iterator[LoadRequest]:
         """The requests of the pass that begins, from where it was left if a state was loaded."""
@@ -506,46 +491,12 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
     def _start(self) -> Pipeline:
         sources = {Key("X"): self._sources, **self._beside}
         contents = self._wanted.contents(sources, self._obs, self._var, with_index=self._return_index)
-        return Pipeline(contents, PipelineOptions(self._prefetch_nbytes, count_threads()))
+        at_end = _nothing if self._cache is None else self._cache.flush
+        return Pipeline(contents, PipelineOptions(self._prefetch_nbytes, count_threads()), at_end)
 
 
-def _batches(pipeline: Pipeline, requests: Iterator[LoadRequest]) -> Iterator[LoaderOutput]:
-    """Keep a few requests under way; the sampler runs in this, the consumer's, thread."""
-    pending: deque[int] = deque()
-    is_over = False
-    while True:
-        while not is_over and len(pending) <= _REQUESTS_AHEAD:
-            is_over = not _submit_next(pipeline, requests, pending)
-        batch = pipeline.get()
-        if batch is None:
-            return
-        pending[0] -= 1
-        if pending[0] == 0:
-            pending.popleft()
-        yield batch
-
-
-def _submit_next(pipeline: Pipeline, requests: Iterator[LoadRequest], pending: deque[int]) -> bool:
-    """Hand the next request in; False when there is none. An error waits for its turn."""
-    try:
-        request = next(requests, None)
-        if request is None:
-            pipeline.finish()
-            return False
-        n_batches = len(request["splits"])
-    except Exception as error:  # noqa: BLE001
-        pipeline.fail(error)
-        return False
-    if n_batches:
-        pending.append(n_batches)
-        pipeline.submit(request)
-    return True
-
-
-def _close(requests: Iterator[LoadRequest]) -> None:
-    close = getattr(requests, "close", None)
-    if close is not None:
-        close()
+def _nothing() -> None:
+    pass
 
 
 def _default_sampler(

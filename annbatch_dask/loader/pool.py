@@ -78,11 +78,9 @@ class BufferPool:
         return np.asarray(_Lease(self._take(nbytes), shape, kind, self._home))
 
     def close(self) -> None:
-        """Let go of all idle memory, and of the rest as it comes back."""
+        """Keep no memory from now on; what is idle goes with the pool. Takes no lock."""
         self._home.is_open = False
         self._home.returned.clear()
-        with self._lock:
-            self._idle.clear()
 
     @property
     def idle_nbytes(self) -> int:

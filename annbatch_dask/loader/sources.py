@@ -7,6 +7,7 @@ before they exist; :meth:`Source.open` takes buffers and returns a block togethe
 from __future__ import annotations
 
 import math
+import os
 import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -173,14 +174,15 @@ class ZarrCsrSource(Source):
         self.stored_dtype = self._values.dtype
         self.dtype = np.dtype(str(group.attrs.get(SOURCE_DTYPE, self.stored_dtype)))
         self._indptr: Ints | None = None
-        self._lock = threading.Lock()
+        self._locks: dict[int, threading.Lock] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_lock"} | {"_indptr": None}
+        return self.__dict__ | {"_indptr": None, "_locks": {}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
+    @property
+    def _lock(self) -> threading.Lock:
+        """One for each process: a forked one may get a copy that a thread of its parent holds, and never lets go."""
+        return self._locks.setdefault(os.getpid(), threading.Lock())
 
     @property
     def indptr(self) -> Ints:

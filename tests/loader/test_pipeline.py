@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import subprocess
+import multiprocessing
 import sys
 import threading
 import traceback
+from functools import partial
+from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -16,11 +18,13 @@ import scipy.sparse as sp
 import zarr
 
 from annbatch_dask.errors import IntegrityError
-from annbatch_dask.loader import Loader
+from annbatch_dask.loader import Loader, helpers
 from annbatch_dask.loader import fetch as fetch_module
-from annbatch_dask.loader.fetch import Budget, Closed
+from annbatch_dask.loader.fetch import Budget
+from annbatch_dask.loader.helpers import Closed
+from annbatch_dask.loader.sources import ZarrCsrSource
 from annbatch_dask.storage.ranges import RangeReader
-from tests.leaks import loader_threads, open_files
+from tests.leaks import lasting_threads, loader_threads, open_files
 from tests.loader.data import dense, matrix, quiet, write_collection
 from tests.loader.test_loader import check_epoch, csr, make
 from tests.loader.test_samplers import Minimal
@@ -30,7 +34,13 @@ needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reas
 
 
 def clean(collection):
+    """At once, as an iterator is over or closed."""
     return not loader_threads() and not open_files(collection.path)
+
+
+def clean_soon(collection):
+    """An iterator that is dropped waits for nothing."""
+    return not lasting_threads() and not open_files(collection.path)
 
 
 def test_nothing_is_left_after_an_epoch(collection):
@@ -47,7 +57,7 @@ def test_nothing_is_left_after_an_early_end(collection):
     loader = make(collection, shuffle=True)
     for _ in loader:
         break
-    assert clean(collection)
+    assert clean_soon(collection)
     iterator = iter(loader)
     next(iterator)
     iterator.close()
@@ -55,11 +65,11 @@ def test_nothing_is_left_after_an_early_end(collection):
     iterator = iter(loader)
     next(iterator)
     del iterator
-    assert clean(collection)
+    assert clean_soon(collection)
     with pytest.raises(ZeroDivisionError):
         for _ in loader:
             _ = 1 / 0
-    assert clean(collection)
+    assert clean_soon(collection)
 
 
 def test_nothing_is_left_of_an_iterator_in_a_cycle(collection):
@@ -68,7 +78,7 @@ def test_nothing_is_left_of_an_iterator_in_a_cycle(collection):
     next(cycle[0])
     del cycle
     gc.collect()
-    assert clean(collection)
+    assert clean_soon(collection)
 
 
 def test_nothing_is_started_before_the_first_batch_is_asked_for(collection):
@@ -233,19 +243,187 @@ def test_budget():
     assert blocked == [True]
 
 
-SCRIPT = """
-import numpy as np
-from annbatch_dask.loader import Loader
-loader = Loader(batch_size=5, chunk_size=5, preload_nchunks=1, preload_to_gpu=False).add_dataset(np.zeros((500, 3)))
-iterator = iter(loader)
-next(iterator)
-print("open")
-"""
+def test_a_transform_that_returns_nothing_is_named():
+    def scale(batch):
+        batch["X"] *= 2
+
+    loader = Loader(batch_size=5, preload_to_gpu=False, transform=[scale, dict]).add_dataset(matrix(20))
+    with pytest.raises(TypeError, match=r"scale returned None; return the batch"):
+        list(loader)
 
 
-def test_an_open_iterator_does_not_keep_the_interpreter_alive():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "open\n", "")
+def test_stop_iteration_does_not_end_an_epoch():
+    """Raised by the user's code, it would look like the end to a for loop."""
+
+    def stop(batch):
+        raise StopIteration
+
+    with pytest.raises(RuntimeError, match="raised StopIteration"):
+        list(Loader(batch_size=5, preload_to_gpu=False, transform=stop).add_dataset(matrix(20)))
+
+    class Stopping(Minimal):
+        def n_batches(self, n_obs):
+            return 1
+
+        def resume_requests(self, n_obs, epoch, n_done):
+            raise StopIteration
+
+    sampler = Stopping([{"requests": [slice(0, 5)]}], 5, shuffle=False)
+    with pytest.raises(RuntimeError, match="raised StopIteration"):
+        list(Loader(batch_sampler=sampler, preload_to_gpu=False).add_dataset(csr()))
+
+
+def test_an_error_frees_the_window_with_it():
+    """Not only once the garbage collector looks: buffers are large."""
+    x = np.zeros((64, 4000), np.float32)
+
+    def fail(batch):
+        message = "not this one"
+        raise LookupError(message)
+
+    gc.collect()
+    gc.disable()
+    try:
+        loader = Loader(batch_size=8, chunk_size=8, preload_nchunks=1, preload_to_gpu=False, transform=fail)
+        iterator = iter(loader.add_dataset(x))
+        with pytest.raises(LookupError, match="not this one"):
+            next(iterator)
+        pipelines = [one for one in gc.get_objects() if type(one) is fetch_module.Pipeline]
+        assert not pipelines
+    finally:
+        gc.enable()
+
+
+def test_two_threads_take_turns_with_an_iterator():
+    at, go = threading.Event(), threading.Event()
+
+    def wait(batch):
+        at.set()
+        go.wait(30)
+        return batch
+
+    iterator = iter(Loader(batch_size=5, preload_to_gpu=False, transform=wait).add_dataset(matrix(20)))
+    first = threading.Thread(target=next, args=(iterator,))
+    first.start()
+    assert at.wait(30)
+    for use in (iterator.close, partial(next, iterator)):
+        with pytest.raises(ValueError, match="in use by another thread"):
+            use()
+    go.set()
+    first.join()
+    assert len(list(iterator)) == 3
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_an_iterator_is_of_no_use_in_a_forked_process(collection):
+    """Its threads are not there: it says so, and can be closed and dropped; the loader makes another."""
+    loader = make(collection)
+    iterator = iter(loader)
+    next(iterator)
+
+    def use(connection):
+        try:
+            next(iterator)
+        except RuntimeError as error:
+            connection.send(str(error))
+        iterator.close()
+        connection.send(len(list(loader)))
+
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=use, args=(theirs,))
+    process.start()
+    assert ours.poll(30)
+    assert "was forked since; iterate over the loader anew" in ours.recv()
+    assert ours.poll(30)
+    assert ours.recv() == len(loader)
+    process.join()
+    iterator.close()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_a_fork_while_row_pointers_are_read(collection, monkeypatch):
+    """A DataLoader forks its workers while an iterator of the parent reads: no lock of that time reaches them."""
+    at, go = threading.Event(), threading.Event()
+    read = ZarrCsrSource._read_indptr
+
+    def wait(source):
+        at.set()
+        go.wait(30)
+        return read(source)
+
+    monkeypatch.setattr(ZarrCsrSource, "_read_indptr", wait)
+    loader = make(collection)
+    busy = threading.Thread(target=list, args=(loader,))
+    busy.start()
+    assert at.wait(30)
+    monkeypatch.undo()
+    ours, theirs = multiprocessing.Pipe()
+    target = lambda: theirs.send(len(list(loader)))  # noqa: E731
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    came = ours.poll(30)
+    process.kill()
+    process.join()
+    go.set()
+    busy.join()
+    assert came
+
+
+# --- threads
+
+
+@pytest.mark.parametrize(
+    ("allowed", "there", "ranks", "workers", "expected"),
+    [
+        (4, 8, None, 1, 4),
+        (16, 16, "8", 1, 2),
+        (16, 16, "8", 4, 1),
+        (2, 16, "8", 1, 2),  # bound to cores of its own
+        (64, 64, None, 1, 16),
+        (4, 8, "many", 1, 4),
+    ],
+)
+def test_threads_share_the_cores(monkeypatch, allowed, there, ranks, workers, expected):
+    monkeypatch.setattr("annbatch_dask.loader.helpers.n_cpus", lambda: allowed)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(allowed)))
+    monkeypatch.setattr("os.cpu_count", lambda: there)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks) if ranks else monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    info = SimpleNamespace(num_workers=workers)
+    data = SimpleNamespace(get_worker_info=lambda: info)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(utils=SimpleNamespace(data=data)))
+    assert helpers.count_threads() == expected
+
+
+def test_threads_know_the_share_of_a_container(monkeypatch):
+    """16 cores to see, of which a quota gives 4 to the container, where 2 ranks run."""
+    monkeypatch.setattr("dask.system._try_extract_cgroup_cpu_quota", lambda: (400_000, 100_000))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr("psutil.Process.cpu_affinity", lambda _: list(range(16)))
+    monkeypatch.setattr("os.process_cpu_count", lambda: 16, raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert helpers.count_threads() == 2
+
+
+def test_the_first_error_of_a_job_is_raised_once_all_tasks_have_ended():
+    crew = helpers.Helpers("test", 3)
+    ended = []
+
+    def fail(number):
+        ended.append(number)
+        raise OSError(number)
+
+    tasks = [partial(ended.append, 0), partial(fail, 1), partial(fail, 2), partial(ended.append, 3)]
+    for _ in range(20):
+        ended.clear()
+        with pytest.raises(OSError, match="1"):
+            crew.run(tasks)
+        assert sorted(ended) == [0, 1, 2, 3]
+    assert crew.run([lambda k=k: k for k in range(10)]) == list(range(10))
+    crew.stop()
+    with pytest.raises(Closed):
+        crew.run(tasks)
+    crew.join()
 
 
 # --- torch's DataLoader

@@ -1,0 +1,202 @@
+"""Threads of one iteration, and tasks that several of them share.
+
+The garbage collector drops an iterator in any thread, in the middle of anything: in a thread of that iterator, or in
+one that holds a lock of threading's own. So what a dropped iterator does takes no lock and joins no thread. Threads
+wait at queues alone (``SimpleQueue.put`` may interrupt itself), and end by a flag and a mark in the queue.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
+
+from annbatch_dask.storage.threads import n_cpus
+
+__all__ = ["THREAD_PREFIX", "Closed", "Helpers", "Job", "LoaderThread", "count_threads"]
+
+T = TypeVar("T")
+
+THREAD_PREFIX = "annbatch-dask"
+_MAX_THREADS = 16
+_PATIENCE_S = 10.0
+
+
+class Closed(Exception):  # noqa: N818
+    """The iteration is over; a thread that waits for something stops waiting."""
+
+
+class LoaderThread(threading.Thread):
+    """A thread of an iteration, which ends before the interpreter does, whether or not the iteration is over.
+
+    Parameters
+    ----------
+    name
+        Follows the prefix that all of them have.
+    work
+        What it does.
+    stop
+        Lets it end soon, without waiting.
+    """
+
+    def __init__(self, name: str, work: Callable[[], None], stop: Callable[[], None]) -> None:
+        super().__init__(target=work, name=f"{THREAD_PREFIX}-{name}", daemon=True)
+        self.stop = stop
+
+    def run(self) -> None:
+        """Work, then forget the iteration and its memory."""
+        try:
+            super().run()
+        finally:
+            self.stop = _nothing
+
+
+def _nothing() -> None:
+    pass
+
+
+@atexit.register
+def _end_threads() -> None:
+    """A daemon that lives on would be cut off in the middle of compiled code, which may abort the process.
+
+    One that does not come back from a user's function, or from a store, is left to that fate after a while.
+    """
+    threads = [thread for thread in threading.enumerate() if isinstance(thread, LoaderThread)]
+    for thread in threads:
+        thread.stop()
+    until = time.monotonic() + _PATIENCE_S
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+
+
+class Job(Generic[T]):
+    """Tasks that any number of threads take from, each the next one that is left."""
+
+    def __init__(self, tasks: Sequence[Callable[[], T]], is_stopped: Callable[[], bool]) -> None:
+        self._left = deque(enumerate(tasks))
+        self._results: list[Any] = [None] * len(tasks)
+        self._errors: list[tuple[int, BaseException]] = []
+        self._ended: list[int] = []
+        self._all_ended: SimpleQueue[None] = SimpleQueue()
+        self._is_stopped = is_stopped
+
+    def work(self) -> None:
+        """Run tasks until none is left; those that are left when the iteration ends are passed over."""
+        while True:
+            try:
+                number, task = self._left.popleft()
+            except IndexError:
+                return
+            try:
+                if self._is_stopped():
+                    raise Closed  # noqa: TRY301
+                self._results[number] = task()
+            except BaseException as error:  # noqa: BLE001 - for the thread that waits
+                self._errors.append((number, error))
+            self._ended.append(number)
+            if len(self._ended) == len(self._results):
+                self._all_ended.put(None)
+
+    def wait(self) -> list[T]:
+        """Help until all have ended; returns what they returned, or raises the error of the first that failed.
+
+        All of them, even after a failure: a task still running writes into buffers of this window.
+        """
+        self.work()
+        if self._results:
+            self._all_ended.get()
+        results, self._results = self._results, []
+        errors, self._errors = self._errors, []
+        if errors:
+            try:
+                raise min(errors, key=lambda found: found[0])[1]
+            finally:
+                del errors  # refers to this frame, and with it to all buffers
+        return results
+
+
+class Helpers:
+    """Threads for the tasks of one other thread, which works along with them.
+
+    Parameters
+    ----------
+    stage
+        What they are named after.
+    n_threads
+        How many work at a time, that other thread included.
+    """
+
+    def __init__(self, stage: str, n_threads: int) -> None:
+        self._stage = stage
+        self._n_helpers = n_threads - 1
+        self._jobs: SimpleQueue[Job[Any] | None] = SimpleQueue()
+        self._threads: list[LoaderThread] = []
+        self._is_stopped = False
+
+    def start(self, tasks: Sequence[Callable[[], T]]) -> Job[T]:
+        """Let helpers begin with tasks, which are then to be waited for; raises Closed once stopped."""
+        if self._is_stopped:
+            raise Closed
+        job = Job(tasks, self._ask_stopped)
+        n_asked = min(self._n_helpers, len(tasks))
+        while len(self._threads) < n_asked:
+            thread = LoaderThread(f"{self._stage}-helper_{len(self._threads)}", self._serve, self.stop)
+            self._threads.append(thread)
+            thread.start()
+        for _ in range(n_asked):
+            self._jobs.put(job)
+        return job
+
+    def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
+        """Run tasks, and return what they returned."""
+        if len(tasks) == 1:
+            return [tasks[0]()]  # not worth waking a thread
+        return self.start(tasks).wait()
+
+    def stop(self) -> None:
+        """End soon. Takes no lock."""
+        self._is_stopped = True
+        for _ in range(self._n_helpers):
+            self._jobs.put(None)
+
+    def join(self) -> None:
+        """Wait for the end, once the thread that asks for work has ended."""
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+    def _ask_stopped(self) -> bool:
+        return self._is_stopped
+
+    def _serve(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job.work()
+            del job  # or it would live until the next one
+
+
+def count_threads() -> int:
+    """Threads of one stage: this process's share of the cores, which ranks of its node and torch's workers use too.
+
+    A rank that was bound to cores of its own has no need to share them.
+    """
+    n_cores, n_ranks, n_there = n_cpus(), _n_local_ranks(), os.cpu_count() or 1
+    n_allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else n_there
+    is_bound = n_cores == n_allowed and n_cores * n_ranks <= n_there
+    if not is_bound:
+        n_cores //= n_ranks
+    torch: Any = sys.modules.get("torch")
+    info = None if torch is None else torch.utils.data.get_worker_info()
+    n_workers = 1 if info is None else info.num_workers
+    return max(1, min(n_cores // n_workers, _MAX_THREADS))
+
+
+def _n_local_ranks() -> int:
+    """Processes of a job on this machine, where torchrun says how many."""
+    said = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(said)) if said.isdecimal() else 1
