@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from humanfriendly import InvalidSize, parse_size
 from annbatch_dask.errors import CollectionError, LayoutError, SourceError
 from annbatch_dask.plan.build import Options
 from annbatch_dask.plan.elements import Elements
+from annbatch_dask.storage.identity import function_identity, where_of
 from annbatch_dask.storage.publish import Folder, StorageOptions, folder_of, shown
 from annbatch_dask.storage.shards import compressor_json
 from annbatch_dask.storage.sources import SourceRef
@@ -51,15 +52,13 @@ def references(
         msg = f"adata_paths is one path, {os.fspath(paths)!r}; give a list of paths"
         raise TypeError(msg)
     options = StorageOptions(storage_options or {})
-    refs = tuple(_reference(p, load_adata, options) for p in paths)
+    loader = "" if load_adata is None else function_identity(load_adata)
+    refs = tuple(replace(_reference(p, load_adata, options), loader=loader) for p in paths)
     if not refs:
         msg = "adata_paths is empty; give at least one AnnData file"
         raise SourceError(msg)
     labels = [r.label for r in refs]
-    if len(set(labels)) < len(labels):
-        twice = next(x for x in labels if labels.count(x) > 1)
-        msg = f"{twice} is given {labels.count(twice)} times; give each input once"
-        raise SourceError(msg)
+    _refuse_twice(refs)
     chosen = (
         dict.fromkeys(labels, counts)
         if isinstance(counts, str)
@@ -69,6 +68,20 @@ def references(
         msg = f"counts names {min(unknown)}, which is none of the {len(labels)} inputs; give their paths"
         raise SourceError(msg)
     return tuple(replace(r, counts=chosen.get(r.label, "X")) for r in refs)
+
+
+def _refuse_twice(refs: Sequence[SourceRef]) -> None:
+    """Refuse an input that is given twice, however its place is spelled."""
+    spelled: dict[str, list[str]] = {}
+    for ref in refs:
+        spelled.setdefault(where_of(ref) or ref.label, []).append(ref.label)
+    labels = [r.label for r in refs]
+    for names in (*spelled.values(), *([x] * labels.count(x) for x in dict.fromkeys(labels))):
+        if len(names) > 1:
+            others = ", ".join(dict.fromkeys(names[1:]))
+            as_well = "" if others == names[0] else f", as {others} too"
+            msg = f"{names[0]} is given {len(names)} times{as_well}; give each input once"
+            raise SourceError(msg)
 
 
 def _reference(item: Any, load_adata: Callable[[Any], ad.AnnData] | None, options: StorageOptions) -> SourceRef:

@@ -135,6 +135,7 @@ def _shuffle(args: argparse.Namespace) -> None:
             **_layout(args),
             mode=args.mode,
             genes=args.genes,
+            on_duplicate_source=args.on_duplicate_source,
             client=client,
             scratch=args.scratch,
             progress=args.progress,
@@ -399,6 +400,12 @@ def _add_shuffle(commands: Any) -> None:
         choices=("extend", "append", "reshuffle"),
         default="extend",
         help="for an output that holds cells: deal new ones into its datasets, add datasets, or shuffle all anew",
+    )
+    parser.add_argument(
+        "--on-duplicate-source",
+        choices=("error", "warn"),
+        default="error",
+        help="for a file whose cells the output has: refuse it (default), or add them again with a warning",
     )
     parser.add_argument(
         "--genes",

@@ -22,9 +22,10 @@ import zarr.codecs
 from annbatch_dask.arguments import absolute, folder_at, groupby_columns, references, resolve_options, resolve_seed
 from annbatch_dask.errors import CollectionError
 from annbatch_dask.etl.commit import leftovers, sweep
+from annbatch_dask.etl.inputs import Input, known_inputs
 from annbatch_dask.etl.job import Job, work_folder
 from annbatch_dask.etl.log import Recorder
-from annbatch_dask.etl.run import Engine, EngineRoom, build, choose_engine, run_check
+from annbatch_dask.etl.run import Engine, EngineRoom, build, choose_engine, run_check, run_stage
 from annbatch_dask.etl.scan import merge_annotations, scan
 from annbatch_dask.etl.verify import (
     Verification,
@@ -33,7 +34,7 @@ from annbatch_dask.etl.verify import (
     check_root,
     check_source,
     match_sources,
-    source_refs,
+    not_compared,
 )
 from annbatch_dask.events import Callback, Callbacks
 from annbatch_dask.html import render
@@ -53,6 +54,7 @@ from annbatch_dask.progress import default_callbacks
 from annbatch_dask.report import Report, make_report
 from annbatch_dask.splits import Splits, make_splits
 from annbatch_dask.storage.groups import n_rows
+from annbatch_dask.storage.identity import identity_of, where_of
 from annbatch_dask.storage.lock import Lease, check_unchanged, claim_numbers, exclusive, is_claim
 from annbatch_dask.storage.matrices import describe_matrix
 from annbatch_dask.storage.metadata import METADATA
@@ -71,6 +73,7 @@ __all__ = ["DatasetCollection"]
 logger = logging.getLogger(__name__)
 
 Mode = Literal["extend", "append", "reshuffle"]
+OnDuplicate = Literal["warn", "error"]
 
 _SCRATCH = ".scratch"
 _DEFAULT_COMPRESSOR = (zarr.codecs.BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"),)
@@ -423,6 +426,7 @@ class DatasetCollection:
         allow_mixed_counts: bool = False,
         mode: Mode = "extend",
         genes: Literal["collection", "union"] = "collection",
+        on_duplicate_source: OnDuplicate = "warn",
         seed: int | None = None,
         rng: np.random.Generator | None = None,
         memory_limit: int | str | None = None,
@@ -453,6 +457,7 @@ class DatasetCollection:
             allow_mixed_counts=allow_mixed_counts,
         )
         room = choose_engine(client, memory_limit)
+        self._look_for_again(refs, on_duplicate_source)
         plan, _ = self._plan(refs, options, merge, room, self._extension(mode, genes), read_values=read_values)
         return plan
 
@@ -476,6 +481,7 @@ class DatasetCollection:
         allow_mixed_counts: bool = False,
         mode: Mode = "extend",
         genes: Literal["collection", "union"] = "collection",
+        on_duplicate_source: OnDuplicate = "warn",
         seed: int | None = None,
         rng: np.random.Generator | None = None,
         memory_limit: int | str | None = None,
@@ -490,8 +496,9 @@ class DatasetCollection:
 
         Every cell of every input gets a place drawn uniformly over the whole collection. The work is done by Dask, in
         bounded memory, and leaves the collection as it was until the last step publishes the new one. A build that was
-        interrupted goes on where it stopped when it is called again with the same arguments, ``seed`` included; one
-        that was finished is not done twice.
+        interrupted goes on where it stopped when it is called again with the same arguments, ``seed`` included, unless
+        an input was changed since. The very same call, repeated after it succeeded, does nothing; anything else, such
+        as other options or a file that was replaced, is done.
 
         A collection that holds cells already is extended: see ``mode``. Its old datasets are removed after the new
         ones are published.
@@ -503,7 +510,8 @@ class DatasetCollection:
             array, such as :func:`annbatch_dask.concat_lazy` returns: each task computes the blocks of its own rows.
         load_adata
             ``path -> AnnData`` instead of the default, which reads all elements from the file. What it
-            returns may be in memory, backed or lazy; it is called on the workers, several times for an input.
+            returns may be in memory, backed or lazy; it is called on the workers, several times for an input. An
+            interrupted build goes on only where its code, and the file at the path it is given, are what they were.
         var_subset
             Keep only these genes.
         n_obs_per_chunk
@@ -544,6 +552,9 @@ class DatasetCollection:
         genes
             ``"collection"`` (default): an extension keeps the collection's genes, drops others of the new inputs and
             fills those they lack. ``"union"``: it adds the new inputs' genes behind; not with ``mode="append"``.
+        on_duplicate_source
+            An input whose cells the collection has: ``"warn"`` (default) adds them again, with a warning that says how
+            many there are; ``"error"`` refuses. The same file under another path is the same input.
         seed, rng
             Of the shuffle: a non-negative integer, or a generator to draw one from. Neither draws a fresh seed,
             which the manifest records. The same seed and inputs give the same bytes on any cluster.
@@ -571,8 +582,9 @@ class DatasetCollection:
         ------
         SourceError, SchemaError, LayoutError, MemoryBudgetError
             Before any work, where an input cannot be read, inputs contradict each other, or sizes cannot be met.
+            SourceError also where an input is changed while the build reads it.
         CollectionError
-            If an input is in the collection already.
+            If an input lies in the collection itself, or is in it already and ``on_duplicate_source="error"``.
         CollectionBusyError
             If another build works on the collection.
         IntegrityError
@@ -599,17 +611,19 @@ class DatasetCollection:
         with exclusive(self._target):
             version = self._refresh()
             extension = self._extension(mode, genes)
-            if self._is_done(refs, seed):
+            request = options.request([(r.label, r.counts) for r in refs], mode, genes, merge)
+            if self._is_done(refs, request, room):
                 logger.info("%s holds these inputs already: nothing to do", self.path)
                 if self._target.is_local or not any(map(is_claim, self._target.names())):  # nobody may be writing here
                     self._sweep_all()
                 return self
+            self._look_for_again(refs, on_duplicate_source)
             plan, annotations = self._plan(refs, options, merge, room, extension)
             if plan.left_out:
                 warnings.warn(_words_of(plan.left_out, len(refs)), UserWarning, stacklevel=2)
             with room.start(max(len(plan.blocks), plan.n_datasets)) as engine:
                 all_refs = (*([] if extension is None else self._dataset_refs()), *refs)
-                self._build(plan, all_refs, annotations, engine, callback, base, version)
+                self._build(plan, all_refs, annotations, engine, callback, base, version, request)
         return self
 
     def _refresh(self) -> str | None:
@@ -619,22 +633,56 @@ class DatasetCollection:
             self._group = zarr.open_group(self._target.zarr_store(), mode="r+", zarr_format=3)
         return version
 
-    def _is_done(self, refs: tuple[SourceRef, ...], seed: int | None) -> bool:
-        """Whether the last build had these inputs, so that the call is a repetition after its commit."""
+    def _is_done(self, refs: tuple[SourceRef, ...], request: str, room: EngineRoom) -> bool:
+        """Whether this very call has succeeded already, and was the last to do so: it asks for the same of the same."""
         manifest = self.manifest
-        if manifest is None:
+        if manifest is None or not manifest.builds or manifest.builds[-1].request != request:
             return False
-        last, paths = manifest.builds[-1], tuple(r.label for r in refs)
-        if paths == last.sources and seed in (None, last.seed):
-            return True
-        known = {s.path: s.n_obs for s in manifest.sources}
-        if again := [p for p in paths if p in known]:
-            msg = (
-                f"{again[0]} is in {self.path} already, with {known[again[0]]:,} cells; leave it out, "
-                "or build a new collection"
-            )
-            raise CollectionError(msg)
-        return False
+        known = known_inputs(self._target, manifest)[-len(refs) :]
+        found = room.scanner.run("look", identity_of, [(ref,) for ref in refs], lambda *_: None)
+        now = [Input.of(where_of(ref), identity) for ref, identity in zip(refs, found, strict=True)]
+        for ref, was, is_now in zip(refs, known, now, strict=True):
+            if was.where in ("", is_now.where) and not (was.content and is_now.content):
+                msg = (
+                    f"{self.path} was built last by this very call, and whether {ref.label} is what it was then cannot "
+                    "be told: to add its cells again, give another seed; to replace them, build a new collection"
+                )
+                raise CollectionError(msg)
+        return known == now
+
+    def _look_for_again(self, refs: tuple[SourceRef, ...], on_duplicate_source: OnDuplicate) -> None:
+        """Refuse inputs that lie in the collection; warn of those whose cells it has, or refuse these too."""
+        if on_duplicate_source not in ("warn", "error"):
+            msg = f"on_duplicate_source is {on_duplicate_source!r}; it must be 'warn' or 'error'"
+            raise ValueError(msg)
+        manifest, target = self.manifest, self._target
+        own = where_of(SourceRef("", target.url, options=target.options))
+        for ref in refs:
+            if f"{where_of(ref)}/".startswith(f"{own}/"):
+                msg = f"{ref.label} lies in the collection {self.path} itself, which has its cells; leave it out"
+                raise CollectionError(msg)
+        if manifest is None:
+            return
+        known = known_inputs(target, manifest)
+        for ref in refs:
+            where = Input.of(where_of(ref), "").where
+            named = [k for k, s in enumerate(manifest.sources) if s.path == ref.label]
+            same = [k for k, i in enumerate(known) if i.where and i.where == where]
+            again = sorted({*same, *(k for k in named if not known[k].where or not where)})
+            if again:
+                n = sum(manifest.sources[k].n_obs for k in again)
+                msg = f"{ref.label} is in {self.path} already, with {n:,} cells"
+                if on_duplicate_source == "error":
+                    msg = f"{msg}; leave it out, or build a new collection"
+                    raise CollectionError(msg)
+                msg = f"{msg}, and is added again; leave it out, or build a new collection, to have each cell once"
+                warnings.warn(msg, UserWarning, stacklevel=3)
+            elif named:
+                msg = (
+                    f"{self.path} has cells of another {ref.label}, which the column src_path will not tell apart; "
+                    "give whole paths to have different names"
+                )
+                warnings.warn(msg, UserWarning, stacklevel=3)
 
     def _extension(self, mode: Mode, genes: str) -> Extension | None:
         """What the collection, if it holds cells, means for a build."""
@@ -655,8 +703,12 @@ class DatasetCollection:
 
     def _dataset_refs(self) -> list[SourceRef]:
         """The datasets as inputs of a build that extends them."""
-        folder = self._target
-        return [SourceRef(n, (folder / n).url, tagged=True, options=folder.options) for n in self._names()]
+        folder, manifest = self._target, self.manifest
+        recorded = {} if manifest is None else {d.name: f"{d.fingerprint}/{d.metadata}" for d in manifest.datasets}
+        return [
+            SourceRef(n, (folder / n).url, tagged=True, options=folder.options, known=recorded.get(n, ""))
+            for n in self._names()
+        ]
 
     def _plan(
         self,
@@ -703,7 +755,7 @@ class DatasetCollection:
         """The scratch folder beside the collection."""
         return Folder(self._target.url.rstrip("/") + _SCRATCH, self._target.options)
 
-    def _build(
+    def _build(  # noqa: PLR0913, PLR0917 - a job's parts
         self,
         plan: Plan,
         refs: tuple[SourceRef, ...],
@@ -712,12 +764,14 @@ class DatasetCollection:
         callback: Callback,
         scratch: Folder,
         version: str | None,
+        request: str,
     ) -> None:
         target = self._target
         manifest = None if plan.extension is None else self.manifest or self._adopted()
         first = claim_numbers(target, plan.work_key, plan.first_dataset, plan.n_datasets)
         check_unchanged(target, version)  # now that what another build publishes has other names
-        job = Job(plan, refs, scratch / work_folder(plan, target), target, annotations, first, manifest, version)
+        work = scratch / work_folder(plan, target, request)
+        job = Job(plan, refs, work, target, annotations, first, manifest, version, request)
         build(job, engine, Callbacks([callback, Recorder(target, plan)]))
         if scratch == self._scratch:  # what other interrupted builds left here, none of them can use now
             scratch.remove()
@@ -775,11 +829,19 @@ class DatasetCollection:
         problems += run_check(engine, "verify", check_dataset, tasks, callback, size)
         refs = () if against is None else references(against, load_adata, storage_options)
         if refs:
-            found, missing = match_sources([r.label for r in refs], manifest)
+            candidates = match_sources([r.label for r in refs], manifest)
             first = SourceRef("dataset", (target / manifest.datasets[0].name).url, tagged=True, options=target.options)
-            tasks = [(*of, first) for of in source_refs(refs, found, manifest)]
-            size = (sum(r.n_obs for r in found.values()), 0)
-            problems += [*missing, *run_check(engine, "compare", check_source, tasks, callback, size)]
+            tasks = [(ref, some, first) for ref, some in zip(refs, candidates, strict=True)]
+            results = run_stage(
+                engine,
+                "compare",
+                check_source,
+                tasks,
+                callback,
+                size=(sum(some[0].record.n_obs for some in candidates), 0),
+                measure=lambda _, r: (r["n_rows"], r["n_bytes"]),
+            )
+            problems += [*not_compared(manifest, candidates, results), *(p for r in results for p in r["problems"])]
         return Verification(
             path=self.path,
             problems=tuple(problems),

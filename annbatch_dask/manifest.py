@@ -136,6 +136,8 @@ class BuildRecord:
     genes
         How many genes exactly the same inputs had, by a hexadecimal bit mask of them (bit k is the k-th); the 64 most
         frequent masks, all others together under "".
+    request
+        Identity of the call: of its arguments, but not of what the inputs held; "" where not recorded.
     """
 
     mode: str
@@ -146,6 +148,7 @@ class BuildRecord:
     elements: tuple[str, ...] = ()
     groupby: tuple[str, ...] = ()
     genes: Mapping[str, int] = field(default_factory=dict, repr=False)
+    request: str = field(default="", repr=False)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> BuildRecord:

@@ -15,6 +15,7 @@ import numpy as np
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.etl.files import recorded_files
 from annbatch_dask.etl.gather import GatherTask
+from annbatch_dask.etl.inputs import Input, known_inputs, record_inputs
 from annbatch_dask.etl.job import Job
 from annbatch_dask.manifest import (
     ANNBATCH_ENCODING,
@@ -29,6 +30,7 @@ from annbatch_dask.manifest import (
 )
 from annbatch_dask.plan.build import Plan
 from annbatch_dask.plan.dtypes import ValueRange, merge_ranges
+from annbatch_dask.storage.identity import where_of
 from annbatch_dask.storage.lock import check_unchanged, held_generations, is_claim, keep_generation, release_numbers
 from annbatch_dask.storage.metadata import METADATA, consolidated, group_document, metadata_below, nodes_checksum
 from annbatch_dask.storage.publish import Folder
@@ -77,7 +79,15 @@ def commit(job: Job, manifest: Manifest) -> None:
     manifest = replace(manifest, metadata="" if together is None else nodes_checksum(together))
     keep_generation(target)
     root = group_document(ANNBATCH_ENCODING | {MANIFEST_KEY: manifest.to_json()}, together)
+    record_inputs(target, manifest, _inputs(job))
     target.replace(METADATA, root, version=job.base_version)
+
+
+def _inputs(job: Job) -> list[Input]:
+    """Of every source in the manifest, in its order: where it lies and which content it had, where that is known."""
+    before = [] if job.base is None else known_inputs(job.target, job.base)
+    new = [(ref, source) for ref, source in zip(job.refs, job.plan.sources, strict=True) if not source.tagged]
+    return [*before, *(Input.of(where_of(ref), source.identity) for ref, source in new)]
 
 
 def _finished_nodes(target: Folder, record: DatasetRecord) -> dict[str, Any]:
@@ -152,6 +162,7 @@ def make_manifest(
         elements=plan.options.elements.names,
         groupby=plan.options.groupby,
         genes=_gene_overlaps(plan),
+        request=job.request,
     )
     written = tuple(map(_record, gathered))
     sources = _sources(plan, scattered)

@@ -49,6 +49,8 @@ class Job:
         Manifest of the collection as it is, where the build extends one.
     base_version
         Of its root document; None where there is none yet.
+    request
+        Identity of the call, see :meth:`annbatch_dask.plan.build.Options.request`.
     """
 
     plan: Plan
@@ -59,6 +61,7 @@ class Job:
     first_dataset: int = 0
     base: Manifest | None = None
     base_version: str | None = None
+    request: str = ""
 
     @contextmanager
     def open_source(self, index: int) -> Iterator[Source]:
@@ -133,9 +136,12 @@ def save_job(job: Job) -> JobFile:
     return JobFile(job.scratch, tuple(pickler.options))
 
 
-def work_folder(plan: Plan, target: Folder) -> str:
-    """Name of a build's own scratch folder: builds of one plan into two collections do not meet."""
-    return f"{plan.work_key}-{blake2b(target.url.encode(), digest_size=4).hexdigest()}"
+def work_folder(plan: Plan, target: Folder, request: str) -> str:
+    """Name of a build's own scratch folder: builds of one plan into two collections do not meet.
+
+    Nor do calls that ask for other things, such as another ``merge``, of which a plan's scatter tasks know nothing.
+    """
+    return f"{plan.work_key}-{blake2b(f'{target.url}/{request}'.encode(), digest_size=4).hexdigest()}"
 
 
 _last: tuple[JobFile, Job] | None = None

@@ -18,7 +18,7 @@ from annbatch_dask.events import BuildEnd, BuildStart, Callback, StageEnd, Stage
 from annbatch_dask.plan.build import Plan
 from annbatch_dask.storage.publish import Folder
 
-__all__ = ["BuildLog", "Recorder", "StageLog", "read_log"]
+__all__ = ["BuildLog", "Recorder", "StageLog", "log_folder", "read_log"]
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class BuildLog:
 
 def read_log(target: Folder, fingerprint: str) -> BuildLog | None:
     """The log of a collection's build, by its plan's fingerprint; None where there is none."""
-    found = _folder(target).find(_name(fingerprint))
+    found = log_folder(target).find(_name(fingerprint))
     if found is None:
         return None
     values = json.loads(found)
@@ -97,7 +97,8 @@ def read_log(target: Folder, fingerprint: str) -> BuildLog | None:
     return BuildLog(**values | {"stages": stages, "peak_nbytes": tuple(values["peak_nbytes"])})
 
 
-def _folder(target: Folder) -> Folder:
+def log_folder(target: Folder) -> Folder:
+    """The folder of a collection's logs, beside it."""
     return Folder(target.url.rstrip("/") + _SUFFIX, target.options)
 
 
@@ -147,6 +148,6 @@ class Recorder(Callback):
             stages=tuple(self._stages),
         )
         try:
-            _folder(self._target).write(_name(log.plan), json.dumps(asdict(log), indent=1).encode(), durable=False)
+            log_folder(self._target).write(_name(log.plan), json.dumps(asdict(log), indent=1).encode(), durable=False)
         except (OSError, AnnbatchDaskError) as e:
             logger.warning("%s was built, but its log could not be written: %s", self._target.url, e)

@@ -26,13 +26,15 @@ from annbatch_dask.etl.cluster import local_client
 from annbatch_dask.etl.commit import commit, make_manifest, merged_range, source_fingerprints, sweep_replaced, withdraw
 from annbatch_dask.etl.gather import GatherTask, gather
 from annbatch_dask.etl.group import count_groups, with_groups
+from annbatch_dask.etl.inputs import forget_inputs_of
 from annbatch_dask.etl.job import Job, save_job
-from annbatch_dask.etl.scatter import scatter
+from annbatch_dask.etl.scatter import forget_task, scatter
 from annbatch_dask.events import BuildEnd, BuildStart, Callback, StageEnd, StageStart, TaskEnd
 from annbatch_dask.manifest import Manifest
 from annbatch_dask.plan.build import Plan
 from annbatch_dask.plan.dtypes import index_dtype, smallest_dtype
 from annbatch_dask.plan.memory import Budget
+from annbatch_dask.storage.identity import has_many_files, raise_if_changed
 from annbatch_dask.storage.lock import check_unchanged, release_numbers
 
 __all__ = ["Engine", "EngineRoom", "build", "choose_engine", "run_stage"]
@@ -284,6 +286,7 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
             size=(plan.n_obs, plan.n_bytes_read),
             measure=lambda _, r: (r["n_rows"], r["n_bytes"]),
         )
+        check_inputs(job, engine)
         check_old_rows(job, scattered)
         tasks = gather_tasks(plan, scattered)
         gathered = run_stage(
@@ -306,6 +309,8 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
             measure=lambda *_: (plan.n_obs, 0),
         )
         release_numbers(job.target, job.first_dataset)
+        if job.base is not None:
+            forget_inputs_of(job.target, job.base)
         sweep_replaced(job, manifest)
         job.scratch.remove()
     except Exception as e:
@@ -363,6 +368,24 @@ def run_check(
     return [problem for r in results for problem in r["problems"]]
 
 
+def check_inputs(job: Job, engine: Engine) -> None:
+    """Refuse inputs that were changed while they were read, where their tasks have not looked: see :func:`unchanged`.
+
+    Raises
+    ------
+    SourceError
+        With the name of one.
+    """
+    sources = job.plan.sources
+    tasks = [
+        (replace(ref, load_adata=None), sources[k].identity)
+        for k, ref in enumerate(job.refs)
+        if has_many_files(sources[k].identity)
+    ]
+    if tasks:
+        engine.run("check", raise_if_changed, tasks, lambda *_: None)
+
+
 def check_old_rows(job: Job, scattered: Sequence[Mapping[str, Any]]) -> None:
     """Refuse to carry over rows of the collection that are not what its manifest says.
 
@@ -376,11 +399,19 @@ def check_old_rows(job: Job, scattered: Sequence[Mapping[str, Any]]) -> None:
     found = source_fingerprints(job.plan, scattered)
     for record, fingerprint in zip(job.base.datasets, found, strict=False):
         if record.fingerprint not in ("", fingerprint):
+            _forget_dataset(job, record.name)
             msg = (
                 f"{record.name}: its rows have fingerprint {fingerprint} and were written with {record.fingerprint}; "
                 "verify() says which file is damaged"
             )
             raise IntegrityError(msg)
+
+
+def _forget_dataset(job: Job, name: str) -> None:
+    """Let a dataset's rows be read again by the next call, when its files have been restored."""
+    for k, block in enumerate(job.plan.blocks):
+        if job.plan.sources[block.source].path == name and job.plan.sources[block.source].tagged:
+            forget_task(job.scratch, k)
 
 
 def gather_tasks(plan: Plan, scattered: Sequence[Mapping[str, Any]]) -> list[GatherTask]:

@@ -16,6 +16,7 @@ from annbatch_dask.plan.dtypes import ValueRange, merge_ranges
 from annbatch_dask.plan.elements import choose_counts
 from annbatch_dask.plan.layout import cut_blocks
 from annbatch_dask.plan.schema import MatrixSchema, SourceSchema, shared_names
+from annbatch_dask.storage.identity import identity_of, unique_identity
 from annbatch_dask.storage.matrices import CsrRows
 from annbatch_dask.storage.sources import Source, SourceRef, open_source
 
@@ -50,6 +51,7 @@ def scan(  # a task's arguments are positional
     SchemaError
         If it contradicts itself.
     """
+    identity = identity_of(ref, at_a_glance=metadata_only) or unique_identity()
     try:
         with open_source(ref) as source:
             schema = _with_shared_names(source.schema(metadata_only=metadata_only))
@@ -57,7 +59,8 @@ def scan(  # a task's arguments are positional
             if read_values:
                 found = tuple(replace(m, values=_range_of_matrix(source, schema, m)) for m in schema.matrices)
                 schema = replace(schema, matrices=found)
-            return Scanned(schema, _annotations(source, ref.counts) if want_annotations else None)
+            annotations = _annotations(source, ref.counts) if want_annotations else None
+        return Scanned(replace(schema, identity=identity), annotations)
     except Exception as e:
         e.add_note(f"while scanning {ref.label}")
         raise

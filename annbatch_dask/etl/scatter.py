@@ -19,13 +19,14 @@ from annbatch_dask.plan.dtypes import ValueRange, index_dtype, merge_ranges, sma
 from annbatch_dask.plan.layout import Block
 from annbatch_dask.plan.schema import ColumnSpec, MatrixSchema, MatrixSpec, SourceSchema
 from annbatch_dask.storage.columns import ColumnRows
+from annbatch_dask.storage.identity import unchanged
 from annbatch_dask.storage.join import dense_to_csr, in_gene_order, join_dense, map_genes, read_column
 from annbatch_dask.storage.matrices import CsrRows
 from annbatch_dask.storage.publish import Folder
 from annbatch_dask.storage.sources import Source
 from annbatch_dask.storage.spill import find_receipt, forget_receipt, is_spilled, write_receipt, write_spill
 
-__all__ = ["PLACE", "GROUP", "hash_block", "read_block", "read_columns", "scatter", "scatter_again"]
+__all__ = ["PLACE", "GROUP", "forget_task", "hash_block", "read_block", "read_columns", "scatter", "scatter_again"]
 
 PLACE = "#place"
 """Head array: a row's position within its part; with groupby, within its dataset."""
@@ -62,7 +63,7 @@ def scatter(file: JobFile, index: int) -> dict[str, Any]:
     plan, block = job.plan, job.plan.blocks[index]
     source = plan.sources[block.source]
     try:
-        with job.open_source(block.source) as opened:
+        with unchanged(job.refs[block.source], source.identity), job.open_source(block.source) as opened:
             rows = read_block(plan, block, source, opened)
     except Exception as e:
         e.add_note(f"while reading {source.path}, rows {block.start:,} to {block.stop:,}")
@@ -76,8 +77,13 @@ def scatter(file: JobFile, index: int) -> dict[str, Any]:
 
 def scatter_again(file: JobFile, index: int) -> None:
     """Write anew the spill file of a task that was finished, because it was damaged since."""
-    forget_receipt(file.scratch, _name(index))
+    forget_task(file.scratch, index)
     scatter(file, index)
+
+
+def forget_task(scratch: Folder, index: int) -> None:
+    """Let a scatter task that was finished be run again."""
+    forget_receipt(scratch, _name(index))
 
 
 def _name(index: int) -> str:

@@ -21,7 +21,16 @@ from annbatch_dask.storage.metadata import METADATA, consolidated_below, metadat
 from annbatch_dask.storage.publish import Folder
 from annbatch_dask.storage.sources import SourceRef, open_source
 
-__all__ = ["Problem", "Verification", "check_dataset", "check_readable", "check_root", "check_source", "match_sources"]
+__all__ = [
+    "Problem",
+    "Verification",
+    "check_dataset",
+    "check_readable",
+    "check_root",
+    "check_source",
+    "match_sources",
+    "not_compared",
+]
 
 _ALL = Elements()
 _BUDGET = Budget(2**40)
@@ -189,16 +198,34 @@ def _check_rows(ref: SourceRef, record: DatasetRecord, *, n_vars: int) -> list[P
     return problems
 
 
-def check_source(ref: SourceRef, record: SourceRecord, elements: tuple[str, ...], dataset: SourceRef) -> dict[str, Any]:
-    """Compare the rows of an input, as the collection of ``dataset`` would hold them, with what the build read."""
-    problems = []
-    n_obs, _, fingerprint, _ = _fingerprint(ref, dataset, Elements.parse(elements))
+def check_source(ref: SourceRef, candidates: Sequence[Candidate], dataset: SourceRef) -> dict[str, Any]:
+    """Compare the rows of an input, as the collection of ``dataset`` would hold them, with what builds read.
+
+    One of the candidates must agree: a file may have been added twice, or have the name of another. Those that do are
+    ``matched``.
+    """
+    seen: dict[tuple[Any, ...], tuple[int, str]] = {}
+    for c in candidates:
+        key = (c.record.path, c.record.counts, c.elements)
+        if key not in seen:
+            named = replace(ref, label=c.record.path, counts=c.record.counts)
+            n_obs, _, fingerprint, _ = _fingerprint(named, dataset, Elements.parse(c.elements))
+            seen[key] = n_obs, fingerprint
+    found = [seen[c.record.path, c.record.counts, c.elements] for c in candidates]
+    pairs = list(zip(candidates, found, strict=True))
+    matched = [c.index for c, is_now in pairs if is_now == (c.record.n_obs, c.record.fingerprint)]
+    where = ref.label if len(candidates) > 1 else candidates[0].record.path
+    problems = [] if matched else [Problem(where, _difference(candidates, *found[0]))]
+    return {"problems": problems, "matched": matched, "n_rows": found[0][0], "n_bytes": 0}
+
+
+def _difference(candidates: Sequence[Candidate], n_obs: int, fingerprint: str) -> str:
+    record = candidates[0].record
+    if len(candidates) > 1:
+        return f"its {n_obs:,} rows are those of none of the {len(candidates)} sources of this name"
     if n_obs != record.n_obs:
-        problems.append(Problem(ref.label, f"has {n_obs:,} rows and the collection has {record.n_obs:,} of it"))
-    elif fingerprint != record.fingerprint:
-        what = f"its rows have fingerprint {fingerprint} and those in the collection {record.fingerprint}"
-        problems.append(Problem(ref.label, what))
-    return {"problems": problems, "n_rows": n_obs, "n_bytes": 0}
+        return f"has {n_obs:,} rows and the collection has {record.n_obs:,} of it"
+    return f"its rows have fingerprint {fingerprint} and those in the collection {record.fingerprint}"
 
 
 def _fingerprint(ref: SourceRef, dataset: SourceRef | None, elements: Elements = _ALL) -> tuple[int, int, str, int]:
@@ -218,39 +245,50 @@ def _fingerprint(ref: SourceRef, dataset: SourceRef | None, elements: Elements =
     return plan.n_obs, nnz, f"{total % 2**64:016x}", plan.n_vars
 
 
-def match_sources(paths: Sequence[str], manifest: Manifest) -> tuple[dict[str, SourceRecord], list[Problem]]:
-    """Which record each path stands for: by the whole path, or by its last part where only one has it.
+@dataclass(frozen=True)
+class Candidate:
+    """A source that an input may be: its place in the manifest, its record, and what was chosen of it."""
+
+    index: int
+    record: SourceRecord
+    elements: tuple[str, ...]
+
+
+def match_sources(paths: Sequence[str], manifest: Manifest) -> list[tuple[Candidate, ...]]:
+    """Which records each path may stand for: those of the whole path, or else of its last part.
 
     Raises
     ------
     CollectionError
         For a path that stands for none.
     """
-    by_path = {s.path: s for s in manifest.sources}
-    found: dict[str, SourceRecord] = {}
+    elements = [b.elements for b in manifest.builds for _ in b.sources]
+    known = [Candidate(k, s, e) for k, (s, e) in enumerate(zip(manifest.sources, elements, strict=True))]
+    out = []
     for path in paths:
-        same_name = [s for s in manifest.sources if PurePath(s.path).name == PurePath(path).name]
-        record = by_path.get(path) or (same_name[0] if len(same_name) == 1 else None)
-        if record is None:
-            msg = f"{path} is none of the {len(by_path):,} sources of the collection ({_some(by_path)}); leave it out"
+        found = [c for c in known if c.record.path == path]
+        found = found or [c for c in known if PurePath(c.record.path).name == PurePath(path).name]
+        if not found:
+            names = _some(dict.fromkeys(s.path for s in manifest.sources))
+            msg = f"{path} is none of the {len(known):,} sources of the collection ({names}); leave it out"
             raise CollectionError(msg)
-        found[path] = record
-    missing = by_path.keys() - {r.path for r in found.values()}
-    return found, [Problem(p, f"was not given: {by_path[p].n_obs:,} cells were not compared") for p in sorted(missing)]
+        out.append(tuple(found))
+    return out
+
+
+def not_compared(
+    manifest: Manifest, candidates: Sequence[Sequence[Candidate]], results: Sequence[Mapping[str, Any]]
+) -> list[Problem]:
+    """Sources that no input was found to be, nor may have been."""
+    accounted = {k for r in results for k in r["matched"]}
+    accounted |= {c.index for some, r in zip(candidates, results, strict=True) if not r["matched"] for c in some}
+    missing = [s for k, s in enumerate(manifest.sources) if k not in accounted]
+    return [
+        Problem(s.path, f"was not given: {s.n_obs:,} cells were not compared")
+        for s in sorted(missing, key=lambda s: s.path)
+    ]
 
 
 def _some(paths: Mapping[str, Any] | Iterable[str]) -> str:
     shown = list(paths)
     return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")  # noqa: PLR2004
-
-
-def source_refs(
-    refs: Sequence[SourceRef], found: Mapping[str, SourceRecord], manifest: Manifest
-) -> list[tuple[SourceRef, SourceRecord, tuple[str, ...]]]:
-    """Inputs under the labels they had when they were built, their records, and what was chosen of them."""
-    elements = {path: b.elements for b in manifest.builds for path in b.sources}
-    records = [found[r.label] for r in refs]
-    return [
-        (replace(r, label=record.path, counts=record.counts), record, elements[record.path])
-        for r, record in zip(refs, records, strict=True)
-    ]

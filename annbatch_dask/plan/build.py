@@ -70,6 +70,14 @@ class Options:
     elements: Elements = Elements()
     allow_mixed_counts: bool = False
 
+    def request(self, inputs: Sequence[tuple[str, str]], mode: str, genes: str, merge: str | None) -> str:
+        """Identity of a call: everything that a user asks for, 32 hex digits. What the inputs hold is not in it.
+
+        ``inputs``: each one's label, and which of its matrices becomes X.
+        """
+        payload = {"options": canonical(self), "inputs": inputs, "mode": mode, "genes": genes, "merge": merge}
+        return _digest(json.dumps(payload, sort_keys=True).encode())
+
 
 @dataclass(frozen=True)
 class Extension:

@@ -152,7 +152,7 @@ class SourceSchema:
     unsupported
         Row-aligned elements it could not carry: the plan refuses them unless the user excludes them.
     identity
-        Size and modification time (or the store's equivalent) at the time of the scan: a resume must see the same.
+        What tells this content of it from another, as the scan found it: a resume must see the same.
     tagged
         A dataset of a collection: its rows say in ``src_path`` where they came from.
     cuts

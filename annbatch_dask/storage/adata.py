@@ -38,8 +38,8 @@ def read_legacy(item: Any) -> ad.AnnData:
 class AnnDataSource:
     """An AnnData object: what ``load_adata`` returned, in memory, backed or lazy, or a file of an old format."""
 
-    def __init__(self, label: str, adata: ad.AnnData, identity: str = "") -> None:
-        self._label, self._adata, self._identity = label, adata, identity
+    def __init__(self, label: str, adata: ad.AnnData) -> None:
+        self._label, self._adata = label, adata
         obsm = {f"obsm/{k}": v for k, v in adata.obsm.items()}
         frames = {OBS: adata.obs} | {k: v for k, v in obsm.items() if hasattr(v, "columns")}
         self._frames = {k: _DataFrame(f) if isinstance(f, pd.DataFrame) else _LazyFrame(f) for k, f in frames.items()}
@@ -70,7 +70,6 @@ class AnnDataSource:
             left_out=tuple(f"{k}/{name}" for k in PAIRED for name in sorted(getattr(adata, k))),
             unsupported=tuple(unsupported),
             raw_names=None if adata.raw is None else np.asarray(adata.raw.var_names.astype(str), object),
-            identity=self._identity,
             cuts=_cuts(matrix for _, _, matrix in self._matrix_values()),
         )
 

@@ -52,8 +52,8 @@ def no_cells(
 class GroupSource:
     """A file in anndata's format, HDF5 or zarr; reads only what it is asked for."""
 
-    def __init__(self, label: str, group: Any, identity: str = "") -> None:
-        self._label, self._group, self._identity = label, group, identity
+    def __init__(self, label: str, group: Any) -> None:
+        self._label, self._group = label, group
 
     def schema(self, *, metadata_only: bool = False) -> SourceSchema:
         """What it holds. With ``metadata_only`` no value of a matrix is read, so stored values a row are guessed."""
@@ -82,7 +82,6 @@ class GroupSource:
             left_out=tuple(f"{k}/{name}" for k in PAIRED if not self._is_absent(k) for name in sorted(self._group[k])),
             unsupported=tuple(unsupported),
             raw_names=self._gene_names("raw/var") if self._has_raw() else None,
-            identity=self._identity,
         )
 
     def _is_absent(self, key: str) -> bool:

@@ -26,7 +26,7 @@ from annbatch_dask.errors import AnnbatchDaskError, CollectionBusyError, Collect
 if TYPE_CHECKING:
     from zarr.abc.store import Store
 
-__all__ = ["Folder", "RangeFile", "RemoteRanges", "StorageOptions", "folder_of", "name_errors", "shown"]
+__all__ = ["Folder", "RangeFile", "RemoteRanges", "StorageOptions", "folder_of", "name_errors", "shown", "version_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +40,12 @@ _N_BLOCKS = 8
 
 _N_REMOVALS = 10
 """How often a folder is removed into which somebody still writes."""
-_VERSION_KEYS = ("ETag", "etag", "generation", "mtime", "LastModified", "Last-Modified", "created")
+_VERSION_KEYS = ("ETag", "etag", "generation", "mtime", "LastModified", "Last-Modified", "created", "CRC")
 """Where file systems say which content a file has, the surest first."""
 
 
-def _version(info: Mapping[str, Any]) -> str:
+def version_of(info: Mapping[str, Any]) -> str:
+    """What tells one content of a file from another, as its file system says; empty where it says nothing."""
     return str(next(filter(None, map(info.get, _VERSION_KEYS)), ""))
 
 
@@ -125,7 +126,7 @@ class Folder:
             info = self.fs.info(f"{self.path}/{name}")
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return _version(info)
+        return version_of(info)
 
     def first_bytes(self, n: int) -> bytes:
         """The first ``n`` bytes of the file at this path, or as many as it has."""
@@ -384,7 +385,7 @@ class RemoteRanges:
             info = self.fs.info(self.path)
         except FileNotFoundError:
             return None
-        return _version(info), int(info["size"])
+        return version_of(info), int(info["size"])
 
     def read_into(self, start: int, out: memoryview) -> int:
         """Fill ``out`` from byte ``start`` on; returns the bytes there were."""

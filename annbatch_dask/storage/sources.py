@@ -25,7 +25,7 @@ from annbatch_dask.storage.publish import Folder, StorageOptions
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["Source", "SourceRef", "open_source"]
+__all__ = ["Source", "SourceRef", "is_hdf5", "open_source"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class SourceRef:
     """An input as the user named it: what ``src_path`` says, and what a worker opens.
 
     ``tagged``: a dataset of the collection that is extended, whose rows say where they came from. ``counts``: the
-    matrix that becomes X.
+    matrix that becomes X. ``loader``: identity of ``load_adata``, see :mod:`annbatch_dask.storage.identity`. ``known``:
+    identity of the whole, where it is on record.
     """
 
     label: str
@@ -42,6 +43,8 @@ class SourceRef:
     tagged: bool = False
     counts: str = "X"
     options: StorageOptions = field(default_factory=StorageOptions, repr=False)
+    loader: str = ""
+    known: str = ""
 
     @property
     def folder(self) -> Folder:
@@ -90,21 +93,21 @@ def open_source(ref: SourceRef) -> Iterator[Source]:
             msg = f"{ref.label} has no obs and var, so it is not an AnnData file; it holds {sorted(group)[:5]}"
             raise SourceError(msg)
         if is_current(group):
-            yield GroupSource(ref.label, group, _identity(ref))
+            yield GroupSource(ref.label, group)
         else:
             from annbatch_dask.storage.adata import AnnDataSource, read_legacy  # imports anndata
 
             if not ref.folder.is_local:
                 msg = f"{ref.label} is of a format before anndata 0.7, read from local disks only; copy it there"
                 raise SourceError(msg)
-            yield AnnDataSource(ref.label, read_legacy(ref.item), _identity(ref))
+            yield AnnDataSource(ref.label, read_legacy(ref.item))
 
 
 def _open_group(ref: SourceRef, files: contextlib.ExitStack) -> Any:
     if isinstance(ref.item, zarr.Group | h5py.Group):
         return ref.item
     folder = ref.folder
-    if _is_hdf5(ref):
+    if is_hdf5(ref):
         try:
             if folder.is_local:
                 return files.enter_context(h5py.File(folder.path, "r"))
@@ -121,7 +124,7 @@ def _open_group(ref: SourceRef, files: contextlib.ExitStack) -> Any:
         raise SourceError(msg) from e
 
 
-def _is_hdf5(ref: SourceRef) -> bool:
+def is_hdf5(ref: SourceRef) -> bool:
     """Whether to open an input as HDF5: a local file, or a remote one that begins like it.
 
     A store cannot tell files from folders without listing, and an HTTP server not at all.
@@ -149,16 +152,3 @@ def _is_hdf5(ref: SourceRef) -> bool:
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _ZARR_ROOTS = (METADATA, ".zgroup")
-
-
-def _identity(ref: SourceRef) -> str:
-    """Size and time of change of a file, so that a resume notices that it was replaced."""
-    if not isinstance(ref.item, str | os.PathLike):
-        return ""
-    folder = ref.folder
-    try:
-        info = folder.fs.info(folder.path)
-    except FileNotFoundError:
-        info = {}
-    changed = info.get("mtime") or info.get("LastModified") or info.get("ETag")
-    return f"{info.get('size')}/{changed or folder.version(METADATA)}"

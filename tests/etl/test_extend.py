@@ -134,18 +134,17 @@ def test_the_same_extension_gives_the_same_bytes_and_is_not_done_twice(tmp_path,
             collection.add_adatas(paths[1:], seed=1)
             digests.append(tree_digest(collection.path))
             collection.add_adatas(paths[1:], seed=1)
-            collection.add_adatas(paths[1:])
         assert tree_digest(collection.path) == digests[-1]
     assert digests[0] == digests[1]
 
 
-def test_an_input_that_is_there_already_is_refused(tmp_path, three):
+def test_an_input_that_is_there_already_is_refused_where_asked(tmp_path, three):
     paths, _ = three
     collection = create(tmp_path / "o.zarr", paths[:2])
     with pytest.raises(CollectionError, match=r"1\.h5ad is in .* already, with 90 cells; leave it out"):
-        collection.add_adatas(paths[1:], seed=1)
+        collection.add_adatas(paths[1:], seed=1, on_duplicate_source="error")
     with pytest.raises(CollectionError, match="leave it out"):
-        collection.add_adatas(paths[:2], seed=1)  # another seed
+        collection.add_adatas(paths[:2], seed=1, on_duplicate_source="error")  # another seed
 
 
 def test_a_layer_that_new_inputs_lack_is_refused(tmp_path, three):
