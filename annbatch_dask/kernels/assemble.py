@@ -8,13 +8,12 @@ combinations few, copies between equal dtypes run on unsigned integers of the sa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from annbatch_dask.kernels.compiled import compiled
 from annbatch_dask.kernels.prefetch import prefetch_row
 from annbatch_dask.kernels.rows import order_row
 
@@ -34,9 +33,6 @@ Array = NDArray[Any]
 Ints = NDArray[np.int64]
 Places = NDArray[np.int32]
 _Rows = tuple[Array, Ints, Array, Ints, Ints]
-F = TypeVar("F", bound=Callable[..., Any])
-
-_compiled = cast("Callable[[F], F]", numba.njit(nogil=True, cache=True))
 
 _SAME_SIZE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _N_KNOWN = 64
@@ -206,7 +202,7 @@ def _has_kernels(dtype: np.dtype[Any]) -> bool:
     return dtype.isnative and (dtype.kind in "biu" or dtype in (np.float32, np.float64, np.complex64, np.complex128))
 
 
-@_compiled
+@compiled
 def _copy(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_starts: Ints) -> None:
     for i in range(starts.shape[0]):
         n = lengths[i]
@@ -217,7 +213,7 @@ def _copy(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_starts: 
             to[j] = row[j]
 
 
-@_compiled
+@compiled
 def _normalize(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_starts: Ints, target_sum: float) -> None:
     # log1p is most of the work, and most counts are small: each is computed once a row.
     known = np.empty(_N_KNOWN, dest.dtype)
@@ -240,7 +236,7 @@ def _normalize(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_sta
             to[j] = known[small]
 
 
-@_compiled
+@compiled
 def _is_plain(columns: Array, n_columns: np.uint64) -> bool:
     """Whether a row's columns ascend and all exist, as anndata writes them: then each is there once."""
     n = columns.shape[0]
@@ -250,7 +246,7 @@ def _is_plain(columns: Array, n_columns: np.uint64) -> bool:
     return n == 0 or bool(n_down == 0 and columns[0] >= 0 and np.uint64(columns[n - 1]) < n_columns)
 
 
-@_compiled
+@compiled
 def _scatter(rows: _Rows, dest: Array, dest_rows: Ints) -> tuple[int, int]:
     values, value_starts, columns, starts, lengths = rows
     n_columns = np.uint64(dest.shape[1])
@@ -276,7 +272,7 @@ def _scatter(rows: _Rows, dest: Array, dest_rows: Ints) -> tuple[int, int]:
     return n_outside, n_repeated
 
 
-@_compiled
+@compiled
 def _scatter_selected(rows: _Rows, places: Places, dest: Array, dest_rows: Ints) -> tuple[int, int]:
     values, value_starts, columns, starts, lengths = rows
     n_columns = np.uint64(places.shape[0])
@@ -316,7 +312,7 @@ def _scatter_selected(rows: _Rows, places: Places, dest: Array, dest_rows: Ints)
     return n_outside, n_repeated
 
 
-@_compiled
+@compiled
 def _count(columns: Array, starts: Ints, lengths: Ints, places: Places, counts: Ints) -> int:
     n_columns = np.uint64(places.shape[0])
     n_outside = 0
@@ -333,7 +329,7 @@ def _count(columns: Array, starts: Ints, lengths: Ints, places: Places, counts: 
     return n_outside
 
 
-@_compiled
+@compiled
 def _select(
     rows: _Rows,
     places: Places,
@@ -366,7 +362,7 @@ def _select(
                 row_values[j], row_columns[j] = kept_values[order[j]], kept_columns[order[j]]
 
 
-@_compiled
+@compiled
 def _take(source: Array, starts: Ints, columns: Ints, dest: Array, dest_rows: Ints) -> None:
     for i in range(starts.shape[0]):
         row = dest[dest_rows[i]]

@@ -13,6 +13,8 @@ import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
+from annbatch_dask.kernels.compiled import compiled
+
 __all__ = ["add_dense", "add_sparse", "add_strings", "field_salt", "finish_rows"]
 
 _SLAB = 2**15  # entries turned to float64 at a time: stays in the second-level cache
@@ -31,7 +33,7 @@ def _mix(z):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     return z ^ (z >> np.uint64(31))
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled
 def _add_counts(hashes, bounds, keys, values, salt):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     """Unsigned values: what :func:`_add_floats` adds for them, as whole numbers below 2**32 stand for themselves."""
     for row in range(bounds.shape[0] - 1):
@@ -46,7 +48,7 @@ def _add_counts(hashes, bounds, keys, values, salt):  # type: ignore[no-untyped-
         hashes[row] += total
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled
 def _add_floats(hashes, bounds, keys, values, bits, salt):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     for row in range(bounds.shape[0] - 1):
         total = np.uint64(0)
@@ -107,7 +109,7 @@ def _row_slabs(bounds: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
         a = min(b, n)
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled
 def _add_grid(hashes, bits, salt):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     for i in range(bits.shape[0]):
         total = np.uint64(0)
@@ -127,7 +129,7 @@ def add_dense(hashes: NDArray[np.uint64], values: NDArray, salt: np.uint64) -> N
         _add_grid(hashes[a : a + step], _own_bits(values[a : a + step], bits.view(np.uint64)), salt)
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled
 def add_strings(hashes, bounds, data, salt):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """Add UTF-8 strings to the rows' hashes: FNV-1a (Fowler, Noll, Vo) of the bytes, mixed.
 
@@ -140,7 +142,7 @@ def add_strings(hashes, bounds, data, salt):  # type: ignore[no-untyped-def]  # 
         hashes[i] += _mix(h + salt)
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled
 def finish_rows(hashes):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """Mix each row's sum once more, so that values cannot trade places between rows unseen; returns the total."""
     total = np.uint64(0)

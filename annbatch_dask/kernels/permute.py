@@ -2,8 +2,9 @@
 
 from hashlib import blake2b
 
-import numba as nb
 import numpy as np
+
+from annbatch_dask.kernels.compiled import compiled
 
 __all__ = ["count_rounds", "round_keys", "swap_or_not"]
 
@@ -39,7 +40,7 @@ def _derive(*parts: object) -> tuple[int, int]:
     return int.from_bytes(digest[:16], "little"), int.from_bytes(digest[16:], "little")
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled
 def swap_or_not(x: np.ndarray, n: np.uint64, offsets: np.ndarray, keys: np.ndarray, order: np.ndarray) -> None:
     """Apply rounds of swap-or-not to ``x`` in place.
 

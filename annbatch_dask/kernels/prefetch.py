@@ -8,6 +8,8 @@ import numba
 from llvmlite import ir
 from numba.extending import intrinsic
 
+from annbatch_dask.kernels.compiled import compiled
+
 __all__ = ["prefetch_row"]
 
 _LINE_NBYTES = 64
@@ -31,7 +33,7 @@ def _prefetch(_typing: Any, array: Any, index: Any) -> Any:
 _ask: Any = intrinsic(_prefetch)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def prefetch_row(row: Any) -> None:
     """Ask for all cache lines of a contiguous row, to be written; a hint that changes no value."""
     for at in range(0, row.shape[0], _LINE_NBYTES // row.itemsize):

@@ -1,8 +1,9 @@
 """Rows of any length, moved between flat arrays."""
 
-import numba as nb
 import numpy as np
 from numpy.typing import NDArray
+
+from annbatch_dask.kernels.compiled import compiled
 
 __all__ = ["bounds_of", "copy_runs", "map_indices", "order_row", "sort_rows"]
 
@@ -14,7 +15,7 @@ def bounds_of(counts: NDArray) -> NDArray[np.int64]:
     return out
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled
 def _copy(src, src_start, dst, dst_start, length):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     for i in range(length.shape[0]):
         n = length[i]
@@ -43,7 +44,7 @@ def copy_runs(
     _copy(src.view(raw), src_start, dst.view(raw), dst_start, length)
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled
 def map_indices(indices, gene_map, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """``out[k] = gene_map[indices[k]]``; False, and nothing mapped, where an index is out of range."""
     worst, widest = np.uint32(0), np.uint64(0)  # a negative index becomes a large one
@@ -60,7 +61,7 @@ def map_indices(indices, gene_map, out):  # type: ignore[no-untyped-def]  # noqa
     return True
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled
 def order_row(keys, order, spare):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """``order`` = stable order of ``keys``, none of them negative; ``spare`` is as long.
 
@@ -93,7 +94,7 @@ def order_row(keys, order, spare):  # type: ignore[no-untyped-def]  # noqa: ANN0
         shift += np.uint64(8)
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled
 def sort_rows(bounds, keys, order):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """``order[a:b]`` = stable order of ``keys[a:b]``, as positions in the whole, for each row [a, b)."""
     longest = 0

@@ -1,13 +1,14 @@
 """One pass over values: what dtype could hold them."""
 
-import numba as nb
 import numpy as np
 from numpy.typing import NDArray
+
+from annbatch_dask.kernels.compiled import compiled
 
 __all__ = ["float_range", "narrow_counts", "range_of"]
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled
 def float_range(values):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, ANN202
     """(integral, low, high, single, n_nan, n_inf) of a 1-D float array; see ``plan.dtypes.ValueRange``."""
     low, high = 0.0, 0.0
@@ -24,7 +25,7 @@ def float_range(values):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     return not_whole + n_nan + n_inf == 0, low, high, not_single == 0, n_nan, n_inf
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled
 def all_whole(values, bits):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, ANN202
     """Whether every float is a whole number and none a negative zero, whose sign an integer would lose."""
     fractions, negative_zeros = 0, 0
@@ -36,7 +37,7 @@ def all_whole(values, bits):  # type: ignore[no-untyped-def]  # noqa: ANN001, AN
     return fractions + negative_zeros == 0
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled
 def narrow_counts(values, bits, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """Write floats to a uint16 array; returns whether every one is a count that fits exactly, and the greatest."""
     misfits, greatest = 0, np.uint16(0)

@@ -1,12 +1,13 @@
 """Which row a share of the sum of all weights falls on."""
 
-import numba as nb
 import numpy as np
+
+from annbatch_dask.kernels.compiled import compiled
 
 __all__ = ["find_rows", "sum_spans"]
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled
 def sum_spans(weights: np.ndarray, span: int) -> np.ndarray:
     """(n_spans + 1,) float64, the sum of all weights before each ``span`` of the (n,) float64 weights."""
     n_spans = (weights.shape[0] + span - 1) // span
@@ -19,7 +20,7 @@ def sum_spans(weights: np.ndarray, span: int) -> np.ndarray:
     return bounds
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled
 def find_rows(weights: np.ndarray, span: int, bounds: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """(k,) int64, the row at which the running sum of weights exceeds each of the (k,) targets; never one of weight 0.
 
