@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from typing import TYPE_CHECKING
 
 import anndata as ad
@@ -57,6 +59,18 @@ def write_pair(folder: Path) -> list[Path]:
 def h5ad_pair(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two small files of different genes; read only."""
     return write_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _well_known_ports_are_taken() -> Iterator[None]:
+    """Somebody else's Dask scheduler and dashboard are always there, so that no test can count on their ports."""
+    with contextlib.ExitStack() as sockets:
+        for port in (8786, 8787):
+            taken = sockets.enter_context(socket.socket())
+            with contextlib.suppress(OSError):  # taken indeed
+                taken.bind(("", port))
+                taken.listen()
+        yield
 
 
 @pytest.fixture(autouse=True)

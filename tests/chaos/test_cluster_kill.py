@@ -44,7 +44,7 @@ def cluster(folder):
     """Its client, and the processes: scheduler and two workers with their nannies."""
     folder.mkdir()
     contact = folder / "scheduler.json"
-    scheduler = ["dask", "scheduler", "--port", "0", "--no-dashboard", "--host", "127.0.0.1"]
+    scheduler = ["dask", "scheduler", "--port", "0", "--dashboard-address", "127.0.0.1:0", "--host", "127.0.0.1"]
     worker = ["dask", "worker", "--nthreads", "1", "--no-dashboard", "--local-directory", str(folder)]
     with contextlib.ExitStack() as stack:
         started = [stack.enter_context(process(*scheduler, "--scheduler-file", str(contact)))]

@@ -69,7 +69,7 @@ def test_var_subset_is_a_file_of_names(h5ad_pair, tmp_path):
 
 def test_shuffle_on_a_scheduler(h5ad_pair, tmp_path, collection):
     target = tmp_path / "out.zarr"
-    options = {"threads_per_worker": 2, "processes": False, "protocol": "tcp://", "dashboard_address": None}
+    options = {"threads_per_worker": 2, "processes": False, "protocol": "tcp://", "dashboard_address": "127.0.0.1:0"}
     with LocalCluster(n_workers=1, **options) as cluster:
         address = cluster.scheduler_address
         assert address.startswith("tcp://")
