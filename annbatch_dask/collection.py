@@ -639,7 +639,8 @@ class DatasetCollection:
         if manifest is None or not manifest.builds or manifest.builds[-1].request != request:
             return False
         known = known_inputs(self._target, manifest)[-len(refs) :]
-        found = room.scanner.run("look", identity_of, [(ref,) for ref in refs], lambda *_: None)
+        tasks = [(ref,) for ref in refs]
+        found = room.scanner.run("look", identity_of, tasks, lambda *_: None, lambda i: refs[i].label)
         now = [Input.of(where_of(ref), identity) for ref, identity in zip(refs, found, strict=True)]
         for ref, was, is_now in zip(refs, known, now, strict=True):
             if was.where in ("", is_now.where) and not (was.content and is_now.content):
@@ -726,7 +727,7 @@ class DatasetCollection:
         first = extension is not None and (merge is not None or not extension.union)
         tasks = [(ref, first and k == 0, False) for k, ref in enumerate(datasets)]
         tasks += [(ref, wanted, read_values) for ref in refs]
-        scanned = room.scanner.run("scan", scan, tasks, lambda *_: None)
+        scanned = room.scanner.run("scan", scan, tasks, lambda *_: None, lambda i: tasks[i][0].label)
         for s in scanned:
             check_unique(s.schema)
         found = [s.annotations for s in scanned if s.annotations is not None]
@@ -826,7 +827,8 @@ class DatasetCollection:
         problems = check_root(target, manifest)
         size = (manifest.n_obs, sum(d.n_bytes for d in manifest.datasets))
         tasks: list[tuple[Any, ...]] = [(target, d, manifest.n_vars) for d in manifest.datasets]
-        problems += run_check(engine, "verify", check_dataset, tasks, callback, size)
+        names = [d.name for d in manifest.datasets]
+        problems += run_check(engine, "verify", check_dataset, tasks, callback, size, names)
         refs = () if against is None else references(against, load_adata, storage_options)
         if refs:
             candidates = match_sources([r.label for r in refs], manifest)
@@ -840,6 +842,7 @@ class DatasetCollection:
                 callback,
                 size=(sum(some[0].record.n_obs for some in candidates), 0),
                 measure=lambda _, r: (r["n_rows"], r["n_bytes"]),
+                describe=lambda i: refs[i].label,
             )
             problems += [*not_compared(manifest, candidates, results), *(p for r in results for p in r["problems"])]
         return Verification(

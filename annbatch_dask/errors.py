@@ -19,6 +19,7 @@ __all__ = [
     "IntegrityError",
     "LayoutError",
     "MemoryBudgetError",
+    "MissingPackageError",
     "SchedulerError",
     "SchemaError",
     "SelectionError",
@@ -26,6 +27,7 @@ __all__ = [
     "SourceNotFoundError",
     "StateError",
     "StorageError",
+    "WorkersDiedError",
 ]
 
 
@@ -66,11 +68,19 @@ class IntegrityError(AnnbatchDaskError, RuntimeError):
 
 
 class StorageError(AnnbatchDaskError, OSError):
-    """A disk is full, or a quota is used up."""
+    """A disk is full, a quota is used up, or a file system or store did not answer for minutes."""
+
+
+class MissingPackageError(AnnbatchDaskError, ImportError):
+    """A package that only some paths or options need is not installed."""
 
 
 class SchedulerError(AnnbatchDaskError, ConnectionError):
-    """No Dask scheduler answers at an address."""
+    """A Dask cluster cannot be used: no scheduler answers, no worker joins, or its client cannot wait for results."""
+
+
+class WorkersDiedError(AnnbatchDaskError, RuntimeError):
+    """All workers that worked on a task died, as those do that run out of memory."""
 
 
 class StateError(AnnbatchDaskError, ValueError):

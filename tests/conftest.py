@@ -61,6 +61,12 @@ def h5ad_pair(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return write_pair(tmp_path_factory.mktemp("pair"))
 
 
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails for a reason that passes is tried again at once."""
+    monkeypatch.setattr("annbatch_dask.storage.transient.sleep", lambda _: None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _well_known_ports_are_taken() -> Iterator[None]:
     """Somebody else's Dask scheduler and dashboard are always there, so that no test can count on their ports."""

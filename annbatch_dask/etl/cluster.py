@@ -99,6 +99,7 @@ def local_client(*, n_workers: int, threads_per_worker: int, memory_limit: int) 
         "host": "127.0.0.1",
         "nthreads": threads_per_worker,
         "memory_limit": memory_limit,
+        "death_timeout": START_TIMEOUT_S,  # a worker that starts as its client dies would wait for a scheduler for ever
         "preload": ["annbatch_dask.etl.preload"],
         "silence_logs": logging.WARNING,
     }

@@ -20,6 +20,7 @@ from annbatch_dask.manifest import Manifest
 from annbatch_dask.plan.build import Plan
 from annbatch_dask.storage.publish import Folder, StorageOptions
 from annbatch_dask.storage.sources import Source, SourceRef, open_source
+from annbatch_dask.storage.transient import seen_before
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -70,19 +71,24 @@ class Job:
         :func:`forget_inputs` lets go of it.
         """
         ref = self.refs[index]
+        with ExitStack() as files:
+            with seen_before(ref.label):  # by the scan
+                source = self._open(index, files)
+            yield source
+
+    def _open(self, index: int, files: ExitStack) -> Source:
+        ref = self.refs[index]
         if ref.load_adata is None:
-            with open_source(ref) as source:
-                yield source
-            return
+            return files.enter_context(open_source(ref))
         key, thread = (self.plan.work_key, index), threading.get_ident()
         kept = _kept.get(thread)
         if kept is None or kept[0] != key:
             kept = None  # before the next one takes its memory
             _kept.pop(thread, None)
-            with ExitStack() as files:
-                kept = _kept[thread] = key, files.enter_context(open_source(ref))
-                files.pop_all()  # what a user's function opened stays open with what it returned
-        yield kept[1]
+            with ExitStack() as loaded:
+                kept = _kept[thread] = key, loaded.enter_context(open_source(ref))
+                loaded.pop_all()  # what a user's function opened stays open with what it returned
+        return kept[1]
 
 
 _kept: dict[int, tuple[tuple[str, int], Source]] = {}
@@ -152,7 +158,9 @@ def load_job(file: JobFile) -> Job:
     global _last  # noqa: PLW0603 - one process works on one build
     last = _last
     if last is None or last[0] != file:
-        last = _last = file, _Unpickler(io.BytesIO(file.scratch.read(_FILE)), file.options).load()
+        with seen_before(f"{file.scratch.url}/{_FILE}"):  # by who wrote it
+            content = file.scratch.read(_FILE)
+        last = _last = file, _Unpickler(io.BytesIO(content), file.options).load()
     return last[1]
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
+import pickle
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import cloudpickle
 import dask
 import dask.system
 import numpy as np
@@ -19,9 +24,16 @@ from dask.delayed import delayed
 from dask.utils import parse_bytes
 from distributed import CancelledError, Client, as_completed
 from distributed.comm.core import CommClosedError
+from distributed.scheduler import KilledWorker
 from distributed.system import MEMORY_LIMIT
 
-from annbatch_dask.errors import AnnbatchDaskError, CollectionBusyError, IntegrityError, SchedulerError
+from annbatch_dask.errors import (
+    AnnbatchDaskError,
+    CollectionBusyError,
+    IntegrityError,
+    SchedulerError,
+    WorkersDiedError,
+)
 from annbatch_dask.etl.cluster import local_client
 from annbatch_dask.etl.commit import commit, make_manifest, merged_range, source_fingerprints, sweep_replaced, withdraw
 from annbatch_dask.etl.gather import GatherTask, gather
@@ -30,12 +42,14 @@ from annbatch_dask.etl.inputs import forget_inputs_of
 from annbatch_dask.etl.job import Job, save_job
 from annbatch_dask.etl.scatter import forget_task, scatter
 from annbatch_dask.events import BuildEnd, BuildStart, Callback, StageEnd, StageStart, TaskEnd
-from annbatch_dask.manifest import Manifest
+from annbatch_dask.manifest import DATASET_PREFIX, Manifest
 from annbatch_dask.plan.build import Plan
 from annbatch_dask.plan.dtypes import index_dtype, smallest_dtype
-from annbatch_dask.plan.memory import Budget
+from annbatch_dask.plan.memory import Budget, format_nbytes
+from annbatch_dask.storage import transient
 from annbatch_dask.storage.identity import has_many_files, raise_if_changed
 from annbatch_dask.storage.lock import check_unchanged, release_numbers
+from annbatch_dask.storage.transient import PAUSES_S, is_transient, patiently
 
 __all__ = ["Engine", "EngineRoom", "build", "choose_engine", "run_stage"]
 
@@ -43,10 +57,15 @@ logger = logging.getLogger(__name__)
 
 _LOCAL = ("synchronous", "sync", "single-threaded", "threads", "threading", "threaded")
 RETRIES = 2
-"""How often Dask repeats a task that failed or lost its worker; our own errors last, and are not tried again."""
+"""How often a task that failed is handed out again, perhaps to another worker; our own errors last, and are not."""
+DEATHS = 8
+"""So many workers may die on a task that had the cluster to itself, until they are taken to die of it."""
+_Describe = Callable[[int], str]
 _WORKER_NBYTES = 2**30
 """Of a worker of the local cluster, at least. As many workers as cores where memory allows, so that none shares
 Python's lock, or HDF5's (measured, two cores: a seventh faster than one process of two threads)."""
+WORKER_TIMEOUT_S = 86_400
+"""For the first worker of a cluster, which may stand in a queue."""
 OnResult = Callable[[int, Any], None]
 
 
@@ -66,9 +85,17 @@ class Engine(Protocol):
         """Memory of a worker."""
 
     def run(
-        self, name: str, fn: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], on_result: OnResult
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        tasks: Sequence[tuple[Any, ...]],
+        on_result: OnResult,
+        describe: _Describe,
     ) -> list[Any]:
-        """Call ``fn(*args)`` for each; results in order. ``on_result(i, result)`` is called as each is done."""
+        """Call ``fn(*args)`` for each; results in order. ``on_result(i, result)`` is called as each is done.
+
+        ``describe(i)`` says what a task works on.
+        """
 
 
 def _delayed(name: str, fn: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -84,6 +111,8 @@ class LocalEngine:
     scheduler: str
     budget: Budget
     dashboard: str | None = None
+    patient: bool = True
+    """Try again what fails for a reason that passes."""
 
     @property
     def name(self) -> str:
@@ -91,10 +120,16 @@ class LocalEngine:
         return f"dask's {self.scheduler} scheduler"
 
     def run(
-        self, name: str, fn: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], on_result: OnResult
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        tasks: Sequence[tuple[Any, ...]],
+        on_result: OnResult,
+        describe: _Describe,  # noqa: ARG002 - who dies here cannot tell
     ) -> list[Any]:
         """Run the tasks in this process."""
-        graph = _delayed(name, fn, tasks)
+        call = functools.partial(patiently, fn) if self.patient else fn
+        graph = _delayed(name, call, tasks)
         index = {t.key: i for i, t in enumerate(graph)}
 
         def posttask(key: str, result: Any, *_: Any) -> None:
@@ -106,17 +141,41 @@ class LocalEngine:
 
 
 @dataclass(frozen=True)
-class _Refused:
-    """What a task returns instead of raising, where trying again cannot help."""
+class _Failed:
+    """What a task returns instead of raising: Dask would log the traceback on the worker, and try again at once.
 
-    error: AnnbatchDaskError
+    ``lasts``: trying again cannot help.
+    """
+
+    error: Exception
+    lasts: bool
 
 
-def _catch(fn: Callable[..., Any], *args: Any) -> Any:
+def _attempt(fn: Callable[..., Any], *args: Any) -> Any:
     try:
-        return fn(*args)
-    except AnnbatchDaskError as e:
-        return _Refused(e)
+        return patiently(fn, *args)
+    except Exception as e:  # noqa: BLE001 - all of them travel to the client
+        return _Failed(_portable(e), isinstance(e, AnnbatchDaskError) and not is_transient(e))
+
+
+class _WorkerTracebackError(Exception):
+    """What a worker would have printed: the cause of an error in the client's traceback."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+def _portable(error: Exception) -> Exception:
+    """An error as it can be sent, without what cannot be pickled; one of others' with the worker's traceback."""
+    try:
+        copy: Exception = pickle.loads(cloudpickle.dumps(error))
+    except Exception:  # noqa: BLE001 - classes of users and of libraries may do anything
+        copy = RuntimeError(f"{type(error).__name__}: {error}")
+        for note in getattr(error, "__notes__", ()):
+            copy.add_note(note)
+    if not isinstance(copy, AnnbatchDaskError):
+        copy.__cause__ = _WorkerTracebackError("".join(traceback.format_exception(error)))
+    return copy
 
 
 @dataclass(frozen=True)
@@ -139,31 +198,128 @@ class ClusterEngine:
         return self.client.dashboard_link or None
 
     def run(
-        self, name: str, fn: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], on_result: OnResult
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        tasks: Sequence[tuple[Any, ...]],
+        on_result: OnResult,
+        describe: _Describe,
     ) -> list[Any]:
         """Run the tasks on the cluster; on any error, cancel what is left."""
-        graph = _delayed(name, _catch, [(fn, *args) for args in tasks])
-        futures = self.client.compute(graph, retries=RETRIES, optimize_graph=False)
-        index = {f.key: i for i, f in enumerate(futures)}
-        results: list[Any] = [None] * len(futures)
+        run = _ClusterRun(self.client, name, fn, tasks, on_result, describe)
         try:
-            for future, result in as_completed(futures, loop=self.client.loop, with_results=True):
-                if isinstance(result, _Refused):
-                    raise result.error
-                if isinstance(result, CancelledError):  # as_completed hands it over instead of raising it
-                    raise result
-                results[index[future.key]] = result
-                on_result(index[future.key], result)
+            run.all()
         except (CancelledError, CommClosedError) as e:
             msg = (
                 f"the scheduler was lost in {name} ({type(e).__name__}); finished "
                 "tasks are kept: start it anew and call again to go on"
             )
             raise SchedulerError(msg) from e
+        if run.lost:
+            raise _workers_died(name, {describe(i): run.deaths[i] for i in run.lost}, self.budget)
+        return run.results
+
+
+@dataclass
+class _ClusterRun:
+    """The tasks of a stage on a cluster whose workers may die.
+
+    Dask gives up a task when some workers died that had it, be it of the task, of a neighbour, or because their time
+    was up. Here it waits until the others are done, and is tried again: with all that wait, as long as one of these
+    gets through, and else alone, so that none is blamed for another.
+    """
+
+    client: Client
+    name: str
+    fn: Callable[..., Any]
+    tasks: Sequence[tuple[Any, ...]]
+    on_result: OnResult
+    describe: _Describe
+    results: list[Any] = field(init=False)
+    deaths: Counter[int] = field(default_factory=Counter)
+    lost: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.results = [None] * len(self.tasks)
+
+    def all(self) -> None:
+        """Run all tasks but those that are ``lost``: all their workers died."""
+        left = list(range(len(self.tasks)))
+        for turn in itertools.count():
+            died = self._some(left)
+            if not died:
+                return
+            if len(died) < len(left):
+                left = sorted(died)
+                self._wait(turn, left)
+                continue
+            while left and not self._alone(left[0]):
+                self.lost.append(left.pop(0))
+            left = left[1:]
+
+    def _alone(self, i: int) -> bool:
+        """Run a task while no other runs, until too many workers died of it; whether it was done."""
+        until = self.deaths[i] + DEATHS
+        for turn in itertools.count():
+            self._wait(turn, [i])
+            if not self._some([i]):
+                return True
+            if self.deaths[i] >= until:
+                break
+        return False
+
+    def _wait(self, turn: int, which: Sequence[int]) -> None:
+        pause = PAUSES_S[min(turn, len(PAUSES_S) - 1)]
+        words = f"{self.describe(which[0])}{f' and {len(which) - 1} more' if len(which) > 1 else ''}"
+        logger.warning("%s: workers died that had %s; tried again in %.0f s", self.name, words, pause)
+        transient.sleep(pause)
+
+    def _some(self, which: Sequence[int]) -> set[int]:
+        """Run some tasks; returns those that Dask gave up."""
+        index: dict[Any, int] = {}
+        futures = self._submit(which, index)
+        running = as_completed(futures, loop=self.client.loop)
+        tries: Counter[int] = Counter()
+        died: set[int] = set()
+        try:
+            for future in running:
+                i = index[future.key]
+                try:
+                    result = future.result()
+                except KilledWorker as e:
+                    self.deaths[i] += e.allowed_failures + 1
+                    died.add(i)
+                    continue
+                if not isinstance(result, _Failed):
+                    self.results[i] = result
+                    self.on_result(i, result)
+                elif result.lasts or tries[i] == RETRIES:
+                    raise result.error
+                else:
+                    tries[i] += 1
+                    futures += (again := self._submit([i], index))
+                    running.update(again)
+        except (CancelledError, CommClosedError):
+            raise
         except BaseException:
             self.client.cancel(futures)
             raise
-        return results
+        return died
+
+    def _submit(self, which: Sequence[int], index: dict[Any, int]) -> list[Any]:
+        graph = _delayed(self.name, _attempt, [(self.fn, *self.tasks[i]) for i in which])
+        futures: list[Any] = self.client.compute(graph, optimize_graph=False)
+        index.update((f.key, i) for f, i in zip(futures, which, strict=True))
+        return futures
+
+
+def _workers_died(name: str, deaths: Mapping[str, int], budget: Budget) -> WorkersDiedError:
+    what = "; ".join(f"{n} workers with {task}" for task, n in deaths.items())
+    return WorkersDiedError(
+        f"{name}: {what} died, the last {DEATHS} or more with nothing else to do. All other tasks are done, and kept. "
+        f"Mostly it is memory that they lack: they had {format_nbytes(budget.worker_nbytes)} for {budget.n_threads} "
+        "threads each. Start workers with more memory or fewer threads, or leave the input out, and call again"
+    )
 
 
 @dataclass(frozen=True)
@@ -197,6 +353,7 @@ def choose_engine(client: Client | None, memory_limit: int | str | None) -> Engi
         with contextlib.suppress(ValueError):
             client = Client.current(allow_global=True)
     if client is not None:
+        _refuse_asynchronous(client)
         cluster = ClusterEngine(client, _cluster_budget(client, memory_limit))
         return EngineRoom(cluster, cluster.budget, lambda _: contextlib.nullcontext(cluster))
     n_workers = max(1, min(dask.system.CPU_COUNT, int(MEMORY_LIMIT) // _WORKER_NBYTES))
@@ -220,17 +377,76 @@ def _nbytes(memory_limit: int | str | None, *, n_workers: int) -> int:
     return int(MEMORY_LIMIT) // n_workers
 
 
+def _refuse_asynchronous(client: Client) -> None:
+    if client.asynchronous:
+        msg = (
+            "the client is asynchronous and this call would block the event loop that it needs; make the call in a "
+            "thread, as in `await asyncio.to_thread(collection.add_adatas, files, client=client)`"
+        )
+        raise SchedulerError(msg)
+
+
 def _cluster_budget(client: Client, memory_limit: int | str | None) -> Budget:
-    """What the smallest worker of a cluster can give."""
-    workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    limits = [w["memory_limit"] for w in workers if w["memory_limit"]]
-    limit = min(limits) if limits else _nbytes(None, n_workers=1)
+    """What the smallest worker of a cluster can give; the first one is waited for."""
+    workers = _workers(client)
+    if not workers:
+        _wait_for_a_worker(client)
+        workers = _workers(client)
+    limit = min(_worker_limits(client, workers))
     if memory_limit is not None:
         limit = min(limit, int(parse_bytes(memory_limit)))
-    return Budget(limit, max((w["nthreads"] for w in workers), default=1))
+    return Budget(limit, max(w["nthreads"] for w in workers.values()))
 
 
-def run_stage(
+def _workers(client: Client) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = client.scheduler_info(n_workers=-1)["workers"]
+    return found
+
+
+def _wait_for_a_worker(client: Client) -> None:
+    """Wait for a task to be run: clusters that adapt start no worker before there is one.
+
+    Raises
+    ------
+    SchedulerError
+        If no worker came.
+    """
+    address = client.scheduler_info(n_workers=-1)["address"]
+    logger.warning("no worker has joined %s yet: waiting for the first, %d s at most", address, WORKER_TIMEOUT_S)
+    first = client.submit(int, pure=False)
+    try:
+        first.result(timeout=WORKER_TIMEOUT_S)
+    except TimeoutError as e:
+        msg = f"no worker has joined {address} within {WORKER_TIMEOUT_S} s; start some, as with `dask worker {address}`"
+        raise SchedulerError(msg) from e
+    finally:
+        first.cancel()
+
+
+def _worker_limits(client: Client, workers: Mapping[str, Mapping[str, Any]]) -> list[int]:
+    """Memory of each worker: its limit, or where it has none an equal share of its host's."""
+    limits = [w["memory_limit"] for w in workers.values() if w["memory_limit"]]
+    unlimited = [address for address, w in workers.items() if not w["memory_limit"]]
+    if unlimited:
+        n_on = Counter(w["host"] for w in workers.values())
+        memory = client.run(_host_memory, workers=unlimited)
+        shares = [n_bytes // n_on[workers[address]["host"]] for address, n_bytes in memory.items()]
+        logger.warning(
+            "%d of %d workers have no memory limit: each is taken to have an equal share of its host's memory, %s or "
+            "more; start workers with --memory-limit, or give memory_limit",
+            len(unlimited),
+            len(workers),
+            format_nbytes(min(shares)),
+        )
+        limits += shares
+    return limits
+
+
+def _host_memory() -> int:
+    return int(MEMORY_LIMIT)
+
+
+def run_stage(  # noqa: PLR0913 - mostly keywords
     engine: Engine,
     stage: str,
     fn: Callable[..., Any],
@@ -239,6 +455,7 @@ def run_stage(
     *,
     size: tuple[int, int],
     measure: Callable[[int, Any], tuple[int, int]],
+    describe: _Describe,
 ) -> list[Any]:
     """Run one stage and emit its events.
 
@@ -248,6 +465,8 @@ def run_stage(
         Rows and bytes of the whole stage.
     measure
         Rows and bytes of task ``i``, given its result.
+    describe
+        What task ``i`` works on.
     """
     start = time.perf_counter()
     callback.on_stage_start(StageStart(stage, len(tasks), *size))
@@ -256,7 +475,7 @@ def run_stage(
         reused = isinstance(result, Mapping) and bool(result.get("reused"))
         callback.on_task_end(TaskEnd(stage, i, *measure(i, result), reused=reused))
 
-    results = engine.run(stage, fn, tasks, on_result)
+    results = engine.run(stage, fn, tasks, on_result, describe)
     seconds = time.perf_counter() - start
     callback.on_stage_end(StageEnd(stage, seconds))
     logger.info("%s: %d tasks in %.1f s", stage, len(tasks), seconds)
@@ -285,6 +504,7 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
             callback,
             size=(plan.n_obs, plan.n_bytes_read),
             measure=lambda _, r: (r["n_rows"], r["n_bytes"]),
+            describe=functools.partial(_block, plan),
         )
         check_inputs(job, engine)
         check_old_rows(job, scattered)
@@ -297,16 +517,18 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
             callback,
             size=(plan.n_obs, _gather_nbytes(plan, tasks)),
             measure=lambda _, r: (r["n_rows"], r["n_bytes"]),
+            describe=lambda k: f"{DATASET_PREFIX}_{job.first_dataset + k}",
         )
         manifest = make_manifest(job, scattered, gathered, tasks)
         run_stage(
-            LocalEngine("synchronous", engine.budget),
+            LocalEngine("synchronous", engine.budget, patient=False),  # who wrote a root may not write it again
             "commit",
             commit,
             [(job, manifest)],
             callback,
             size=(plan.n_obs, 0),
             measure=lambda *_: (plan.n_obs, 0),
+            describe=lambda _: job.target.url,
         )
         release_numbers(job.target, job.first_dataset)
         if job.base is not None:
@@ -342,8 +564,14 @@ def group(job: Job, engine: Engine, callback: Callback) -> Job:
         callback,
         size=(plan.n_obs, 0),
         measure=lambda i, _: (plan.blocks[i].n_rows, 0),
+        describe=functools.partial(_block, plan),
     )
     return with_groups(job, counted)
+
+
+def _block(plan: Plan, index: int) -> str:
+    block = plan.blocks[index]
+    return f"{plan.sources[block.source].path}, rows {block.start:,} to {block.stop:,}"
 
 
 def _overtaken(job: Job) -> CollectionBusyError | None:
@@ -362,9 +590,19 @@ def run_check(
     tasks: Sequence[tuple[Any, ...]],
     callback: Callback,
     size: tuple[int, int],
+    names: Sequence[str],
 ) -> list[Any]:
-    """Run checks, whose results hold ``problems``; returns all of these."""
-    results = run_stage(engine, stage, fn, tasks, callback, size=size, measure=lambda _, r: (r["n_rows"], r["n_bytes"]))
+    """Run checks, whose results hold ``problems``, of what has these names; returns all of the problems."""
+    results = run_stage(
+        engine,
+        stage,
+        fn,
+        tasks,
+        callback,
+        size=size,
+        measure=lambda _, r: (r["n_rows"], r["n_bytes"]),
+        describe=names.__getitem__,
+    )
     return [problem for r in results for problem in r["problems"]]
 
 
@@ -383,7 +621,7 @@ def check_inputs(job: Job, engine: Engine) -> None:
         if has_many_files(sources[k].identity)
     ]
     if tasks:
-        engine.run("check", raise_if_changed, tasks, lambda *_: None)
+        engine.run("check", raise_if_changed, tasks, lambda *_: None, lambda i: tasks[i][0].label)
 
 
 def check_old_rows(job: Job, scattered: Sequence[Mapping[str, Any]]) -> None:

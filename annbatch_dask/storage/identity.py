@@ -24,6 +24,7 @@ from annbatch_dask.errors import SourceError
 from annbatch_dask.storage.metadata import METADATA
 from annbatch_dask.storage.publish import Folder, shown, version_of
 from annbatch_dask.storage.sources import SourceRef, is_hdf5
+from annbatch_dask.storage.transient import raise_not_found
 
 __all__ = [
     "function_identity",
@@ -103,10 +104,14 @@ def raise_if_changed(ref: SourceRef, identity: str) -> None:
     ------
     SourceError
         With its name.
+    StorageError
+        If it is not found, which may pass.
     """
     if not is_known(identity) or ref.known or (now := identity_of(ref)) == identity:
         return
-    if (now := identity_of(ref, fresh=True)) != identity:
+    if not (now := identity_of(ref, fresh=True)):
+        raise_not_found(ref.label)
+    if now != identity:
         was, now = _words(identity), _words(now)
         msg = (
             f"{ref.label} was changed while the build read it: it was {was} when the build looked at it first, and is "

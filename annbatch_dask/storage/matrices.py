@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import IntegrityError, SchemaError
 from annbatch_dask.plan.schema import SOURCE_DTYPE, MatrixKind, MatrixSchema
 from annbatch_dask.storage.h5ad import SLAB_NBYTES, read_h5_rows, visit_h5
+from annbatch_dask.storage.transient import is_transient
 
 __all__ = ["ROW_STEP", "CsrRows", "are_whole", "check_rows", "describe_matrix", "knots", "matrix_rows", "n_rows_of"]
 
@@ -228,6 +229,8 @@ def _zarr_rows(array: zarr.Array, start: int, stop: int) -> NDArray:
     try:
         return np.asarray(array[start:stop])
     except (ValueError, RuntimeError) as e:  # zarr's own pipeline, and that of zarrs
+        if is_transient(e):  # says nothing about the file
+            raise
         msg = f"{array.store_path}: entries {start:,} to {stop:,} are damaged ({e}); restore the file"
         raise IntegrityError(msg) from e
 

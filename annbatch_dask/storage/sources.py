@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +22,7 @@ from annbatch_dask.storage.groups import GroupSource, is_current
 from annbatch_dask.storage.matrices import CsrRows
 from annbatch_dask.storage.metadata import METADATA
 from annbatch_dask.storage.publish import Folder, StorageOptions
+from annbatch_dask.storage.transient import is_transient
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -114,6 +116,8 @@ def _open_group(ref: SourceRef, files: contextlib.ExitStack) -> Any:
             files.enter_context(no_garbage_collection())
             return files.enter_context(h5py.File(files.enter_context(folder.open()), "r"))
         except OSError as e:
+            if is_transient(e):  # says nothing about the file
+                raise
             size = folder.fs.size(folder.path)
             msg = f"{ref.label} ({size:,} bytes) is not a whole HDF5 file: {e}; copy it again, or leave it out"
             raise SourceError(msg) from e
@@ -136,11 +140,12 @@ def is_hdf5(ref: SourceRef) -> bool:
     """
     folder, path = ref.folder, ref.label
     if folder.is_local:
-        if not folder.fs.exists(folder.path):
+        try:
+            return not stat.S_ISDIR(os.stat(folder.path).st_mode)  # os.path.exists takes every error for a no
+        except (FileNotFoundError, NotADirectoryError):
             looked = "" if os.path.isabs(path) else f" (looked in {os.getcwd()})"
             msg = f"{path} does not exist; check the path{looked}"
-            raise SourceNotFoundError(msg)
-        return not folder.fs.isdir(folder.path)
+            raise SourceNotFoundError(msg) from None
     try:
         return folder.first_bytes(len(_HDF5)) == _HDF5
     except (FileNotFoundError, IsADirectoryError):

@@ -13,18 +13,20 @@ from dask import config
 from distributed import Client
 
 from annbatch_dask import DatasetCollection
-from annbatch_dask.errors import SchedulerError
+from annbatch_dask.errors import SchedulerError, WorkersDiedError
 from annbatch_dask.events import Callback
-from tests.chaos.victim import die_once
+from tests.chaos.victim import die_once, die_while
 from tests.etl.test_build import Counter, tree_digest
 
 OPTIONS = {"seed": 4, "dataset_size": 60}
+TIMEOUT_S = 240  # a machine that does other work too
 
 
 @contextlib.contextmanager
-def process(*command):
+def process(*command, **environment):
     """A process, killed at the end with all it started."""
-    p = subprocess.Popen([sys.executable, "-m", *command], env=os.environ | {"PYTHONWARNINGS": "default"})
+    environment = os.environ | {"PYTHONWARNINGS": "default"} | environment
+    p = subprocess.Popen([sys.executable, "-m", *command], env=environment)
     try:
         yield p
     finally:
@@ -40,17 +42,18 @@ def process(*command):
 
 
 @contextlib.contextmanager
-def cluster(folder):
-    """Its client, and the processes: scheduler and two workers with their nannies."""
+def cluster(folder, *, n_workers=2, allowed_failures=3):
+    """Its client, and the processes: scheduler and workers with their nannies."""
     folder.mkdir()
     contact = folder / "scheduler.json"
     scheduler = ["dask", "scheduler", "--port", "0", "--dashboard-address", "127.0.0.1:0", "--host", "127.0.0.1"]
     worker = ["dask", "worker", "--nthreads", "1", "--no-dashboard", "--local-directory", str(folder)]
     with contextlib.ExitStack() as stack:
-        started = [stack.enter_context(process(*scheduler, "--scheduler-file", str(contact)))]
-        started += [stack.enter_context(process(*worker, "--scheduler-file", str(contact))) for _ in range(2)]
-        with Client(scheduler_file=str(contact), timeout=60, set_as_default=False) as client:
-            client.wait_for_workers(2, timeout=60)
+        patience = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": str(allowed_failures)}
+        started = [stack.enter_context(process(*scheduler, "--scheduler-file", str(contact), **patience))]
+        started += [stack.enter_context(process(*worker, "--scheduler-file", str(contact))) for _ in range(n_workers)]
+        with Client(scheduler_file=str(contact), timeout=TIMEOUT_S, set_as_default=False) as client:
+            client.wait_for_workers(n_workers, timeout=TIMEOUT_S)
             yield client, started
 
 
@@ -142,14 +145,70 @@ def test_a_kill_during_the_scan(tmp_path, h5ad_pair, who):
     assert tree_digest(path) == tree_digest(tmp_path / "plain.zarr")
 
 
+class Flag(Callback):
+    """A file that is there from the first scatter task on, until so many tasks are done."""
+
+    def __init__(self, path, until=None):
+        self.path, self.left = path, until
+
+    def on_stage_start(self, event):
+        if event.stage == "scatter":
+            self.path.touch()
+
+    def on_task_end(self, event):
+        if self.left is not None:
+            self.left -= 1
+            if self.left == 0:
+                self.path.unlink()
+
+
+@pytest.mark.parametrize("allowed_failures", [0, pytest.param(3, marks=pytest.mark.chaos)])
+def test_a_file_that_kills_its_workers_is_named_after_all_else_is_done(
+    tmp_path, h5ad_pair, allowed_failures, monkeypatch
+):
+    monkeypatch.setattr("annbatch_dask.etl.run.DEATHS", 2)
+    monkeypatch.setattr("annbatch_dask.plan.build._BLOCK_NBYTES", 2**20)  # a task a file
+    path, flag, bad = tmp_path / "o.zarr", tmp_path / "flag", str(h5ad_pair[0])
+    load = functools.partial(die_while, flag=flag, victims=[bad])
+    build = functools.partial(DatasetCollection(path).add_adatas, h5ad_pair, load_adata=load, **OPTIONS)
+    seen, counter = Reused(), Counter()
+    with cluster(tmp_path / "cluster", allowed_failures=allowed_failures) as (client, _):
+        with pytest.raises(WorkersDiedError, match=rf"\d+ workers with {bad}, rows 0 to .* memory") as caught:
+            build(client=client, callbacks=[Flag(flag), counter])
+        assert isinstance(caught.value, RuntimeError)
+        assert str(h5ad_pair[1]) not in str(caught.value)
+        assert counter.tasks["scatter"] == 1
+        flag.unlink()
+        build(client=client, callbacks=[seen])
+    assert seen.stages == ["scatter"]
+    assert DatasetCollection(path, mode="r").n_obs == 500
+
+
+def test_deaths_that_end_are_no_reason_to_give_up(tmp_path, h5ad_pair, monkeypatch):
+    """More of them than Dask allows, with one file, while the other gets done."""
+    monkeypatch.setattr("annbatch_dask.plan.build._BLOCK_NBYTES", 2**20)
+    path, flag = tmp_path / "o.zarr", tmp_path / "flag"
+    load = functools.partial(die_while, flag=flag, victims=[str(h5ad_pair[0])])
+    with cluster(tmp_path / "cluster", allowed_failures=0) as (client, _):
+        DatasetCollection(path).add_adatas(
+            h5ad_pair, client=client, load_adata=load, callbacks=[Flag(flag, until=1)], **OPTIONS
+        )
+    assert flag.with_name("died").exists()
+    with config.set(scheduler="synchronous"):
+        DatasetCollection(tmp_path / "plain.zarr").add_adatas(h5ad_pair, load_adata=load, **OPTIONS)
+    assert tree_digest(path) == tree_digest(tmp_path / "plain.zarr")
+
+
 def test_a_killed_scheduler_fails_the_build_and_the_next_call_goes_on(tmp_path, h5ad_pair, undisturbed, shared):
     path, (client, (scheduler, *workers)) = tmp_path / "o.zarr", shared
+    # the worker that the test before killed: one that finds no scheduler as it starts would wait for one
+    client.wait_for_workers(2, timeout=TIMEOUT_S)
     with pytest.raises(SchedulerError, match="was lost .* call again to go on"):
         DatasetCollection(path).add_adatas(
             h5ad_pair, client=client, callbacks=[Kill("gather", [scheduler.pid])], **OPTIONS
         )
     for worker in workers:
-        worker.wait(60)  # each ends its task, and then itself
+        worker.wait(TIMEOUT_S)  # each ends its task, and then itself
     assert not (path / "zarr.json").exists()
     seen, counter = Reused(), Counter()
     with config.set(scheduler="synchronous"):

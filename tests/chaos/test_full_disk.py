@@ -95,10 +95,11 @@ def test_a_full_disk_under_the_collection(paths, undisturbed, tmp_path, small):
 
 
 def fails_to_sync(countdown):
+    """From some time on: what fails once is tried again."""
     fsync = os.fsync
 
     def fail(fd):
-        if next(countdown) == 0:
+        if next(countdown) <= 0:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         fsync(fd)
 
@@ -112,7 +113,7 @@ def fails_to_close(countdown):
         def close(self):
             is_first = not self.closed
             super().close()
-            if is_first and next(countdown) == 0:
+            if is_first and next(countdown) <= 0:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     return "annbatch_dask.storage.publish.open", lambda path, _, buffering: File(io.FileIO(path, "wb"), buffering)

@@ -1,0 +1,200 @@
+"""What a build makes of a cluster: its budget, its client, and errors of its tasks."""
+
+import asyncio
+import contextlib
+import errno
+import os
+from functools import partial
+
+import pytest
+from dask import config
+from distributed import Client, LocalCluster
+
+from annbatch_dask import DatasetCollection
+from annbatch_dask.errors import SchedulerError, StorageError
+from annbatch_dask.etl import run
+from annbatch_dask.etl.run import ClusterEngine, LocalEngine, choose_engine
+from annbatch_dask.plan.memory import MIB, Budget
+
+BUDGET = Budget(2**30, 1)
+
+
+@contextlib.contextmanager
+def cluster(**options):
+    """One whose workers are threads of this process."""
+    options = {"processes": False, "threads_per_worker": 2, "dashboard_address": "127.0.0.1:0"} | options
+    with LocalCluster(**options) as started, Client(started, set_as_default=False) as client:
+        yield started, client
+
+
+@pytest.fixture(scope="module")
+def client():
+    with cluster(n_workers=2, memory_limit="600MiB") as (_, client):
+        yield client
+
+
+def test_the_first_worker_is_waited_for(caplog):
+    """Of a cluster that starts workers for tasks alone."""
+    with cluster(n_workers=0, memory_limit="600MiB") as (started, client):
+        started.adapt(minimum=0, maximum=1, interval="50ms")
+        assert choose_engine(client, None).budget == Budget(600 * MIB, 2)
+    assert "no worker has joined" in caplog.text
+
+
+def test_a_worker_that_does_not_come_is_an_error(monkeypatch):
+    monkeypatch.setattr(run, "WORKER_TIMEOUT_S", 0.1)
+    with (
+        cluster(n_workers=0) as (_, client),
+        pytest.raises(SchedulerError, match=r"no worker has joined .* within 0.1 s; start some"),
+    ):
+        choose_engine(client, None)
+
+
+def test_workers_without_a_limit_share_their_host(caplog, monkeypatch):
+    monkeypatch.setattr(run, "MEMORY_LIMIT", 3000 * MIB)
+    with cluster(n_workers=3, memory_limit=0) as (_, client):
+        assert choose_engine(client, None).budget == Budget(1000 * MIB, 2)
+        assert "3 of 3 workers have no memory limit: each is taken to have an equal share" in caplog.text
+        assert "1000.0 MiB" in caplog.text
+        assert choose_engine(client, "500MiB").budget.worker_nbytes == 500 * MIB
+
+
+def test_limits_of_workers_are_what_they_say(client, caplog):
+    assert choose_engine(client, None).budget == Budget(600 * MIB, 2)
+    assert caplog.text == ""
+
+
+def test_an_asynchronous_client_is_refused_and_served_in_a_thread(tmp_path, h5ad_pair):
+    async def build():
+        async with (
+            LocalCluster(n_workers=1, processes=False, asynchronous=True, dashboard_address="127.0.0.1:0") as started,
+            Client(started, asynchronous=True, set_as_default=False) as client,
+        ):
+            collection = DatasetCollection(tmp_path / "o.zarr")
+            with pytest.raises(SchedulerError, match=r"asynchronous .*await asyncio\.to_thread"):
+                collection.add_adatas(h5ad_pair, client=client, seed=0)
+            await asyncio.to_thread(collection.add_adatas, h5ad_pair, client=client, seed=0)
+
+    asyncio.run(build())
+    assert DatasetCollection(tmp_path / "o.zarr", mode="r").n_obs == 500
+
+
+def engines(client):
+    yield ClusterEngine(client, BUDGET)
+    yield LocalEngine("threads", BUDGET)
+    yield LocalEngine("synchronous", BUDGET)
+
+
+class Log:
+    """Calls of a task, over all threads of this process."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __reduce__(self):
+        return logged, ()
+
+
+LOG = Log()
+
+
+def logged():
+    return LOG
+
+
+def fail_at_first(log, i, make, times):
+    log.calls.append(i)
+    if log.calls.count(i) <= times and i == 1:
+        raise make()
+    return 10 * i
+
+
+def run_three(engine, make, times):
+    LOG.calls.clear()
+    seen = []
+    tasks = [(LOG, i, make, times) for i in range(3)]
+    found = engine.run("scatter", fail_at_first, tasks, lambda *of: seen.append(of), "task {}".format)
+    assert sorted(seen) == list(enumerate(found))
+    return found
+
+
+def stale():
+    return OSError(errno.ESTALE, os.strerror(errno.ESTALE), "/data/a.h5ad")
+
+
+def test_what_passes_is_tried_again_by_every_engine(client):
+    for engine in engines(client):
+        assert run_three(engine, stale, times=5) == [0, 10, 20]
+        assert LOG.calls.count(1) == 6
+
+
+def test_what_does_not_pass_after_all_is_said_as_it_is(client):
+    for engine in engines(client):
+        with pytest.raises(StorageError, match=r"Stale file handle: '/data/a.h5ad': so it was in 8 tries"):
+            run_three(engine, stale, times=99)
+
+
+def full():
+    error = StorageError("/scratch cannot be written: 0 bytes are free")
+    error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    return error
+
+
+def test_a_full_disk_is_not_tried_again(client):
+    for engine in engines(client):
+        with pytest.raises(StorageError, match="0 bytes are free"):
+            run_three(engine, full, times=99)
+        assert LOG.calls.count(1) == 1
+
+
+class Odd(Exception):  # noqa: N818
+    """Cannot be unpickled: its arguments are others than it is made of."""
+
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "text"),
+    [(partial(KeyError, "obs"), KeyError, "obs"), (partial(Odd, 1, 2), RuntimeError, "Odd: 1 and 2")],
+)
+def test_an_error_of_others_comes_with_the_worker_s_traceback_after_three_tries(client, make, kind, text, caplog):
+    with pytest.raises(kind, match=text) as caught:
+        run_three(ClusterEngine(client, BUDGET), make, times=99)
+    assert LOG.calls.count(1) == 1 + run.RETRIES
+    assert "in fail_at_first" in str(caught.value.__cause__)
+    assert "Traceback" not in caplog.text  # as Dask's workers log it
+
+
+def test_a_stale_input_does_not_end_a_build(tmp_path, h5ad_pair, monkeypatch):
+    """Nor one that is not there for a while: NFS shows both."""
+    import h5py
+
+    failed = []
+
+    class File(h5py.File):
+        def __init__(self, name, *args):
+            if scanned and len(failed) < 2 and "part_1" in str(name):
+                failed.append(name)
+                raise stale()
+            super().__init__(name, *args)
+
+    stat = os.stat
+
+    def missing(path, **options):
+        if scanned and len(failed) < 3 and "part_0.h5ad" in str(path):
+            failed.append(path)
+            raise FileNotFoundError(path)
+        return stat(path, **options)
+
+    class Scanned(run.Callback):
+        def on_build_start(self, _):
+            scanned.append(True)
+
+    scanned = []
+    monkeypatch.setattr(h5py, "File", File)
+    monkeypatch.setattr("annbatch_dask.storage.sources.os.stat", missing)
+    with config.set(scheduler="synchronous"):
+        DatasetCollection(tmp_path / "o.zarr").add_adatas(h5ad_pair, seed=0, callbacks=[Scanned()])
+    assert len(failed) == 3
+    assert DatasetCollection(tmp_path / "o.zarr", mode="r").n_obs == 500
