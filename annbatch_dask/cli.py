@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.run(args)
     except KeyboardInterrupt:
         return _fail("interrupted", code=130)
-    except (AnnbatchDaskError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is said in a line
         if args.debug:
             raise
         return _fail(_one_line(error), code=1)
@@ -568,8 +568,11 @@ def _positive(text: str) -> int:
     return value
 
 
-def _one_line(error: BaseException) -> str:
-    parts = [str(error) or type(error).__name__, *getattr(error, "__notes__", [])]
+def _one_line(error: Exception) -> str:
+    text = str(error) or type(error).__name__
+    if not isinstance(error, AnnbatchDaskError | OSError):  # may say little by itself: KeyError('obs')
+        text = f"{type(error).__name__}: {text} (--debug shows where)"
+    parts = [text, *getattr(error, "__notes__", [])]
     return "; ".join(" ".join(part.split()) for part in parts)
 
 

@@ -21,7 +21,13 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 
-from annbatch_dask.errors import AnnbatchDaskError, CollectionBusyError, CollectionError, StorageError
+from annbatch_dask.errors import (
+    AnnbatchDaskError,
+    CollectionBusyError,
+    CollectionError,
+    MissingPackageError,
+    StorageError,
+)
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
@@ -47,6 +53,10 @@ _VERSION_KEYS = ("ETag", "etag", "generation", "mtime", "LastModified", "Last-Mo
 def version_of(info: Mapping[str, Any]) -> str:
     """What tells one content of a file from another, as its file system says; empty where it says nothing."""
     return str(next(filter(None, map(info.get, _VERSION_KEYS)), ""))
+
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}
+"""Extra of ours that brings what fsspec needs for a protocol."""
 
 
 class StorageOptions(dict[str, Any]):
@@ -79,12 +89,23 @@ class Folder:
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
         """Its file system; fsspec keeps one instance per process."""
-        return fsspec.core.url_to_fs(self.url, **self.options)[0]
+        return self._located[0]
 
     @property
     def path(self) -> str:
         """Its path within the file system."""
-        return str(fsspec.core.url_to_fs(self.url, **self.options)[1])
+        return self._located[1]
+
+    @property
+    def _located(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        try:
+            fs, path = fsspec.core.url_to_fs(self.url, **self.options)
+        except ImportError as e:
+            extra = _EXTRAS.get(self.url.partition("://")[0])
+            remedy = "install it" if extra is None else f'pip install "annbatch-dask[{extra}]"'
+            msg = f"{shown(self.url)} needs a package that is not installed ({e}): {remedy}"
+            raise MissingPackageError(msg) from e
+        return fs, str(path)
 
     @property
     def is_local(self) -> bool:

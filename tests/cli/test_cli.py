@@ -4,11 +4,13 @@ import subprocess
 import sys
 
 import dask
+import h5py
 import pytest
 from distributed import LocalCluster
 
 from annbatch_dask import DatasetCollection, __version__
 from annbatch_dask.cli import main
+from annbatch_dask.errors import WorkersDiedError
 
 COMMANDS = ["shuffle", "plan", "info", "report", "stream", "mixing"]
 
@@ -87,8 +89,9 @@ def test_shuffle_with_a_number_of_workers(h5ad_pair, tmp_path, collection):
     target = tmp_path / "out.zarr"
     command = [sys.executable, "-m", "annbatch_dask.cli", "shuffle", *map(str, h5ad_pair), "-o", str(target)]
     options = ["--dataset-size", "200", "--seed", "3", "--n-workers", "1", "--memory-limit", "1GB"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
     assert "500 cells" in done.stdout
     assert contents(target) == contents(collection)
 
@@ -216,6 +219,62 @@ def test_an_output_that_is_no_collection_is_left_alone(h5ad_pair, tmp_path, caps
         assert run("shuffle", *h5ad_pair, "-o", target) == 1
     assert "precious.zarr" in error_line(capsys)
     assert contents(target) == before
+
+
+def test_a_value_that_the_library_refuses(h5ad_pair, tmp_path, capsys):
+    with dask.config.set(scheduler="synchronous"):
+        assert run("shuffle", *h5ad_pair, "-o", tmp_path / "o.zarr", "--elements", "nonsense") == 1
+    assert "nonsense" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("url", "package", "extra"), [("s3://bucket/a.h5ad", "s3fs", "s3"), ("https://host/a.h5ad", "aiohttp", "http")]
+)
+def test_a_package_that_is_not_installed(url, package, extra, tmp_path):
+    """In a process of its own: fsspec keeps what it has imported."""
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; from annbatch_dask.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "shuffle", url, "-o", str(tmp_path / "o.zarr"), "--no-progress"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert re.fullmatch(
+        rf'annbatch-dask: error: {url} needs .* \(.*{package}.*\): pip install "annbatch-dask\[{extra}\]".*\n',
+        done.stderr,
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (KeyError("obs"), "KeyError: 'obs' (--debug shows where)\n"),
+        (RuntimeError("two\nlines"), "RuntimeError: two lines (--debug shows where)\n"),
+        (PermissionError(13, "Permission denied", "/out"), "[Errno 13] Permission denied: '/out'\n"),
+        (WorkersDiedError("8 workers with a.h5ad died"), "8 workers with a.h5ad died\n"),
+    ],
+)
+def test_every_error_is_one_line_and_debug_shows_its_traceback(collection, capsys, monkeypatch, error, text):
+    def fails(_collection):
+        raise error
+
+    monkeypatch.setattr("annbatch_dask.cli._facts", fails)
+    assert run("info", collection) == 1
+    assert error_line(capsys) == f"annbatch-dask: error: {text}"
+    with pytest.raises(type(error)):
+        run("info", collection, "--debug")
+
+
+def test_a_build_that_fails_on_workers_of_its_own_is_one_line(h5ad_pair, tmp_path):
+    """None of what they meet, and try again, is shown beside it."""
+    bad = tmp_path / "bad.h5ad"
+    shutil.copy(h5ad_pair[0], bad)
+    with h5py.File(bad, "r+") as f:
+        f["X/indices"][5] = 999
+    command = [sys.executable, "-m", "annbatch_dask.cli", "shuffle", str(bad), "-o", str(tmp_path / "o.zarr")]
+    done = subprocess.run([*command, "--n-workers", "1"], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"annbatch-dask: error: .*999.*bad.h5ad, rows 0 to 300\n", done.stderr)
 
 
 def test_a_scheduler_that_does_not_answer(h5ad_pair, tmp_path, capsys, monkeypatch):
