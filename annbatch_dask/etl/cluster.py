@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import dask
+import psutil
 from distributed import Client, Scheduler, SpecCluster
 from distributed.deploy.subprocess import SubprocessWorker
+from distributed.utils import silence_logging_cmgr
 
 from annbatch_dask.errors import SchedulerError
 
@@ -74,6 +76,17 @@ class _Workers(SubprocessWorker):  # type: ignore[misc] # Dask's types are not f
             *command, env=os.environ | {k: str(v) for k, v in environ.items()}
         )
 
+    async def close(self) -> None:
+        """Kill them all, the nannies first: they would say of each worker that it died."""
+        if self.process is not None and self.process.returncode is None:
+            workers = psutil.Process(self.process.pid).children(recursive=True)
+            self.process.kill()
+            for worker in workers:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker.kill()
+            await self.process.wait()
+        await super().close()
+
 
 @contextlib.contextmanager
 def local_client(*, n_workers: int, threads_per_worker: int, memory_limit: int) -> Iterator[Client]:
@@ -105,6 +118,8 @@ def local_client(*, n_workers: int, threads_per_worker: int, memory_limit: int) 
     }
     workers = {"cls": _Workers, "options": {"n_workers": n_workers, "options": options}}
     with (
+        # The cluster ends its own silence before its last connections, which then tell of their end with a traceback.
+        silence_logging_cmgr(logging.WARNING),
         SpecCluster(
             workers={0: workers},
             scheduler=scheduler,

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from tests.s3.server import S3Server
 from tests.s3.tools import contents
 
 N_WORKERS = 2
+TIMEOUT_S = 240  # a machine that does other work too
 
 
 @contextlib.contextmanager
@@ -36,7 +38,7 @@ def process(*command):
         yield p
     finally:
         p.terminate()
-        p.wait(30)
+        p.wait(TIMEOUT_S)
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +64,8 @@ def scheduler(tmp_path_factory):
         )
         for _ in range(N_WORKERS):
             stack.enter_context(process(*worker, "--no-dashboard"))
-        with Client(scheduler_file=str(contact), timeout=60, set_as_default=False) as client:
-            client.wait_for_workers(N_WORKERS, timeout=60)
+        with Client(scheduler_file=str(contact), timeout=TIMEOUT_S, set_as_default=False) as client:
+            client.wait_for_workers(N_WORKERS, timeout=TIMEOUT_S)
         yield json.loads(contact.read_text())["address"]
 
 
@@ -179,7 +181,7 @@ def test_a_local_cluster_equals_one_process_and_is_closed(tmp_path, h5ad_pair):
 
     class Engine(Counter):
         def on_build_start(self, event):
-            with urllib.request.urlopen(event.dashboard, timeout=30) as page:
+            with urllib.request.urlopen(event.dashboard, timeout=TIMEOUT_S) as page:
                 seen.append((event.engine, event.dashboard, page.status))
 
     two = DatasetCollection(tmp_path / "b.zarr").add_adatas(h5ad_pair, callbacks=[Engine()], **options)
@@ -189,6 +191,31 @@ def test_a_local_cluster_equals_one_process_and_is_closed(tmp_path, h5ad_pair):
     assert seen[0][2] == 200
     one = local(tmp_path / "a.zarr", h5ad_pair, **options)
     assert tree_digest(one.path) == tree_digest(two.path)
+
+
+def test_a_local_cluster_is_silent_to_the_end(capfd, monkeypatch):
+    """Connections close after the cluster, and Dask tells of it on standard error."""
+    from distributed.deploy.cluster import Cluster
+
+    from annbatch_dask.etl.cluster import local_client
+
+    close = Cluster._close
+
+    async def last(self):
+        logging.getLogger("distributed.batched").info("Batched Comm Closed")
+        await close(self)
+
+    handlers = logging.getLogger("distributed").handlers
+    levels = [h.level for h in handlers]
+    assert levels
+    monkeypatch.setattr(Cluster, "_close", last)
+    for handler in handlers:
+        monkeypatch.setattr(handler, "stream", sys.stderr)
+    with local_client(n_workers=1, threads_per_worker=1, memory_limit=2**30) as client:
+        client.submit(int, pure=False).result()
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")
+    assert [h.level for h in handlers] == levels
 
 
 def test_an_error_on_a_worker_names_the_file_and_reaches_the_caller(tmp_path, h5ad_pair, scheduler):

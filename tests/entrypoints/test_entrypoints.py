@@ -62,7 +62,7 @@ def assert_built(target, mark):
     collection = DatasetCollection(target, mode="r")
     assert (len(collection), collection.n_obs) == (3, 500)
     assert set(collection.obs(columns=["read_by"])["read_by"]) == {"load_adata of the caller"}
-    _, alive = psutil.wait_procs(marked_processes(mark), timeout=20)
+    _, alive = psutil.wait_procs(marked_processes(mark), timeout=60)
     assert not alive
 
 
