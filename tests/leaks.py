@@ -13,7 +13,7 @@ import psutil
 
 THREADS = "annbatch-dask"
 _KEPT = (".ttf", ".so")  # matplotlib's fonts, libraries
-_PATIENCE_S = 10
+_PATIENCE_S = 60
 ROOT = Path("/")
 
 

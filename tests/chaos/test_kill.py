@@ -68,7 +68,7 @@ def build(out, paths, mode, *, kill=None, scheduler="synchronous"):
 def run(*args, **kwargs):
     """Run a build; returns its exit code and its tasks' reports."""
     with build(*args, **kwargs) as (process, reports):
-        process.join(120)
+        process.join(500)
         assert process.exitcode in (0, -signal.SIGKILL)
         return process.exitcode, [json.loads(line) for line in reports.read_text().splitlines()]
 

@@ -77,7 +77,7 @@ def test_python_process(place, code, target, mark, tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=240,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -89,7 +89,7 @@ def test_python_process(place, code, target, mark, tmp_path):
 def test_notebook(code, target, mark, tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(textwrap.dedent(code))])
     resources = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(notebook, timeout=240, kernel_name="python3", resources=resources).execute()
+    NotebookClient(notebook, timeout=500, kernel_name="python3", resources=resources).execute()
     text = "".join(o.get("text", "") for o in notebook.cells[0].outputs if o.get("name") == "stdout")
     assert text == "500 cells\n"
     assert_built(target, mark)

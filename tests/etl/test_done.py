@@ -13,7 +13,7 @@ import zarr
 
 from annbatch_dask import DatasetCollection, concat_lazy
 from annbatch_dask.cli import main
-from annbatch_dask.errors import CollectionError, SourceError
+from annbatch_dask.errors import CollectionError, SourceError, StorageError
 from annbatch_dask.events import Callback
 from annbatch_dask.storage.identity import function_identity, identity_of
 from annbatch_dask.storage.sources import SourceRef
@@ -364,7 +364,7 @@ def test_an_input_that_goes_away_during_the_build_is_named(tmp_path, files):
         for path in files:
             path.unlink()
 
-    with pytest.raises(SourceError, match=r"\.h5ad was changed while the build read it: .* and is gone"):
+    with pytest.raises(StorageError, match=r"was there before, and is not found now: '.*\.h5ad'"):
         build(tmp_path / "o.zarr", files, callbacks=[Replace(remove)])
 
 

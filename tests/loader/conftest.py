@@ -20,7 +20,7 @@ def dense_collection(tmp_path_factory: pytest.TempPathFactory) -> Collection:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A hang is a failure within a minute, but for tests that start interpreters, which name their own limit."""
+    """A hang is a failure within minutes, but for tests that start interpreters, which name their own limit."""
     for item in items:
         if Path(__file__).parent in item.path.parents and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(60))
+            item.add_marker(pytest.mark.timeout(240))

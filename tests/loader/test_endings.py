@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.timeout(150)  # interpreters start here
+pytestmark = pytest.mark.timeout(600)  # interpreters start here
 
 
-def run(script: str, *args: object, timeout: int = 60) -> subprocess.CompletedProcess[str]:
+def run(script: str, *args: object, timeout: int = 240) -> subprocess.CompletedProcess[str]:
     """A script in a process of its own, as a hang would take others with it."""
     command = [sys.executable, "-c", script, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
@@ -139,13 +139,13 @@ print("no hang in", n, "of them")
 """Trainers with a callback that knows them, a new one for each fold, or one for each validation of a training."""
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("kind", "seconds"),
     [("validations", 2), *(pytest.param(k, 75, marks=pytest.mark.chaos) for k in ("validations", "folds"))],
 )
 def test_iterators_in_cycles_do_not_hang(kind, seconds):
-    done = run(BESIDE_A_TRAINING, seconds, kind, timeout=seconds + 60)
+    done = run(BESIDE_A_TRAINING, seconds, kind, timeout=seconds + 240)
     assert (done.returncode, done.stderr) == (0, "")
     assert "no hang" in done.stdout
 

@@ -12,7 +12,7 @@ from tests.loader.data import N_VAR
 
 torch = pytest.importorskip("torch")
 pytestmark = [  # Lightning's own
-    pytest.mark.timeout(150),
+    pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used:UserWarning"),
 ]

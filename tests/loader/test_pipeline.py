@@ -29,7 +29,7 @@ from tests.loader.data import dense, matrix, quiet, write_collection
 from tests.loader.test_loader import check_epoch, csr, make
 from tests.loader.test_samplers import Minimal
 
-pytestmark = pytest.mark.timeout(60)  # a hang
+pytestmark = pytest.mark.timeout(240)  # a hang
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 
 
@@ -454,14 +454,14 @@ class Plain:
         pytest.param(2, "spawn", marks=pytest.mark.chaos),
     ],
 )
-@pytest.mark.timeout(150)  # new interpreters take their time; a worker that hangs is found by DataLoader's own limit
+@pytest.mark.timeout(600)  # new interpreters take their time; a worker that hangs is found by DataLoader's own limit
 def test_dataloader(collection, n_workers, context):
     from torch.utils.data import DataLoader
 
     loader = make(collection, batch_size=1, shuffle=True, rng=0)
     busy = iter(make(collection))
     next(busy)  # threads run while workers are forked
-    workers = {"num_workers": n_workers, "multiprocessing_context": context, "timeout": 60} if n_workers else {}
+    workers = {"num_workers": n_workers, "multiprocessing_context": context, "timeout": 240} if n_workers else {}
     found = [row for rows in DataLoader(loader, batch_size=16, collate_fn=Plain(), **workers) for row in rows]
     busy.close()
     assert sorted(index for (index,), _ in found) == list(range(221))

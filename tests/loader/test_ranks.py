@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-pytestmark = pytest.mark.timeout(300)  # starts interpreters, twice
+pytestmark = pytest.mark.timeout(900)  # starts interpreters, twice
 
 # The imports take longer than all the rest: one process makes them, the ranks are forked from it.
 SCRIPT = """
@@ -85,7 +85,7 @@ def test_three_ranks_train_and_stop_and_two_go_on(tmp_path):
         [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ import preprocess  # noqa: E402
 
 def run(*args):
     return subprocess.run(
-        [sys.executable, PIPELINES / "preprocess.py", *args], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, PIPELINES / "preprocess.py", *args], capture_output=True, text=True, check=False, timeout=500
     )
 
 

@@ -94,7 +94,7 @@ def test_three_processes_of_torchrun(atlas):
         [sys.executable, *command, atlas / "shuffled.zarr", "cell_type", "--distributed"],
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr

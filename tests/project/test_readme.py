@@ -28,7 +28,7 @@ def test_the_first_example_runs_as_shown(h5ad_pair, tmp_path):
         env=os.environ | {"DASK_SCHEDULER": "threads"},  # tests/entrypoints starts the local cluster
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr
