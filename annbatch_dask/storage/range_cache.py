@@ -5,6 +5,13 @@ A remote file has two local ones: ``NAME.bytes``, sparse, with what was read whe
 crash or a power cut has taken. Names hold a random part and are never used twice: a process that remembers spans of
 files that another one has removed finds nothing under them, rather than somebody else's holes.
 
+Processes that run at the same time share it as well: before anything is fetched, a log that has grown is read on.
+
+A copy may rot like any other bytes. Who finds that it did calls :meth:`RangeCache.forget` and asks the store again.
+
+What is kept may be private. Files are for their owner alone, as is a folder that is made here; one that others own, or
+may write to, is refused.
+
 What came first stays: an epoch reads everything once, in another order each time, so what came last is no likelier
 than anything else to be read next. Only what nobody has begun to use for an hour gives way.
 """
@@ -28,6 +35,8 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from annbatch_dask.errors import StorageError
+
 __all__ = ["RangeCache", "RemoteFile"]
 
 logger = logging.getLogger(__name__)
@@ -39,7 +48,7 @@ _GRANT_NBYTES = 64 * 2**20
 """A process asks for this much room at a time, and logs what it has written when it has written as much."""
 _BLOCK_NBYTES = 4096
 _UNUSED_S = 3600
-_LOG, _BYTES = ".spans", ".bytes"
+_LOG, _BYTES, _LOCK = ".spans", ".bytes", ".lock"
 _RECORD = np.dtype([("start", "<u8"), ("stop", "<u8"), ("check", "<u4")])
 
 
@@ -105,8 +114,34 @@ class RangeCache:
             self._keep(state, file, first, out[first - start : last - start])
         return stop - start
 
+    def check_private(self) -> None:
+        """Make the folder where it is not there yet.
+
+        Raises
+        ------
+        StorageError
+            If others may write to it: they could put anything into what is read.
+        """
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = self.folder.stat()
+        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            msg = (
+                f"the cache folder {self.folder} belongs to user {found.st_uid} (this is {os.geteuid()}) and has mode "
+                f"{found.st_mode & 0o777:o}, so that others could change what is read from it; give a folder of your "
+                "own, with mode 700"
+            )
+            raise StorageError(msg)
+
+    def forget(self, file: RemoteFile) -> None:
+        """Remove what is kept of a file, as it is damaged; it may be kept anew."""
+        state = self._state
+        with self._giving_up(state), state.lock:
+            kept = state.files.pop(file, None) or self._open(file)
+            logger.warning("%s is damaged: what it holds of %s is read again", kept.name, file.url)
+            _remove(kept.name)
+
     def flush(self) -> None:
-        """Log what this process has kept, for others and for later."""
+        """Log what this process has kept, for others and for later. Takes locks: nothing a finalizer may call."""
         state = self._state
         with self._giving_up(state):
             self._log(state)
@@ -115,19 +150,21 @@ class RangeCache:
 
     def _read_kept(self, state: _State, file: RemoteFile, start: int, out: memoryview) -> tuple[int, int] | None:
         """Fill in what is kept; returns the run that is still missing."""
-        with state.lock:
-            kept = state.files.get(file)
-            if kept is None:
-                kept = state.files[file] = self._open(file)
-            missing = kept.spans.missing(start, start + len(out))
-        if kept.read(start, out, missing):
-            return missing
-        with state.lock:
-            state.files[file] = self._open(file)
+        kept: _Kept | None = None
+        for _ in range(2):  # once more if another process has removed what is remembered, and perhaps made it anew
+            with state.lock:
+                if state.files.get(file) in (None, kept):
+                    state.files[file] = self._open(file)
+                kept = state.files[file]
+                missing = kept.spans.missing(start, start + len(out))
+                if missing is not None and kept.read_log(file.nbytes):
+                    missing = kept.spans.missing(start, start + len(out))
+            if kept.read(start, out, missing):
+                return missing
         return start, start + len(out)
 
     def _open(self, file: RemoteFile) -> _Kept:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.check_private()
         with self._locked():
             logs = sorted(self.folder.glob(f"{file.digest}-*.spans"))
             if logs:
@@ -197,9 +234,12 @@ class RangeCache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with open(self.folder / ".lock", "a") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
+        fd = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(fd)
 
     def _log(self, state: _State) -> None:
         with state.lock:
@@ -243,23 +283,40 @@ class _Kept:
     name: Path
     spans: Spans
     is_new: bool = False
+    n_read: int = 0  # bytes of the log
 
     @classmethod
     def create(cls, name: Path) -> _Kept:
         for suffix in (_LOG, _BYTES):
-            name.with_suffix(suffix).touch(exist_ok=False)
+            os.close(os.open(name.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         return cls(name, Spans(), is_new=True)
 
     @classmethod
     def load(cls, name: Path, nbytes: int) -> _Kept:
-        log, spans = name.with_suffix(_LOG), Spans()
-        raw = log.read_bytes()
-        os.utime(log)  # in use
+        for suffix in (_LOG, _BYTES):
+            with contextlib.suppress(FileNotFoundError):
+                name.with_suffix(suffix).chmod(0o600)  # of a release that left it to the umask
+        os.utime(name.with_suffix(_LOG))  # in use
+        kept = cls(name, Spans())
+        kept.read_log(nbytes)
+        return kept
+
+    def read_log(self, nbytes: int) -> bool:
+        """Learn what the log says that was not read yet, by other processes too; returns whether it said anything."""
+        try:
+            with open(self.name.with_suffix(_LOG), "rb", buffering=0) as f:
+                n_new = (os.fstat(f.fileno()).st_size - self.n_read) // _RECORD.itemsize * _RECORD.itemsize
+                if n_new <= 0:
+                    return False
+                raw = os.pread(f.fileno(), n_new, self.n_read)
+        except FileNotFoundError:  # removed by another process
+            return False
         records = np.frombuffer(raw[: len(raw) // _RECORD.itemsize * _RECORD.itemsize], _RECORD)
+        self.n_read += records.nbytes
         records = records[records["check"] == _checks(records)]  # a full disk may have cut one short
         for start, stop, _ in records[records["stop"] <= nbytes].tolist():
-            spans.add(start, stop)
-        return cls(name, spans)
+            self.spans.add(start, stop)
+        return True
 
     def read(self, start: int, out: memoryview, missing: tuple[int, int] | None) -> bool:
         """Fill in all but what is missing; False if the file is gone or short, and nothing is left of it."""

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from annbatch_dask.errors import StorageError
 from annbatch_dask.storage.range_cache import RangeCache, RemoteFile, Spans
 
 MB = 2**20
@@ -248,6 +249,15 @@ class TestDamage:
             path.unlink()
         self.assert_sound(cache, kept, [0, 20_000, 60_000])
 
+    def test_what_is_forgotten_is_fetched_and_kept_anew(self, cache, kept, caplog):
+        other = again(cache)
+        self.assert_sound(other, kept, [])
+        cache.forget(kept.remote.file)
+        assert "is damaged: what it holds of s3://bucket/file is read again" in caplog.text
+        self.assert_sound(cache, kept, [0, 20_000, 60_000])
+        cache.flush()
+        self.assert_sound(other, kept, [])
+
     @pytest.mark.parametrize("call", ["pwrite", "fsync", "preadv"])
     def test_a_disk_that_fails_ends_the_use_of_the_cache_alone(self, cache, kept, monkeypatch, caplog, call):
         def fail(*args):
@@ -299,3 +309,70 @@ def test_processes_share_one(cache):
     pieces = [remote.read(later, start, start + 8_192) for start in range(0, 2 * MB, 8_192)]
     assert b"".join(pieces) == remote.content
     assert sum(b - a for a, b in remote.fetched) < 0.2 * MB
+
+
+def read_shares(cache, rank, barrier, shares):
+    """A fourth of a file an epoch, another one each time; which share of it came from the store."""
+    remote, step, order = Remote(8 * MB), 100_000, np.random.default_rng(0).permutation(80)
+    for epoch in range(3):
+        remote.fetched.clear()
+        mine = np.roll(order, 20 * epoch)[rank::4]
+        for k in mine.tolist():
+            assert remote.read(cache, k * step, (k + 1) * step) == remote.content[k * step : (k + 1) * step]
+        cache.flush()
+        shares.put((epoch, sum(b - a for a, b in remote.fetched) / (len(mine) * step)))
+        barrier.wait(60)
+
+
+def test_processes_find_what_others_fetch_while_they_run(cache):
+    context = multiprocessing.get_context("fork")
+    barrier, shares = context.Barrier(4), context.Queue()
+    processes = [context.Process(target=read_shares, args=(cache, rank, barrier, shares)) for rank in range(4)]
+    for process in processes:
+        process.start()
+    found = sorted(shares.get(timeout=60) for _ in range(12))
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    shares.close()
+    assert [share for _, share in found] == [1.0] * 4 + [0.0] * 8
+
+
+class TestPrivate:
+    """What is kept is for its owner alone."""
+
+    @pytest.fixture(autouse=True)
+    def _open_umask(self):
+        before = os.umask(0)
+        yield
+        os.umask(before)
+
+    def test_nobody_else_may_read_it(self, cache):
+        Remote(5_000).read(cache, 0, 5_000)
+        cache.flush()
+        assert cache.folder.stat().st_mode & 0o777 == 0o700
+        assert {p.stat().st_mode & 0o777 for p in cache.folder.iterdir()} == {0o600}
+
+    def test_what_an_earlier_release_left_open_is_closed(self, cache):
+        remote = Remote(5_000)
+        remote.read(cache, 0, 5_000)
+        cache.flush()
+        for path in cache.folder.iterdir():
+            path.chmod(0o644)
+        remote.fetched.clear()
+        assert remote.read(again(cache), 0, 5_000) == remote.content
+        assert not remote.fetched
+        assert {p.stat().st_mode & 0o777 for p in cache.folder.glob("*.*s")} == {0o600}
+
+    @pytest.mark.parametrize("whose", ["others", "mine, which others may write to"])
+    def test_a_folder_of_others_is_refused(self, cache, whose, monkeypatch):
+        cache.folder.mkdir(mode=0o700 if whose == "others" else 0o770)
+        if whose == "others":
+            monkeypatch.setattr(os, "geteuid", lambda: cache.folder.stat().st_uid + 1)
+        with pytest.raises(StorageError, match="others could change what is read from it; give a folder of your own"):
+            cache.check_private()
+
+    def test_a_folder_of_the_users_own_stays_as_it_is(self, cache):
+        cache.folder.mkdir(mode=0o755)
+        cache.check_private()
+        assert cache.folder.stat().st_mode & 0o777 == 0o755
