@@ -9,6 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +21,7 @@ import zarr
 import zarr.codecs
 
 from annbatch_dask.arguments import absolute, folder_at, groupby_columns, references, resolve_options, resolve_seed
-from annbatch_dask.errors import CollectionError
+from annbatch_dask.errors import CollectionChangedError, CollectionError
 from annbatch_dask.etl.commit import leftovers, sweep
 from annbatch_dask.etl.inputs import Input, known_inputs
 from annbatch_dask.etl.job import Job, work_folder
@@ -57,7 +58,7 @@ from annbatch_dask.storage.groups import n_rows
 from annbatch_dask.storage.identity import identity_of, where_of
 from annbatch_dask.storage.lock import Lease, check_unchanged, claim_numbers, exclusive, is_claim
 from annbatch_dask.storage.matrices import describe_matrix
-from annbatch_dask.storage.metadata import METADATA
+from annbatch_dask.storage.metadata import METADATA, is_metadata
 from annbatch_dask.storage.publish import Folder, folder_of
 from annbatch_dask.storage.sources import SourceRef
 
@@ -76,6 +77,7 @@ Mode = Literal["extend", "append", "reshuffle"]
 OnDuplicate = Literal["warn", "error"]
 
 _SCRATCH = ".scratch"
+_N_THREADS = 16
 _DEFAULT_COMPRESSOR = (zarr.codecs.BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"),)
 """annbatch's codec at level 5 instead of 3, whose larger blocks of counts decode up to twice as fast and are a tenth
 smaller, at no cost in writing (measured on 20M uint16 values and their indices)."""
@@ -197,6 +199,13 @@ class DatasetCollection:
             for name in self._names():
                 yield self._group[name]  # type: ignore[misc]
 
+    def groups(self) -> list[zarr.Group]:
+        """The same as a list, many opened at a time: in a large collection, each is a request to a store."""
+        if self.is_empty or self._group is None or self._is_in_memory or self._folder.is_local:
+            return list(self)
+        with ThreadPoolExecutor(_N_THREADS, thread_name_prefix="open") as pool:
+            return list(pool.map(self._group.__getitem__, self._names()))  # type: ignore[arg-type]
+
     @property
     def manifest(self) -> Manifest | None:
         """What the build recorded; None for an empty collection and for one that annbatch wrote."""
@@ -222,9 +231,10 @@ class DatasetCollection:
     @property
     def var(self) -> pd.DataFrame:
         """Frame of the genes, the same for all datasets."""
-        for group in self:
-            frame: pd.DataFrame = ad.io.read_elem(group["var"])
-            return frame
+        with self._as_opened():
+            for group in self:
+                frame: pd.DataFrame = ad.io.read_elem(group["var"])
+                return frame
         return pd.DataFrame()
 
     @property
@@ -247,11 +257,54 @@ class DatasetCollection:
         if self._is_in_memory:
             return Lease(None)
         lease = Lease(self._folder)
-        now = dataset_names(lease.document() or self._folder.find(METADATA) or b"")
-        if now and (gone := set(self._names()) - now):
-            msg = f"{self.path} was changed since it was opened: {min(gone)} was replaced; open it again"
-            raise CollectionError(msg)
+        self._check_as_opened(lease.document() or None)
         return lease
+
+    def _check_as_opened(self, document: bytes | None = None) -> None:
+        """Refuse to go on where a dataset was replaced since the collection was opened, and others may be as it was.
+
+        Raises
+        ------
+        CollectionChangedError
+            Then.
+        """
+        if self._group is None or self._is_in_memory:
+            return
+        if document is None:
+            try:
+                document = self._folder.find(METADATA)
+            except CollectionError:  # a store that this process alone has
+                return
+        if gone := self._replaced(document):
+            msg = (
+                f"{self.path} was changed since it was opened: {len(gone):,} of its {len(self._names()):,} datasets, "
+                f"{min(gone)} among them, were replaced or removed; open it again"
+            )
+            raise CollectionChangedError(msg)
+
+    def _replaced(self, document: bytes | None) -> set[str]:
+        """Names of the datasets that are not there any more as they were, by the root document of now."""
+        assert self._group is not None  # it was opened
+        if document is None:
+            return set(self._names()) or {"it"}
+        opened, values = self._manifest, json.loads(document).get("attributes", {}).get(MANIFEST_KEY)
+        if opened is None:  # annbatch wrote it, perhaps without the names
+            now = dataset_names(document)
+            return set(self._names()) - now if now else set()
+        if values == self._group.attrs[MANIFEST_KEY]:
+            return set()
+        there = {d.name: d for d in Manifest.from_json(values).datasets} if values else {}
+        return {d.name for d in opened.datasets if there.get(d.name) != d}
+
+    @contextlib.contextmanager
+    def _as_opened(self) -> Iterator[None]:
+        """What is read in the block is of the collection that was opened, or an error says that it is not there."""
+        try:
+            yield
+        except Exception:
+            self._check_as_opened()
+            raise
+        self._check_as_opened()
 
     def obs(self, columns: Sequence[str] | None = None, *, names: bool = True) -> pd.DataFrame:
         """Obs of all datasets, in their order.
@@ -269,7 +322,8 @@ class DatasetCollection:
         """
         if self.is_empty or (columns is not None and not len(columns)):
             return pd.DataFrame()
-        frames = [_read_obs(elem, columns, names=names) for elem in self._obs_elems()]
+        with self._as_opened():
+            frames = [_read_obs(elem, columns, names=names) for elem in self._obs_elems()]
         out = pd.concat(frames, ignore_index=not names)
         for name in out.columns:  # pd.concat keeps a categorical only where all categories agree
             if all(isinstance(f[name].dtype, pd.CategoricalDtype) for f in frames if name in f):
@@ -311,7 +365,8 @@ class DatasetCollection:
         if self._h5ad or self.is_empty:
             msg = f"{self.path} holds no zarr datasets to report on; build it with add_adatas"
             raise CollectionError(msg)
-        return make_report(self.path, list(self), self.manifest, None if self._is_in_memory else self._target)
+        with self._as_opened():
+            return make_report(self.path, list(self), self.manifest, None if self._is_in_memory else self._target)
 
     def to_lazy(self, *, load_annotation_index: bool = True) -> ad.AnnData:
         """All datasets as one AnnData to look at: X, layers and raw are dask arrays, columns of obs are read when used.
@@ -353,7 +408,8 @@ class DatasetCollection:
         if self.is_empty:
             msg = f"{self.path} holds no dataset to look at; build it with add_adatas"
             raise CollectionError(msg)
-        return View.of(tuple(self._dataset_refs()), merge="first")  # they say the same of genes
+        with self._as_opened():
+            return View.of(tuple(self._dataset_refs()), merge="first")  # they say the same of genes
 
     # --- splitting ---------------------------------------------------------------------------------------------
 
@@ -855,20 +911,33 @@ class DatasetCollection:
             against=tuple(r.label for r in refs),
         )
 
-    def check(self) -> None:
+    def check(self, obs_columns: Sequence[str] | None = None) -> None:
         """Refuse a collection that a loader would read wrong rows of.
 
         All files must be there and have their size, and what is read whole (obs, var, metadata) must have its checksum.
-        :meth:`annbatch_dask.Loader.use_collection` calls this. Chunks of matrices have checksums that are checked when
-        a chunk is read first; :meth:`verify` reads them all.
+        :meth:`annbatch_dask.Loader.use_collection` calls this. Chunks of matrices have checksums that are checked each
+        time a chunk is read; :meth:`verify` reads them all.
+
+        Parameters
+        ----------
+        obs_columns
+            Read these columns of obs, the names of cells and genes, and nothing else that is read whole, as a loader
+            of these columns does. None reads everything.
 
         Raises
         ------
         IntegrityError
             With the name of a file that is not as it was written.
         """
-        if self.manifest is not None and not self._is_in_memory:
-            check_readable(self._target, self.manifest)
+        manifest = self.manifest
+        if manifest is not None and not self._is_in_memory:
+            check_readable(self._target, manifest, None if obs_columns is None else self._reads(obs_columns))
+
+    def _reads(self, obs_columns: Sequence[str]) -> Callable[[str], bool]:
+        """Whether a loader of these columns reads a file whole, by its path within a dataset."""
+        index = next(iter(self))["obs"].attrs["_index"]
+        parts = tuple(f"obs/{name}/" for name in (*obs_columns, index)) + ("var/",)
+        return lambda name: name.startswith(parts) and not is_metadata(name)  # whose copies above are what is used
 
     def gc(self) -> list[str]:
         """Remove what interrupted builds left in the collection's folder, and their scratch folder beside it.

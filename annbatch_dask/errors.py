@@ -14,6 +14,7 @@ True True
 __all__ = [
     "AnnbatchDaskError",
     "CollectionBusyError",
+    "CollectionChangedError",
     "CollectionError",
     "DeviceError",
     "IntegrityError",
@@ -67,8 +68,12 @@ class IntegrityError(AnnbatchDaskError, RuntimeError):
     """What was written is not what was read."""
 
 
+class CollectionChangedError(CollectionError, IntegrityError):
+    """What was opened is not there any more: a build or a copy replaced it under its reader."""
+
+
 class StorageError(AnnbatchDaskError, OSError):
-    """A disk is full, a quota is used up, or a file system or store did not answer for minutes."""
+    """A disk is full, a quota used up, a folder open to others, or a file system or store silent for minutes."""
 
 
 class MissingPackageError(AnnbatchDaskError, ImportError):

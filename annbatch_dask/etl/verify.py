@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
@@ -16,10 +17,11 @@ from annbatch_dask.manifest import DatasetRecord, Manifest, SourceRecord
 from annbatch_dask.plan.build import Extension, Options, build_plan
 from annbatch_dask.plan.elements import Elements
 from annbatch_dask.plan.memory import Budget
-from annbatch_dask.storage.checksums import checksum
+from annbatch_dask.storage.checksums import checksums
 from annbatch_dask.storage.metadata import METADATA, consolidated_below, metadata_below, nodes_checksum
 from annbatch_dask.storage.publish import Folder
 from annbatch_dask.storage.sources import SourceRef, open_source
+from annbatch_dask.storage.versions import list_files
 
 __all__ = [
     "Problem",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 _ALL = Elements()
+_N_THREADS = 16
 _BUDGET = Budget(2**40)
 """No limit: rows are read in blocks of the default size."""
 
@@ -138,24 +141,40 @@ def check_dataset(target: Folder, record: DatasetRecord, n_vars: int) -> dict[st
     }
 
 
-def check_readable(target: Folder, manifest: Manifest) -> None:
+def check_readable(target: Folder, manifest: Manifest, reads: Callable[[str], bool] | None = None) -> None:
     """Refuse a collection of which a file is missing or short, or of which damage would go unnoticed by a loader.
 
     That is all but the shards of matrices, each chunk of which is checked when it is read.
+
+    Parameters
+    ----------
+    target, manifest
+        The collection.
+    reads
+        Which files, by path within a dataset, are read for their checksums; None for all but shards. Of the others
+        the sizes are looked at.
 
     Raises
     ------
     IntegrityError
         With the first of such files.
     """
-    problems = []
-    if manifest.metadata not in ("", found := nodes_checksum(consolidated_below(target))):
-        problems.append(Problem(METADATA, f"its metadata have crc32c {found} and had {manifest.metadata}"))
-    for record in manifest.datasets:
-        problems = problems or _check_files(target, record, lambda name: not manifest.is_shard(name))
-    if problems:
-        msg = f"{target.url} cannot be read: {problems[0]}; verify() names all that is damaged; restore it"
-        raise IntegrityError(msg)
+    whole = reads or (lambda name: not manifest.is_shard(name))
+    names = {d.name for d in manifest.datasets}  # others may have been added since
+    nodes = {path: node for path, node in consolidated_below(target).items() if path.split("/")[0] in names}
+    if manifest.metadata and nodes and manifest.metadata != (found := nodes_checksum(nodes)):
+        raise _unreadable(target, Problem(METADATA, f"its metadata have crc32c {found} and had {manifest.metadata}"))
+    pool = ThreadPoolExecutor(_N_THREADS, thread_name_prefix="check")
+    try:
+        for problems in pool.map(lambda record: _check_files(target, record, whole), manifest.datasets):
+            if problems:
+                raise _unreadable(target, problems[0])
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _unreadable(target: Folder, problem: Problem) -> IntegrityError:
+    return IntegrityError(f"{target.url} cannot be read: {problem}; verify() names all that is damaged; restore it")
 
 
 def _check_files(target: Folder, record: DatasetRecord, reads: Callable[[str], bool]) -> list[Problem]:
@@ -168,15 +187,17 @@ def _check_files(target: Folder, record: DatasetRecord, reads: Callable[[str], b
     if not files:  # annbatch wrote it
         return []
     folder, problems = target / record.name, []
-    sizes = folder.sizes()
+    listing = list_files(folder)
+    sizes = folder.sizes() if listing is None else listing.sizes
+    found = checksums(folder, {name: size for name, (size, _) in files.items() if reads(name) and name in sizes})
     for name, (size, crc) in files.items():
         where = f"{record.name}/{name}"
         if name not in sizes:
             problems.append(Problem(where, "is missing"))
         elif sizes[name] != size:
             problems.append(Problem(where, f"has {sizes[name]:,} bytes and was written with {size:,}"))
-        elif reads(name) and (found := checksum(folder, name)[1]) != crc:
-            problems.append(Problem(where, f"has crc32c {found} and was written with {crc}"))
+        elif found.get(name, crc) != crc:
+            problems.append(Problem(where, f"has crc32c {found[name]} and was written with {crc}"))
     extra = sorted(sizes.keys() - files.keys())
     return [*problems, *(Problem(f"{record.name}/{name}", "was not written by the build") for name in extra)]
 

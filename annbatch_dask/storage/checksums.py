@@ -9,11 +9,12 @@ import numpy as np
 
 from annbatch_dask.storage.publish import Folder
 
-__all__ = ["FileSums", "checksum", "checksum_of"]
+__all__ = ["FileSums", "checksum", "checksum_of", "checksums"]
 
 FileSums = Mapping[str, tuple[int, str]]
 """Bytes and crc32c (8 hex digits) by path."""
 _PIECE = 2**22
+_N_AT_ONCE = 32
 
 
 def checksum(folder: Folder, name: str) -> tuple[int, str]:
@@ -36,6 +37,23 @@ def checksum(folder: Folder, name: str) -> tuple[int, str]:
         return size, f"{crc:08x}"
     finally:
         file.close()
+
+
+def checksums(folder: Folder, sizes: Mapping[str, int]) -> dict[str, str]:
+    """crc32c of files of known sizes; small ones of a store are asked for many at a time.
+
+    Raises
+    ------
+    FileNotFoundError
+        If one is not there.
+    """
+    found: dict[str, str] = {}
+    small = [] if folder.is_local else [name for name, size in sizes.items() if size <= _PIECE]
+    for start in range(0, len(small), _N_AT_ONCE):
+        names = small[start : start + _N_AT_ONCE]
+        payloads = folder.fs.cat_ranges([f"{folder.path}/{name}" for name in names], 0, None, on_error="raise")
+        found |= {name: checksum_of(payload)[1] for name, payload in zip(names, payloads, strict=True)}
+    return found | {name: checksum(folder, name)[1] for name in sizes if name not in found}
 
 
 def checksum_of(payload: bytes) -> tuple[int, str]:

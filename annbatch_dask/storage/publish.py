@@ -11,10 +11,12 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import lru_cache
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import fsspec
+import fsspec.asyn
 import zarr
 import zarr.storage
 from fsspec.implementations.local import LocalFileSystem
@@ -52,7 +54,8 @@ _VERSION_KEYS = ("ETag", "etag", "generation", "mtime", "LastModified", "Last-Mo
 
 def version_of(info: Mapping[str, Any]) -> str:
     """What tells one content of a file from another, as its file system says; empty where it says nothing."""
-    return str(next(filter(None, map(info.get, _VERSION_KEYS)), ""))
+    found = next(filter(None, map(info.get, _VERSION_KEYS)), "")
+    return str(found.timestamp() if isinstance(found, datetime) else found)  # a listing may have either
 
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}
@@ -400,8 +403,28 @@ class RemoteRanges:
     fs: fsspec.AbstractFileSystem
     path: str
 
+    def read_version(self, start: int, out: memoryview, version: tuple[str, int]) -> int:
+        """The same of one version of the file, as :meth:`identity` gives it, and of no other.
+
+        S3 compares in the same request. Elsewhere the file is asked for its version after it was read.
+
+        Raises
+        ------
+        FileExistsError
+            If it has another version by now.
+        """
+        if "s3" in _protocols(self.fs) and version[0].startswith('"'):  # an entity tag
+            found = _get_version(self.fs, self.path, start, start + len(out), version[0]) if len(out) else b""
+            out[: len(found)] = found
+            return len(found)
+        n = self.read_into(start, out)
+        if self.identity() != version:
+            raise FileExistsError(self.path)
+        return n
+
     def identity(self) -> tuple[str, int] | None:
         """Its version, as in :meth:`Folder.version`, and its bytes; None where there is no such file."""
+        self.fs.invalidate_cache(self.path)  # or a listing of old would be asked
         try:
             info = self.fs.info(self.path)
         except FileNotFoundError:
@@ -429,6 +452,30 @@ def _cat_range(fs: fsspec.AbstractFileSystem, path: str, start: int, stop: int |
         if _error_code(e) in ("InvalidRange", "416"):  # the file ends before
             return b""
         raise
+
+
+def _get_version(fs: Any, path: str, start: int, stop: int, tag: str) -> bytes:
+    """Bytes [start, stop) of an object of S3, if it has an entity tag. s3fs's own ``cat_file`` takes no condition."""
+    from s3fs.core import _error_wrapper  # tries again what s3fs tries again, as its own reads do
+
+    bucket, key, _ = fs.split_path(path)
+    asked = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{stop - 1}", "IfMatch": tag}
+
+    async def get() -> bytes:
+        answer = await fs._call_s3("get_object", **asked)
+        async with answer["Body"] as body:
+            payload: bytes = await body.read()
+        return payload
+
+    try:
+        found: bytes = fsspec.asyn.sync(fs.loop, _error_wrapper, get, retries=fs.retries)
+    except OSError as e:
+        if _is_refused(e):
+            raise FileExistsError(path) from e
+        if _error_code(e) in ("InvalidRange", "416"):  # the file ends before
+            return b""
+        raise
+    return found
 
 
 def _sync(path: str) -> None:

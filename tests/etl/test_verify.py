@@ -167,3 +167,30 @@ def test_gc_removes_leftovers_and_nothing_else(copy, capsys):
 def test_nothing_to_verify(tmp_path):
     with pytest.raises(CollectionError, match="has no manifest to compare with"):
         DatasetCollection(tmp_path / "o.zarr").verify()
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "is_found"),
+    [
+        ("obs/cell_type/codes/c/0", None, True),
+        ("obs/cell_type/codes/c/0", ["cell_type"], True),
+        ("obs/cell_type/codes/c/0", ["n_counts"], False),
+        ("obs/_index/c/0", ["n_counts"], True),
+        ("var/_index/c/0", [], True),
+        ("X/data/c/0", [], False),  # its chunks are checked when they are read
+    ],
+)
+def test_a_check_reads_what_a_loader_of_some_columns_does(copy, name, columns, is_found):
+    path = copy / "dataset_1" / name
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    collection = DatasetCollection(copy, mode="r")
+    if is_found:
+        with pytest.raises(IntegrityError, match=f"dataset_1/{name}: has crc32c"):
+            collection.check(columns)
+    else:
+        collection.check(columns)
+    path.unlink()
+    with pytest.raises(IntegrityError, match=f"dataset_1/{name}: is missing"):
+        collection.check(columns)
