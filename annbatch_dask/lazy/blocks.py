@@ -11,18 +11,19 @@ import scipy.sparse as sp
 from dask.highlevelgraph import HighLevelGraph
 from numpy.typing import NDArray
 
+from annbatch_dask.lazy.opened import open_as_opened
 from annbatch_dask.plan.build import Plan
 from annbatch_dask.plan.schema import MatrixSchema, MatrixSpec
 from annbatch_dask.storage.join import dense_to_csr, in_gene_order, join_dense, map_genes
 from annbatch_dask.storage.matrices import CsrRows
-from annbatch_dask.storage.sources import SourceRef, open_source
+from annbatch_dask.storage.sources import SourceRef
 
 __all__ = ["lazy_matrix"]
 
 _NO_COUNTS = np.zeros(0, np.int64)
 
 
-def lazy_matrix(plan: Plan, refs: tuple[SourceRef, ...], spec: MatrixSpec) -> da.Array:
+def lazy_matrix(plan: Plan, refs: tuple[SourceRef, ...], identities: tuple[str, ...], spec: MatrixSpec) -> da.Array:
     """A matrix of a plan, (n_obs, n_cols): blocks of CSR where any source is sparse, else dense ones.
 
     Tasks share the maps of genes by key, so a task is a few hundred bytes.
@@ -37,19 +38,26 @@ def lazy_matrix(plan: Plan, refs: tuple[SourceRef, ...], spec: MatrixSpec) -> da
         schema = schemas[block.source]
         which = plan.genes[spec.genes].which[block.source, schema.genes] if spec.genes else None
         gene_map = None if which is None else (f"genes-{name}", which)
-        tasks[name, i, 0] = (_read_block, refs[block.source], schema, spec, block.start, block.stop, gene_map)
+        source = refs[block.source], identities[block.source]
+        tasks[name, i, 0] = (_read_block, *source, schema, spec, block.start, block.stop, gene_map)
     dtype = np.dtype(spec.source_dtype)
     meta = sp.csr_matrix((0, 0), dtype=dtype) if spec.kind == "csr" else np.zeros((0, 0), dtype)
     chunks = (tuple(b.n_rows for b in plan.blocks), (spec.n_cols,))
     return da.Array(HighLevelGraph.from_collections(name, tasks | maps), name, chunks, meta=meta)
 
 
-def _read_block(
-    ref: SourceRef, schema: MatrixSchema, spec: MatrixSpec, start: int, stop: int, gene_map: NDArray[np.int32] | None
+def _read_block(  # noqa: PLR0913, PLR0917 - a task's parts
+    ref: SourceRef,
+    identity: str,
+    schema: MatrixSchema,
+    spec: MatrixSpec,
+    start: int,
+    stop: int,
+    gene_map: NDArray[np.int32] | None,
 ) -> Any:
     """Rows [start, stop) of a source's matrix on the columns of the view."""
     try:
-        with open_source(ref) as source:
+        with open_as_opened(ref, identity) as source:
             found = source.matrix(schema, start, stop)
             if spec.kind == "dense":
                 return join_dense(np.asarray(found), spec, gene_map)

@@ -15,12 +15,13 @@ from xarray.backends import BackendArray
 from xarray.core.extension_array import PandasExtensionArray
 from xarray.core.indexing import ExplicitIndexer, IndexingSupport, LazilyIndexedArray, explicit_indexing_adapter
 
+from annbatch_dask.lazy.opened import open_as_opened
 from annbatch_dask.plan.build import Plan
 from annbatch_dask.plan.layout import Block
 from annbatch_dask.plan.schema import ColumnSpec, SourceSchema
 from annbatch_dask.storage.columns import ColumnRows, to_pandas
 from annbatch_dask.storage.join import read_column
-from annbatch_dask.storage.sources import Source, SourceRef, open_source
+from annbatch_dask.storage.sources import Source, SourceRef
 
 __all__ = ["SourceRows"]
 
@@ -32,12 +33,13 @@ class SourceRows:
     """The rows of some sources, one after the other. Small to pickle; opens nothing until it is read."""
 
     refs: tuple[SourceRef, ...]
+    identities: tuple[str, ...] = field(repr=False)
     sources: tuple[SourceSchema, ...] = field(repr=False)
 
     @classmethod
-    def of(cls, plan: Plan, refs: tuple[SourceRef, ...]) -> SourceRows:
+    def of(cls, plan: Plan, refs: tuple[SourceRef, ...], identities: tuple[str, ...]) -> SourceRows:
         """Those of a plan, with what is known of their columns alone."""
-        return cls(refs, tuple(replace(s, matrices=()) for s in plan.sources))
+        return cls(refs, identities, tuple(replace(s, matrices=()) for s in plan.sources))
 
     @property
     def n_obs(self) -> int:
@@ -75,7 +77,7 @@ class SourceRows:
         for k, (low, high) in enumerate(zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True)):
             first, last = max(start, low), min(stop, high)
             if first < last or (start == stop and not found):
-                with open_source(self.refs[k]) as source:
+                with open_as_opened(self.refs[k], self.identities[k]) as source:
                     block = Block(k, first - low, max(first, last) - low, first, 0)
                     found.append(reader(spec, block, self.sources[k], source))
         values = np.concatenate([f.values for f in found])

@@ -20,6 +20,7 @@ from annbatch_dask.arguments import references
 from annbatch_dask.etl.scan import merge_annotations, raw_var, scan
 from annbatch_dask.lazy.blocks import lazy_matrix
 from annbatch_dask.lazy.columns import SourceRows
+from annbatch_dask.lazy.opened import look_at
 from annbatch_dask.plan.build import Options, Plan, build_plan
 from annbatch_dask.plan.columns import unite_columns
 from annbatch_dask.plan.elements import Elements
@@ -91,6 +92,8 @@ def concat_lazy(
         If a file cannot be read.
     SchemaError
         If files contradict each other.
+    CollectionChangedError
+        When something is read of a file that was replaced since.
 
     Examples
     --------
@@ -130,6 +133,7 @@ class View:
 
     plan: Plan
     refs: tuple[SourceRef, ...] = field(repr=False)
+    identities: tuple[str, ...] = field(repr=False)
     annotations: ad.AnnData | None = field(repr=False)
     join: Join
 
@@ -137,6 +141,7 @@ class View:
     def of(cls, refs: tuple[SourceRef, ...], *, join: Join = "outer", merge: str | None = None) -> View:
         """Open sources, in threads, and join them."""
         wanted = merge is not None or len(refs) == 1
+        looks = compute(*[delayed(look_at)(ref) for ref in refs], scheduler="threads")  # before anything is read
         tasks = [delayed(scan)(ref, wanted, False, True) for ref in refs]  # noqa: FBT003 - a task
         scanned = compute(*tasks, scheduler="threads")
         schemas = [s.schema for s in scanned]
@@ -159,12 +164,12 @@ class View:
             plan = _inner(plan, schemas)
         n_bytes = max(_BLOCK_NBYTES, plan.n_bytes_read // _MAX_BLOCKS)
         blocks = cut_blocks(plan.sources, block_nbytes=n_bytes, csc_nbytes=_CSC_BLOCK_NBYTES, obs_nbytes=0)
-        return cls(replace(plan, blocks=blocks), refs, annotations, join)
+        return cls(replace(plan, blocks=blocks), refs, looks, annotations, join)
 
     def to_anndata(self, *, label: str | None = None, load_annotation_index: bool = True) -> ad.AnnData:
         """See :func:`concat_lazy`."""
         plan = self.plan
-        matrices = {m.name: lazy_matrix(plan, self.refs, m) for m in plan.matrices}
+        matrices = {m.name: lazy_matrix(plan, self.refs, self.identities, m) for m in plan.matrices}
         frames = self._frames(label, load_annotation_index=load_annotation_index)
         found = None if self.annotations is None else self.annotations[:, plan.var.index]
         with ad.settings.override(check_uniqueness=False):
@@ -182,13 +187,13 @@ class View:
 
     def obs_dataset(self) -> xr.Dataset:
         """See :meth:`annbatch_dask.DatasetCollection.obs_dataset`."""
-        rows = SourceRows.of(self.plan, self.refs)
+        rows = SourceRows.of(self.plan, self.refs, self.identities)
         variables = {c.name: rows.column(c, "obs") for c in self.columns if c.frame == OBS}
         return xr.Dataset(variables, {"obs_names": rows.names("obs")})
 
     def _frames(self, label: str | None, *, load_annotation_index: bool) -> dict[str, Dataset2D]:
         """obs, and the frames of obsm, by name."""
-        rows, index = SourceRows.of(self.plan, self.refs), self.plan.index_name or "_index"
+        rows, index = SourceRows.of(self.plan, self.refs, self.identities), self.plan.index_name or "_index"
         dim = index if load_annotation_index else _RANGE
         names = rows.names(dim)
         coord = pd.Index(names.to_numpy() if load_annotation_index else np.arange(rows.n_obs).astype(str))

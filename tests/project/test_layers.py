@@ -33,7 +33,7 @@ ALLOWED = {
     "lightning": {"loader"},
     "scdataset": {"loader", "order", "samplers", "types"},
     "utils": {"loader", "order"},
-    "lazy": {"arguments", "etl", "plan", "storage"},
+    "lazy": {"arguments", "errors", "etl", "plan", "storage"},
     "etl": {"errors", "events", "kernels", "manifest", "plan", "storage"},
     "report": {"etl", "html", "manifest", "mixing", "progress", "storage"},
 }
