@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
@@ -24,7 +25,7 @@ from annbatch_dask.loader.fetch import Pipeline, PipelineOptions
 from annbatch_dask.loader.helpers import count_threads
 from annbatch_dask.loader.iteration import Iteration
 from annbatch_dask.loader.output import Framework
-from annbatch_dask.loader.reading import load_dataset
+from annbatch_dask.loader.reading import Opening, load_dataset
 from annbatch_dask.loader.requests import Labels
 from annbatch_dask.loader.selection import Selected, Where, select
 from annbatch_dask.loader.sources import Source, make_source
@@ -33,6 +34,7 @@ from annbatch_dask.order.share import Even
 from annbatch_dask.samplers import DistributedSampler, RandomSampler, SequentialSampler
 from annbatch_dask.samplers.distributed import DistInfo
 from annbatch_dask.storage.range_cache import RangeCache
+from annbatch_dask.storage.versions import Listing
 from annbatch_dask.types import LoadRequest
 from annbatch_dask.where import Condition
 
@@ -72,6 +74,13 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
     (:class:`annbatch_dask.types.LoaderOutput`), and ``layers``, ``obsm`` and ``obs_codes`` where they are asked for.
     A batch belongs to the user: its memory is used again only
     once nothing refers to it any more.
+
+    What is delivered is what was opened. The files of each dataset are noted when it is added, before obs is read and
+    once more afterwards, and every read compares its file with that: one that was replaced, overwritten or removed
+    since ends the iteration with a CollectionChangedError, unless it is still open, and so is read as it was. Matrices
+    that this package wrote, sparse or dense, and their row pointers have a crc32c for each chunk, compared at every
+    read; obs and var have one for each file, compared before they are read, once. Of what others wrote only the file's
+    version is compared, and a chunk must decode to its size (annbatch's shards have a checksum of their index).
 
     It is a ``torch.utils.data.IterableDataset`` where torch is installed, and works in a ``DataLoader``
     (``batch_size=None``) with any number of workers.
@@ -145,7 +154,8 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         again, come on top. A batch made on a GPU counts, though it lies there.
     cache_dir
         A folder on a local disk where what is read from an object store is kept for later epochs and runs. Loaders
-        and processes may share it. None keeps nothing.
+        and processes of one user share it while they run. It is made for that user alone, and a folder that others
+        may write to is refused. What is damaged there is read from the store again. None keeps nothing.
     cache_bytes
         Room on the disk that the folder may take, such as ``"500GB"``. Once it is full, the rest is read from the
         store each time. Beyond the first process, each may pass it by 64 MiB.
@@ -156,6 +166,8 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         If ``to``, ``preload_to_gpu`` or ``dense`` need what is not installed.
     DeviceError
         If dense batches are to be made on a GPU, and there is none.
+    StorageError
+        If others may write to ``cache_dir``.
     SelectionError
         If ``where`` is a text that is no condition.
 
@@ -245,6 +257,8 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         self._return_index = return_index
         self._prefetch_nbytes = prefetch_bytes
         self._cache = None if cache_dir is None else RangeCache(Path(cache_dir).absolute(), _nbytes(cache_bytes))
+        if self._cache is not None:
+            self._cache.check_private()
         # Replaced, never changed in place: a shallow copy keeps what it was copied with.
         self._sources: tuple[Source, ...] = ()
         self._beside: dict[Key, tuple[Source, ...]] = {}
@@ -337,6 +351,9 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         IntegrityError
             If a file of the collection is missing or damaged. A damaged chunk of a matrix, which is found when it is
             read, ends the iteration with this error before any of its rows is delivered.
+        CollectionChangedError
+            If another collection stands at its path by now. A loader goes on with the files that it opened, or an
+            iteration ends with this error: every read compares the version of its file with that of now.
         """
         if collection.is_empty:
             msg = "DatasetCollection is empty"
@@ -348,10 +365,14 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
             )
             raise RuntimeError(msg)
         load = partial(load_dataset, obs_columns=self._columns_to_read()) if load_adata is None else load_adata
-        if hasattr(collection, "lease"):  # annbatch's has none
+        if is_ours := hasattr(collection, "lease"):  # annbatch's has none
             self._lease = collection.lease()
-            collection.check()
-        self.add_adatas([load(group) for group in collection])
+        opening = Opening.of(collection.groups() if is_ours else list(collection))
+        if is_ours:
+            collection.check(None if load_adata is not None else self._columns_to_read())
+        adatas = opening.load(load, in_threads=load_adata is None)
+        for adata, listing in zip(adatas, opening.listings, strict=True):
+            self._add_adata(adata, listing)
         self._collection_added = True
         manifest = getattr(collection, "manifest", None)  # annbatch's has none
         self._collection_digest = "" if manifest is None else manifest.identity
@@ -373,13 +394,13 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         """Add the ``X``, ``obs``, ``var`` and what else is asked for; an ``obs`` without columns counts as none."""
         return self._add_adata(adata)
 
-    def _add_adata(self, adata: ad.AnnData) -> Self:
+    def _add_adata(self, adata: ad.AnnData, listing: Listing | None = None) -> Self:
         if not isinstance(adata.X, _ACCEPTED):
             msg = f"Cannot add an AnnData with X of type {type(adata.X)}; use one of {_names(_ACCEPTED)}"
             raise TypeError(msg)
         _warn_left_out(adata, self._wanted)
         obs = adata.obs if len(adata.obs.columns) else None
-        self._add(adata.X, obs, adata.var, {key: _element(adata, key) for key in self._wanted.keys})
+        self._add(adata.X, obs, adata.var, {key: _element(adata, key) for key in self._wanted.keys}, listing)
         return self
 
     def add_datasets(
@@ -409,6 +430,7 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         obs: pd.DataFrame | None,
         var: pd.DataFrame | None,
         beside: Mapping[Key, Any] | None = None,
+        listing: Listing | None = None,
     ) -> None:
         if self._passes:
             msg = "Cannot add datasets while the loader is being iterated; finish or close the iterator first"
@@ -417,8 +439,8 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
             msg = f"{self._wanted.keys[0]} is asked for, but only X can be added this way; use add_adata"
             raise ValueError(msg)
         _check_dataset(dataset, obs, var)
-        source = make_source(dataset, self._cache)
-        others = {key: make_source(element, self._cache) for key, element in (beside or {}).items()}
+        source = make_source(dataset, self._cache, listing)
+        others = {key: make_source(element, self._cache, listing) for key, element in (beside or {}).items()}
         if obs is not None and len(obs) != source.n_obs:
             msg = f"obs has {len(obs)} rows, the dataset has {source.n_obs}"
             raise ValueError(msg)
@@ -491,12 +513,17 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
     def _start(self) -> Pipeline:
         sources = {Key("X"): self._sources, **self._beside}
         contents = self._wanted.contents(sources, self._obs, self._var, with_index=self._return_index)
-        at_end = _nothing if self._cache is None else self._cache.flush
-        return Pipeline(contents, PipelineOptions(self._prefetch_nbytes, count_threads()), at_end)
+        read = tuple(chain.from_iterable(sources.values()))
+        options = PipelineOptions(self._prefetch_nbytes, count_threads())
+        return Pipeline(contents, options, partial(_let_go, read, self._cache))
 
 
-def _nothing() -> None:
-    pass
+def _let_go(sources: Iterable[Source], cache: RangeCache | None) -> None:
+    """What is done when a pass reads nothing more."""
+    for source in sources:
+        source.close()
+    if cache is not None:
+        cache.flush()
 
 
 def _default_sampler(

@@ -2,14 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import anndata as ad
 import pandas as pd
 import zarr
 
-__all__ = ["load_all_aligned", "load_dataset"]
+from annbatch_dask.errors import CollectionError
+from annbatch_dask.storage.publish import Folder, folder_of
+from annbatch_dask.storage.versions import Listing, list_all
+
+__all__ = ["Opening", "load_all_aligned", "load_dataset"]
+
+_N_THREADS = 16
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Datasets that are being opened, and their files as they were when that began.
+
+    What is read of them at once and what is read later are of one version: the files are looked at before and after,
+    and again at each later read.
+    """
+
+    groups: tuple[zarr.Group, ...]
+    folders: tuple[Folder, ...]
+    before: tuple[Listing | None, ...]
+
+    @classmethod
+    def of(cls, groups: Sequence[zarr.Group]) -> Opening:
+        """Begin; groups whose files only their store knows have none."""
+        try:
+            folders = tuple(map(folder_of, groups))
+        except CollectionError:
+            folders = ()
+        return cls(tuple(groups), folders, tuple(list_all(folders)))
+
+    def load(self, load: Callable[[zarr.Group], ad.AnnData], *, in_threads: bool) -> list[ad.AnnData]:
+        """Read what is read at once.
+
+        Raises
+        ------
+        CollectionChangedError
+            If a file was replaced meanwhile.
+        """
+        n_threads = _N_THREADS if in_threads and self.folders and not self.folders[0].is_local else 1
+        try:
+            with ThreadPoolExecutor(n_threads, thread_name_prefix="open") as pool:
+                found = list(pool.map(load, self.groups)) if n_threads > 1 else list(map(load, self.groups))
+        except Exception:
+            self._check()
+            raise
+        self._check()
+        return found
+
+    def _check(self) -> None:
+        for before, after in zip(self.before, list_all(self.folders), strict=True):
+            if before is not None and after is not None:
+                before.check(after)
+
+    @property
+    def listings(self) -> tuple[Listing | None, ...]:
+        """Files of each dataset."""
+        return self.before or (None,) * len(self.groups)
 
 
 def load_all_aligned(group: zarr.Group) -> ad.AnnData:

@@ -22,6 +22,7 @@ from annbatch_dask.errors import SourceError
 from annbatch_dask.loader.pool import BufferPool
 from annbatch_dask.storage.range_cache import RangeCache
 from annbatch_dask.storage.ranges import RangeReader, Task
+from annbatch_dask.storage.versions import Listing
 
 if TYPE_CHECKING:
     import scipy.sparse as sp
@@ -131,13 +132,19 @@ class Source(ABC):
     def open(self, located: Located, pool: BufferPool) -> tuple[Block, list[Task]]:
         """The block, complete once every task has run; row ``i`` is the ``i``-th row located."""
 
+    def close(self) -> None:  # noqa: B027 - most hold none
+        """Keep no file open until the next read. Takes no lock."""
 
-def make_source(dataset: Any, cache: RangeCache | None = None) -> Source:
-    """The source for a dataset the loader accepts; a remote one's files are kept in the cache."""
+
+def make_source(dataset: Any, cache: RangeCache | None = None, listing: Listing | None = None) -> Source:
+    """The source for a dataset the loader accepts; a remote one's files are kept in the cache.
+
+    ``listing`` says what the files of a folder above are; by default they are as they are now.
+    """
     if isinstance(dataset, CSRDataset):
-        return ZarrCsrSource(dataset.group, cache)
+        return ZarrCsrSource(dataset.group, cache, listing)
     if isinstance(dataset, zarr.Array):
-        return ZarrArraySource(dataset, cache)
+        return ZarrArraySource(dataset, cache, listing)
     if isinstance(dataset, np.ndarray):
         return ArraySource(dataset)
     return CsrSource(dataset)
@@ -164,11 +171,11 @@ class ZarrCsrSource(Source):
 
     is_sparse = True
 
-    def __init__(self, group: zarr.Group, cache: RangeCache | None = None) -> None:
+    def __init__(self, group: zarr.Group, cache: RangeCache | None = None, listing: Listing | None = None) -> None:
         self._group = group
-        self._cache = cache
-        self._values = RangeReader(_array(group, "data"), cache=cache)
-        self._columns = RangeReader(_array(group, "indices"), cache=cache)
+        self._values, self._columns, self._pointers = (
+            RangeReader(_array(group, name), cache=cache, listing=listing) for name in ("data", "indices", "indptr")
+        )
         shape: Any = group.attrs["shape"]
         self.shape = tuple(int(n) for n in shape)
         self.stored_dtype = self._values.dtype
@@ -202,7 +209,7 @@ class ZarrCsrSource(Source):
         return [*self._values.index_tasks(located.spans), *self._columns.index_tasks(located.spans)]
 
     def _read_indptr(self) -> Ints:
-        reader = RangeReader(_array(self._group, "indptr"), cache=self._cache)
+        reader = self._pointers
         stored = np.empty(reader.shape, reader.dtype)
         reader.read(np.array([[0, len(stored)]]), stored)
         indptr: Ints = stored.astype(np.int64, copy=False)
@@ -235,6 +242,11 @@ class ZarrCsrSource(Source):
         tasks = [*self._values.tasks(located.spans, values), *self._columns.tasks(located.spans, columns)]
         return SparseBlock(values, columns, located.starts, located.lengths), tasks
 
+    def close(self) -> None:
+        """Let go of the shards."""
+        for reader in (self._values, self._columns, self._pointers):
+            reader.close()
+
 
 def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     array = group[name]
@@ -249,11 +261,11 @@ class ZarrArraySource(Source):
 
     is_sparse = False
 
-    def __init__(self, array: zarr.Array[Any], cache: RangeCache | None = None) -> None:
+    def __init__(self, array: zarr.Array[Any], cache: RangeCache | None = None, listing: Listing | None = None) -> None:
         if array.ndim < 2:
             msg = f"{array.store_path}: a dataset needs 2 dimensions or more, found {array.ndim}"
             raise SourceError(msg)
-        self._reader = RangeReader(array, cache=cache)
+        self._reader = RangeReader(array, cache=cache, listing=listing)
         self.shape = self._reader.shape
         self.stored_dtype = self._reader.dtype
         self.dtype = np.dtype(str(array.attrs.get(SOURCE_DTYPE, self.stored_dtype)))
@@ -279,6 +291,10 @@ class ZarrArraySource(Source):
         n_rows = int((located.spans[:, 1] - located.spans[:, 0]).sum())
         values = pool.empty((n_rows, *self.shape[1:]), self._reader.dtype)
         return DenseBlock(values, located.starts), self._reader.tasks(located.spans, values)
+
+    def close(self) -> None:
+        """Let go of the shards."""
+        self._reader.close()
 
 
 class CsrSource(Source):

@@ -1,14 +1,18 @@
 """The files of one zarr array, to read ranges of them: on a local disk, or in any fsspec store.
 
-A file is known by its identity: what tells one version of it from another, and at its end its bytes.
+They are those that were there when the array was opened, in the version they had: each read compares it, and fails
+rather than give bytes of another one.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -19,137 +23,253 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import CollectionError, IntegrityError
 from annbatch_dask.storage.publish import Folder, RemoteRanges, folder_of
 from annbatch_dask.storage.range_cache import RangeCache, RemoteFile
+from annbatch_dask.storage.versions import Listing, Version, changed, list_files, version_on_disk
 
 if TYPE_CHECKING:
     import fsspec
 
-__all__ = ["ChunkFiles", "Identity", "chunk_files", "scratch"]
+__all__ = ["ChunkFiles", "chunk_files", "scratch"]
 
-Identity = tuple[Any, ...]
+_MAX_OPEN = 4096
+
+
+def _n_permits() -> int:
+    """How many files may be kept open: a fourth of what the system allows the process."""
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return 128
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _MAX_OPEN if allowed == resource.RLIM_INFINITY else min(allowed // 4, _MAX_OPEN)
+
+
+_free = deque(range(_n_permits()))
+"""Permits to keep a file open, of the whole process. Its ends may change in any thread or finalizer, without a lock."""
 
 
 class ChunkFiles(Protocol):
-    """The files of one array, by their keys; any number of threads may read.
+    """The files of one array as it was opened, by their keys; any number of threads may read.
 
-    ``is_remote`` says whether each read is a request to a store; an identity then does not tell all versions apart.
+    ``is_remote`` says whether each read is a request to a store, ``is_cached`` whether a local copy may stand for it.
     """
 
     is_remote: ClassVar[bool]
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether bytes may come from a copy."""
+
     def name(self, key: str) -> str:
         """Of a file, for people."""
 
-    def identity(self, key: str) -> Identity | None:
-        """Of a file as it is now; None where there is none."""
+    def version(self, key: str) -> Version | None:
+        """Of a file when the array was opened; None where there was none."""
 
-    def is_current(self, key: str, identity: Identity | None) -> bool:
-        """Whether a file may be taken to be what it was."""
+    def check(self, key: str) -> None:
+        """Refuse a file that is not as it was when the array was opened.
 
-    def read(self, key: str, start: int, stop: int, identity: Identity) -> memoryview:
-        """Bytes [start, stop) of a file, good until this thread reads again.
+        Raises
+        ------
+        CollectionChangedError
+            Then.
+        """
+
+    def read(self, key: str, start: int, stop: int, *, anew: bool = False) -> memoryview:
+        """Bytes [start, stop) of a file that was there, good until this thread reads again.
+
+        Parameters
+        ----------
+        key
+            Of the file.
+        start, stop
+            Half-open.
+        anew
+            Not from a copy, which is damaged and forgotten.
 
         Raises
         ------
         IntegrityError
-            If it ends before, or is not that file any more.
+            If it ends before.
+        CollectionChangedError
+            If it is not that file any more.
         """
 
+    def close(self) -> None:
+        """Keep no file open; reading opens them again. Takes no lock."""
 
-def chunk_files(array: zarr.Array[Any], cache: RangeCache | None = None) -> ChunkFiles | None:
-    """The files of an array, remote ones by way of a cache; None where only its store knows them."""
-    if type(array.store) is zarr.storage.LocalStore and hasattr(os, "preadv"):
-        return _LocalFiles(Path(array.store.root) / array.path)
-    if type(array.store) is zarr.storage.FsspecStore:
-        try:
-            return _RemoteFiles(folder_of(array), cache)
-        except CollectionError:  # fsspec's own local file system, and the like
-            return None
-    return None
+
+def chunk_files(
+    array: zarr.Array[Any], cache: RangeCache | None = None, listing: Listing | None = None
+) -> ChunkFiles | None:
+    """The files of an array, remote ones by way of a cache; None where only its store knows them.
+
+    They are as in the ``listing`` of a folder above, or else as they are now.
+    """
+    is_local = type(array.store) is zarr.storage.LocalStore and hasattr(os, "preadv")
+    if not is_local and type(array.store) is not zarr.storage.FsspecStore:
+        return None
+    try:
+        folder = folder_of(array)
+    except CollectionError:  # fsspec's own local file system, and the like
+        return None
+    versions = None if listing is None else listing.below(folder.url)
+    if versions is None and (now := list_files(folder)) is not None:
+        versions = dict(now.versions)
+    if is_local:
+        return _LocalFiles(folder.path, versions or {})
+    return _RemoteFiles(folder, versions or {}, cache, is_listed=versions is not None)
+
+
+class _Held:
+    """A file that is kept open until nobody refers to it."""
+
+    def __init__(self, fd: int, permit: int | None) -> None:
+        self.fd, self._permit = fd, permit
+
+    @property
+    def is_kept(self) -> bool:
+        return self._permit is not None
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # the module may be gone by then
+        close(self.fd)
+        if self._permit is not None:
+            _free.append(self._permit)
 
 
 @dataclass(frozen=True)
 class _LocalFiles:
-    is_remote: ClassVar = False
+    """Files on a disk.
 
-    root: Path
+    Each stays open from its first read to :meth:`close`, as long as there are permits: what was opened is read though
+    its path leads elsewhere by now, and a read asks the file system for no path.
+    """
+
+    is_remote: ClassVar = False
+    is_cached: ClassVar = False
+
+    root: str
+    versions: Mapping[str, Version | None] = field(repr=False)
+    _held: dict[str, _Held] = field(default_factory=dict, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _LocalFiles, (self.root, self.versions)
 
     def name(self, key: str) -> str:
-        return str(self.root / key)
+        return f"{self.root}/{key}"
 
-    def identity(self, key: str) -> Identity | None:
+    def version(self, key: str) -> Version | None:
+        return self.versions.get(key)
+
+    def check(self, key: str) -> None:
         try:
-            return _identity(os.stat(self.root / key))
+            found = version_on_disk(os.stat(self.name(key)))
         except FileNotFoundError:
-            return None
+            found = None
+        if found != self.version(key):
+            raise changed(self.name(key), self.version(key), found)
 
-    def is_current(self, key: str, identity: Identity | None) -> bool:
-        return self.identity(key) == identity
-
-    def read(self, key: str, start: int, stop: int, identity: Identity) -> memoryview:
+    def read(self, key: str, start: int, stop: int, *, anew: bool = False) -> memoryview:  # noqa: ARG002 - no copies
         raw = memoryview(scratch("raw", stop - start))
-        descriptor = os.open(self.root / key, os.O_RDONLY)
+        file = self._open(key)
         try:
-            if _identity(os.fstat(descriptor)) != identity:
-                msg = f"{self.name(key)} was replaced while it was being read; start the iteration anew"
-                raise IntegrityError(msg)
             done = 0
-            while done < len(raw):
-                n = os.preadv(descriptor, [raw[done:]], start + done)
-                if n == 0:
-                    msg = f"{self.name(key)} ends at byte {start + done}, expected {stop}"
-                    raise IntegrityError(msg)
+            while done < len(raw) and (n := os.preadv(file.fd, [raw[done:]], start + done)):
                 done += n
-        finally:
-            os.close(descriptor)
+        except OSError as e:
+            if e.errno != errno.ESTALE:  # NFS: removed on another machine
+                raise
+            raise changed(self.name(key), self.version(key), None) from e
+        found = version_on_disk(os.fstat(file.fd))  # after it was read, as somebody may write to it
+        if found != self.version(key):
+            raise changed(self.name(key), self.version(key), found)
+        if done < len(raw):
+            msg = f"{self.name(key)} ends at byte {start + done}, expected {stop}"
+            raise IntegrityError(msg)
         return raw
 
+    def _open(self, key: str) -> _Held:
+        held = self._held.get(key)
+        if held is not None:
+            return held
+        try:
+            fd = os.open(self.name(key), os.O_RDONLY)
+        except FileNotFoundError:
+            raise changed(self.name(key), self.version(key), None) from None
+        try:
+            permit = _free.popleft()
+        except IndexError:
+            permit = None
+        held = _Held(fd, permit)
+        return self._held.setdefault(key, held) if held.is_kept else held
 
-def _identity(found: os.stat_result) -> Identity:
-    return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+    def close(self) -> None:
+        self._held.clear()  # who reads has a reference of its own
 
 
 @dataclass(frozen=True)
 class _RemoteFiles:
-    """Files of a store, which are asked after once: a dataset's name is never used twice."""
+    """Files of a store; of one that does not list them, each is as it was when it was asked for first."""
 
     is_remote: ClassVar = True
 
     folder: Folder
+    versions: dict[str, Version | None] = field(repr=False)
     cache: RangeCache | None = None
+    is_listed: bool = True
     _systems: dict[int, fsspec.AbstractFileSystem] = field(default_factory=dict, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _RemoteFiles, (self.folder, self.cache)
+        return _RemoteFiles, (self.folder, self.versions, self.cache, self.is_listed)
+
+    @property
+    def is_cached(self) -> bool:
+        return self.cache is not None
+
+    @cached_property
+    def _path(self) -> str:
+        return self.folder.path
 
     def _ranges(self, key: str) -> RemoteRanges:
-        """A file. All threads of a process share a file system: fsspec would make one, with connections, for each."""
-        fs = self._systems.setdefault(os.getpid(), self.folder.fs)
-        return RemoteRanges(fs, f"{self.folder.path}/{key}")
+        """A file. All threads share a file system: older fsspec would make one, with connections, for each."""
+        fs = self._systems.get(os.getpid()) or self._systems.setdefault(os.getpid(), self.folder.fs)
+        return RemoteRanges(fs, f"{self._path}/{key}")
 
     def name(self, key: str) -> str:
         return f"{self.folder.url}/{key}"
 
-    def identity(self, key: str) -> Identity | None:
-        return self._ranges(key).identity()
+    def version(self, key: str) -> Version | None:
+        if not self.is_listed and key not in self.versions:
+            self.versions.setdefault(key, self._ranges(key).identity())
+        return self.versions.get(key)
 
-    def is_current(self, key: str, identity: Identity | None) -> bool:  # noqa: ARG002
-        return True
+    def check(self, key: str) -> None:
+        found = self._ranges(key).identity()
+        if found != self.version(key):
+            raise changed(self.name(key), self.version(key), found)
 
-    def read(self, key: str, start: int, stop: int, identity: Identity) -> memoryview:
+    def read(self, key: str, start: int, stop: int, *, anew: bool = False) -> memoryview:
         raw = memoryview(scratch("raw", stop - start))
-        fetch = self._ranges(key).read_into
+        version = self.version(key)
+        assert version is not None  # nothing is read of a file that was not there
+        tag, nbytes = version
+
+        def fetch(at: int, out: memoryview) -> int:
+            return self._ranges(key).read_version(at, out, version)
+
+        file = RemoteFile(self.name(key), tag, nbytes)
         try:
-            if self.cache is None:
-                n = fetch(start, raw)
-            else:
-                n = self.cache.read_into(RemoteFile(self.name(key), *identity), start, raw, fetch)
-        except FileNotFoundError as e:
-            msg = f"{self.name(key)} was removed while it was being read; open the collection again"
-            raise IntegrityError(msg) from e
+            if self.cache is not None and anew:
+                self.cache.forget(file)
+            n = fetch(start, raw) if self.cache is None or anew else self.cache.read_into(file, start, raw, fetch)
+        except (FileExistsError, FileNotFoundError) as e:
+            raise changed(self.name(key), version, self._ranges(key).identity()) from e
         if n < len(raw):
             msg = f"{self.name(key)} ends at byte {start + n}, expected {stop}"
             raise IntegrityError(msg)
         return raw
+
+    def close(self) -> None:
+        pass
 
 
 _local = threading.local()

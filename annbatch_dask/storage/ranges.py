@@ -8,7 +8,15 @@ numcodecs and ``pread`` release the GIL, so the tasks run in as many threads as 
 
 Everything else goes through zarr itself (:attr:`RangeReader.is_fast` tells). Both ways give the same values.
 
-A local file is open only while one task reads from it; from an object store, each read is one request.
+What guarantees each read:
+
+- The files are those that were there when the reader was made, in the version they had: every read compares it
+  (:mod:`annbatch_dask.storage.versions`). A file that was replaced, overwritten or removed is a CollectionChangedError.
+- Where chunks and shard indexes have a crc32c, as in all matrices that this package writes, it is compared at every
+  read, before anything is decoded: bytes that rot on a disk, in its cache, in memory or on the way are an
+  IntegrityError. A chunk of other arrays (annbatch's have a checksum for the index alone) has to decode to its size.
+- A copy in a :class:`~annbatch_dask.storage.range_cache.RangeCache` whose checksum is wrong is forgotten, and the store
+  asked once more.
 """
 
 from __future__ import annotations
@@ -18,7 +26,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
@@ -29,8 +37,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import IntegrityError
-from annbatch_dask.storage.chunk_files import ChunkFiles, Identity, chunk_files, scratch
+from annbatch_dask.storage.chunk_files import ChunkFiles, chunk_files, scratch
 from annbatch_dask.storage.range_cache import RangeCache
+from annbatch_dask.storage.versions import Listing
 
 if TYPE_CHECKING:
     import zarr
@@ -56,7 +65,7 @@ _EMPTY_ENTRY = np.iinfo(np.uint64).max
 
 
 class RangeReader:
-    """Reads runs of rows (the first axis) of one array.
+    """Reads runs of rows (the first axis) of one array, as it was when the reader was made.
 
     Reading only; safe to use from several threads; pickles without its cache.
 
@@ -68,11 +77,21 @@ class RangeReader:
         False to read through zarr in any case. True does not force: see :attr:`is_fast`.
     cache
         Where to keep what comes from an object store.
+    listing
+        Of a folder above the array, from the moment since which nothing may have changed; None lists its files now.
     """
 
-    def __init__(self, array: zarr.Array[Any], *, fast: bool = True, cache: RangeCache | None = None) -> None:
+    def __init__(
+        self,
+        array: zarr.Array[Any],
+        *,
+        fast: bool = True,
+        cache: RangeCache | None = None,
+        listing: Listing | None = None,
+    ) -> None:
         self.array = array
-        self._layout = _find_layout(array, cache) if fast else None
+        self._files = chunk_files(array, cache, listing)
+        self._layout = None if self._files is None or not fast else _find_layout(array, self._files)
         self._indexes: dict[tuple[int, ...], _ShardIndex] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,6 +142,11 @@ class RangeReader:
             return list(self._plain_tasks(spans, out))
         return list(self._fast_tasks(self._layout, spans, out))
 
+    def close(self) -> None:
+        """Keep no file open until the next read. Takes no lock."""
+        if self._files is not None:
+            self._files.close()
+
     def index_tasks(self, spans: Ints) -> list[Task]:
         """What :meth:`tasks` would do first, one after the other: read the indexes of shards not met before."""
         if self._layout is None:
@@ -135,7 +159,7 @@ class RangeReader:
     def _plain_tasks(self, spans: Ints, out: Array) -> Iterator[Task]:
         row = 0
         for start, stop in spans.tolist():
-            yield partial(_read_plain, self.array, start, stop, out[row : row + stop - start])
+            yield partial(_read_plain, self.array, self._files, start, stop, out[row : row + stop - start])
             row += stop - start
 
     def _fast_tasks(self, layout: _Layout, spans: Ints, out: Array) -> Iterator[Task]:
@@ -146,15 +170,21 @@ class RangeReader:
                 yield from _shard_tasks(layout, column, index, pieces, (first, last), out)
 
     def _index(self, layout: _Layout, shard: tuple[int, ...]) -> _ShardIndex:
-        key = layout.key(shard)
         known = self._indexes.get(shard)
-        if known is None or not layout.files.is_current(key, known.identity):
-            known = self._indexes[shard] = _read_index(layout, key)
+        if known is None:
+            known = self._indexes[shard] = _read_index(layout, layout.key(shard))
         return known
 
 
-def _read_plain(array: zarr.Array[Any], start: int, stop: int, out: Array) -> None:
+def _read_plain(array: zarr.Array[Any], files: ChunkFiles | None, start: int, stop: int, out: Array) -> None:
+    """By zarr; afterwards the files it has read must be as they were."""
     out[...] = array[start:stop]
+    if files is not None:
+        outer = array.shards or array.chunks
+        grid = [range(start // outer[0], -(-stop // outer[0]))]
+        grid += [range(-(-n // c)) for n, c in zip(array.shape[1:], outer[1:], strict=True)]
+        for shard in itertools.product(*grid):
+            files.check(array.metadata.encode_chunk_key(shard))
 
 
 # ---------------------------------------------------------------------------------------------- layout
@@ -231,11 +261,10 @@ class _Layout:
 _COMPRESSORS = ("blosc", "zstd", "gzip")
 
 
-def _find_layout(array: zarr.Array[Any], cache: RangeCache | None) -> _Layout | None:
+def _find_layout(array: zarr.Array[Any], files: ChunkFiles) -> _Layout | None:
     """How to read the array directly, or None where only zarr knows."""
     metadata: Any = array.metadata
-    files = chunk_files(array, cache)
-    if files is None or metadata.zarr_format != 3:
+    if metadata.zarr_format != 3:
         return None
     dtype = np.dtype(array.dtype)
     if dtype.kind not in "biufc" or array.ndim == 0:
@@ -315,61 +344,53 @@ def _find_codec(codecs: Sequence[Mapping[str, Any]], dtype: np.dtype[Any]) -> _C
 
 @dataclass(frozen=True)
 class _ShardIndex:
-    """Offset and size of every chunk of one file; size -1 where the chunk was not written.
-
-    ``checked`` says which chunks had the right checksum when this process read them first. They are not checked again
-    while the file stays as it is, as checksums cost a twelfth of an epoch's time (measured: CSR batches, two cores).
-    """
+    """Offset and size of every chunk of one file; size -1 where the chunk was not written."""
 
     key: str
-    identity: Identity | None
     offsets: Ints
     sizes: Ints
-    checked: NDArray[np.bool_]
-
-
-@lru_cache(maxsize=16_384)
-def _checked_chunks(path: str, identity: Identity | None, n_chunks: int) -> NDArray[np.bool_]:
-    """Marks that all readers of one version of a file share: each loader begins with a reader of its own."""
-    return np.zeros(n_chunks, bool)
 
 
 def _read_index(layout: _Layout, key: str) -> _ShardIndex:
-    identity, path = layout.files.identity(key), layout.files.name(key)
+    version, path = layout.files.version(key), layout.files.name(key)
     n_chunks = math.prod(layout.chunks_per_shard)
-    marks = _checked_chunks.__wrapped__ if layout.files.is_remote else _checked_chunks
-    checked = marks(path, identity, n_chunks)
-    if identity is None:  # a file of nothing but fill values is not written
+    if version is None:  # a file of nothing but fill values is not written
         if layout.all_written:
             msg = f"{path} is missing, and it was written; restore it, or build the collection again"
             raise IntegrityError(msg)
-        return _ShardIndex(key, None, np.zeros(n_chunks, np.int64), np.full(n_chunks, _MISSING), checked)
-    file_nbytes = identity[-1]
+        return _ShardIndex(key, np.zeros(n_chunks, np.int64), np.full(n_chunks, _MISSING))
+    file_nbytes = version[-1]
     if not layout.is_sharded:
-        return _ShardIndex(key, identity, np.zeros(1, np.int64), np.array([file_nbytes], np.int64), checked)
+        return _ShardIndex(key, np.zeros(1, np.int64), np.array([file_nbytes], np.int64))
     nbytes = layout.index_nbytes
     if file_nbytes < nbytes:
         msg = f"{path} has {file_nbytes} bytes, its shard index alone needs {nbytes}: the file is truncated"
         raise IntegrityError(msg)
     start = file_nbytes - nbytes if layout.index_at_end else 0
-    raw = layout.files.read(key, start, start + nbytes, identity)
+    raw = layout.files.read(key, start, start + nbytes)
     if layout.index_has_crc:
-        raw = _checked(raw, f"the shard index of {path}")
+        try:
+            raw = _checked(raw, path)
+        except IntegrityError:
+            if not layout.files.is_cached:
+                raise
+            raw = _checked(layout.files.read(key, start, start + nbytes, anew=True), path)
     entries = np.frombuffer(raw, dtype="<u8").reshape(n_chunks, 2)
     is_missing = entries[:, 0] == _EMPTY_ENTRY
     entries = np.where(is_missing[:, None], 0, entries).astype(np.int64)
     if (entries < 0).any() or (entries.sum(axis=1) > file_nbytes).any():
         msg = f"the shard index of {path} points beyond the file's {file_nbytes} bytes"
         raise IntegrityError(msg)
-    return _ShardIndex(key, identity, entries[:, 0], np.where(is_missing, _MISSING, entries[:, 1]), checked)
+    return _ShardIndex(key, entries[:, 0], np.where(is_missing, _MISSING, entries[:, 1]))
 
 
-def _checked(raw: memoryview, what: str) -> memoryview:
-    """The bytes without their trailing crc32c, once it matches."""
+def _checked(raw: memoryview, path: str, offset: int | None = None) -> memoryview:
+    """The bytes of a chunk, or of a file's shard index, without their trailing crc32c, once it matches."""
     body, stored = raw[:-_CRC_NBYTES], int.from_bytes(raw[-_CRC_NBYTES:], "little")
     computed = google_crc32c.value(np.asarray(body))  # takes an array as it lies, but no memoryview
     if computed != stored:
-        msg = f"{what} is damaged: checksum {computed:#010x}, stored {stored:#010x}; restore the file"
+        what = "the shard index" if offset is None else f"the chunk at byte {offset}"
+        msg = f"{what} of {path} is damaged: checksum {computed:#010x}, stored {stored:#010x}; restore the file"
         raise IntegrityError(msg)
     return body
 
@@ -414,11 +435,11 @@ class _Pieces:
 
 @dataclass
 class _Read:
-    """Neighbouring chunks of one file: positions in ``_Pieces.chunks``, numbers in the file, offsets and sizes."""
+    """Neighbouring chunks of one file: positions in ``_Pieces.chunks``, offsets and sizes."""
 
     offset: int
     end: int
-    chunks: list[tuple[int, int, int, int]]
+    chunks: list[tuple[int, int, int]]
 
 
 def _shard_tasks(
@@ -434,16 +455,16 @@ def _shard_tasks(
         yield partial(_fill, layout, column, pieces, (first + missing).tolist(), out)
     present = np.flatnonzero(sizes != _MISSING)
     present = present[np.argsort(offsets[present], kind="stable")]
-    places = (first + present, flat[present], offsets[present], sizes[present])
+    places = (first + present, offsets[present], sizes[present])
     located = zip(*(x.tolist() for x in places), strict=True)
     for read in _coalesce(located):
         yield partial(_run, layout, column, index, pieces, read, out)
 
 
-def _coalesce(located: Iterator[tuple[int, int, int, int]]) -> Iterator[_Read]:
+def _coalesce(located: Iterator[tuple[int, int, int]]) -> Iterator[_Read]:
     read: _Read | None = None
     for chunk in located:
-        _, _, offset, size = chunk
+        _, offset, size = chunk
         if read is not None and offset - read.end <= MAX_GAP_NBYTES and offset + size - read.offset <= MAX_READ_NBYTES:
             read.end = max(read.end, offset + size)
             read.chunks.append(chunk)
@@ -463,21 +484,20 @@ def _fill(layout: _Layout, column: _Column, pieces: _Pieces, chunks: list[int], 
 
 
 def _run(layout: _Layout, column: _Column, index: _ShardIndex, pieces: _Pieces, read: _Read, out: Array) -> None:
-    assert index.identity is not None  # there is something to read
-    raw = layout.files.read(index.key, read.offset, read.end, index.identity)
-    for chunk, number, offset, size in read.chunks:
-        start = offset - read.offset
-        encoded = raw[start : start + size]
-        if layout.codec.has_crc:
-            if not index.checked[number]:
-                _checked(encoded, f"the chunk at byte {offset} of {layout.files.name(index.key)}")
-                index.checked[number] = True
-            encoded = encoded[:-_CRC_NBYTES]
-        try:
-            _place(layout, column, encoded, pieces, chunk, out)
-        except Exception as error:
-            error.add_note(f"while decoding {size} bytes at offset {offset} of {layout.files.name(index.key)}")
-            raise
+    raw, path = layout.files.read(index.key, read.offset, read.end), layout.files.name(index.key)
+    is_copy = layout.files.is_cached
+    for chunk, offset, size in read.chunks:
+        part = slice(offset - read.offset, offset - read.offset + size)
+        while True:
+            try:
+                encoded = _checked(raw[part], path, offset) if layout.codec.has_crc else raw[part]
+                _place(layout, column, encoded, pieces, chunk, out)
+                break
+            except Exception as error:
+                if not is_copy:
+                    error.add_note(f"while decoding {size} bytes at offset {offset} of {path}")
+                    raise
+            raw, is_copy = layout.files.read(index.key, read.offset, read.end, anew=True), False
 
 
 def _place(layout: _Layout, column: _Column, raw: memoryview, pieces: _Pieces, chunk: int, out: Array) -> None:

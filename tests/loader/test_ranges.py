@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import fsspec
 import numpy as np
 import pytest
 import zarr
@@ -12,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, ZstdCodec
 
-from annbatch_dask.errors import IntegrityError
-from annbatch_dask.storage import ranges
+from annbatch_dask.errors import CollectionChangedError, IntegrityError
+from annbatch_dask.storage import chunk_files, ranges
 from annbatch_dask.storage.ranges import RangeReader
 from tests.leaks import open_files
 
@@ -182,6 +187,7 @@ def test_chunk_of_the_wrong_size(tmp_path, codec):
     with pytest.raises(IntegrityError, match="expected 128") as caught:
         read(array, [(0, 64)])
     assert "while decoding" in caught.value.__notes__[0]
+    del caught  # its traceback refers to the reader, which has the file open
     assert not open_files(tmp_path)
 
 
@@ -194,19 +200,27 @@ def test_damaged_chunk_with_checksum(tmp_path):
         read(array, [(0, 64)])
 
 
-def test_a_chunk_is_checked_once_for_each_version_of_its_file(tmp_path, monkeypatch):
-    array = create(tmp_path / "a", "sharded", "crc")
-    reader, spans, checked = RangeReader(array), np.array([[0, 45]]), []
-    original = ranges._checked
-    monkeypatch.setattr(ranges, "_checked", lambda raw, what: checked.append(what) or original(raw, what))
+def rot(path):
+    """Flip a bit of the first chunk, and leave the file's time as it is."""
+    found = path.stat()
+    raw = bytearray(path.read_bytes())
+    raw[3] ^= 1
+    with path.open("r+b") as f:
+        f.write(raw)
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
+@pytest.mark.parametrize("codec", ["crc", "crc-alone"])
+@pytest.mark.parametrize("layout", ["sharded", "2d", "2d-unsharded"])
+def test_bytes_that_rot_after_they_were_read_are_noticed(tmp_path, codec, layout):
+    array = create(tmp_path / "a", layout, codec)
+    reader, out = RangeReader(array), np.empty((8, *array.shape[1:]), np.uint16)
     for _ in range(2):
-        reader.read(spans, np.empty(45, np.uint16))
-    assert len(checked) == 3  # the shard's index and two chunks
-    RangeReader(array).read(spans, np.empty(45, np.uint16))
-    assert len(checked) == 4  # the index alone
-    (tmp_path / "a/c/0").touch()
-    reader.read(spans, np.empty(45, np.uint16))
-    assert len(checked) == 7
+        reader.read(np.array([[0, 8]]), out)
+    rot(tmp_path / "a/c/0" if layout == "sharded" else tmp_path / "a/c/0/0")
+    for again in (reader, RangeReader(array)):
+        with pytest.raises(IntegrityError, match="the chunk at byte 0 of .* is damaged"):
+            again.read(np.array([[0, 8]]), out)
 
 
 def test_a_file_that_was_written_and_is_missing_is_no_fill_value(tmp_path):
@@ -217,18 +231,127 @@ def test_a_file_that_was_written_and_is_missing_is_no_fill_value(tmp_path):
     read(array, [(120, 130)])
 
 
-def test_a_replaced_file_is_noticed(tmp_path):
+SPANS = np.array([[0, 10]])
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """A reader of an array, and what the array holds."""
     array = create(tmp_path / "a")
-    reader = RangeReader(array)
-    out = np.empty(10, np.uint16)
-    reader.read(np.array([[0, 10]]), out)
-    tasks = reader.tasks(np.array([[0, 10]]), out)
-    writable = zarr.open_array(tmp_path / "a", mode="r+")
-    writable[0:120] = 9
-    with pytest.raises(IntegrityError, match="replaced while"):
-        tasks[0]()
-    reader.read(np.array([[0, 10]]), out)  # the index is read anew
-    assert out.tolist() == [9] * 10
+    opened = SimpleNamespace(
+        reader=RangeReader(array), path=tmp_path / "a", rows=array[:10], out=np.empty(10, np.uint16)
+    )
+    yield opened
+    del opened.reader  # which has a file open
+
+
+def replace(path):
+    """Other values, in a file of its own, as zarr writes them."""
+    zarr.open_array(path, mode="r+")[0:120] = 9
+    later = shard(path).stat().st_mtime_ns + 10**9  # than the clock that stamps files can tell apart
+    os.utime(shard(path), ns=(later, later))
+
+
+@pytest.mark.parametrize("is_read_before", [True, False])
+@pytest.mark.parametrize("how", ["replaced", "overwritten", "removed"])
+def test_what_is_read_is_what_was_opened_or_an_error(opened, how, is_read_before):
+    if is_read_before:
+        opened.reader.read(SPANS, opened.out)
+    if how == "overwritten":
+        with shard(opened.path).open("r+b") as f:  # the same inode, and an index of the same size
+            f.write(b"\0" * 8)
+        os.utime(shard(opened.path), ns=(1, 1))
+    elif how == "removed":
+        shard(opened.path).unlink()
+    else:
+        replace(opened.path)
+    if is_read_before and how != "overwritten":  # the file is still open
+        opened.reader.read(SPANS, opened.out)
+        np.testing.assert_array_equal(opened.out, opened.rows)
+        return
+    with pytest.raises(CollectionChangedError, match=r"/a/c/0 was (replaced|removed) since it was opened"):
+        opened.reader.read(SPANS, opened.out)
+
+
+def test_a_pickled_reader_reads_what_was_opened_or_nothing(opened):
+    pickled = pickle.dumps(opened.reader)
+    pickle.loads(pickled).read(SPANS, opened.out)
+    np.testing.assert_array_equal(opened.out, opened.rows)
+    replace(opened.path)
+    with pytest.raises(CollectionChangedError, match="was replaced since it was opened"):
+        pickle.loads(pickled).read(SPANS, opened.out)
+
+
+def test_zarrs_own_reading_is_compared_too(tmp_path):
+    array = create(tmp_path / "a")
+    reader, out = RangeReader(array, fast=False), np.empty(10, np.uint16)
+    reader.read(SPANS, out)
+    replace(tmp_path / "a")
+    with pytest.raises(CollectionChangedError, match="was replaced since it was opened"):
+        reader.read(SPANS, out)
+    reader.read(np.array([[200, 210]]), out)  # of a file that is as it was
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_a_store_that_takes_no_conditions_is_asked_after_each_read(monkeypatch, lists):
+    fs = fsspec.filesystem("memory")
+    store = zarr.storage.FsspecStore.from_url("memory://ranges.zarr")
+    zarr.create_array(store, shape=(60,), chunks=(20,), dtype="int32", overwrite=True)[...] = np.arange(60)
+    if not lists:
+        monkeypatch.setattr(chunk_files, "list_files", lambda _: None)
+    reader, out = RangeReader(zarr.open_array(store, mode="r")), np.empty(10, np.int32)
+    assert reader.is_fast
+    for _ in range(2):
+        reader.read(np.array([[15, 25]]), out)
+    assert out.tolist() == list(range(15, 25))
+    pickled = pickle.dumps(reader)
+    fs.pipe_file("ranges.zarr/c/1", fs.cat_file("ranges.zarr/c/2"))
+    for again in (reader, pickle.loads(pickled)):
+        with pytest.raises(CollectionChangedError, match="/c/1 was replaced since it was opened"):
+            again.read(np.array([[15, 25]]), out)
+    again.read(np.array([[0, 10]]), out)
+    fs.rm("ranges.zarr", recursive=True)
+    with pytest.raises(CollectionChangedError, match="/c/0 was removed since it was opened"):
+        again.read(np.array([[0, 10]]), out)
+
+
+def test_a_file_that_was_put_back_is_the_same(opened, tmp_path):
+    shutil.copytree(opened.path, tmp_path / "kept", copy_function=shutil.copy2)
+    shutil.rmtree(opened.path)
+    with pytest.raises(CollectionChangedError, match="was removed"):
+        opened.reader.read(SPANS, opened.out)
+    shutil.copytree(tmp_path / "kept", opened.path, copy_function=shutil.copy2)
+    opened.reader.read(SPANS, opened.out)
+    np.testing.assert_array_equal(opened.out, opened.rows)
+
+
+def test_a_file_is_opened_once(opened, monkeypatch):
+    calls = []
+    original = os.open
+    monkeypatch.setattr(os, "open", lambda *args: calls.append(args) or original(*args))
+    for _ in range(3):
+        opened.reader.read(SPANS, opened.out)
+    assert len(calls) == 1
+
+
+def test_a_reader_that_was_closed_opens_its_files_again(opened):
+    for _ in range(2):
+        opened.reader.read(SPANS, opened.out)
+        assert len(open_files(opened.path)) == 1
+        opened.reader.close()
+        assert not open_files(opened.path)
+
+
+def test_files_are_closed_with_their_reader_and_when_there_are_too_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(chunk_files, "_free", deque([0, 1]))
+    array = create(tmp_path / "a")  # of nine shards
+    reader, out = RangeReader(array), np.empty(1000, np.uint16)
+    reader.read(np.array([[0, 1000]]), out)
+    np.testing.assert_array_equal(out, array[:])
+    assert len(open_files(tmp_path)) == 2
+    del reader
+    assert not open_files(tmp_path)
+    assert len(chunk_files._free) == 2
 
 
 def test_neighbouring_chunks_come_in_one_read(random_access):

@@ -64,7 +64,7 @@ def test_few_requests_and_no_listing_of_the_bucket(bucket, atlas, server):
     with server.recorded() as requests:
         loader_of()
     shards = [r for r in requests if "/X/" in r.key and "/c/" in r.key]
-    assert {r.kind for r in shards} == {"GET", "HEAD"}
+    assert {r.kind for r in shards} == {"GET"}
 
 
 def test_secrets_are_written_nowhere(bucket, atlas, server, caplog):

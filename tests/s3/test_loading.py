@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from annbatch_dask import DatasetCollection, Loader
+from annbatch_dask.errors import CollectionChangedError, IntegrityError
 from annbatch_dask.storage import ranges
 from tests.s3.server import counts
 from tests.s3.tools import build, epoch
@@ -62,6 +63,39 @@ def test_many_requests_are_under_way_to_a_slow_server(collection, server):
         assert server.n_at_once >= 16
 
 
+def test_an_object_that_is_replaced_under_a_loader_is_not_read(bucket, atlas, server):
+    url = f"{bucket}/o.zarr"
+    build(url, atlas, server, zarr_compressor=())
+    loader = loader_of(DatasetCollection(url, mode="r", storage_options=server.options))
+    batches = iter(loader)
+    next(batches)
+    key = next(path for path in atlas.fs.find(url) if "/dataset_0/X/data/c/" in path)
+    content = atlas.fs.cat_file(key)
+    atlas.fs.pipe_file(key, content[::-1])
+    with pytest.raises(CollectionChangedError, match="/X/data/c/0 was replaced since it was opened"):
+        list(loader)
+    atlas.fs.rm_file(key)
+    with pytest.raises(CollectionChangedError, match="/X/data/c/0 was removed since it was opened"):
+        list(loader)
+    atlas.fs.pipe_file(key, content)  # the same content has the same entity tag
+    assert len(rows_of(loader)) == 500
+
+
+def test_a_collection_is_checked_with_few_requests_at_once(collection, server):
+    n_datasets = len(collection)
+    collection.check()
+    with server.recorded() as whole, server.slow(DELAY_S):
+        collection.check()
+    assert server.n_at_once >= 16
+    with server.recorded() as some:
+        collection.check(["cell_type"])
+    names = {r.key.split("/", 3)[-1] for r in some if r.kind == "GET" and "dataset_" in r.key}
+    columns = {f"obs/cell_type/{part}/c/0" for part in ("codes", "categories")}
+    assert names == columns | {"zarr.json", "obs/_index/c/0", "var/_index/c/0"}
+    assert counts(some)["LIST"] == counts(whole)["LIST"] == n_datasets
+    assert counts(some)["GET"] < counts(whole)["GET"] / 3
+
+
 @pytest.fixture(scope="module")
 def expected(url, server):
     """Two epochs' rows."""
@@ -100,6 +134,33 @@ class TestCache:
                 np.testing.assert_array_equal(rows_of(loader), rows)
         assert 0 < len(asked) < 0.8 * len(whole)
         assert sum(path.stat().st_blocks * 512 for path in tmp_path.iterdir()) <= 200_000
+
+    def test_a_damaged_copy_is_read_from_the_store_again(self, collection, server, tmp_path, expected, caplog):
+        rows_of(self.loader_of(collection, tmp_path))
+        for path in tmp_path.glob("*.bytes"):
+            raw = bytearray(path.read_bytes())
+            for at in range(5, len(raw), 100):
+                raw[at] ^= 1
+            path.write_bytes(raw)
+        np.testing.assert_array_equal(rows_of(self.loader_of(collection, tmp_path)), expected[0])
+        assert "is damaged: what it holds of s3://" in caplog.text
+        np.testing.assert_array_equal(rows_of(self.loader_of(collection, tmp_path)), expected[0])  # keeps it again
+        later = self.loader_of(collection, tmp_path)
+        with server.recorded() as asked:
+            np.testing.assert_array_equal(rows_of(later), expected[0])
+        assert not asked
+
+    def test_a_damaged_store_is_blamed(self, bucket, atlas, server, tmp_path):
+        url = f"{bucket}/o.zarr"
+        build(url, atlas, server)
+        key = next(path for path in atlas.fs.find(url) if "/dataset_0/X/data/c/" in path)
+        raw = bytearray(atlas.fs.cat_file(key))
+        raw[7] ^= 1
+        atlas.fs.pipe_file(key, bytes(raw))
+        collection = DatasetCollection(url, mode="r", storage_options=server.options)
+        for _ in range(2):
+            with pytest.raises(IntegrityError, match="chunk at byte 0 of s3://.*/X/data/c/0 is damaged"):
+                rows_of(self.loader_of(collection, tmp_path))
 
     def test_workers_of_a_dataloader_share_it(self, collection, server, tmp_path):
         DataLoader = pytest.importorskip("torch.utils.data").DataLoader
