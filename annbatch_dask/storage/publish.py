@@ -434,7 +434,10 @@ class RemoteRanges:
     def read_into(self, start: int, out: memoryview) -> int:
         """Fill ``out`` from byte ``start`` on; returns the bytes there were."""
         if isinstance(self.fs, MemoryFileSystem):  # its cat_file moves a position that all threads share
-            found = self.fs.store[self.path].getbuffer()[start : start + len(out)]
+            file = self.fs.store.get(self.path)
+            if file is None:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.path)
+            found = file.getbuffer()[start : start + len(out)]
         else:
             found = _cat_range(self.fs, self.path, start, start + len(out)) if len(out) else b""
         out[: len(found)] = found
