@@ -20,7 +20,8 @@ from annbatch_dask.types import LoadRequest
 
 __all__ = ["Progress", "Resumable", "State", "digest"]
 
-_VERSION = 1
+_VERSION = 2
+"""Raised whenever the same seed gives another order, or a state has other fields."""
 
 
 @dataclass
@@ -75,7 +76,7 @@ class State:
     worker, n_workers
         Place among the workers of a DataLoader; 0 and 0 without any. The rank is not told: all stand alike.
     version
-        Of this format.
+        Of this format and of the orders.
     """
 
     epoch: int
@@ -111,7 +112,11 @@ class State:
     def read(cls, state: dict[str, Any]) -> State:
         """From a dictionary; StateError where it is not one of this version."""
         if state.get("version") != _VERSION or set(state) != set(cls.__dataclass_fields__):
-            msg = f"not a state of this release's Loader: version {state.get('version')!r}, expected {_VERSION}"
+            msg = (
+                f"not a state of this release's Loader: version {state.get('version')!r}, expected {_VERSION}, and orders "
+                "differ; end its epoch with the release that saved it, or begin it anew: "
+                f"set_epoch({state.get('epoch', 0)})"
+            )
             raise StateError(msg)
         return cls(**state)
 

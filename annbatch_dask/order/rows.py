@@ -16,7 +16,7 @@ __all__ = ["Blocks", "Given", "InOrder", "Order", "Rounds", "WeightTable", "Weig
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-_TAIL, _DROP, _DRAW, _ROUND = range(4)
+_TAIL, _DRAW, _ROUND = range(3)
 """What a number is drawn for."""
 
 _SPAN = 256
@@ -67,32 +67,41 @@ class Given:
 class Blocks:
     """[0, n) in blocks of ``block_size`` in random order; inside a block the order is kept.
 
-    The last ``n % block_size`` numbers are a short block, which lies between any two others. With ``drop_last`` as
-    many are left out instead: neighbours, from a random one on, so that all are left out equally often.
+    As many numbers as the last block is short of come last, or not at all with ``drop_last``: not those of the short
+    block, in most epochs, but neighbours out of another one, whose places the short block takes. So every number is
+    at every position, and left out, with the same chance.
     """
 
     def __init__(self, n: int, block_size: int, key: Key, *, drop_last: bool = False) -> None:
         self._block_size = block_size
-        n_blocks, n_tail = divmod(n, block_size)
-        self._n, self._n_tail = (n, n_tail) if not drop_last else (n - n_tail, 0)
-        self._modulus = n
-        self._shift = int(generator(key, _DROP).integers(n)) if drop_last and n_tail else 0
-        self._order = Shuffled(n_blocks, key)
-        self._tail_at = block_size * int(generator(key, _TAIL).integers(n_blocks + 1))
+        self._n_blocks, self._n_tail = divmod(n, block_size)
+        self._n = n - self._n_tail if drop_last else n
+        self._order = Shuffled(self._n_blocks, key)
+        self._swapped, self._first = divmod(int(generator(key, _TAIL).integers(max(n, 1))), block_size)
 
     def __len__(self) -> int:
         return self._n
 
     def take(self, start: int, stop: int) -> Ints:
         """The numbers at these positions."""
-        at = np.arange(start, stop)
-        is_tail = (at >= self._tail_at) & (at < self._tail_at + self._n_tail)
-        at -= np.where(at >= self._tail_at + self._n_tail, self._n_tail, 0)
-        block, rest = np.divmod(at, self._block_size)
-        found = np.empty(len(at), np.int64)
-        found[~is_tail] = self._blocks(block[~is_tail]) * self._block_size + rest[~is_tail]
-        found[is_tail] = len(self._order) * self._block_size + at[is_tail] - self._tail_at
-        return (found + self._shift) % self._modulus if self._shift else found
+        block, rest = np.divmod(np.arange(start, stop), self._block_size)
+        is_tail = block == self._n_blocks
+        found = np.empty(len(block), np.int64)
+        found[~is_tail] = self._blocks(block[~is_tail])
+        found[is_tail] = self._n_blocks
+        return self._swap(found, rest)
+
+    def _swap(self, block: Ints, rest: Ints) -> Ints:
+        """The numbers at these places of blocks, where the tail and part of another block have changed places."""
+        found = block * self._block_size + rest
+        if self._n_tail and self._swapped < self._n_blocks:
+            place = (rest - self._first) % self._block_size
+            to_tail = (block == self._swapped) & (place < self._n_tail)
+            from_tail = block == self._n_blocks
+            found[to_tail] = self._n_blocks * self._block_size + place[to_tail]
+            back = (rest[from_tail] + self._first) % self._block_size
+            found[from_tail] = self._swapped * self._block_size + back
+        return found
 
     def _blocks(self, positions: Ints) -> Ints:
         """Block at each position; neighbours mostly ask for the same one."""

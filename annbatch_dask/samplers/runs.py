@@ -181,66 +181,48 @@ def shuffled_runs(
 class _ShuffledRuns:
     """Part of a range, in runs of ``chunk_size`` rows from its start on, in random order.
 
-    All runs in random order, end to end, make a ring, of which ``n_rows`` rows from a random one on are taken: so
-    each row is in that part with the same chance. The whole runs come first and those that are shorter last, for
-    only the last batch of a pass may be partial.
+    The range ends with a short run, of ``n_short`` rows, and only the last batch of a pass may be partial: what comes
+    last is short. In most epochs that is not the short run, but as many rows out of another one, in which the short
+    run takes their place. So each row is at each position of the pass, and left out, with the same chance, while all
+    runs but this one are read whole.
     """
 
     def __init__(self, start: int, stop: int, chunk_size: int, n_rows: int, key: Key) -> None:
-        self._start, self._stop, self._chunk_size = start, stop, chunk_size
-        self._n_runs = -(-(stop - start) // chunk_size)
-        self._order = Shuffled(self._n_runs, key)
-        n_short = (stop - start) % chunk_size
-        # Where on the ring of runs the short one lies; nowhere if there is none.
-        self._short = int(self._order.find(np.array([self._n_runs - 1]))[0]) if n_short else None
-        is_part = n_rows < stop - start
-        begin = int(generator(key, ORDER).integers(stop - start)) if is_part else 0
-        first, head = self._locate(begin)
-        last, tail = self._locate(begin + n_rows) if is_part else (self._n_runs, 0)
-        self._first = first + (head > 0)
-        ends: list[slice] = []
-        self._gap = self._n_runs * 2  # which of the whole runs the short one comes before
-        self._n_whole = max(last - self._first, 0)
-        for place in () if self._short is None else (self._short, self._short + self._n_runs):
-            if self._first <= place < last:
-                self._gap = place - self._first
-                self._n_whole -= 1
-                ends.append(self._run(place))
-        if head and last >= self._first:
-            run = self._run(first)
-            ends.append(slice(run.start + head, run.stop))
-        if tail:
-            run = self._run(last)
-            ends.append(slice(run.start + (head if last < self._first else 0), run.start + tail))
-        self._ends = ends
+        n_runs, n_short = divmod(stop - start, chunk_size)
+        self._start, self._chunk_size = start, chunk_size
+        self._order = Shuffled(n_runs, key)
+        self._n_whole, n_last = divmod(n_rows, chunk_size)
+        rng = generator(key, ORDER)
+        number, first = divmod(int(rng.integers(stop - start)), chunk_size)
+        last = [slice(start + n_runs * chunk_size, stop)]
+        self._mended: tuple[int, list[slice]] = -1, []
+        if number < n_runs and n_short:
+            run = _turned(self._run(number), first, chunk_size)
+            self._mended = number, last + _part(run, n_short, chunk_size)
+            last = _part(run, 0, n_short)
+        elif n_last < n_short:
+            last = _turned(last, first, n_short)
+        if n_last and self._n_whole < n_runs:
+            run = self._run(int(self._order.at(np.array([self._n_whole]))[0]))
+            last = _turned(run, int(rng.integers(chunk_size)), chunk_size)
+        self._last = _part(last, 0, n_last)
 
-    def _locate(self, row: int) -> tuple[int, int]:
-        """The run on the ring that holds a row of it, counted on over its end, and how far into it the row is."""
-        n_range = self._stop - self._start
-        turns, row = divmod(row, n_range)
-        n_short = n_range % self._chunk_size
-        if self._short is None or row < self._short * self._chunk_size:
-            place, rest = divmod(row, self._chunk_size)
-        elif row < self._short * self._chunk_size + n_short:
-            place, rest = self._short, row - self._short * self._chunk_size
-        else:
-            place, rest = divmod(row - n_short, self._chunk_size)
-            place += 1
-        return place + turns * self._n_runs, rest
-
-    def _run(self, place: int) -> slice:
-        number = int(self._order.at(np.array([place % self._n_runs]))[0])
-        start = self._start + number * self._chunk_size
-        return slice(start, min(start + self._chunk_size, self._stop))
+    def _run(self, number: int) -> list[slice]:
+        if number == self._mended[0]:
+            return self._mended[1]
+        first = self._start + number * self._chunk_size
+        return [slice(first, first + self._chunk_size)]
 
     def take(self, _: int, start: int, stop: int) -> list[slice]:
         """The runs at these rows of the pass; ``start`` is where a run begins."""
-        n_in_whole = self._n_whole * self._chunk_size
         places = np.arange(start // self._chunk_size, min(-(-stop // self._chunk_size), self._n_whole))
-        places = places + (places >= self._gap) + self._first
-        starts = self._start + self._order.at(places % self._n_runs) * self._chunk_size
-        whole = [slice(s, s + self._chunk_size) for s in starts.tolist()]
-        return whole + _part(self._ends, max(start - n_in_whole, 0), stop - n_in_whole)
+        whole = [part for number in self._order.at(places).tolist() for part in self._run(number)]
+        return whole + (self._last if stop > self._n_whole * self._chunk_size else [])
+
+
+def _turned(runs: list[slice], first: int, n_rows: int) -> list[slice]:
+    """Runs of ``n_rows`` rows in all laid end to end, from a row of them on, and the others behind."""
+    return _part(runs, first, n_rows) + _part(runs, 0, first)
 
 
 def _part(runs: list[slice], start: int, stop: int) -> list[slice]:

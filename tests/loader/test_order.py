@@ -25,6 +25,7 @@ from annbatch_dask.samplers import (
     SequentialSampler,
     WeightedClassSampler,
 )
+from annbatch_dask.scdataset import BlockShuffling, StrategySampler
 from tests.loader.test_samplers import Minimal, batches, rng, rows
 
 
@@ -107,6 +108,51 @@ def test_rows_at_the_ends_are_drawn_as_often_as_others(sampler):
     # Rows come in runs, so counts vary more than independent draws do: compare groups of one place in the grid.
     ends = np.array([counts[:3].mean(), counts[-3:].mean(), counts[-7:-3].mean()])
     assert np.abs(ends / counts.mean() - 1).max() < 0.06
+
+
+IS_CONTROL = np.arange(60) % 4 == 0
+PARTIAL = {
+    "drop_last": lambda: [RandomSampler(8, 2, 8, drop_last=True, rng=rng(1))],
+    "short rest": lambda: [RandomSampler(20, 1, 10, drop_last=True, rng=rng(1))],
+    "mask": lambda: [RandomSampler(8, 2, 8, drop_last=True, mask=slice(0, 45), rng=rng(1))],
+    "num_samples": lambda: [RandomSampler(8, 2, 8, num_samples=40, rng=rng(1))],
+    "num_samples, all whole": lambda: [RandomSampler(9, 2, 9, num_samples=32, drop_last=True, rng=rng(1))],
+    "ranks": lambda: ranks(RandomSampler(8, 2, 8, rng=rng(1))),
+    "ranks, drop_last": lambda: ranks(RandomSampler(8, 2, 8, drop_last=True, rng=rng(1))),
+    "global batches": lambda: ranks(RandomSampler(6, 2, 6, drop_last=True, rng=rng(1)), global_batches=True),
+    "blocks": lambda: [StrategySampler(BlockShuffling(8), 8, 2, drop_last=True, rng=rng(1))],
+    "blocks, dropped": lambda: [StrategySampler(BlockShuffling(8, drop_last=True), 8, 2, rng=rng(1))],
+    "blocks, indices": lambda: [
+        StrategySampler(BlockShuffling(8, indices=np.arange(45)), 8, 2, drop_last=True, rng=rng(1))
+    ],
+    "blocks, ranks": lambda: ranks(StrategySampler(BlockShuffling(8), 8, 2, rng=rng(1))),
+    "matched": lambda: [
+        MatchedControlSampler(
+            8, 2, 16, is_control=IS_CONTROL, match=np.zeros(60), drop_last=True, rng=np.random.default_rng(1)
+        )
+    ],
+}
+
+
+def ranks(sampler, **kwargs):
+    return [DistributedSampler(sampler, dist_info=(rank, 3), **kwargs) for rank in range(3)]
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_what_a_pass_leaves_out_is_any_row_with_the_same_chance(name):
+    """45 rows, mostly in runs of 8 and batches of 8, two to a window: 5 rows are short of a run."""
+    n_obs = 60 if name == "matched" else 47 if name in ("mask", "blocks, indices") else 45
+    may_come = ~IS_CONTROL if name == "matched" else np.arange(n_obs) < 45
+    parts, pick, left_out = PARTIAL[name](), rng(9), np.zeros(n_obs, int)
+    for epoch in range(2000):
+        counts = np.zeros(n_obs, int)
+        for part in parts:
+            for request in (planned.make() for planned in part.plan_requests(n_obs, epoch)):
+                drawn = expand(request["requests"])[np.concatenate(request["splits"])]
+                counts += np.bincount(drawn, minlength=n_obs)
+        assert counts[may_come].max() == 1
+        left_out[pick.choice(np.flatnonzero(may_come & (counts == 0)))] += 1  # one: those of an epoch lie together
+    assert chisquare(left_out[may_come]).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("kind", [ClassSampler, WeightedClassSampler])

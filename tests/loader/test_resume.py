@@ -184,6 +184,8 @@ def test_a_state_of_something_else_is_refused(other, message):
 def test_a_state_of_another_release_is_refused():
     with pytest.raises(StateError, match="not a state of this release"):
         make("random").load_state_dict({"version": 0})
+    with pytest.raises(StateError, match=r"version 1, expected 2, and orders differ; .* begin it anew: set_epoch\(4\)"):
+        make("random").load_state_dict(make("random").state_dict() | {"version": 1, "epoch": 4})
 
 
 def test_a_pickled_loader_goes_on_from_a_loaded_state():
