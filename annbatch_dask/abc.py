@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.order.epochs import EpochCounter
-from annbatch_dask.order.planned import Planned, cut, plan_request, skip
+from annbatch_dask.order.planned import Planned, cut, expand, plan_request, skip
 from annbatch_dask.order.share import by_worker, current_worker
 from annbatch_dask.types import LoadRequest
 
@@ -44,14 +44,14 @@ def check_rng(rng: np.random.Generator | int | None) -> np.random.Generator | No
         warnings.warn(
             f"Passing a seed as rng is deprecated, pass numpy.random.default_rng({rng!r})",
             FutureWarning,
-            stacklevel=_caller_stacklevel(),
+            stacklevel=caller_stacklevel(),
         )
         return np.random.default_rng(rng)
     msg = f"rng must be a numpy.random.Generator, got {type(rng).__name__}"
     raise TypeError(msg)
 
 
-def _caller_stacklevel() -> int:
+def caller_stacklevel() -> int:
     """How far up the first frame outside this package is, seen from the function that warns."""
     import sys
 
@@ -199,6 +199,4 @@ class Sampler(ABC):
 
 def count_rows(requests: list[slice] | NDArray[np.integer[Any]]) -> int:
     """Rows asked for, repeats counted."""
-    if isinstance(requests, np.ndarray):
-        return len(requests)
-    return sum(part.stop - (part.start or 0) for part in requests)
+    return len(expand(requests))

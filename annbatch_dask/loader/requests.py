@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.loader.sources import Block
+from annbatch_dask.order.planned import expand
 from annbatch_dask.types import LoadRequest
 
 __all__ = ["Assignment", "Labels", "Loaded", "ObsTable", "Window", "assign", "resolve_rows", "resolve_splits"]
@@ -78,15 +79,7 @@ class Assignment:
 
 def resolve_rows(request: LoadRequest, n_obs: int) -> Ints:
     """The global rows of a request, in its order; KeyError without ``requests``, IndexError out of range."""
-    requests = request["requests"]
-    if isinstance(requests, np.ndarray):
-        if requests.dtype.kind not in "iu" or requests.ndim != 1:
-            msg = f"requests must be slices or a 1-D integer array, got dtype {requests.dtype}, {requests.ndim}-D"
-            raise TypeError(msg)
-        rows = requests.astype(np.int64)
-    else:
-        parts = [np.arange(part.start or 0, part.stop, dtype=np.int64) for part in requests]
-        rows = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+    rows = expand(request["requests"])
     if len(rows) and (rows.min() < 0 or rows.max() >= n_obs):
         msg = f"request for rows {rows.min()} to {rows.max()}, the loader has rows 0 to {n_obs - 1}"
         raise IndexError(msg)
@@ -95,7 +88,15 @@ def resolve_rows(request: LoadRequest, n_obs: int) -> Ints:
 
 def resolve_splits(request: LoadRequest, n_rows: int) -> list[Ints]:
     """The batches of a request as int64; IndexError where one names a row the request does not have."""
-    splits = [np.asarray(split).astype(np.int64, copy=False) for split in request["splits"]]
+    given = [np.asarray(split) for split in request["splits"]]
+    for split in given:
+        if split.ndim != 1 or (split.dtype.kind not in "iu" and len(split)):
+            msg = (
+                "a split must be a 1-D integer array of positions (of a mask: np.flatnonzero(mask)), got dtype "
+                f"{split.dtype}, {split.ndim}-D"
+            )
+            raise TypeError(msg)
+    splits = [split.astype(np.int64, copy=False) for split in given]
     for split in splits:
         if len(split) and (split.min() < 0 or split.max() >= n_rows):
             msg = f"split with positions {split.min()} to {split.max()}, the request has {n_rows} rows"

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from annbatch_dask.errors import SelectionError
-from annbatch_dask.loader.requests import ObsTable
-from annbatch_dask.order.planned import expand
+from annbatch_dask.loader.requests import ObsTable, resolve_rows
 from annbatch_dask.types import LoadRequest
 from annbatch_dask.where import Condition
 
@@ -43,7 +42,7 @@ class Selected:
     def translate(self, requests: Iterator[LoadRequest]) -> Iterator[LoadRequest]:
         """From requests for the n-th selected row to requests for rows of the data."""
         for request in requests:
-            yield request | {"requests": self.rows[expand(request["requests"])]}
+            yield request | {"requests": self.rows[resolve_rows(request, len(self))]}
 
 
 def select(where: Where, frames: Sequence[pd.DataFrame] | None, n_obs: int) -> Selected:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -55,11 +56,24 @@ def plan_request(request: LoadRequest) -> Planned:
 
 
 def expand(requests: Requests) -> Ints:
-    """The rows of a request, one by one, in its order."""
+    """The rows of a request, one by one, in its order; TypeError where it has no slices or whole numbers."""
     if isinstance(requests, np.ndarray):
+        if requests.ndim != 1 or (requests.dtype.kind not in "iu" and len(requests)):
+            msg = (
+                "requests must be slices or a 1-D integer array (of a mask: np.flatnonzero(mask)), got dtype "
+                f"{requests.dtype}, {requests.ndim}-D"
+            )
+            raise TypeError(msg)
         return requests.astype(np.int64)
-    parts = [np.arange(part.start or 0, part.stop, dtype=np.int64) for part in requests]
+    parts = [_rows_of(part) for part in requests]
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def _rows_of(part: slice) -> Ints:
+    if not isinstance(part, slice) or part.stop is None or (part.step is not None and part.step < 1):
+        msg = f"requests must be slices with a stop and a step of 1 or more, or an array of row numbers, got {part!r}"
+        raise TypeError(msg)
+    return np.arange(index(part.start or 0), index(part.stop), index(part.step or 1), dtype=np.int64)
 
 
 def cut(order: NDArray[Any], size: int) -> list[NDArray[Any]]:

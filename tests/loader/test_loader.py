@@ -100,6 +100,31 @@ def test_any_rows_in_any_order(collection, as_dense, asked, seed):
             pd.testing.assert_frame_equal(batch["obs"], collection.obs.iloc[expected])
 
 
+@pytest.mark.parametrize("where", [None, np.arange(221)])
+def test_what_is_no_row_or_position_is_refused_and_a_step_is_kept(collection, where):
+    def asked(requests, splits=None):
+        (batch,) = asking(requests, splits, where=where).use_collection(collection)
+        return batch["index"].tolist()
+
+    assert asked([slice(0, 10, 2), slice(100, 102)]) == [0, 2, 4, 6, 8, 100, 101]
+    assert asked([slice(0, 10, 2)], [np.array([4, 0])]) == [8, 0]
+    mask = np.arange(10) > 7
+    for requests, splits, error, message in (
+        ([slice(0, 10)], [mask], TypeError, r"a split must be a 1-D integer array.*flatnonzero.*got dtype bool"),
+        ([slice(0, 10)], [np.array([1.9, 2.2])], TypeError, "a split must be a 1-D integer array.*float64"),
+        ([slice(0, 10)], [np.zeros((2, 1), int)], TypeError, "got dtype int64, 2-D"),
+        (mask, [np.arange(2)], TypeError, r"requests must be slices or a 1-D integer array.*flatnonzero.*bool"),
+        ([slice(5, 0, -1)], [np.arange(2)], TypeError, r"a step of 1 or more.*slice\(5, 0, -1\)"),
+        ([slice(5, None)], [np.arange(2)], TypeError, r"slices with a stop.*slice\(5, None, None\)"),
+        ([slice(0, 4.5)], [np.arange(2)], TypeError, "float"),
+        ([3, 4], [np.arange(2)], TypeError, "got 3"),
+        (np.array([-1, 3]), [np.arange(2)], IndexError, "request for rows -1 to 3"),
+        ([slice(219, 223)], [np.arange(2)], IndexError, "rows 219 to 222, the loader has rows 0 to 220"),
+    ):
+        with pytest.raises(error, match=message):
+            asked(requests, splits)
+
+
 def test_slices_across_datasets_in_request_order(collection):
     asked = [slice(200, 221), slice(120, 140), slice(5, 6), slice(125, 135)]
     rows = np.concatenate([np.arange(s.start, s.stop) for s in asked])
