@@ -102,13 +102,16 @@ class DataModule(LightningDataModule):  # type: ignore[misc] # Lightning's types
             msg = f"no part is called {part!r}; there are {', '.join(self._parts) or 'none'}"
             raise ValueError(msg)
         trainer = self.trainer
-        rank, world_size = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+        # Not the trainer's rank: peers that hold parts of one model (tensor parallel) need the same batches.
+        ranks = None if trainer is None else trainer.distributed_sampler_kwargs
+        rank, world_size = (0, 1) if ranks is None else (ranks["rank"], ranks["num_replicas"])
         place = (part, rank, world_size)
         if place not in self._loaders:
             options = self._options_of(part)
             if world_size > 1:
                 options = {"dist_info": (rank, world_size), "even": _EVEN[part], **options}
             loader = _WholeEpochs(where=self._parts[part], **options)
+            loader.trainer = trainer if part == "train" else None
             self._loaders[place] = loader.use_collection(self._collection)
         return self._loaders[place]
 
@@ -122,8 +125,14 @@ class DataModule(LightningDataModule):  # type: ignore[misc] # Lightning's types
 
 
 class _WholeEpochs(Loader[Any, Any]):
-    """A loader whose epoch is over with its last batch: Lightning, which knows their number, asks for no more."""
+    """A loader whose epoch is over with the last batch that Lightning wants: it, which counts, asks for no more."""
+
+    trainer: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"trainer": None}
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        return state | {"is_over": state["is_over"] or state["batch"] == len(self)}
+        n_batches = min(len(self), getattr(self.trainer, "num_training_batches", len(self)))
+        return state | {"is_over": state["is_over"] or state["batch"] >= n_batches}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -98,6 +101,127 @@ def test_it_trains_and_goes_on_in_the_middle_of_an_epoch(lightning, Model, colle
             assert torch.equal(ours, theirs)
 
 
+def test_epochs_that_lightning_cuts_short_go_on_as_well(lightning, Model, collection, parts, tmp_path):
+    """With ``limit_train_batches`` an epoch is over before the loader's is."""
+    cut = {"limit_train_batches": 4, "limit_val_batches": 0, "max_epochs": 3}
+    each_step = lightning.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+    whole = Model()
+    trainer(lightning, tmp_path, callbacks=[each_step], **cut).fit(whole, data(collection, parts))
+    assert len(whole.seen["train"]) == 12
+    for step in (2, 4, 6):
+        resumed, run = Model(), trainer(lightning, tmp_path, enable_checkpointing=False, **cut)
+        run.fit(resumed, data(collection, parts), ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert resumed.seen["train"] == whole.seen["train"][step:]
+
+
+# The imports take longer than all the rest: one process makes them, the ranks are forked from it.
+TWO_RANKS = """
+import json, multiprocessing, os, sys
+from types import SimpleNamespace
+from pathlib import Path
+
+import lightning.pytorch as lightning
+import torch
+import torch.distributed as dist
+import zarr
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from annbatch_dask.lightning import DataModule
+
+folder, path = Path(sys.argv[1]), sys.argv[2]
+
+
+class Collection:
+    is_empty = False
+
+    def __iter__(self):
+        group = zarr.open_group(path, mode="r")
+        return (group[name] for name in sorted(group.keys()))
+
+
+class Model(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(23, 1)
+        self.seen = []
+
+    def training_step(self, batch, _):
+        self.seen.append(batch["index"].tolist())
+        return self.layer(batch["X"] / 250).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def module():
+    return DataModule(
+        Collection(), {"train": None}, batch_size=16, chunk_size=4, preload_nchunks=8, dense=True, rng=3,
+        preload_to_gpu=False, return_index=True,
+    )
+
+
+def train(rank, name, checkpoint):
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet_{name}", rank=rank, world_size=2)
+    model, save = Model(), ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
+    run = lightning.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, callbacks=[] if checkpoint else [save],
+        default_root_dir=folder, enable_checkpointing=not checkpoint, logger=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    run.fit(model, module(), ckpt_path=checkpoint)
+    (folder / f"{name}_{rank}.json").write_text(json.dumps(model.seen))
+    if checkpoint is None:  # the two hold parts of one model
+        strategy, peer = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2), module()
+        names = ("data_parallel", "tensor_parallel")
+        strategy._device_mesh = dist.device_mesh.init_device_mesh("cpu", (1, 2), mesh_dim_names=names)
+        peer.trainer = SimpleNamespace(distributed_sampler_kwargs=strategy.distributed_sampler_kwargs)
+        found = [batch["index"].tolist() for batch in peer.train_dataloader()]
+        (folder / f"peers_{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+for name, checkpoint in (("whole", None), ("from_2", folder / "step=2.ckpt"), ("from_8", folder / "step=8.ckpt")):
+    start = multiprocessing.get_context("fork").Process
+    ranks = [start(target=train, args=(rank, name, checkpoint)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, 0], name
+"""
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("lightning")
+def test_two_ranks_go_on_from_one_checkpoint(collection, tmp_path):
+    """Lightning saves the state of rank 0 alone, and hands it to both."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TWO_RANKS, str(tmp_path), str(collection.path)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    def written(name):
+        return [json.loads((tmp_path / f"{name}_{rank}.json").read_text()) for rank in range(2)]
+
+    whole = written("whole")
+    assert [len(seen) for seen in whole] == [12, 12]
+    for epoch in (slice(0, 6), slice(6, 12)):
+        rows = [row for seen in whole for batch in seen[epoch] for row in batch]
+        assert len(set(rows)) == len(rows) == 2 * 6 * 16
+    for step in (2, 8):
+        assert written(f"from_{step}") == [seen[step:] for seen in whole]
+    peers = written("peers")
+    assert peers[0] == peers[1]
+    assert sorted(row for batch in peers[0] for row in batch) == list(range(221))
+
+
 def test_it_tests_and_predicts_in_stored_order(lightning, Model, collection, parts, tmp_path):
     model, run = Model(), trainer(lightning, tmp_path, enable_checkpointing=False)
     run.test(model, data(collection, parts))
@@ -110,7 +234,7 @@ def test_it_tests_and_predicts_in_stored_order(lightning, Model, collection, par
 def test_ranks_are_those_of_the_trainer(collection, parts):
     def rows(part, rank):
         module = data(collection, parts)
-        module.trainer = SimpleNamespace(global_rank=rank, world_size=3)
+        module.trainer = SimpleNamespace(distributed_sampler_kwargs={"rank": rank, "num_replicas": 3})
         loader = getattr(module, f"{part}_dataloader")()
         return [batch["index"].tolist() for batch in loader]
 
