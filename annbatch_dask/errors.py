@@ -21,6 +21,7 @@ __all__ = [
     "LayoutError",
     "MemoryBudgetError",
     "MissingPackageError",
+    "RankError",
     "SchedulerError",
     "SchemaError",
     "SelectionError",
@@ -86,6 +87,10 @@ class SchedulerError(AnnbatchDaskError, ConnectionError):
 
 class WorkersDiedError(AnnbatchDaskError, RuntimeError):
     """All workers that worked on a task died, as those do that run out of memory."""
+
+
+class RankError(AnnbatchDaskError, ValueError):
+    """Ranks cannot share the rows: they draw from different seeds, or there is not a batch for each."""
 
 
 class StateError(AnnbatchDaskError, ValueError):

@@ -540,7 +540,11 @@ def _default_sampler(
     if not shuffle:
         return SequentialSampler(chunk_size, preload_nchunks, batch_size, drop_last=drop_last)
     if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
-        rng = np.random.default_rng(rng)
+        sampler = RandomSampler(
+            chunk_size, preload_nchunks, batch_size, drop_last=drop_last, rng=np.random.default_rng(rng)
+        )
+        sampler.seed = sampler.seed  # a number: ranks are taken to have the same
+        return sampler
     return RandomSampler(chunk_size, preload_nchunks, batch_size, drop_last=drop_last, rng=rng)  # type: ignore[arg-type]
 
 

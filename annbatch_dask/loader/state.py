@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from annbatch_dask.abc import Sampler
+from annbatch_dask.abc import Sampler, caller_stacklevel
 from annbatch_dask.errors import StateError
 from annbatch_dask.order.share import Worker, current_worker
 from annbatch_dask.samplers.base import SeededSampler
@@ -113,8 +114,8 @@ class State:
         """From a dictionary; StateError where it is not one of this version."""
         if state.get("version") != _VERSION or set(state) != set(cls.__dataclass_fields__):
             msg = (
-                f"not a state of this release's Loader: version {state.get('version')!r}, expected {_VERSION}, and orders "
-                "differ; end its epoch with the release that saved it, or begin it anew: "
+                f"not a state of this release's Loader: version {state.get('version')!r}, expected {_VERSION}, and "
+                "orders differ; end its epoch with the release that saved it, or begin it anew: "
                 f"set_epoch({state.get('epoch', 0)})"
             )
             raise StateError(msg)
@@ -175,6 +176,7 @@ class Resumable(ABC):
         """The requests of the pass that begins, from where it was left if a state was loaded."""
         sampler, worker = self._batch_sampler, current_worker()
         sampler.validate(n_obs)
+        _warn_of_nothing(_inner(sampler), n_obs)
         state, self._resume_from = self._resume_from, None
         epoch = progress.begin(sampler, state, worker)
         return iter(()) if progress.is_over else sampler.resume_requests(n_obs, epoch, progress.n_batches)
@@ -250,6 +252,13 @@ def _plain(value: object) -> object:
         return value.tolist()
     msg = f"a saved state depends on {value!r}; state_identity() may return numbers, texts, None, and tuples of them"
     raise TypeError(msg)
+
+
+def _warn_of_nothing(sampler: Sampler, n_obs: int) -> None:
+    """Say where a pass has no batch at all, since its rows are too few for one."""
+    if isinstance(sampler, SeededSampler) and sampler.drops_last and not sampler.n_batches(n_obs):
+        msg = f"no batch comes: {n_obs} rows do not fill one of {sampler.batch_size}, and drop_last leaves them out"
+        warnings.warn(msg, UserWarning, stacklevel=caller_stacklevel())
 
 
 def _inner(sampler: Sampler) -> Sampler:

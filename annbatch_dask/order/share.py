@@ -122,7 +122,6 @@ def slice_batches(stream: Iterable[Planned], rank: int, world_size: int, *, even
     first: Planned | None = None
     for item in stream:
         first = first or item
-        full = first.sizes[0]
         whole = [b for b, size in enumerate(item.sizes) if size % world_size == 0]
         if whole:
             yield _sliced(item.pick(whole), rank, world_size)
@@ -130,6 +129,7 @@ def slice_batches(stream: Iterable[Planned], rank: int, world_size: int, *, even
             if even is None:
                 yield _sliced(item.pick([b]), rank, world_size)
             elif even == "pad":
+                full = -(-max(item.sizes[b], first.sizes[0]) // world_size) * world_size
                 yield _sliced(item.fill(b, full, first), rank, world_size)
 
 
@@ -154,8 +154,8 @@ def _full_rounds(turn: list[Planned], rest: dict[int, list[Batch]], rank: int, w
 
 
 def _padded(over: list[Batch], first: Planned, world_size: int) -> list[Batch]:
-    """Batches as large as the first one, and as many as make whole rounds."""
-    full = first.sizes[0]
+    """Batches as large as the first one, or the largest, and as many as make whole rounds."""
+    full = max(first.sizes[0], *(item.sizes[b] for item, b in over))
     n_missing = -len(over) % world_size
     batches = [*over, *((first, i % len(first.sizes)) for i in range(n_missing))]
     return [(item, b) if item.sizes[b] == full else (item.fill(b, full, first), 0) for item, b in batches]

@@ -31,6 +31,8 @@ class SeededSampler(Sampler):
 
     _seed: int = 0
     _seed_is_given: bool = False
+    _seed_is_number: bool = False
+    _drop_last: bool = False
 
     @property
     def rng(self) -> np.random.Generator | None:
@@ -41,8 +43,8 @@ class SeededSampler(Sampler):
     def rng(self, value: np.random.Generator | None) -> None:
         given = check_rng(value)
         self._rng = np.random.default_rng() if given is None else given
-        self._seed_is_given = given is not None
         self.seed = int.from_bytes(self._rng.bytes(8), "little") >> 1
+        self._seed_is_given, self._seed_is_number = given is not None, False
         self.set_epoch(0)
 
     @property
@@ -54,6 +56,7 @@ class SeededSampler(Sampler):
     @seed.setter
     def seed(self, value: int) -> None:
         self._seed, self.epoch_counter.seed = value, None
+        self._seed_is_given = self._seed_is_number = True
 
     def restore_seed(self, seed: int) -> None:
         """Go on with the seed of a saved state, in the workers of a DataLoader that are started later too."""
@@ -65,8 +68,18 @@ class SeededSampler(Sampler):
 
     @property
     def seed_is_given(self) -> bool:
-        """Whether the seed comes from an ``rng`` that was passed in."""
+        """Whether the seed was given, or comes from an ``rng`` that was passed in."""
         return self._seed_is_given
+
+    @property
+    def seed_is_number(self) -> bool:
+        """Whether the seed was given as a number, which whoever writes it sees to be the same on all ranks."""
+        return self._seed_is_number
+
+    @property
+    def drops_last(self) -> bool:
+        """Whether a last batch that is not full is left out."""
+        return self._drop_last
 
     @abstractmethod
     def epoch(self, n_obs: int, key: Key) -> Epoch:

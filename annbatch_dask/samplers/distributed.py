@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
+from hashlib import blake2b
 from typing import Any, Literal
 
-from annbatch_dask.abc import Sampler
+import numpy as np
+
+from annbatch_dask.abc import Sampler, caller_stacklevel
+from annbatch_dask.errors import RankError
 from annbatch_dask.order.planned import Planned
 from annbatch_dask.order.share import Even, by_rank, slice_batches
 from annbatch_dask.samplers.base import SeededSampler
@@ -22,8 +29,9 @@ class DistributedSampler(Sampler):
     """The part of a rank in what a sampler draws.
 
     Load requests go to the ranks in turn, so that any row may come to any rank, in every epoch to another one, and
-    the wrapped sampler may be of any kind. All ranks must wrap samplers of the same seed; one that was given no
-    ``rng`` gets seed 0.
+    the wrapped sampler may be of any kind. All ranks must wrap samplers of the same seed, unlike annbatch's, which
+    gives each rank rows of its own: seeds that differ would lose some rows and repeat others. A sampler that was given
+    no ``rng`` gets seed 0. Seeds are compared where ``torch.distributed`` or JAX connects the ranks.
 
     Parameters
     ----------
@@ -47,12 +55,19 @@ class DistributedSampler(Sampler):
     ------
     ValueError
         With ``global_batches``, where ``world_size`` does not divide the batch size.
+    RankError
+        If the ranks' seeds differ; when a pass begins, where ``even="drop"`` would leave every rank without a batch.
     RuntimeError
         If torch or JAX is asked and is not initialised.
 
+    Warns
+    -----
+    UserWarning
+        Where the seed comes from a generator and cannot be compared.
+
     Examples
     --------
-    >>> sampler = samplers.RandomSampler(16, 8, 64, rng=np.random.default_rng(0))
+    >>> sampler = samplers.RandomSampler(16, 8, 64)
     >>> first, second = (samplers.DistributedSampler(sampler, dist_info=lambda k=k: (k, 2)) for k in range(2))
     >>> first.n_batches(500), second.n_batches(500)
     (3, 3)
@@ -82,6 +97,8 @@ class DistributedSampler(Sampler):
             msg = f"a global batch of {size} rows cannot be cut evenly for {self._world_size} ranks; change its size"
             raise ValueError(msg)
         self._n_batches: tuple[int, int] = (-1, -1)
+        if isinstance(self._sampler, SeededSampler) and self._world_size > 1:
+            _check_seed(self._sampler, dist_info, self._rank, self._world_size)
 
     @property
     def rank(self) -> int:
@@ -115,8 +132,17 @@ class DistributedSampler(Sampler):
         return self._global_batches
 
     def validate(self, n_obs: int) -> None:
-        """As the wrapped sampler does."""
+        """As the wrapped sampler does; RankError where nothing is left for any rank."""
         self._sampler.validate(n_obs)
+        if self._even == "drop" and isinstance(self._sampler, SeededSampler) and not self.n_batches(n_obs):
+            n_batches = self._sampler.n_batches(n_obs)
+            if n_batches:
+                msg = (
+                    f"{n_batches} batches of up to {self._sampler.batch_size} rows do not go round among "
+                    f"{self._world_size} ranks, and even='drop' leaves them out: no rank would have any; use "
+                    "even='pad' or None, smaller batches, or fewer ranks"
+                )
+                raise RankError(msg)
 
     def n_batches(self, n_obs: int) -> int:
         """Batches of this rank in one pass over ``n_obs`` rows."""
@@ -140,6 +166,55 @@ class DistributedSampler(Sampler):
     def _sample(self, n_obs: int) -> Iterator[LoadRequest]:
         for planned in self.plan_requests(n_obs, self.epoch_counter.start(None)):
             yield planned.make()
+
+
+def _check_seed(sampler: SeededSampler, dist_info: DistInfo, rank: int, world_size: int) -> None:
+    """RankError where another rank has another seed; a warning where nobody can tell."""
+    common = _ask_jax_seed(sampler.seed) if dist_info == "jax" else _ask_torch_seed(sampler, world_size)
+    if common is not None and common != sampler.seed:
+        msg = (
+            f"rank {rank} of {world_size} has seed {sampler.seed}, another one {common}: some rows would come twice "
+            "and others not at all; give all ranks the same rng, such as default_rng(0) without the rank, or none"
+        )
+        raise RankError(msg)
+    if common is None and sampler.seed_is_given and not sampler.seed_is_number:
+        msg = (
+            f"rank {rank} of {world_size} draws its seed from a generator, and ranks of other seeds would lose and "
+            "repeat rows. Give a number, the same on all ranks (Loader(rng=0), or sampler.seed = 0), or no rng, or "
+            "dist_info='torch', which compares the seeds"
+        )
+        warnings.warn(msg, UserWarning, stacklevel=caller_stacklevel())
+
+
+def _ask_torch_seed(sampler: SeededSampler, world_size: int) -> int | None:
+    """The seed of the rank that asked first, without waiting for any other; None without a group of so many ranks.
+
+    Samplers that are alike are told apart by their turn: all ranks make them in the same order.
+    """
+    torch: Any = sys.modules.get("torch")
+    dist = None if torch is None else torch.distributed
+    if dist is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() != world_size:
+        return None
+    what = blake2b(repr(sampler.state_identity()).encode(), digest_size=8).hexdigest()
+    _N_ASKED[what] += 1
+    key = f"annbatch_dask/seed/{what}/{_N_ASKED[what]}"
+    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - nothing public hands it out
+    if store.add(f"{key}/n", 1) == 1:
+        store.set(key, str(sampler.seed))
+    return int(store.get(key))
+
+
+_N_ASKED: Counter[str] = Counter()
+
+
+def _ask_jax_seed(seed: int) -> int:
+    """The seed of process 0; its lower 64 bits."""
+    from jax.experimental import multihost_utils
+
+    halves = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
+    high, low = (int(half) for half in multihost_utils.broadcast_one_to_all(halves))
+    common = high << 32 | low
+    return seed if common == seed % 2**64 else common
 
 
 def _resolve(dist_info: DistInfo) -> tuple[int, int]:

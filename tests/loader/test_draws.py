@@ -27,6 +27,8 @@ from tests.loader.test_resume import SAMPLERS
 from tests.loader.test_resume import make as make_loader
 from tests.loader.test_samplers import rng
 
+pytestmark = pytest.mark.filterwarnings("ignore:rank . of . draws its seed from a generator:UserWarning")
+
 CODES = np.asarray(classes_in_runs(RUNS).codes)
 BORDERS = [47, 48, 200]  # of datasets, in the middle of runs
 WEIGHTS = np.array([1.0, 0.0, 3.0])

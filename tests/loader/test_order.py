@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,6 +16,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from annbatch_dask.abc import Sampler
+from annbatch_dask.errors import RankError
+from annbatch_dask.loader import Loader
 from annbatch_dask.order.epochs import EpochCounter
 from annbatch_dask.order.keys import Shuffled
 from annbatch_dask.order.planned import expand, plan_request
@@ -27,6 +32,9 @@ from annbatch_dask.samplers import (
 )
 from annbatch_dask.scdataset import BlockShuffling, StrategySampler
 from tests.loader.test_samplers import Minimal, batches, rng, rows
+
+# What most of these ranks are given: generators, of one seed.
+pytestmark = pytest.mark.filterwarnings("ignore:rank . of . draws its seed from a generator:UserWarning")
 
 
 def counted(sampler, n_obs, n_epochs):
@@ -344,7 +352,11 @@ def check_shares(found, n_obs, even):
 @pytest.mark.parametrize("even", ["drop", "pad", None])
 def test_ranks_know_how_many_batches_they_have(even):
     for n_obs in (1, 2, 7, 47, 48, 49):
-        parts(RandomSampler(3, 4, 3, rng=rng(5)), n_obs, 3, even=even)
+        if even == "drop" and n_obs < 7:
+            with pytest.raises(RankError, match="1 batches of up to 3 rows do not go round among 3 ranks"):
+                parts(RandomSampler(3, 4, 3, rng=rng(5)), n_obs, 3, even=even)
+        else:
+            parts(RandomSampler(3, 4, 3, rng=rng(5)), n_obs, 3, even=even)
     with pytest.raises(ValueError, match="must be < mask.stop"):
         parts(RandomSampler(3, 4, 3, rng=rng(5)), 0, 3, even=even)
 
@@ -403,6 +415,61 @@ def test_unseeded_samplers_on_several_ranks_agree():
         batches(DistributedSampler(RandomSampler(5, 4, 4), dist_info=(rank, 3), even=None), 97) for rank in range(3)
     ]
     assert sorted(row for part in found for batch in part for row in batch.tolist()) == list(range(97))
+
+
+@pytest.mark.parametrize("even", ["drop", "pad", None])
+def test_global_batches_of_any_size_are_cut_alike_for_all_ranks(even):
+    """Also where all rows are fewer than one batch, and where a sampler's first batch is its smallest."""
+    for n_obs, world_size in product((1, 2, 5, 6, 13, 23, 24), (2, 3, 4)):
+        sampler = RandomSampler(12, 2, 12, rng=rng(5))
+        if even == "drop" and n_obs < 12 and n_obs % world_size:
+            continue  # refused
+        found = parts(sampler, n_obs, world_size, global_batches=True, even=even)
+        assert all(len({len(batch) for batch in step}) == 1 for step in zip(*found, strict=True)) or even is None
+        assert even == "drop" or set(np.concatenate(sum(found, []))) == set(range(n_obs))
+    growing = [{"requests": [slice(0, 10)], "splits": [np.arange(1), np.arange(1, 3), np.arange(3, 10)]}]
+    for global_batches in (True, False):
+        found = parts(Minimal(growing, 2, shuffle=False), 10, 2, even=even, global_batches=global_batches)
+        assert [len(b) for b in found[0]] == [len(b) for b in found[1]] or even is None
+        assert even == "drop" or set(np.concatenate(sum(found, []))) == set(range(10))
+
+
+@pytest.mark.filterwarnings("error:rank")
+def test_ranks_of_generators_are_warned_of_seeds_that_differ():
+    """Who gave each rank a seed of its own lost a third of the rows."""
+    with pytest.warns(UserWarning, match=r"rank 1 of 8 draws its seed from a generator.*rng=0.*compares") as caught:
+        Loader(batch_size=32, chunk_size=8, preload_nchunks=32, shuffle=True, rng=rng(101), dist_info=(1, 8))
+    assert caught[0].filename == __file__
+    numbered = RandomSampler(5, 4, 4)
+    numbered.seed = 7
+    assert DistributedSampler(numbered, dist_info=(1, 8)).sampler.seed == 7
+    for sampler in (RandomSampler(5, 4, 4), SequentialSampler(5, 4, 4)):
+        DistributedSampler(sampler, dist_info=(1, 8))
+    DistributedSampler(RandomSampler(5, 4, 4, rng=rng(101)), dist_info=(0, 1))
+    by_number = Loader(shuffle=True, rng=101, dist_info=(1, 8)).batch_sampler
+    assert by_number.sampler.seed == RandomSampler(5, 4, 4, rng=rng(101)).seed
+
+
+def test_a_pass_without_a_batch_is_said():
+    few = Loader(batch_size=20, chunk_size=20, preload_nchunks=1, shuffle=True, drop_last=True, preload_to_gpu=False)
+    with pytest.warns(UserWarning, match="no batch comes: 19 rows do not fill one of 20, and drop_last") as caught:
+        assert list(few.add_dataset(np.ones((19, 3)))) == []
+    assert caught[0].filename == __file__
+
+
+def test_ranks_of_jax_compare_seeds(monkeypatch):
+    of_process_0 = RandomSampler(5, 4, 4, rng=rng(100)).seed
+    utils = SimpleNamespace(
+        broadcast_one_to_all=lambda _: np.array([of_process_0 >> 32, of_process_0 & 0xFFFFFFFF], np.uint32)
+    )
+    distributed = SimpleNamespace(is_initialized=lambda: True)
+    jax = SimpleNamespace(distributed=distributed, process_index=lambda: 1, process_count=lambda: 8)
+    monkeypatch.setitem(sys.modules, "jax", jax)
+    monkeypatch.setitem(sys.modules, "jax.experimental", SimpleNamespace(multihost_utils=utils))
+    assert DistributedSampler(RandomSampler(5, 4, 4, rng=rng(100)), dist_info="jax").rank == 1
+    other = RandomSampler(5, 4, 4, rng=rng(101))
+    with pytest.raises(RankError, match=f"rank 1 of 8 has seed {other.seed}, another one {of_process_0}: some rows"):
+        DistributedSampler(other, dist_info="jax")
 
 
 def test_annbatch_word_for_uneven_ranks():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -24,12 +25,26 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from annbatch_dask import Loader
+from annbatch_dask.errors import RankError
+
+
+def compare(rank, world_size, seed, dist_info):
+    # What making a loader with this seed says.
+    rng, few = np.random.default_rng(seed), {"batch_size": 4, "chunk_size": 4, "preload_nchunks": 2}
+    try:
+        Loader(**few, shuffle=True, rng=rng, dist_info=dist_info)
+    except RankError as error:
+        return str(error)
+    return ""
 
 
 def train(rank, world_size, port, folder, state):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world_size)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    asked = [(100, "torch"), (100 + rank, "torch"), (100, "env"), (100 + rank, (rank, world_size)), (7, "torch")]
+    said = [compare(rank, world_size, seed, dist_info) for seed, dist_info in asked]
+    (folder / f"said_{rank}_of_{world_size}.json").write_text(json.dumps(said))
     x = np.random.default_rng(0).random((203, 5)).astype(np.float32)
     loader = Loader(
         global_batch_size=12, chunk_size=4, preload_nchunks=6, shuffle=True, rng=7, dist_info="torch", to="torch",
@@ -95,6 +110,11 @@ def test_three_ranks_train_and_stop_and_two_go_on(tmp_path):
             json.loads((tmp_path / f"{name}_{rank}_of_{world_size}.json").read_text()) for rank in range(world_size)
         ]
 
+    for said in zip(*written("said", 3), strict=True):
+        wrong = [text for text in said if text]
+        assert len(wrong) in (0, 2)  # the rank that asks first cannot know
+        assert all(re.search(r"rank \d of 3 has seed \d+, another one \d+: some rows would", text) for text in wrong)
+    assert [bool(any(said)) for said in zip(*written("said", 3), strict=True)] == [False, True, False, True, False]
     three, two = written("seen", 3), written("seen", 2)
     assert [len(seen) for seen in three] == [5] * 3
     assert [len(seen) for seen in two] == [11] * 2  # 203 rows: 16 batches of 12, and 11 rows that are left out

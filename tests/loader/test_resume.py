@@ -297,6 +297,7 @@ def test_a_loader_with_ranks_says_what_cannot_be():
 
 pytestmark = [
     pytest.mark.timeout(600),  # starts interpreters
+    pytest.mark.filterwarnings("ignore:rank . of . draws its seed from a generator:UserWarning"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes:UserWarning"),
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning"),  # torchdata 0.11 with torch 2.13

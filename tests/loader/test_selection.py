@@ -307,6 +307,7 @@ def test_ranks_share_matched_groups_whole():
     found = []
     for rank in range(3):
         sampler = MatchedControlSampler(4, 6, 12, is_control=is_control, match=line, rng=np.random.default_rng(0))
+        sampler.seed = 0
         found += batches(DistributedSampler(sampler, dist_info=(rank, 3), global_batches=True), 200)
     groups = np.concatenate(found).reshape(-1, 2)
     assert (line[groups[:, 0]] == line[groups[:, 1]]).all()
