@@ -66,9 +66,9 @@ def Model(lightning):
 
 
 def trainer(lightning, folder, **options):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    usual = {"max_epochs": 2, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     return lightning.Trainer(
-        accelerator="cpu", devices=1, max_epochs=2, num_sanity_val_steps=0, default_root_dir=folder, **quiet | options
+        accelerator="cpu", devices=1, num_sanity_val_steps=0, default_root_dir=folder, **usual | options
     )
 
 

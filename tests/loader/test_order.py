@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
@@ -20,7 +20,7 @@ from annbatch_dask.errors import RankError
 from annbatch_dask.loader import Loader
 from annbatch_dask.order.epochs import EpochCounter
 from annbatch_dask.order.keys import Shuffled
-from annbatch_dask.order.planned import expand, plan_request
+from annbatch_dask.order.planned import expand, plan_request, skip
 from annbatch_dask.order.share import Worker, by_rank, by_worker
 from annbatch_dask.samplers import (
     ClassSampler,
@@ -347,6 +347,57 @@ def check_shares(found, n_obs, even):
     else:
         assert set(drawn) == set(range(n_obs))
         assert len(drawn) < n_obs + 3 * world_size
+
+
+KINDS = {
+    "random": lambda *sizes, **kwargs: RandomSampler(*sizes, rng=rng(5), **kwargs),
+    "sequential": SequentialSampler,
+    "blocks": lambda chunk, preload, size, **kwargs: StrategySampler(
+        BlockShuffling(chunk), size, preload, rng=rng(5), **kwargs
+    ),
+}
+
+
+@settings(max_examples=200)
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    n_obs=st.integers(1, 200),
+    chunk=st.integers(1, 15),
+    preload=st.integers(1, 5),
+    world_size=st.integers(1, 6),
+    even=st.sampled_from(["drop", "pad", None]),
+    drop_last=st.booleans(),
+    is_global=st.booleans(),
+    n_workers=st.integers(1, 4),
+    n_before=st.integers(0, 30),
+)
+def test_nothing_is_lost_or_comes_twice_whoever_shares_it_and_wherever_it_goes_on(  # noqa: PLR0913
+    kind, n_obs, chunk, preload, world_size, even, drop_last, is_global, n_workers, n_before
+):
+    times = world_size if is_global else 1
+    sampler = KINDS[kind](chunk, preload * times, chunk * times, drop_last=drop_last)
+    whole = drawn_by(sampler.plan_requests(n_obs, 3))
+    assert len(whole) == sampler.n_batches(n_obs)
+    rows_of_pass = sorted(sum(whole, []))
+    assert len(set(rows_of_pass)) == len(rows_of_pass)
+    assert drop_last or rows_of_pass == list(range(n_obs))
+
+    places = [(rank, world_size) for rank in range(world_size)]
+    ranked = [DistributedSampler(sampler, dist_info=p, even=even, global_batches=is_global) for p in places]
+    found = [drawn_by(one.plan_requests(n_obs, 3)) for one in ranked]
+    assert [one.n_batches(n_obs) for one in ranked] == [len(part) for part in found]
+    drawn = sorted(sum((sum(part, []) for part in found), []))
+    assert even is None or len({tuple(len(batch) for batch in part) for part in found}) == 1
+    assert even == "pad" or len(set(drawn)) == len(drawn)
+    assert even is not None or drawn == rows_of_pass
+    assert even != "pad" or set(drawn) == set(rows_of_pass)
+    assert even != "drop" or len(whole) - sum(map(len, found)) / times <= world_size
+
+    one, part = ranked[0], found[0]
+    workers = [Worker(number, n_workers, 0) for number in range(n_workers)]
+    shared = [by_worker(one.plan_requests(n_obs, 3), worker, in_order=not one.shuffle) for worker in workers]
+    assert sorted(map(sorted, sum(map(drawn_by, shared), []))) == sorted(map(sorted, part))
+    assert drawn_by(skip(one.plan_requests(n_obs, 3), n_before)) == part[n_before:]
 
 
 @pytest.mark.parametrize("even", ["drop", "pad", None])

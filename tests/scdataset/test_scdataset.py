@@ -243,6 +243,7 @@ def test_what_cannot_work_is_refused(make, error, message):
 # --- the dataset
 
 
+@pytest.mark.filterwarnings("ignore:no batch comes. 203 rows do not fill one of 500:UserWarning")
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_len_and_the_last_batch(drop_last):
     for batch_size in (1, 7, 8, 203, 500):
