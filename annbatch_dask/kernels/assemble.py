@@ -8,9 +8,11 @@ combinations few, copies between equal dtypes run on unsigned integers of the sa
 from __future__ import annotations
 
 import math
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba.core.compiler_lock import global_compiler_lock
 from numpy.typing import NDArray
 
 from annbatch_dask.kernels.compiled import compiled
@@ -33,6 +35,14 @@ Array = NDArray[Any]
 Ints = NDArray[np.int64]
 Places = NDArray[np.int32]
 _Rows = tuple[Array, Ints, Array, Ints, Ints]
+
+if hasattr(os, "register_at_fork"):
+    # A worker that is forked while a thread compiles would get a copy of the compiler's lock that nobody lets go of.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
 
 _SAME_SIZE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _N_KNOWN = 64

@@ -139,8 +139,13 @@ class Pipeline:
             LoaderThread("fetch", self._fetch_all, self.stop),
             LoaderThread("assemble", self._assemble_all, self.stop),
         ]
-        for thread in self._threads:
-            thread.start()
+        self._is_stopped = False
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError:  # no more threads are allowed
+            self.stop()
+            raise
 
     # --- the consumer's side
 
@@ -158,6 +163,9 @@ class Pipeline:
 
     def get(self) -> LoaderOutput | End:
         """The next batch; END after the last one. Raises what went wrong in the background."""
+        if self._is_stopped and self._batches.empty():
+            msg = "the threads of this iterator have ended, as the interpreter does; load what is needed before"
+            raise RuntimeError(msg)
         item = self._batches.get()
         if isinstance(item, _Ready):
             self._batch_budget.release(item.nbytes)
@@ -171,6 +179,7 @@ class Pipeline:
 
     def stop(self) -> None:
         """Let all threads end soon, and their memory with them. Takes no lock, waits for nothing."""
+        self._is_stopped = True
         self._fetchers.stop()
         self._assemblers.stop()
         self._window_budget.close()
@@ -257,7 +266,8 @@ class Pipeline:
                 self._window_budget.release(item.nbytes)
                 # Frees the window's buffers for the next one before waiting for it.
                 del item
-            self._batches.put(END)
+            if not self._is_stopped:  # else there may be more to come
+                self._batches.put(END)
         except Closed:
             pass
         except BaseException as error:  # noqa: BLE001

@@ -8,6 +8,7 @@ wait at queues alone (``SimpleQueue.put`` may interrupt itself), and end by a fl
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 import threading
@@ -20,6 +21,8 @@ from typing import Any, Generic, TypeVar
 from annbatch_dask.storage.threads import n_cpus
 
 __all__ = ["THREAD_PREFIX", "Closed", "Helpers", "Job", "LoaderThread", "count_threads"]
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -145,13 +148,23 @@ class Helpers:
             raise Closed
         job = Job(tasks, self._ask_stopped)
         n_asked = min(self._n_helpers, len(tasks))
-        while len(self._threads) < n_asked:
-            thread = LoaderThread(f"{self._stage}-helper_{len(self._threads)}", self._serve, self.stop)
-            self._threads.append(thread)
-            thread.start()
+        if len(self._threads) < n_asked:
+            n_asked = self._hire(n_asked)
         for _ in range(n_asked):
             self._jobs.put(job)
         return job
+
+    def _hire(self, n_threads: int) -> int:
+        """Start threads until there are so many; returns how many there are."""
+        try:
+            while len(self._threads) < n_threads:
+                thread = LoaderThread(f"{self._stage}-helper_{len(self._threads)}", self._serve, self.stop)
+                thread.start()
+                self._threads.append(thread)
+        except RuntimeError as error:  # a container's limit, or the main thread has ended (Python 3.12)
+            self._n_helpers = len(self._threads)
+            logger.warning("a loader goes on with %d of %d helper threads: %s", self._n_helpers, n_threads, error)
+        return len(self._threads)
 
     def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
         """Run tasks, and return what they returned."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import multiprocessing
+import re
 import sys
 import threading
 import traceback
@@ -12,6 +13,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import anndata as ad
+import numba
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -369,6 +371,34 @@ def test_a_fork_while_row_pointers_are_read(collection, monkeypatch):
     assert came
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_a_fork_while_kernels_are_compiled():
+    """A loader's first batch compiles in its threads; a worker forked then compiles kernels of its own."""
+    from numba.core.compiler_lock import global_compiler_lock
+
+    def add_one(x):
+        return x + 1
+
+    at = threading.Event()
+
+    def compile_here():
+        with global_compiler_lock:
+            at.set()
+            numba.njit(add_one)(1)
+
+    compiling = threading.Thread(target=compile_here)
+    compiling.start()
+    assert at.wait(30)
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=lambda: theirs.send(numba.njit(add_one)(1.5)))
+    process.start()
+    came = ours.poll(30)
+    process.kill()
+    process.join()
+    compiling.join()
+    assert came
+
+
 # --- threads
 
 
@@ -403,6 +433,49 @@ def test_threads_know_the_share_of_a_container(monkeypatch):
     monkeypatch.setattr("os.process_cpu_count", lambda: 16, raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert helpers.count_threads() == 2
+
+
+def test_where_no_thread_can_be_started_nothing_is_left(collection, monkeypatch):
+    """Containers limit their number."""
+    start = threading.Thread.start
+
+    def limited(thread):
+        if thread.name.endswith("assemble"):
+            message = "can't start new thread"
+            raise RuntimeError(message)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    loader = make(collection)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        next(iter(loader))
+    monkeypatch.undo()
+    assert clean_soon(collection)
+    assert len(list(loader)) == len(loader)
+
+
+def test_a_loader_goes_on_with_the_threads_it_gets(collection, monkeypatch, caplog):
+    start = threading.Thread.start
+
+    def limited(thread):
+        if thread.name.endswith("fetch-helper_1"):
+            message = "can't start new thread"
+            raise RuntimeError(message)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    monkeypatch.setattr("annbatch_dask.loader.loader.count_threads", lambda: 4)
+    check_epoch(make(collection, shuffle=True), collection)
+    assert re.search(r"goes on with 1 of \d helper threads: can't start new thread", caplog.text)
+
+
+def test_an_iterator_that_outlives_its_threads_says_so(collection):
+    """One that is used in an atexit handler of the user's."""
+    iterator = iter(make(collection, prefetch_bytes=1))
+    next(iterator)
+    helpers._end_threads()
+    with pytest.raises(RuntimeError, match="have ended, as the interpreter does"):
+        list(iterator)
 
 
 def test_the_first_error_of_a_job_is_raised_once_all_tasks_have_ended():

@@ -285,9 +285,7 @@ def test_a_loader_with_ranks_says_what_cannot_be():
         Loader(batch_size=8, global_batch_size=24)
     with pytest.raises(ValueError, match="Cannot specify global_batch_size"):
         Loader(batch_sampler=SequentialSampler(5, 4, 4), global_batch_size=24)
-    loader, other = (
-        Loader(batch_sampler=SequentialSampler(5, 4, 4), dist_info=(0, n)).add_dataset(X) for n in (2, 3)
-    )
+    loader, other = (Loader(batch_sampler=SequentialSampler(5, 4, 4), dist_info=(0, n)).add_dataset(X) for n in (2, 3))
     next(iter(loader))
     with pytest.raises(StateError, match="another sampler"):
         other.load_state_dict(loader.state_dict())
