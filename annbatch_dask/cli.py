@@ -10,7 +10,7 @@ import time
 import uuid
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -141,7 +141,7 @@ def _shuffle(args: argparse.Namespace) -> None:
             progress=args.progress,
         )
     shape = f"{collection.n_obs:,} cells x {collection.n_var:,} genes"
-    print(f"{args.output}: {shape} in {_datasets(len(collection))}, {time.perf_counter() - start:.1f} s")
+    _say(f"{args.output}: {shape} in {_datasets(len(collection))}, {time.perf_counter() - start:.1f} s")
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -149,38 +149,38 @@ def _plan(args: argparse.Namespace) -> None:
 
     # A path where nothing is: a plan writes nothing, to it or elsewhere.
     target = Path(tempfile.gettempdir(), f"annbatch-dask-plan-{uuid.uuid4().hex}.zarr")
-    print(DatasetCollection(target).plan_adatas(args.files, **_layout(args)).summary())
+    _say(DatasetCollection(target).plan_adatas(args.files, **_layout(args)).summary())
 
 
 def _info(args: argparse.Namespace) -> None:
     for name, value in _facts(_open(args.collection)):
-        print(f"{name + ':':<13} {value}")
+        _say(f"{name + ':':<13} {_visible(str(value))}")
 
 
 def _verify(args: argparse.Namespace) -> None:
     with _client(args) as client:
         found = _open(args.collection).verify(args.against, client=client)
     for problem in found.problems:
-        print(problem)
+        _say(str(problem))
     for name in found.leftovers:
-        print(f"{name}: does not belong to the collection; `annbatch-dask gc` removes it")
+        _say(f"{name}: does not belong to the collection; `annbatch-dask gc` removes it")
     found.raise_for_problems()
     size = f"{found.n_obs:,} cells in {_datasets(found.n_datasets)}, {format_bytes(found.n_bytes)}"
     proof = f"; they are the cells of {len(found.against)} files" if found.against else ""
-    print(f"{args.collection}: {size}: every file and every row is as it was written{proof}")
+    _say(f"{args.collection}: {size}: every file and every row is as it was written{proof}")
 
 
 def _report(args: argparse.Namespace) -> None:
     report = _open(args.collection).report()
     report.save(args.output)
-    print(f"{args.output}: {report.n_obs:,} cells, {format_bytes(report.n_bytes_stored)}")
+    _say(f"{args.output}: {report.n_obs:,} cells, {format_bytes(report.n_bytes_stored)}")
 
 
 def _gc(args: argparse.Namespace) -> None:
     from annbatch_dask import DatasetCollection
 
     removed = DatasetCollection(args.collection).gc()
-    print(f"{args.collection}: removed {', '.join(removed) or 'nothing'}")
+    _say(f"{args.collection}: removed {', '.join(removed) or 'nothing'}")
 
 
 def _stream(args: argparse.Namespace) -> None:
@@ -194,7 +194,7 @@ def _stream(args: argparse.Namespace) -> None:
         rows = [batch["index"] for batch in loader]
         seconds = time.perf_counter() - start
         mixing = measure_mixing(codes[r] for r in rows)
-        print(f"epoch {epoch}: {_epoch_line(sum(map(len, rows)), seconds, column, mixing)}")
+        _say(f"epoch {epoch}: {_epoch_line(sum(map(len, rows)), seconds, column, mixing)}")
 
 
 def _mixing(args: argparse.Namespace) -> None:
@@ -203,7 +203,7 @@ def _mixing(args: argparse.Namespace) -> None:
     column, codes = _classes(_open(args.collection), args.by)
     mixing = measure_mixing(sampled_batches(_loader(args).batch_sampler, codes))
     line = _mixing_line(column, mixing)
-    print(f"{args.collection}: {line}: {mixing.mean_entropy:.3f} of {mixing.ideal_entropy:.3f} bits")
+    _say(f"{args.collection}: {line}: {mixing.mean_entropy:.3f} of {mixing.ideal_entropy:.3f} bits")
     if args.plot is None:
         return
     try:
@@ -214,7 +214,7 @@ def _mixing(args: argparse.Namespace) -> None:
     except ValueError as error:  # a suffix that is no format of a picture
         msg = f"{args.plot}: {error}"
         raise AnnbatchDaskError(msg) from error
-    print(f"picture: {args.plot}")
+    _say(f"picture: {args.plot}")
 
 
 def _loader(args: argparse.Namespace) -> Any:
@@ -568,6 +568,16 @@ def _positive(text: str) -> int:
     return value
 
 
+def _say(text: str, file: IO[str] | None = None) -> None:
+    """Print lines; names in them may come from anybody's files, and do nothing to a terminal."""
+    print("\n".join(map(_visible, text.split("\n"))), file=file)
+
+
+def _visible(text: str) -> str:
+    """A text with escapes in the place of control characters, and of those that turn the direction of writing."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _one_line(error: Exception) -> str:
     text = str(error) or type(error).__name__
     if not isinstance(error, AnnbatchDaskError | OSError):  # may say little by itself: KeyError('obs')
@@ -577,11 +587,11 @@ def _one_line(error: Exception) -> str:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"annbatch-dask: warning: {message}", file=sys.stderr)
+    _say(f"annbatch-dask: warning: {message}", sys.stderr)
 
 
 def _fail(message: str, *, code: int) -> int:
-    print(f"annbatch-dask: error: {message}", file=sys.stderr)
+    _say(f"annbatch-dask: error: {message}", sys.stderr)
     return code
 
 
