@@ -17,7 +17,7 @@ from annbatch_dask.errors import CollectionError, LayoutError, SourceError
 from annbatch_dask.plan.build import Options
 from annbatch_dask.plan.elements import Elements
 from annbatch_dask.storage.identity import function_identity, where_of
-from annbatch_dask.storage.publish import Folder, StorageOptions, folder_of, shown
+from annbatch_dask.storage.publish import Folder, StorageOptions, folder_of, shown, without_secrets
 from annbatch_dask.storage.shards import compressor_json
 from annbatch_dask.storage.sources import SourceRef
 
@@ -93,9 +93,9 @@ def _reference(item: Any, load_adata: Callable[[Any], ad.AnnData] | None, option
         return SourceRef(shown(path), path, load_adata, options=options)
     if isinstance(item, zarr.Group) and load_adata is None:
         folder = folder_of(item)
-        return SourceRef(str(item), folder.url, options=folder.options)
+        return SourceRef(without_secrets(str(item)), folder.url, options=folder.options)
     if load_adata is not None:
-        return SourceRef(str(item), item, load_adata)
+        return SourceRef(without_secrets(str(item)), item, load_adata)
     if _is_lazy(item):
         own = item.copy() if item.is_view else item
         return SourceRef(_label(own), own, _given)

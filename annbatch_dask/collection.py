@@ -624,7 +624,9 @@ class DatasetCollection:
             task, and are written nowhere. The collection has its own, see the class.
         scratch, scratch_options
             Folder or URL for spill files, which all workers can write, and fsspec's options for it; default beside the
-            collection. Removed after success.
+            collection. Removed after success. In a local one that others may write to, a build makes a folder that only
+            its user may enter, so workers run as that user; a URL's rights are the bucket's. What a worker runs comes
+            through the scheduler or is checked with a key from there: trust the scheduler, and ``load_adata``.
         callbacks
             Listeners for the build's events, see :mod:`annbatch_dask.events`.
         progress

@@ -17,6 +17,7 @@ __all__ = [
     "CollectionChangedError",
     "CollectionError",
     "DeviceError",
+    "ForeignScratchError",
     "IntegrityError",
     "LayoutError",
     "MemoryBudgetError",
@@ -79,6 +80,10 @@ class StorageError(AnnbatchDaskError, OSError):
 
 class MissingPackageError(AnnbatchDaskError, ImportError):
     """A package that only some paths or options need is not installed."""
+
+
+class ForeignScratchError(StorageError, PermissionError):
+    """A scratch folder belongs to another user, who could change what is in it."""
 
 
 class SchedulerError(AnnbatchDaskError, ConnectionError):

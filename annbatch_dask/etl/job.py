@@ -1,24 +1,31 @@
-"""What every task of a build shares. It lies in the scratch folder, so tasks are a few bytes and graphs stay small."""
+"""What every task of a build shares. It lies in the scratch folder, so tasks are a few bytes and graphs stay small.
+
+It is a pickle, which may run code, and hold credentials: of signed URLs, of stores, of what ``load_adata`` knows. So it
+lies there encrypted and authenticated, under a key of its own that goes through the scheduler with each task.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import io
 import pickle
+import secrets
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import cloudpickle
 
+from annbatch_dask.errors import IntegrityError
 from annbatch_dask.manifest import Manifest
 from annbatch_dask.plan.build import Plan
-from annbatch_dask.storage.publish import Folder, StorageOptions
+from annbatch_dask.storage.private import check_private
+from annbatch_dask.storage.publish import Folder
 from annbatch_dask.storage.sources import Source, SourceRef, open_source
 from annbatch_dask.storage.transient import seen_before
 
@@ -27,7 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Job", "JobFile", "forget_inputs", "load_job", "save_job", "trim_memory"]
 
-_FILE = "job.pkl"
+_PREFIX = "job-"
+_NONCE = bytes(12)
+"""A key encrypts one file, once."""
 
 
 @dataclass(frozen=True)
@@ -102,44 +111,23 @@ def forget_inputs() -> None:
 
 @dataclass(frozen=True)
 class JobFile:
-    """What a task is given: where the job lies, and the storage options, which that file must not hold."""
+    """What a task is given: where the job lies, and its key."""
 
     scratch: Folder
-    options: tuple[StorageOptions, ...] = field(repr=False)
-    call: str = field(default_factory=lambda: uuid4().hex, repr=False)
-
-
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """Puts storage options aside, wherever they are, and a number in their place."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self.options: list[StorageOptions] = []
-
-    def persistent_id(self, obj: Any) -> int | None:
-        if not isinstance(obj, StorageOptions):
-            return None
-        if obj not in self.options:
-            self.options.append(obj)
-        return self.options.index(obj)
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, options: tuple[StorageOptions, ...]) -> None:
-        super().__init__(file)
-        self._options = options
-
-    def persistent_load(self, pid: int) -> StorageOptions:
-        return self._options[pid]
+    key: bytes = field(default_factory=partial(secrets.token_bytes, 32), repr=False)
+    name: str = field(default_factory=lambda: f"{_PREFIX}{uuid4().hex}")
 
 
 def save_job(job: Job) -> JobFile:
     """Write the job where its tasks find it."""
-    buffer = io.BytesIO()
-    pickler = _Pickler(buffer)
-    pickler.dump(job)
-    job.scratch.write(_FILE, buffer.getvalue())
-    return JobFile(job.scratch, tuple(pickler.options))
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # not needed where nothing is built
+
+    file = JobFile(job.scratch)
+    job.scratch.write(file.name, AESGCM(file.key).encrypt(_NONCE, cloudpickle.dumps(job), None))
+    if job.scratch.is_local:  # of calls before this one: two at a time are possible on object stores alone
+        old = [name for name in job.scratch.names() if name.startswith(_PREFIX) and name != file.name]
+        job.scratch.remove_files(old)
+    return file
 
 
 def work_folder(plan: Plan, target: Folder, request: str) -> str:
@@ -154,14 +142,38 @@ _last: tuple[JobFile, Job] | None = None
 
 
 def load_job(file: JobFile) -> Job:
-    """The job of a task; kept for the next task of the same call."""
+    """The job of a task; kept for the next task of the same call.
+
+    Raises
+    ------
+    IntegrityError
+        If the file is not what the build wrote; it is not unpickled then.
+    ForeignScratchError
+        If the folder is another user's.
+    """
     global _last  # noqa: PLW0603 - one process works on one build
     last = _last
     if last is None or last[0] != file:
-        with seen_before(f"{file.scratch.url}/{_FILE}"):  # by who wrote it
-            content = file.scratch.read(_FILE)
-        last = _last = file, _Unpickler(io.BytesIO(content), file.options).load()
+        last = _last = file, _read(file)
     return last[1]
+
+
+def _read(file: JobFile) -> Job:
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    with seen_before(f"{file.scratch.url}/{file.name}"):  # by who wrote it
+        check_private(file.scratch)
+        sealed = file.scratch.read(file.name)
+    try:
+        job: Job = pickle.loads(AESGCM(file.key).decrypt(_NONCE, sealed, None))  # noqa: S301 - written by this build
+    except InvalidTag:
+        msg = (
+            f"{file.scratch.url}/{file.name} ({len(sealed):,} bytes) is not what this build wrote: it is damaged, or "
+            "somebody else can write there; call again, with a scratch folder that only you can write to"
+        )
+        raise IntegrityError(msg) from None
+    return job
 
 
 def trim_memory() -> None:

@@ -49,6 +49,7 @@ from annbatch_dask.plan.memory import Budget, format_nbytes
 from annbatch_dask.storage import transient
 from annbatch_dask.storage.identity import has_many_files, raise_if_changed
 from annbatch_dask.storage.lock import check_unchanged, release_numbers
+from annbatch_dask.storage.private import make_private
 from annbatch_dask.storage.transient import PAUSES_S, is_transient, patiently
 
 __all__ = ["Engine", "EngineRoom", "build", "choose_engine", "run_stage"]
@@ -492,6 +493,7 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
     callback.on_build_start(BuildStart(job.target.url, engine.name, engine.dashboard))
     error: BaseException | None = None
     try:
+        job = replace(job, scratch=make_private(job.scratch))
         if plan.options.groupby:
             job = group(job, engine, callback)
             plan = job.plan

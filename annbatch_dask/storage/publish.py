@@ -7,10 +7,12 @@ import errno
 import io
 import logging
 import os
+import re
 import shutil
+import traceback
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
 from typing import IO, TYPE_CHECKING, Any, Protocol
@@ -30,11 +32,23 @@ from annbatch_dask.errors import (
     MissingPackageError,
     StorageError,
 )
+from annbatch_dask.storage.transient import is_transient
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
 
-__all__ = ["Folder", "RangeFile", "RemoteRanges", "StorageOptions", "folder_of", "name_errors", "shown", "version_of"]
+__all__ = [
+    "Folder",
+    "RangeFile",
+    "RemoteRanges",
+    "StorageOptions",
+    "folder_of",
+    "hiding_secrets",
+    "name_errors",
+    "shown",
+    "version_of",
+    "without_secrets",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -80,14 +94,17 @@ class Folder:
         Path or URL.
     options
         fsspec's ``storage_options``.
+    is_private
+        Whether what is written there, on a local disk, is for this user alone.
     """
 
     url: str
     options: StorageOptions = field(default_factory=StorageOptions, repr=False)
+    is_private: bool = False
 
     def __truediv__(self, name: str) -> Folder:
         """A folder inside."""
-        return Folder(f"{self.url.rstrip('/')}/{name}", self.options)
+        return replace(self, url=f"{self.url.rstrip('/')}/{name}")
 
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
@@ -244,10 +261,10 @@ class Folder:
                 yield f
             return
         folder, base = os.path.split(path)
-        os.makedirs(folder, exist_ok=True)
+        os.makedirs(folder, 0o700 if self.is_private else 0o777, exist_ok=True)
         tmp = os.path.join(folder, f"{_TMP}{uuid.uuid4().hex[:8]}-{base}")
         try:
-            with open(tmp, "wb", buffering=2**20) as f:
+            with open(tmp, "xb", buffering=2**20, opener=_private_opener if self.is_private else None) as f:
                 yield f
                 f.flush()
                 if durable:
@@ -490,6 +507,10 @@ def _sync(path: str) -> None:
         os.close(fd)
 
 
+def _private_opener(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 @contextlib.contextmanager
 def name_errors(path: str) -> Iterator[None]:
     """Errors of the system in the block say which file they are about, and how much room there is if that is short.
@@ -522,14 +543,54 @@ def _room(path: str) -> str:
 
 
 def shown(url: str) -> str:
-    """A path or URL as others may see it: without a user's name and password, or a query, which may be a signature."""
+    """A path or URL as others may see it: without users' names and passwords, or a query, which may be a signature.
+
+    Each part of a chain is looked at, as in ``zip://a.h5ad::s3://bucket/all.zip``. The container of an Azure URL stays.
+    """
+    return "::".join(map(_shown_part, url.split("::")))
+
+
+def _shown_part(url: str) -> str:
     scheme, sign, rest = url.partition("://")
     if not sign:
         return url
-    if scheme in ("http", "https"):
-        rest = rest.partition("?")[0]
+    if scheme not in _ANY_NAMES:
+        rest = re.split("[?#]", rest, maxsplit=1)[0]
     host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    user, at, name = host.rpartition("@")
+    keeps_user = scheme in _AZURE and ":" not in user
+    return f"{scheme}://{user + at if keeps_user else ''}{name}{slash}{path}"
+
+
+_AZURE = ("abfs", "abfss", "wasb", "wasbs", "az")
+"""Schemes with a container where others have a user."""
+_ANY_NAMES = ("file", "local", "memory", "s3", "s3a", "gs", "gcs", "zip", "tar", "simplecache", "filecache")
+"""Schemes without queries: files may be called what one looks like."""
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>)\]]+")
+
+
+def without_secrets(text: str) -> str:
+    """A text with each URL in it as others may see it."""
+    return _URL.sub(lambda found: shown(found[0]), text)
+
+
+@contextlib.contextmanager
+def hiding_secrets(url: str) -> Iterator[None]:
+    """Errors in the block that tell what :func:`shown` leaves out of a URL are raised without it."""
+    try:
+        yield
+    except Exception as e:
+        said = "".join(traceback.format_exception(e))
+        hidden = without_secrets(said.replace(url, shown(url)))
+        if shown(url) == url or hidden == said:
+            raise
+        text = without_secrets(str(e).replace(url, shown(url)))
+        if is_transient(e):  # as it stays, to who tries again
+            raise StorageError(errno.EIO, f"{type(e).__name__}: {text}", shown(url)) from None
+        if isinstance(e, AnnbatchDaskError | FileNotFoundError):
+            raise type(e)(text).with_traceback(e.__traceback__) from None
+        msg = f"{shown(url)}: {type(e).__name__}: {text}"
+        raise StorageError(msg).with_traceback(e.__traceback__) from None
 
 
 def folder_of(group: zarr.Group | zarr.Array[Any]) -> Folder:

@@ -21,7 +21,7 @@ from annbatch_dask.storage.garbage import no_garbage_collection
 from annbatch_dask.storage.groups import GroupSource, is_current
 from annbatch_dask.storage.matrices import CsrRows
 from annbatch_dask.storage.metadata import METADATA
-from annbatch_dask.storage.publish import Folder, StorageOptions
+from annbatch_dask.storage.publish import Folder, StorageOptions, hiding_secrets
 from annbatch_dask.storage.transient import is_transient
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Source(Protocol):
 
 @contextlib.contextmanager
 def open_source(ref: SourceRef) -> Iterator[Source]:
-    """Open an input, and close its files afterwards.
+    """Open an input, and close its files afterwards. Errors in the block do not show the secrets of its URL.
 
     Raises
     ------
@@ -84,6 +84,13 @@ def open_source(ref: SourceRef) -> Iterator[Source]:
     SourceError
         If it is no AnnData file, or cut short.
     """
+    url = os.fspath(ref.item) if isinstance(ref.item, str | os.PathLike) else ""
+    with hiding_secrets(url), _opened(ref) as source:
+        yield source
+
+
+@contextlib.contextmanager
+def _opened(ref: SourceRef) -> Iterator[Source]:
     if ref.load_adata is not None:
         from annbatch_dask.storage.adata import AnnDataSource  # imports anndata, which takes seconds
 

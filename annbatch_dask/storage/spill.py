@@ -267,6 +267,8 @@ class SpillReader(AbstractContextManager["SpillReader"]):
             raise self._damaged("has a damaged header")
         about = json.loads(self._checked(self._read(_HEADER_NBYTES, np.empty(n, np.uint8)), crc).tobytes())
         self._arrays = [_Array(name, np.dtype(d), tuple(shape)) for name, d, shape in about["arrays"]]
+        if any(array.dtype.hasobject for array in self._arrays):  # its bytes would be taken for addresses
+            raise self._damaged("names a dtype that no spill file has")
         self._n_heads: int = about["n_heads"]
         width = 8 * (5 + len(self._arrays) - self._n_heads)
         raw = self._read(table + parts.start * width, np.empty(len(parts) * width, np.uint8))

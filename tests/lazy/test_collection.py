@@ -107,7 +107,7 @@ def test_a_view_is_known_again_and_holds_no_secret_on_disk(paths, tmp_path):
         with pytest.raises(CrashError):
             DatasetCollection(tmp_path / "c.zarr").add_adatas([lazy[:100]], seed=0, callbacks=[At("gather", crash)])
         left = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-        assert "job.pkl" in {p.name for p in left}
+        assert any(p.name.startswith("job-") for p in left)
         assert not [p for p, content in left.items() if b"s3cr3t" in content]
         collection = DatasetCollection(tmp_path / "c.zarr").add_adatas([lazy[:100]], seed=0)
         again = concat_lazy(urls, storage_options={"auto_mkdir": False, "s3cr3t-key": "s3cr3t"})
