@@ -52,7 +52,7 @@ def check_private(folder: Folder) -> None:
     if not stat.S_ISDIR(found.st_mode):
         msg = f"{folder.url} is no folder but a link or a file, which another user may have put there; remove it"
         raise ForeignScratchError(msg)
-    if found.st_uid not in (os.geteuid(), _owner_of_new_files(folder)):
+    if found.st_uid != os.geteuid() and found.st_uid != _owner_of_new_files(folder):
         msg = (
             f"{folder.url} belongs to user {found.st_uid}, and this process runs as {os.geteuid()}: its owner could "
             "change what is in it; give scratch= a folder of your own, and run workers as the same user"
