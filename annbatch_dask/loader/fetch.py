@@ -98,7 +98,7 @@ class PipelineOptions:
     prefetch_nbytes
         Bytes of windows and batches that may lie ready or be under way.
     n_threads
-        Threads of each of the two stages. More of them fetch from an object store, where they wait.
+        Helpers of each of the two stages. More of them fetch from an object store, where they wait.
     """
 
     prefetch_nbytes: int

@@ -107,11 +107,12 @@ class Job(Generic[T]):
                 self._all_ended.put(None)
 
     def wait(self) -> list[T]:
-        """Help until all have ended; returns what they returned, or raises the error of the first that failed.
+        """Wait until all have ended; returns what they returned, or raises the error of the first that failed.
 
         All of them, even after a failure: a task still running writes into buffers of this window.
         """
-        self.work()
+        if self._is_stopped():
+            self.work()  # helpers may have left before it came
         if self._results:
             self._all_ended.get()
         results, self._results = self._results, []
@@ -125,19 +126,19 @@ class Job(Generic[T]):
 
 
 class Helpers:
-    """Threads for the tasks of one other thread, which works along with them.
+    """Threads for the tasks of one other thread, which works itself only where none can be started.
 
     Parameters
     ----------
     stage
         What they are named after.
     n_threads
-        How many work at a time, that other thread included.
+        How many there are at most; they are started when there is work.
     """
 
     def __init__(self, stage: str, n_threads: int) -> None:
         self._stage = stage
-        self._n_helpers = n_threads - 1
+        self._n_helpers = n_threads
         self._jobs: SimpleQueue[Job[Any] | None] = SimpleQueue()
         self._threads: list[LoaderThread] = []
         self._is_stopped = False
@@ -152,6 +153,8 @@ class Helpers:
             n_asked = self._hire(n_asked)
         for _ in range(n_asked):
             self._jobs.put(job)
+        if not n_asked:
+            job.work()
         return job
 
     def _hire(self, n_threads: int) -> int:

@@ -23,7 +23,7 @@ import numpy as np
 from annbatch_dask.errors import SourceError
 from annbatch_dask.storage.metadata import METADATA
 from annbatch_dask.storage.publish import Folder, shown, version_of
-from annbatch_dask.storage.sources import SourceRef, is_hdf5
+from annbatch_dask.storage.sources import SourceRef, hiding_secrets_of, is_hdf5
 from annbatch_dask.storage.transient import raise_not_found
 
 __all__ = [
@@ -77,7 +77,8 @@ def identity_of(ref: SourceRef, *, at_a_glance: bool = False, fresh: bool = Fals
         return _digest([ref.label, *inside]) if all(inside) else ""
     if not isinstance(ref.item, str | os.PathLike) or (ref.load_adata is not None and not ref.loader):
         return ""
-    found = _look(ref, at_a_glance=at_a_glance, fresh=fresh)
+    with hiding_secrets_of(ref):
+        found = _look(ref, at_a_glance=at_a_glance, fresh=fresh)
     return f"{found}/{ref.loader}" if found and ref.loader else found
 
 

@@ -27,7 +27,7 @@ from annbatch_dask.storage.transient import is_transient
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["Source", "SourceRef", "is_hdf5", "open_source"]
+__all__ = ["Source", "SourceRef", "hiding_secrets_of", "is_hdf5", "open_source"]
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,13 @@ def open_source(ref: SourceRef) -> Iterator[Source]:
     SourceError
         If it is no AnnData file, or cut short.
     """
-    url = os.fspath(ref.item) if isinstance(ref.item, str | os.PathLike) else ""
-    with hiding_secrets(url), _opened(ref) as source:
+    with hiding_secrets_of(ref), _opened(ref) as source:
         yield source
+
+
+def hiding_secrets_of(ref: SourceRef) -> contextlib.AbstractContextManager[None]:
+    """Errors in the block do not show what an input's URL holds."""
+    return hiding_secrets(os.fspath(ref.item) if isinstance(ref.item, str | os.PathLike) else "")
 
 
 @contextlib.contextmanager
