@@ -228,7 +228,7 @@ def test_splits_and_states_outlive_a_release(collection, tmp_path, monkeypatch):
     def opened(kind):
         monkeypatch.setattr(DatasetCollection, "manifest", kind(**values, last_dataset=2, id="a" * 16))
         stored = DatasetCollection(tmp_path / "c.zarr", mode="r")
-        monkeypatch.setattr(stored, "check", lambda: None)
+        monkeypatch.setattr(stored, "check", lambda _: None)
         return stored, Loader(batch_size=8, **SMALL, shuffle=True, rng=0).use_collection(stored)
 
     stored, loader = opened(Manifest)
