@@ -23,11 +23,12 @@ import zarr.codecs
 from annbatch_dask.arguments import absolute, folder_at, groupby_columns, references, resolve_options, resolve_seed
 from annbatch_dask.errors import CollectionChangedError, CollectionError
 from annbatch_dask.etl.commit import leftovers, sweep
+from annbatch_dask.etl.frames import try_frames
 from annbatch_dask.etl.inputs import Input, known_inputs
 from annbatch_dask.etl.job import Job, work_folder
 from annbatch_dask.etl.log import Recorder
 from annbatch_dask.etl.run import Engine, EngineRoom, build, choose_engine, run_check, run_stage
-from annbatch_dask.etl.scan import merge_annotations, scan
+from annbatch_dask.etl.scan import look, merge_annotations, scan, with_ranges
 from annbatch_dask.etl.verify import (
     Verification,
     check_dataset,
@@ -49,8 +50,10 @@ from annbatch_dask.manifest import (
     dataset_number,
 )
 from annbatch_dask.plan.build import Extension, Options, Plan, build_plan
+from annbatch_dask.plan.dtypes import ValueRange
 from annbatch_dask.plan.elements import Elements
 from annbatch_dask.plan.genes import check_unique
+from annbatch_dask.plan.schema import INPUT_SRC_PATH, SRC_PATH, SourceSchema
 from annbatch_dask.progress import default_callbacks
 from annbatch_dask.report import Report, make_report
 from annbatch_dask.splits import Splits, make_splits
@@ -679,6 +682,8 @@ class DatasetCollection:
             plan, annotations = self._plan(refs, options, merge, room, extension)
             if plan.left_out:
                 warnings.warn(_words_of(plan.left_out, len(refs)), UserWarning, stacklevel=2)
+            if plan.renamed:
+                warnings.warn(_renamed(plan.renamed, len(refs)), UserWarning, stacklevel=2)
             with room.start(max(len(plan.blocks), plan.n_datasets)) as engine:
                 all_refs = (*([] if extension is None else self._dataset_refs()), *refs)
                 self._build(plan, all_refs, annotations, engine, callback, base, version, request)
@@ -794,14 +799,22 @@ class DatasetCollection:
         annotations = merge_annotations(found, merge) if found else None
         if annotations is not None:
             _exclude(annotations, options.elements)
+        chosen = [s.schema if s.schema.tagged else options.elements.select(s.schema) for s in scanned]
+        all_refs = [*datasets, *refs]
+
+        def look_at(some: list[tuple[SourceRef, SourceSchema, frozenset[str]]]) -> list[dict[str, ValueRange]]:
+            return room.scanner.run("look", look, some, lambda *_: None, lambda i: some[i][0].label)
+
+        looked = with_ranges(all_refs, chosen, look_at)
         plan = build_plan(
-            [s.schema for s in scanned],
+            looked,
             options,
             budget=room.budget,
             var=None if annotations is None else annotations.var,
             annotated=_annotated(annotations),
             extension=extension,
         )
+        try_frames(plan, annotations)
         return plan, annotations
 
     @property
@@ -1039,6 +1052,14 @@ class _CollectionNotFoundError(CollectionError, FileNotFoundError):
 def _words_of(left_out: Mapping[str, Sequence[str]], n_inputs: int) -> str:
     shown = ", ".join(f"{name} ({len(paths)} of {n_inputs} inputs)" for name, paths in left_out.items())
     return f"left out: {shown}; name them with a leading '-' in elements to confirm, or see merge"
+
+
+def _renamed(paths: Sequence[str], n_inputs: int) -> str:
+    return (
+        f"obs of {paths[0]} ({len(paths)} of {n_inputs} inputs) has a column {SRC_PATH}, which is {INPUT_SRC_PATH} in "
+        f"the collection, whose own says where a row came from; rename it in load_adata, or leave it out with "
+        f"elements=['-obs/{SRC_PATH}']"
+    )
 
 
 def _exclude(annotations: ad.AnnData, elements: Elements) -> None:

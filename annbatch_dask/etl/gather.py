@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -17,17 +15,16 @@ import zarr
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import IntegrityError
+from annbatch_dask.etl.frames import annotation_frames, make_frames, write_frames
 from annbatch_dask.etl.job import Job, JobFile, forget_inputs, load_job
 from annbatch_dask.etl.rows import all_columns, decode_strings, head, row_hashes, sum_hashes
-from annbatch_dask.etl.scan import raw_var
 from annbatch_dask.etl.scatter import GROUP, PLACE, Flats, Heads, scatter_again
 from annbatch_dask.kernels.rows import bounds_of, copy_runs
 from annbatch_dask.manifest import DATASET_PREFIX, MANIFEST_KEY
 from annbatch_dask.plan.build import Options, Plan
 from annbatch_dask.plan.dtypes import index_dtype
-from annbatch_dask.plan.schema import OBS, SOURCE_DTYPE, ColumnSpec, MatrixSpec
+from annbatch_dask.plan.schema import SOURCE_DTYPE, ColumnSpec, MatrixSpec
 from annbatch_dask.storage.checksums import FileSums, checksum, checksum_of
-from annbatch_dask.storage.columns import to_pandas
 from annbatch_dask.storage.metadata import FILES, METADATA, group_document, is_metadata, nodes_of
 from annbatch_dask.storage.publish import Folder, name_errors
 from annbatch_dask.storage.shards import ShardWriter
@@ -146,7 +143,7 @@ def _write_dataset(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
             "scratch files were damaged: remove the scratch folder and build again"
         )
         raise IntegrityError(msg)
-    _write_frames(group, obs, job)
+    write_frames(group, obs.frames(plan.index_name) | annotation_frames(plan, job.annotations))
     shards = {name: found for w in writers for name, found in w.files.items()}
     sums = _publish(folder, {name: content.to_bytes() for name, content in files.items()}, shards)
     if strangers := folder.sizes().keys() - sums.keys():
@@ -297,7 +294,7 @@ class _SparseWriter(contextlib.ExitStack):
             SOURCE_DTYPE: spec.source_dtype,
         }
         group.create_group(spec.name, attributes=attributes)
-        chunk = max(1, round(options.n_obs_per_chunk * nnz / n_obs))
+        chunk = max(1, min(round(options.n_obs_per_chunk * nnz / n_obs), nnz))
         arrays = {
             "data": (nnz, np.dtype(task.dtypes[spec.name])),
             "indices": (nnz, index_dtype(spec.n_cols)),
@@ -411,52 +408,9 @@ class _ObsColumns:
     def frames(self, index_name: str | None) -> dict[str, pd.DataFrame]:
         names, *columns = self._columns
         index = pd.Index(self._arrays.pop(head(names)), dtype=object, name=index_name)
-        out = {OBS: pd.DataFrame(index=index)}
-        for c in columns:
-            values = to_pandas(c, self._arrays.pop(head(c)), self._arrays.pop(head(c, "mask"), None))
-            frame = out.setdefault(c.frame, pd.DataFrame(index=index.rename(None)))
-            frame[c.name] = pd.Series(values, index=frame.index, dtype=object) if _is_object(values) else values
-        return out
-
-
-def _is_object(values: Any) -> bool:
-    return isinstance(values, np.ndarray) and values.dtype == object
-
-
-_settings_lock = threading.Lock()
-
-
-def _write_frames(group: zarr.Group, obs: _ObsColumns, job: Job) -> None:
-    """Write what is not sharded, with anndata itself.
-
-    anndata's settings are the process's, so threads take turns: two that overlap would undo each other's.
-    """
-    import anndata as ad  # takes seconds; a local worker has it by now, see etl/preload.py
-
-    plan = job.plan
-    elements = {**obs.frames(plan.index_name), "var": plan.var} | _annotations(job)
-    with _settings_lock, ad.settings.override(allow_write_nullable_strings=True, auto_shard_zarr_v3=False):
-        for name in ("layers", "obsm", "obsp", "varm", "varp", "uns"):
-            if name not in group:
-                ad.io.write_elem(group, name, {})
-        with warnings.catch_warnings():  # scanpy's structured arrays in uns; anndata writes and reads them alike
-            warnings.filterwarnings("ignore", ".* does not have a Zarr V3 specification")
-            for name, value in elements.items():
-                parent, _, key = name.rpartition("/")
-                ad.io.write_elem(group[parent] if parent else group, key, value)
-
-
-def _annotations(job: Job) -> dict[str, Any]:
-    """Gene-wise elements in the order of the collection's genes, and uns."""
-    plan, found = job.plan, job.annotations
-    out: dict[str, Any] = {}
-    if found is not None:
-        ordered = found[:, plan.var.index]
-        out = {k: dict(getattr(ordered, k)) for k in ("varm", "varp", "uns") if len(getattr(ordered, k))}
-    if "raw" in plan.genes:
-        out["raw/var"] = raw_var(plan.genes["raw"].genes, found)
-        out["raw/varm"] = {}
-    return out
+        return make_frames(
+            index, columns, lambda c: (self._arrays.pop(head(c)), self._arrays.pop(head(c, "mask"), None))
+        )
 
 
 def _publish(folder: Folder, files: dict[str, bytes], shards: dict[str, tuple[int, str]]) -> dict[str, tuple[int, str]]:

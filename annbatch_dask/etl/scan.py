@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.kernels.values import range_of
+from annbatch_dask.plan.columns import unsure
 from annbatch_dask.plan.dtypes import ValueRange, merge_ranges
 from annbatch_dask.plan.elements import choose_counts
 from annbatch_dask.plan.layout import cut_blocks
@@ -20,7 +21,7 @@ from annbatch_dask.storage.identity import identity_of, unique_identity
 from annbatch_dask.storage.matrices import CsrRows
 from annbatch_dask.storage.sources import Source, SourceRef, open_source
 
-__all__ = ["Scanned", "merge_annotations", "scan"]
+__all__ = ["Scanned", "look", "merge_annotations", "scan", "with_ranges"]
 
 _READ_NBYTES = 2**26
 
@@ -94,6 +95,44 @@ def _range_of_matrix(source: Source, schema: SourceSchema, matrix: MatrixSchema)
         else:
             visit(0, rows)
     return merge_ranges(ranges)
+
+
+def look(ref: SourceRef, schema: SourceSchema, names: frozenset[str]) -> dict[str, ValueRange]:
+    """Range of the values of some matrices and columns of an input, by name; missing ones do not count."""
+    found: dict[str, ValueRange] = {}
+    try:
+        with open_source(ref) as source:
+            for matrix in (m for m in schema.matrices if m.name in names):
+                found[matrix.name] = _range_of_matrix(source, schema, matrix)
+            for column in (c for c in schema.columns if c.path in names):
+                rows = source.column(column, 0, schema.n_obs)
+                values = rows.values if rows.mask is None else rows.values[~rows.mask]
+                found[column.path] = ValueRange(*range_of(np.ascontiguousarray(values)))
+    except Exception as e:
+        e.add_note(f"while looking at {', '.join(sorted(names))} of {ref.label}")
+        raise
+    return found
+
+
+def with_ranges(
+    refs: Sequence[SourceRef],
+    schemas: Sequence[SourceSchema],
+    run: Callable[[list[tuple[SourceRef, SourceSchema, frozenset[str]]]], list[dict[str, ValueRange]]],
+) -> list[SourceSchema]:
+    """The schemas, with the ranges of values on which it depends whether one dtype holds those of all: see ``unsure``.
+
+    ``run``: calls :func:`look` for each.
+    """
+    names = unsure(schemas)
+    which = [k for k, some in enumerate(names) if some]
+    out = list(schemas)
+    for k, found in zip(which, run([(refs[k], schemas[k], names[k]) for k in which]) if which else (), strict=True):
+        out[k] = replace(
+            out[k],
+            matrices=tuple(replace(m, values=found.get(m.name, m.values)) for m in out[k].matrices),
+            columns=tuple(replace(c, values=found.get(c.path, c.values)) for c in out[k].columns),
+        )
+    return out
 
 
 def merge_annotations(found: Sequence[ad.AnnData], merge: str | None) -> ad.AnnData:

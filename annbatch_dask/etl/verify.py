@@ -11,7 +11,7 @@ from typing import Any
 from annbatch_dask.errors import AnnbatchDaskError, CollectionError, IntegrityError
 from annbatch_dask.etl.files import recorded_files
 from annbatch_dask.etl.rows import sum_hashes
-from annbatch_dask.etl.scan import scan
+from annbatch_dask.etl.scan import look, scan, with_ranges
 from annbatch_dask.etl.scatter import hash_block, read_block
 from annbatch_dask.manifest import DatasetRecord, Manifest, SourceRecord
 from annbatch_dask.plan.build import Extension, Options, build_plan
@@ -254,6 +254,9 @@ def _fingerprint(ref: SourceRef, dataset: SourceRef | None, elements: Elements =
     schemas = [scan(r, want_annotations=False).schema for r in (dataset, ref) if r is not None]
     if not schemas[-1].n_obs:
         return 0, 0, "0" * 16, 0
+    refs = [r for r in (dataset, ref) if r is not None]
+    schemas = [s if s.tagged else elements.select(s) for s in schemas]
+    schemas = with_ranges(refs, schemas, lambda some: [look(*args) for args in some])
     extension = None if dataset is None else Extension("append", 1, 0)
     options = Options(seed=0, shuffle=False, elements=elements, allow_mixed_counts=True)
     plan = build_plan(schemas, options, budget=_BUDGET, extension=extension)

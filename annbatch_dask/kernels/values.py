@@ -52,24 +52,25 @@ def narrow_counts(values, bits, out):  # type: ignore[no-untyped-def]  # noqa: A
     return misfits == 0, greatest
 
 
-def range_of(values: NDArray) -> tuple[bool, int, int, bool, int, int]:
-    """The same for any real dtype, with exact integers; 0 counts among the values.
+def range_of(values: NDArray) -> tuple[bool, int, int, bool, int, int, bool]:
+    """The same for any real dtype, with exact integers, and whether float64 holds them; 0 counts among the values.
 
     Whole numbers from 2**63 on are not called integral, as they fit no signed integer.
     """
     if values.size == 0:
-        return True, 0, 0, True, 0, 0
+        return True, 0, 0, True, 0, 0, True
     flat = values.reshape(-1)
     if flat.dtype.kind in "bui":
         low, high = min(0, int(flat.min())), max(0, int(flat.max()))
-        return True, low, high, -(2**24) <= low and high <= 2**24, 0, 0
+        double = -(2**53) <= low and high <= 2**53
+        return True, low, high, -(2**24) <= low and high <= 2**24, 0, 0, double
     if flat.dtype.itemsize < 4:  # noqa: PLR2004
         flat = flat.astype(np.float32)
     low_f, high_f = float(flat.min()), float(flat.max())
     limit = 2**24 if flat.dtype.itemsize == 4 else 2**53  # noqa: PLR2004
     if -limit < low_f and high_f < limit and all_whole(flat, flat.view(f"u{flat.dtype.itemsize}")):  # counts, by far
         low, high = min(0, int(low_f)), max(0, int(high_f))
-        return True, low, high, -(2**24) <= low and high <= 2**24, 0, 0
+        return True, low, high, -(2**24) <= low and high <= 2**24, 0, 0, True
     whole, low_f, high_f, single, n_nan, n_inf = float_range(flat)
     whole = whole and -(2.0**63) < low_f and high_f < 2.0**63
-    return whole, int(low_f) if whole else 0, int(high_f) if whole else 0, single, n_nan, n_inf
+    return whole, int(low_f) if whole else 0, int(high_f) if whole else 0, single, n_nan, n_inf, True

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property
 from hashlib import blake2b
 from typing import Literal
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import LayoutError, SchemaError
 from annbatch_dask.html import overlap_rows, render
 from annbatch_dask.plan.columns import unite_columns, unite_tags
-from annbatch_dask.plan.dtypes import ValueRange, merge_ranges, smallest_dtype
+from annbatch_dask.plan.dtypes import ValueRange, common_dtype, merge_ranges, smallest_dtype
 from annbatch_dask.plan.elements import Elements, check_counts
 from annbatch_dask.plan.genes import GeneSpace, check_unique, join_genes
 from annbatch_dask.plan.grouping import Groups
@@ -25,7 +25,16 @@ from annbatch_dask.plan.layout import Block, Layout, cut_blocks
 from annbatch_dask.plan.memory import MIB, Budget, format_nbytes, gather_peak_nbytes, scatter_peak_nbytes
 from annbatch_dask.plan.permutation import IDENTITY, SWAP_OR_NOT, Permutation
 from annbatch_dask.plan.placement import Dealt, deal
-from annbatch_dask.plan.schema import OBS, SRC_PATH, ColumnSpec, Genes, MatrixSchema, MatrixSpec, SourceSchema
+from annbatch_dask.plan.schema import (
+    INPUT_SRC_PATH,
+    OBS,
+    SRC_PATH,
+    ColumnSpec,
+    Genes,
+    MatrixSchema,
+    MatrixSpec,
+    SourceSchema,
+)
 
 __all__ = ["Extension", "Options", "Plan", "build_plan", "canonical"]
 
@@ -33,6 +42,8 @@ _BLOCK_NBYTES = 128 * MIB
 """Default size of a row block: far above the cost of a task, small beside a worker's memory."""
 _WORK_VERSION = 5
 """Raised whenever spill files, receipts or row fingerprints change, so that no resume mixes two kinds."""
+_MAX_CHUNK_NBYTES = 2**31 - 1
+"""What blosc takes at once."""
 _MAX_TASKS = 4096
 """Blocks grow, as far as memory allows, so that a stage stays below about so many tasks."""
 
@@ -131,6 +142,8 @@ class Plan:
         The obs column beside them that tells each row's source.
     left_out
         Elements the build does not carry, and the sources that have them.
+    renamed
+        Sources that have a column ``src_path`` of their own, which is ``input_src_path`` in the collection.
     groups
         The groups of ``options.groupby``, once they are counted; the layout's parts follow them.
     """
@@ -150,6 +163,7 @@ class Plan:
     peak_nbytes: tuple[int, int]
     budget: Budget
     extension: Extension | None = None
+    renamed: tuple[str, ...] = ()
     groups: Groups | None = field(default=None, repr=False)
 
     @property
@@ -378,6 +392,8 @@ def build_plan(
         msg = f"the {len(sources) - n_old} inputs hold 0 cells in all; give at least one file that has cells"
         raise SchemaError(msg)
     sources = [s if s.tagged else options.elements.select(s) for s in sources]
+    renamed = tuple(s.path for s in sources if not s.tagged and _has_own_tag(s))
+    sources = [s if s.tagged else _rename_own_tag(s) for s in sources]
     for source in sources:
         check_unique(source)
         _check_has_x(source)
@@ -392,11 +408,13 @@ def build_plan(
     options.elements.refuse(left_out, n_sources=len(sources) - n_old)
     sources = tuple(_keep(s, common) for s in sources)
     columns = tuple(c for c in unite_columns(sources) if c.path != f"{OBS}/{SRC_PATH}")
+    _check_names(matrices, columns)
     n_obs = sum(s.n_obs for s in sources[n_kept:])
     obs_nbytes = 8 * (len(columns) + 2) + 24  # numbers and codes, the name, the place
     whole = cut_blocks(sources, block_nbytes=2**62, csc_nbytes=2**62, obs_nbytes=obs_nbytes, skip=n_kept)
     total = sum(b.n_bytes for b in whole)
     row_nbytes = max(1.0, total / n_obs, _dense_row_nbytes(matrices))
+    _check_chunk(options.n_obs_per_chunk, row_nbytes)
     blocks = cut_blocks(
         sources,
         skip=n_kept,
@@ -414,7 +432,6 @@ def build_plan(
         peak[1],
         "lower dataset_size, or start workers with more memory or fewer threads",
     )
-    index_names = {s.index_name for s in sources}
     return Plan(
         options=options,
         sources=sources,
@@ -427,11 +444,51 @@ def build_plan(
         columns=columns,
         source_column=unite_tags(sources),
         left_out=left_out,
-        index_name=index_names.pop() if len(index_names) == 1 else None,
+        index_name=_index_name(sources, columns),
+        renamed=renamed,
         peak_nbytes=peak,
         budget=budget,
         extension=extension,
     )
+
+
+def _has_own_tag(source: SourceSchema) -> bool:
+    return any(c.path == f"{OBS}/{SRC_PATH}" for c in source.columns)
+
+
+def _rename_own_tag(source: SourceSchema) -> SourceSchema:
+    """A source whose own column ``src_path`` has another name, since the collection's says where a row came from."""
+    if not _has_own_tag(source):
+        return source
+    if any(c.path == f"{OBS}/{INPUT_SRC_PATH}" for c in source.columns):
+        msg = (
+            f"{source.path}: obs has {SRC_PATH} and {INPUT_SRC_PATH}, which the first would be called, as the "
+            f"collection has its own; rename one in load_adata, or leave it out with elements=['-{OBS}/{SRC_PATH}']"
+        )
+        raise SchemaError(msg)
+    own = f"{OBS}/{SRC_PATH}"
+    columns = (replace(c, name=INPUT_SRC_PATH, stored=SRC_PATH) if c.path == own else c for c in source.columns)
+    return replace(source, columns=tuple(columns))
+
+
+def _check_names(matrices: Sequence[MatrixSpec], columns: Sequence[ColumnSpec]) -> None:
+    """Refuse names that are no name of a file: a store would take them for a path."""
+    named = [(c.path, c.frame, c.name) for c in columns]
+    split = [(m.name, m.name.partition("/")) for m in matrices]
+    named += [(name, parent, key) for name, (parent, slash, key) in split if slash]
+    for path, where, name in named:
+        if "/" in name or name in ("", ".", ".."):
+            msg = (
+                f"{where} has {name!r}, which cannot be a name in a store; rename it in load_adata, or leave it out "
+                f"with elements=['-{path}']"
+            )
+            raise SchemaError(msg)
+
+
+def _index_name(sources: Sequence[SourceSchema], columns: Sequence[ColumnSpec]) -> str | None:
+    """Name of the obs index, where all agree on one and no column has it: that keeps it, and the index has none."""
+    names = {s.index_name for s in sources} - {c.name for c in columns if c.frame == OBS} - {SRC_PATH, "_index"}
+    return names.pop() if len({s.index_name for s in sources}) == 1 and names else None
 
 
 def _check_has_x(source: SourceSchema) -> None:
@@ -540,13 +597,14 @@ def _unite_matrices(
 def _unite_matrix(
     name: str, found: Sequence[tuple[SourceSchema, MatrixSchema]], genes: Mapping[str, GeneSpace]
 ) -> MatrixSpec:
-    dtype = reduce(np.promote_types, (np.dtype(m.dtype) for _, m in found))
+    dtype = common_dtype(name, [(s.path, m.dtype, m.values) for s, m in found])
     dense = all(m.kind == "dense" for _, m in found)
     if found[0][1].genes:
         space: Genes = "raw" if name == "raw/X" else "var"
         n_cols = len(genes[space].genes)
         if dense and dtype.kind != "f" and any(m.n_cols < n_cols for _, m in found):
-            dtype = np.promote_types(dtype, np.float32)  # absent genes are NaN in a dense join
+            absent = next(s.path for s, m in found if m.n_cols < n_cols)  # genes that are NaN in a dense join
+            dtype = common_dtype(name, [*((s.path, m.dtype, m.values) for s, m in found), (absent, "float32", None)])
     else:
         space, n_cols = "", found[0][1].n_cols
         if (other := next(((s, m) for s, m in found if m.n_cols != n_cols), None)) is not None:
@@ -567,6 +625,17 @@ def _piece_nbytes(total: int, budget: Budget) -> int:
     """Size of a block or part: the default, more where that means too many tasks, less where memory is short."""
     room = (budget.task_nbytes - 48 * MIB) // 4  # see plan/memory.py: a gather holds two parts and a segment
     return max(1, min(max(_BLOCK_NBYTES, total // _MAX_TASKS), room))
+
+
+def _check_chunk(n_obs_per_chunk: int, row_nbytes: float) -> None:
+    """Refuse chunks that no codec takes, each of which is held in memory whole."""
+    if n_obs_per_chunk * row_nbytes > _MAX_CHUNK_NBYTES:
+        msg = (
+            f"n_obs_per_chunk is {n_obs_per_chunk:,} and a cell takes {row_nbytes:,.0f} bytes: a chunk would take "
+            f"{format_nbytes(n_obs_per_chunk * row_nbytes)}, and holds {format_nbytes(_MAX_CHUNK_NBYTES)} at most; "
+            f"give {max(1, int(_MAX_CHUNK_NBYTES / row_nbytes)):,} or fewer"
+        )
+        raise LayoutError(msg)
 
 
 def _lay_out(options: Options, placement: Permutation | Dealt, *, row_nbytes: float, part_nbytes: int) -> Layout:

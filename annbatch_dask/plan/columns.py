@@ -13,10 +13,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
+from annbatch_dask.plan.dtypes import ValueRange, common_dtype, is_wide
 from annbatch_dask.plan.genes import unite_names
 from annbatch_dask.plan.schema import OBS, SRC_PATH, Categories, ColumnSchema, ColumnSpec, SourceSchema
 
-__all__ = ["unite_columns", "unite_tags"]
+__all__ = ["unite_columns", "unite_tags", "unsure"]
 
 
 def unite_columns(sources: Sequence[SourceSchema]) -> tuple[ColumnSpec, ...]:
@@ -39,6 +40,31 @@ def unite_columns(sources: Sequence[SourceSchema]) -> tuple[ColumnSpec, ...]:
         old = [c for s, (_, c) in zip(sources, found, strict=True) if s.tagged and c is not None]
         united.append(replace(_unite(name, found, old), frame=frame))
     return tuple(united)
+
+
+def unsure(sources: Sequence[SourceSchema]) -> list[frozenset[str]]:
+    """Of each source: its matrices and columns of integers whose values decide whether one dtype holds all sources'.
+
+    They are of 64 bits in some source, and meet floats, integers of the other sign, or genes that are missing.
+    """
+    found: dict[str, list[tuple[int, str, bool]]] = {}
+    for k, s in enumerate(sources):
+        for m in s.matrices:
+            found.setdefault(m.name, []).append((k, m.dtype, m.kind == "dense" and bool(m.genes)))
+        for c in s.columns:
+            dtype = c.categories.dtype if c.categories is not None else c.dtype
+            if dtype and dtype != "str":
+                found.setdefault(c.path, []).append((k, dtype, False))
+    out: list[set[str]] = [set() for _ in sources]
+    for name, some in found.items():
+        dtypes = [d for _, d, _ in some]
+        joined = reduce(np.promote_types, map(np.dtype, dtypes))
+        may_gain_nan = len(some) > 1 and all(dense for _, _, dense in some)
+        if any(map(is_wide, dtypes)) and (joined.kind == "f" or may_gain_nan):
+            for k, dtype, _ in some:
+                if np.dtype(dtype).kind in "iu":
+                    out[k].add(name)
+    return [frozenset(names) for names in out]
 
 
 def unite_tags(sources: Sequence[SourceSchema]) -> ColumnSpec:
@@ -131,8 +157,9 @@ def _unite_numbers(
     columns: Sequence[tuple[str, ColumnSchema]],
     present: tuple[bool, ...],
 ) -> ColumnSpec:
-    dtypes = [np.dtype(c.categories.dtype if c.categories else c.dtype) for _, c in columns]
-    dtype = reduce(np.promote_types, dtypes)
+    sets = [(path, c.categories.dtype, _range_of(c.categories)) for path, c in columns if c.categories]
+    plain = [(path, c.dtype, c.values) for path, c in columns if not c.categories]
+    dtype = common_dtype(f"obs column {name!r}", [*plain, *sets])
     gaps = not all(present) or any(c.nullable or c.kind == "categorical" for _, c in columns)
     nullable = gaps and dtype.kind in "biu"  # a float says "missing" with NaN
     return ColumnSpec(
@@ -160,16 +187,17 @@ def _unite_categories(
             "call .cat.as_ordered() or .cat.as_unordered() in load_adata"
         )
         raise SchemaError(msg)
-    united = _merge_orders(name, sets) if sets[0][1].ordered else _with_first(old, _union(sets))
+    united = _merge_orders(name, sets) if sets[0][1].ordered else _with_first(old, _union(name, sets))
     index = united.index()
     maps = tuple(None if c is None or c.categories is None else _code_map(c.categories, index) for _, c in found)
     return ColumnSpec(name, "categorical", categories=united, present=present, code_maps=maps)
 
 
-def _union(sets: Sequence[tuple[str, Categories]]) -> Categories:
+def _union(name: str, sets: Sequence[tuple[str, Categories]]) -> Categories:
     if sets[0][1].dtype == "str":
         return Categories(tuple(unite_names([c.values for _, c in sets])), "str")
-    joined = reduce(lambda a, b: a.union(b), (c.index() for _, c in sets))
+    dtype = _dtype_of(name, sets)
+    joined = reduce(lambda a, b: a.union(b), (c.index().astype(dtype) for _, c in sets))
     return Categories(tuple(joined.tolist()), joined.dtype.name)
 
 
@@ -178,6 +206,11 @@ def _with_first(old: Sequence[ColumnSchema], united: Categories) -> Categories:
     known = dict.fromkeys(value for c in old if c.categories is not None for value in c.categories.values)
     place = {value: k for k, value in enumerate(known)}
     return replace(united, values=tuple(sorted(united.values, key=lambda value: place.get(value, len(place)))))
+
+
+def _dtype_of(name: str, sets: Sequence[tuple[str, Categories]]) -> np.dtype:
+    """One dtype for categories that are numbers."""
+    return common_dtype(f"obs column {name!r}", [(path, c.dtype, _range_of(c)) for path, c in sets])
 
 
 def _merge_orders(name: str, sets: Sequence[tuple[str, Categories]]) -> Categories:
@@ -204,8 +237,17 @@ def _merge_orders(name: str, sets: Sequence[tuple[str, Categories]]) -> Categori
             raise SchemaError(msg)
         values.extend(ready)
         graph.done(*ready)
-    dtype = "str" if sets[0][1].dtype == "str" else np.result_type(*(np.dtype(c.dtype) for _, c in sets)).name
+    dtype = "str" if sets[0][1].dtype == "str" else _dtype_of(name, sets).name
     return Categories(tuple(values), dtype, ordered=True)
+
+
+def _range_of(categories: Categories) -> ValueRange | None:
+    """Range of categories that are whole numbers."""
+    if not is_wide(categories.dtype) or not categories.values:
+        return None
+    values = np.array(categories.values, categories.dtype)
+    low, high = int(values.min()), int(values.max())
+    return ValueRange(integral=True, low=low, high=high, single=False, double=-(2**53) <= low and high <= 2**53)
 
 
 def _code_map(categories: Categories, united: pd.Index) -> NDArray[np.int64]:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import numpy as np
 
-__all__ = ["NOTHING", "ValueRange", "index_dtype", "merge_ranges", "signed_dtype", "smallest_dtype"]
+from annbatch_dask.errors import SchemaError
+
+__all__ = [
+    "NOTHING",
+    "ValueRange",
+    "common_dtype",
+    "index_dtype",
+    "is_wide",
+    "merge_ranges",
+    "signed_dtype",
+    "smallest_dtype",
+]
 
 _UNSIGNED = ("uint8", "uint16", "uint32", "uint64")
 _SIGNED = ("int8", "int16", "int32", "int64")
@@ -27,6 +39,8 @@ class ValueRange:
         Every value survives a cast to float32 and back.
     n_nan, n_inf
         Counts, for the report.
+    double
+        Every value survives a cast to float64 and back; False only for integers beyond 2**53.
     """
 
     integral: bool
@@ -35,6 +49,7 @@ class ValueRange:
     single: bool
     n_nan: int = 0
     n_inf: int = 0
+    double: bool = True
 
 
 NOTHING = ValueRange(integral=True, low=0, high=0, single=True)
@@ -53,6 +68,7 @@ def merge_ranges(ranges: Iterable[ValueRange]) -> ValueRange:
             single=out.single and r.single,
             n_nan=out.n_nan + r.n_nan,
             n_inf=out.n_inf + r.n_inf,
+            double=out.double and r.double,
         )
     return out
 
@@ -62,8 +78,8 @@ def _integer_dtype(low: int, high: int) -> np.dtype:
         info = np.iinfo(name)
         if info.min <= low and high <= info.max:
             return np.dtype(name)
-    msg = f"no integer dtype holds both {low} and {high}"
-    raise OverflowError(msg)
+    msg = f"no dtype holds both {low:,} and {high:,} exactly; make them one kind in load_adata"
+    raise SchemaError(msg)
 
 
 def smallest_dtype(values: ValueRange, source: np.dtype) -> np.dtype:
@@ -75,6 +91,12 @@ def smallest_dtype(values: ValueRange, source: np.dtype) -> np.dtype:
     >>> smallest_dtype(counts, np.dtype("float32"))
     dtype('uint16')
     """
+    if source.kind == "f" and not values.integral and not values.double:
+        msg = (
+            f"whole numbers from {values.low:,} to {values.high:,} meet fractions, and no dtype holds both exactly; "
+            "make them one kind in load_adata"
+        )
+        raise SchemaError(msg)
     candidates = [source]
     if source.kind in "iuf" and values.integral:
         candidates.append(_integer_dtype(values.low, values.high))
@@ -84,6 +106,51 @@ def smallest_dtype(values: ValueRange, source: np.dtype) -> np.dtype:
     best = min(candidates, key=lambda d: d.itemsize)
     tied_float = source.kind == "f" and values.single and best.itemsize == 4  # noqa: PLR2004
     return np.dtype(np.float32) if tied_float else best
+
+
+def is_wide(dtype: str) -> bool:
+    """Whether a dtype holds whole numbers that float64 rounds."""
+    return dtype in ("int64", "uint64")
+
+
+def common_dtype(name: str, found: Sequence[tuple[str, str, ValueRange | None]]) -> np.dtype:
+    """The dtype of an element that many sources have, which holds all of their values exactly.
+
+    Parameters
+    ----------
+    name
+        Of the element.
+    found
+        Of each source: its path, its dtype and the range of its values, None where nobody looked.
+
+    Raises
+    ------
+    SchemaError
+        Where integers beyond 2**53 meet floats, or integers below zero others from 2**63 on.
+    """
+    dtype = reduce(np.promote_types, (np.dtype(d) for _, d, _ in found))
+    wide = [(path, d, r) for path, d, r in found if is_wide(d) and r is not None and not r.double]
+    if dtype.kind != "f" or not wide:
+        return dtype
+    path, kind, values = wide[0]
+    other = next((p, d) for p, d, _ in found if np.promote_types(d, kind).kind == "f" or d != kind)
+    if all(np.dtype(d).kind in "biu" for _, d, _ in found):
+        low = min(_lowest(d, r) for _, d, r in found)
+        high = max(r.high for _, _, r in wide)
+        if low >= 0 or high < 2**63:
+            return np.dtype(np.uint64 if low >= 0 else np.int64)
+        values = replace(values, low=low, high=high)
+    msg = (
+        f"{name} holds whole numbers from {values.low:,} to {values.high:,} in {path} ({kind}) and is {other[1]} in "
+        f"{other[0]}, and no dtype holds both exactly; make them one kind in load_adata, or leave it out with elements"
+    )
+    raise SchemaError(msg)
+
+
+def _lowest(dtype: str, values: ValueRange | None) -> int:
+    if values is not None:
+        return values.low
+    return 0 if dtype == "bool" else int(np.iinfo(dtype).min)
 
 
 def index_dtype(n: int) -> np.dtype:

@@ -12,6 +12,7 @@ import pandas as pd
 from annbatch_dask.plan.dtypes import ValueRange
 
 __all__ = [
+    "INPUT_SRC_PATH",
     "OBS",
     "SOURCE_DTYPE",
     "SRC_PATH",
@@ -29,6 +30,8 @@ SOURCE_DTYPE = "source-dtype"
 """Attribute of a matrix on disk: the dtype its sources had, which the loader yields."""
 SRC_PATH = "src_path"
 """Name of the obs column that tells a row's source, as annbatch has it."""
+INPUT_SRC_PATH = "input_src_path"
+"""What an input's own column of that name is called in the collection."""
 
 OBS = "obs"
 ColumnKind = Literal["numeric", "categorical", "string"]
@@ -67,6 +70,10 @@ class ColumnSchema:
         Of a categorical column.
     frame
         ``"obs"`` or ``"obsm/<key>"``.
+    stored
+        Its name in the source, where that is another.
+    values
+        Range of the values, where the scan was asked to look.
     """
 
     name: str
@@ -75,11 +82,18 @@ class ColumnSchema:
     nullable: bool = False
     categories: Categories | None = None
     frame: str = OBS
+    stored: str = ""
+    values: ValueRange | None = field(default=None, compare=False, repr=False)
 
     @property
     def path(self) -> str:
         """Its name among all columns."""
         return f"{self.frame}/{self.name}"
+
+    @property
+    def source_name(self) -> str:
+        """Its name in the source."""
+        return self.stored or self.name
 
 
 @dataclass(frozen=True)

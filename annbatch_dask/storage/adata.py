@@ -18,8 +18,9 @@ from dask.local import get_sync
 from dask.optimization import cull
 from numpy.typing import NDArray
 
+from annbatch_dask.errors import SchemaError
 from annbatch_dask.plan.schema import OBS, ColumnSchema, Genes, MatrixSchema, SourceSchema
-from annbatch_dask.storage.columns import ColumnRows, describe_series, series_rows
+from annbatch_dask.storage.columns import ColumnRows, check_text, describe_series, series_rows
 from annbatch_dask.storage.groups import GENE_WISE, PAIRED, no_cells
 from annbatch_dask.storage.matrices import ROW_STEP, CsrRows, are_whole, describe_matrix, knots, matrix_rows
 
@@ -43,6 +44,8 @@ class AnnDataSource:
         obsm = {f"obsm/{k}": v for k, v in adata.obsm.items()}
         frames = {OBS: adata.obs} | {k: v for k, v in obsm.items() if hasattr(v, "columns")}
         self._frames = {k: _DataFrame(f) if isinstance(f, pd.DataFrame) else _LazyFrame(f) for k, f in frames.items()}
+        for name, frame in self._frames.items():
+            _check_names(label, name, frame.columns)
         self._columns = {(f, str(k)): k for f, frame in self._frames.items() for k in frame.columns}
         self._blocks: dict[str, _Blocks] = {}
 
@@ -56,6 +59,7 @@ class AnnDataSource:
                 unsupported.append(name)
             else:
                 matrices.append(replace(described, genes=genes))
+        check_text("obs names", self._frames[OBS].names(0, adata.n_obs))
         described_columns = [
             replace(describe_series(name, self._frames[frame].rows(k, 0, adata.n_obs)), frame=frame)
             for (frame, name), k in self._columns.items()
@@ -103,11 +107,24 @@ class AnnDataSource:
     def column(self, column: ColumnSchema, start: int, stop: int) -> ColumnRows:
         """Rows [start, stop) of a column."""
         frame = self._frames[column.frame]
-        return series_rows(column, frame.rows(self._columns[column.frame, column.name], start, stop))
+        return series_rows(column, frame.rows(self._columns[column.frame, column.source_name], start, stop))
 
     def names(self, start: int, stop: int) -> NDArray[np.object_]:
         """Obs names of rows [start, stop)."""
         return np.asarray(self._frames[OBS].names(start, stop).astype(str), object)
+
+
+def _check_names(label: str, frame: str, columns: Iterable[Any]) -> None:
+    """Refuse columns that files cannot tell apart, such as 1 and "1"."""
+    seen: dict[str, Any] = {}
+    for column in columns:
+        if str(column) in seen:
+            msg = (
+                f"{label}: {frame} has columns {seen[str(column)]!r} and {column!r}, which are stored under one name; "
+                "rename one in load_adata"
+            )
+            raise SchemaError(msg)
+        seen[str(column)] = column
 
 
 class _DataFrame:

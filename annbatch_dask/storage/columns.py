@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import SchemaError
 from annbatch_dask.plan.schema import Categories, ColumnSchema, ColumnSpec
 
-__all__ = ["ColumnRows", "describe_elem", "describe_series", "elem_rows", "series_rows", "to_pandas"]
+__all__ = ["ColumnRows", "check_text", "describe_elem", "describe_series", "elem_rows", "series_rows", "to_pandas"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,11 @@ def _stored_categories(about: Any, values: Any) -> Categories:
 def _strings(elem: Any, rows: slice) -> NDArray[np.object_]:
     if isinstance(elem, h5py.Dataset):
         elem = elem.asstr() if h5py.check_string_dtype(elem.dtype) else elem
-    return np.asarray(elem[rows]).astype(object)
+    try:
+        return np.asarray(elem[rows]).astype(object)
+    except UnicodeDecodeError as e:
+        msg = f"{elem.name}: {e.object[:20]!r} is no Unicode text ({e.reason}); write the file anew"
+        raise SchemaError(msg) from e
 
 
 def elem_rows(column: ColumnSchema, elem: Any, start: int, stop: int) -> ColumnRows:
@@ -124,10 +129,28 @@ def describe_series(name: str, series: pd.Series) -> ColumnSchema:
         return ColumnSchema(name, "numeric", dtype=plain, nullable=not plain.startswith("float"))
     present = series[~series.isna()]
     if isinstance(dtype, pd.StringDtype) or all(isinstance(v, str) for v in present):
+        check_text(f"obs column {name!r}", present)
         return ColumnSchema(name, "string", nullable=bool(series.isna().any()))
     other = next(type(v).__name__ for v in present if not isinstance(v, str))
     msg = f"obs column {name!r} of dtype {dtype} holds {other} values; convert it to numbers, strings or a categorical"
     raise SchemaError(msg)
+
+
+def check_text(what: str, strings: Iterable[Any]) -> None:
+    """Refuse strings that are no Unicode text, which no file can hold.
+
+    Raises
+    ------
+    SchemaError
+        With the first one.
+    """
+    for text in strings:
+        if isinstance(text, str) and not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as e:
+                msg = f"{what}: {text!r} is no Unicode text ({e.reason}); replace it in load_adata"
+                raise SchemaError(msg) from e
 
 
 def series_rows(column: ColumnSchema, series: pd.Series) -> ColumnRows:

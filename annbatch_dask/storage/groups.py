@@ -135,7 +135,7 @@ class GroupSource:
 
     def column(self, column: ColumnSchema, start: int, stop: int) -> ColumnRows:
         """Rows [start, stop) of a column."""
-        return elem_rows(column, self._group[column.frame][column.name], start, stop)
+        return elem_rows(column, self._group[column.frame][column.source_name], start, stop)
 
     def names(self, start: int, stop: int) -> NDArray[np.object_]:
         """Obs names of rows [start, stop)."""

@@ -7,14 +7,38 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
 from annbatch_dask.kernels.rows import bounds_of, map_indices, sort_rows
-from annbatch_dask.plan.dtypes import signed_dtype
+from annbatch_dask.plan.dtypes import is_wide, signed_dtype
 from annbatch_dask.plan.layout import Block
 from annbatch_dask.plan.schema import OBS, SRC_PATH, ColumnSpec, MatrixSpec, SourceSchema
 from annbatch_dask.storage.columns import ColumnRows
 from annbatch_dask.storage.matrices import CsrRows
 from annbatch_dask.storage.sources import Source
 
-__all__ = ["dense_to_csr", "in_gene_order", "join_dense", "map_genes", "read_column"]
+__all__ = ["cast_exactly", "dense_to_csr", "in_gene_order", "join_dense", "map_genes", "read_column"]
+
+
+def cast_exactly(values: NDArray, dtype: str | np.dtype, what: str, used: NDArray[np.bool_] | None = None) -> NDArray:
+    """Values in another dtype, which must hold them: integers beyond 2**53 are no floats.
+
+    ``used``: which of them count, as others only fill the place of missing ones.
+
+    Raises
+    ------
+    SchemaError
+        With the values' range, where it does not.
+    """
+    target = np.dtype(dtype)
+    if is_wide(values.dtype.name) and target != values.dtype and values.size:
+        counted = values if used is None else values[used]
+        low, high = (int(counted.min()), int(counted.max())) if counted.size else (0, 0)
+        least, most = (-(2**53), 2**53) if target.kind == "f" else (np.iinfo(target).min, np.iinfo(target).max)
+        if low < least or high > most:
+            msg = (
+                f"{what} holds whole numbers from {low:,} to {high:,}, which {target.name} cannot hold exactly, and "
+                "other inputs make it that; make them one kind in load_adata, or leave it out with elements"
+            )
+            raise SchemaError(msg)
+    return values.astype(target, copy=False)
 
 
 def dense_to_csr(values: NDArray) -> CsrRows:
@@ -65,7 +89,7 @@ def in_gene_order(
 
 def join_dense(values: NDArray, spec: MatrixSpec, gene_map: NDArray[np.int32] | None) -> NDArray:
     """Dense rows on the collection's genes, in a dtype that holds all sources' values; NaN where a gene is absent."""
-    values = values.astype(np.promote_types(values.dtype, spec.source_dtype), copy=False)
+    values = cast_exactly(values, spec.source_dtype, spec.name)
     if gene_map is None or np.array_equal(gene_map, np.arange(spec.n_cols)):
         return values
     joined = np.full((len(values), spec.n_cols), np.nan if values.dtype.kind == "f" else 0, values.dtype)
@@ -92,11 +116,14 @@ def read_column(column: ColumnSpec, block: Block, source: SourceSchema, opened: 
     if schema.categories is not None:  # a categorical that becomes plain because another file has it plain
         missing = found.values < 0
         fill = "" if column.kind == "string" else 0
-        values = np.append(schema.categories.index().to_numpy(), [fill])[found.values]
+        known = schema.categories.index().to_numpy()
+        known = known if column.kind == "string" else cast_exactly(known, column.dtype, f"column {column.path}")
+        values = np.append(known, np.asarray([fill], known.dtype))[found.values]
         found = ColumnRows(values.astype(object if column.kind == "string" else column.dtype), missing)
     if column.kind == "string":
         return found
-    values = found.values.astype(column.dtype, copy=False)
+    used = None if found.mask is None else ~found.mask
+    values = cast_exactly(found.values, column.dtype, f"column {column.path}", used)
     if found.mask is not None:
         masked = np.asarray(np.nan if values.dtype.kind == "f" else 0, values.dtype)
         values = np.where(found.mask, masked, values)

@@ -259,3 +259,145 @@ def test_verify_sees_one_more_than_a_float_can_say(tmp_path, kind):
 
     assert collection.verify(against=[path]).ok
     assert not change(next_value)
+
+
+# --- integers that meet floats -------------------------------------------------------------------------------------
+
+
+def pair(tmp_path, one, two):
+    """Two files, of which each function changes one."""
+    paths = []
+    for k, change in enumerate((one, two)):
+        a = small(seed=k)
+        change(a)
+        paths.append(write(a, tmp_path / f"{k}.h5ad"))
+    return paths
+
+
+def column(values):
+    def change(a):
+        a.obs["id"] = values
+
+    return change
+
+
+SIX = np.arange(6)
+ROUNDED = [
+    (SIX + HUGE, SIX / 2),
+    (pd.array([HUGE, None, 1, 2, 3, 4], dtype="Int64"), np.float32(SIX)),
+    (pd.Categorical(SIX + HUGE), SIX / 2),
+    (pd.Categorical(SIX + HUGE), pd.Categorical(SIX / 2)),
+    (SIX - 1, np.uint64(SIX) + np.uint64(2**63)),
+]
+
+
+@pytest.mark.parametrize(("one", "two"), ROUNDED, ids=["plain", "nullable", "codes", "categories", "signs"])
+def test_integers_that_would_be_rounded_are_refused_by_the_plan(tmp_path, one, two):
+    paths = pair(tmp_path, column(one), column(two))
+    for do in (DatasetCollection(tmp_path / "o.zarr").plan_adatas, DatasetCollection(tmp_path / "o.zarr").add_adatas):
+        with pytest.raises(
+            SchemaError, match=r"obs column 'id' holds whole numbers from .* no dtype holds both exactly"
+        ):
+            do(paths, seed=0)
+    assert not (tmp_path / "o.zarr.scratch").exists()
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "want"),
+    [
+        (SIX + 2**53 - 5, SIX / 2, "float64"),
+        (SIX, np.uint64(SIX) + np.uint64(2**63), "uint64"),
+        (-SIX - HUGE, np.uint64(SIX), "int64"),
+        (pd.array([HUGE, None, 1, 2, 3, 4], dtype="Int64"), np.uint64(SIX) + np.uint64(2**63 - 7), "UInt64"),
+    ],
+    ids=["floats", "uint64", "int64", "nullable"],
+)
+def test_a_dtype_that_holds_both_is_taken(tmp_path, one, two, want):
+    paths = pair(tmp_path, column(one), column(two))
+    collection = build(tmp_path / "o.zarr", paths)
+    got = collection.obs()
+    assert str(got["id"].dtype) == want
+    for path, values in zip(paths, (one, two), strict=True):
+        found = got.loc[got["src_path"] == str(path), "id"]
+        assert sorted(map(str, found)) == sorted(map(str, pd.Series(values).astype(got["id"].dtype)))
+    assert collection.verify(against=paths).ok
+
+
+def x_of(dtype, first, kind="csr"):
+    def change(a):
+        a.X = a.X.astype(dtype)
+        a.X.data[0] = first
+        a.X = a.X.toarray() if kind == "dense" else a.X
+
+    return change
+
+
+@pytest.mark.parametrize("kind", ["csr", "dense"])
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [(("int64", HUGE), ("float32", 0.5)), (("int64", -1), ("uint64", 2**63 + 1))],
+    ids=["floats", "signs"],
+)
+def test_values_of_x_that_would_be_rounded_are_refused_by_the_plan(tmp_path, one, two, kind):
+    paths = pair(tmp_path, x_of(*one, kind), x_of(*two, kind))
+    for do in (DatasetCollection(tmp_path / "o.zarr").plan_adatas, DatasetCollection(tmp_path / "o.zarr").add_adatas):
+        with pytest.raises(SchemaError, match="X holds whole numbers from .* no dtype holds both exactly"):
+            do(paths, seed=0, allow_mixed_counts=True)
+
+
+def test_values_of_x_in_a_dtype_that_holds_both(tmp_path):
+    paths = pair(tmp_path, x_of("int64", 5), x_of("uint64", 2**63 + 1))
+    collection = build(tmp_path / "o.zarr", paths)
+    assert collection.manifest.matrices["X"]["source_dtype"] == "uint64"
+    assert contents(collection).X.max() == 2**63 + 1
+    assert collection.verify(against=paths).ok
+
+
+def test_genes_that_are_missing_do_not_round_a_dense_matrix(tmp_path):
+    def other_genes(a):
+        x_of("int64", 7, "dense")(a)
+        a.var_names = [f"h{i}" for i in range(12)]
+
+    paths = pair(tmp_path, x_of("int64", HUGE, "dense"), other_genes)
+    with pytest.raises(SchemaError, match="X holds whole numbers"):
+        build(tmp_path / "o.zarr", paths)
+
+
+def test_a_collection_is_not_rounded_by_what_extends_it(tmp_path):
+    paths = pair(tmp_path, column(SIX + HUGE), column(SIX / 2))
+    build(tmp_path / "o.zarr", paths[:1])
+    for mode in ("extend", "append"):
+        with pytest.raises(SchemaError, match="obs column 'id' holds whole numbers"):
+            build(tmp_path / "o.zarr", paths[1:], mode=mode)
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [[1, "1"], ["a", "a"]])
+def test_columns_of_one_name_are_refused(tmp_path, names):
+    def load(path):
+        a = ad.read_h5ad(path)
+        a.obs = pd.DataFrame([[1, 2]] * a.n_obs, columns=pd.Index(names, dtype=object), index=a.obs_names)
+        return a
+
+    path = write(small(), tmp_path / "a.h5ad")
+    with pytest.raises(SchemaError, match="obs has columns .* which are stored under one name"):
+        build(tmp_path / "o.zarr", [path], load_adata=load)
+
+
+def test_a_src_path_of_the_inputs_own_is_kept_under_another_name(tmp_path):
+    labs = ["lab_1"] * 3 + ["lab_2"] * 3
+    paths = pair(tmp_path, lambda a: a.obs.insert(0, "src_path", pd.Categorical(labs)), lambda _: None)
+    with pytest.warns(UserWarning, match=r"0\.h5ad \(1 of 2 inputs\) has a column src_path, which is input_src_path"):
+        collection = build(tmp_path / "o.zarr", paths)
+    got = collection.obs()
+    assert got["input_src_path"].value_counts().to_dict() == {"lab_1": 3, "lab_2": 3}
+    assert got["src_path"].value_counts().to_dict() == {str(p): 6 for p in paths}
+    assert collection.verify(against=paths).ok
+    assert "input_src_path" not in build(tmp_path / "p.zarr", paths, elements=["-obs/src_path"]).obs()
+    both = pair(tmp_path, lambda a: a.obs.insert(0, "src_path", labs), lambda _: None)
+    a = ad.read_h5ad(both[0])
+    a.obs["input_src_path"] = 1
+    with pytest.raises(SchemaError, match="obs has src_path and input_src_path"):
+        build(tmp_path / "q.zarr", [write(a, both[0])])
