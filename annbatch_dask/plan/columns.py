@@ -113,10 +113,9 @@ def _unite(name: str, found: Sequence[tuple[str, ColumnSchema | None]], old: Seq
 def _with_kinds(columns: Sequence[tuple[str, ColumnSchema]]) -> list[tuple[str, ColumnSchema]]:
     """Categories that are none, where every value is missing, count as of the kind that the other sources have."""
     dtypes = (_value_dtype(c) for _, c in columns if c.categories is None or c.categories.values)
-    dtype = next(dtypes, None)
+    dtype = next(dtypes, _value_dtype(columns[0][1]))  # or of the first, where all are none
     return [
-        (path, c if dtype is None or c.categories is None or c.categories.values else _without_values(c, dtype))
-        for path, c in columns
+        (path, c if c.categories is None or c.categories.values else _without_values(c, dtype)) for path, c in columns
     ]
 
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from annbatch_dask import DatasetCollection
-from tests.etl.inputs import adatas, assert_conserved
+from tests.etl.inputs import adatas, assert_conserved, exact_or_refused
 
 
 def write(adata, path, how):
@@ -48,7 +48,7 @@ def build(folder, inputs, hows, **options):
 def test_every_row_is_there_once(inputs, hows, dataset_size, n_obs_per_chunk, shard_size, seed, shuffle):
     if not sum(a.n_obs for a in inputs):
         return
-    with tempfile.TemporaryDirectory() as tmp:
+    with tempfile.TemporaryDirectory() as tmp, exact_or_refused():
         collection, paths = build(
             Path(tmp),
             inputs,

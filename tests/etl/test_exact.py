@@ -401,3 +401,13 @@ def test_a_src_path_of_the_inputs_own_is_kept_under_another_name(tmp_path):
     a.obs["input_src_path"] = 1
     with pytest.raises(SchemaError, match="obs has src_path and input_src_path"):
         build(tmp_path / "q.zarr", [write(a, both[0])])
+
+
+def test_categories_that_are_none_in_all_inputs(tmp_path):
+    none = [None] * 6
+    paths = pair(
+        tmp_path,
+        column(pd.Categorical(none, categories=pd.Index([], dtype=object))),
+        column(pd.Categorical(none, categories=pd.Index([], dtype=float))),
+    )
+    assert build(tmp_path / "o.zarr", paths).obs()["id"].isna().all()
