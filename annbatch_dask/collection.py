@@ -25,7 +25,7 @@ from annbatch_dask.errors import CollectionChangedError, CollectionError
 from annbatch_dask.etl.commit import leftovers, sweep
 from annbatch_dask.etl.frames import try_frames
 from annbatch_dask.etl.inputs import Input, known_inputs
-from annbatch_dask.etl.job import Job, work_folder
+from annbatch_dask.etl.job import Job, say_what_is_lost, work_folder
 from annbatch_dask.etl.log import Recorder
 from annbatch_dask.etl.run import Engine, EngineRoom, build, choose_engine, run_check, run_stage
 from annbatch_dask.etl.scan import look, merge_annotations, scan, with_ranges
@@ -843,6 +843,7 @@ class DatasetCollection:
         first = claim_numbers(target, plan.work_key, plan.first_dataset, plan.n_datasets)
         check_unchanged(target, version)  # now that what another build publishes has other names
         work = scratch / work_folder(plan, target, request)
+        say_what_is_lost(scratch, work.url.rpartition("/")[2])
         job = Job(plan, refs, work, target, annotations, first, manifest, version, request)
         build(job, engine, Callbacks([callback, Recorder(target, plan)]))
         if scratch == self._scratch:  # what other interrupted builds left here, none of them can use now

@@ -11,6 +11,7 @@ import pickle
 import secrets
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ import cloudpickle
 
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.manifest import Manifest
-from annbatch_dask.plan.build import Plan
+from annbatch_dask.plan.build import WORK_DIGITS, Plan
+from annbatch_dask.plan.memory import format_nbytes
 from annbatch_dask.storage.private import check_private
 from annbatch_dask.storage.publish import Folder
 from annbatch_dask.storage.sources import Source, SourceRef, open_source
@@ -32,7 +34,7 @@ from annbatch_dask.storage.transient import seen_before
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["Job", "JobFile", "forget_inputs", "load_job", "save_job", "trim_memory"]
+__all__ = ["Job", "JobFile", "forget_inputs", "load_job", "save_job", "say_what_is_lost", "trim_memory"]
 
 _PREFIX = "job-"
 _NONCE = bytes(12)
@@ -136,6 +138,20 @@ def work_folder(plan: Plan, target: Folder, request: str) -> str:
     Nor do calls that ask for other things, such as another ``merge``, of which a plan's scatter tasks know nothing.
     """
     return f"{plan.work_key}-{blake2b(f'{target.url}/{request}'.encode(), digest_size=4).hexdigest()}"
+
+
+def say_what_is_lost(scratch: Folder, work: str) -> None:
+    """Warn of the same work, cut in other pieces: it was begun on workers of another memory, and is done anew."""
+    end = work.rpartition("-")[2]
+    for name in scratch.names():
+        if name != work and name.startswith(work[:WORK_DIGITS]) and name.endswith(f"-{end}"):
+            size = format_nbytes(sum((scratch / name).sizes().values()))
+            msg = (
+                f"{scratch.url}/{name} holds {size} of this build, begun with workers of another memory, for which "
+                "rows were cut into other pieces: it cannot be taken up and the work is done anew; to go on with it, "
+                "stop, and start workers (or give memory_limit) as before; else remove it"
+            )
+            warnings.warn(msg, UserWarning, stacklevel=4)
 
 
 _last: tuple[JobFile, Job] | None = None

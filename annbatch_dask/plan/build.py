@@ -36,7 +36,7 @@ from annbatch_dask.plan.schema import (
     SourceSchema,
 )
 
-__all__ = ["Extension", "Options", "Plan", "build_plan", "canonical"]
+__all__ = ["WORK_DIGITS", "Extension", "Options", "Plan", "build_plan", "canonical"]
 
 _BLOCK_NBYTES = 128 * MIB
 """Default size of a row block: far above the cost of a task, small beside a worker's memory."""
@@ -44,6 +44,8 @@ _WORK_VERSION = 5
 """Raised whenever spill files, receipts or row fingerprints change, so that no resume mixes two kinds."""
 _MAX_CHUNK_NBYTES = 2**31 - 1
 """What blosc takes at once."""
+WORK_DIGITS = 16
+"""Of a work key, those that do not depend on how the work is cut."""
 _MAX_TASKS = 4096
 """Blocks grow, as far as memory allows, so that a stage stays below about so many tasks."""
 
@@ -223,10 +225,13 @@ class Plan:
 
     @cached_property
     def work_key(self) -> str:
-        """Identity of the work: a resume takes up scratch files with this key and no other."""
-        identities = [s.identity for s in self.sources]
-        payload = [_WORK_VERSION, self.fingerprint, canonical(self.layout), canonical(self.blocks), identities]
-        return _digest(json.dumps(payload).encode())
+        """Identity of the work: a resume takes up scratch files with this key and no other.
+
+        Its first half does not depend on how the work is cut, which workers' memory decides.
+        """
+        what = [_WORK_VERSION, self.fingerprint, [s.identity for s in self.sources]]
+        cut = [what, canonical(self.layout), canonical(self.blocks)]
+        return "".join(_digest(json.dumps(payload).encode())[:WORK_DIGITS] for payload in (what, cut))
 
     def gene_map(self, source: int, matrix: MatrixSchema, spec: MatrixSpec) -> NDArray[np.int32] | None:
         """Where a source matrix's columns are in the collection's, -1 where left out; None where they stay."""
