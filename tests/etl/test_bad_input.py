@@ -263,7 +263,7 @@ class TestTargets:
         collection = add(tmp_path / "x.zarr", h5ad_pair[:1], seed=0)
         before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
         with pytest.raises(CollectionError, match="is in .* already, with 300 cells; leave it out"):
-            collection.add_adatas(h5ad_pair)
+            collection.add_adatas(h5ad_pair, on_duplicate_source="error")
         assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
     def test_a_missing_one_to_read(self, tmp_path):
