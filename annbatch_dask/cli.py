@@ -253,12 +253,12 @@ def _classes(collection: DatasetCollection, column: str | None) -> tuple[str, ND
     """Return the column to judge mixing by, and each row's class in it, missing values being one class."""
     import pandas as pd
 
-    obs = collection.obs(columns=None if column is None else [column])
+    obs = collection.obs(None if column is None else [column], names=False)
     if column is None:
         found = [c for c in obs.columns if isinstance(obs[c].dtype, pd.CategoricalDtype)]
         column = next((c for c in ("cell_type", *found) if c in obs.columns and c != "src_path"), "src_path")
     if column not in obs.columns:
-        names = ", ".join(collection.obs().columns)
+        names = ", ".join(collection.obs(names=False).columns)
         msg = f"{collection.path}: obs has no column {column!r}; give --by one of: {names}"
         raise AnnbatchDaskError(msg)
     return column, pd.factorize(obs[column], use_na_sentinel=False)[0].astype(np.int64)

@@ -166,7 +166,9 @@ class Manifest:
     n_obs, n_vars
         Cells and genes.
     matrices
-        Of each: ``{"kind", "dtype", "source_dtype", "n_nan", "n_inf"}``; the last two count values.
+        Of each: ``{"kind", "dtype", "source_dtype", "n_nan", "n_inf", "integral", "low", "high"}``. The two after the
+        dtypes count values; the last three, which earlier releases did not record, say whether all values are whole
+        numbers (no NaN, infinity or negative zero), and the least and greatest of the finite ones and 0.
     datasets
         In their order.
     sources

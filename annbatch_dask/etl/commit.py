@@ -203,7 +203,12 @@ def _united(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> Mapping[st
     if old is None:
         return new
     promoted = {k: np.promote_types(old[k], new[k]).name for k in ("dtype", "source_dtype")}
-    return {**new, **promoted, **{k: old[k] + new[k] for k in ("n_nan", "n_inf")}}
+    counts = {k: old[k] + new[k] for k in ("n_nan", "n_inf")}
+    merged = {**new, **promoted, **counts}
+    if "low" not in old:  # an earlier release did not record it
+        return {k: v for k, v in merged.items() if k not in ("integral", "low", "high")}
+    ends = {"low": min(old["low"], new["low"]), "high": max(old["high"], new["high"])}
+    return {**merged, **ends, "integral": old["integral"] and new["integral"]}
 
 
 def source_fingerprints(plan: Plan, scattered: Sequence[Receipt]) -> list[str]:
@@ -249,5 +254,8 @@ def _matrices(plan: Plan, scattered: Sequence[Receipt], tasks: Sequence[GatherTa
             "source_dtype": m.source_dtype,
             "n_nan": found.n_nan,
             "n_inf": found.n_inf,
+            "integral": found.integral,
+            "low": found.low,
+            "high": found.high,
         }
     return out

@@ -10,13 +10,17 @@ __all__ = ["float_range", "narrow_counts", "range_of"]
 
 @compiled
 def float_range(values):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, ANN202
-    """(integral, low, high, single, n_nan, n_inf) of a 1-D float array; see ``plan.dtypes.ValueRange``."""
+    """(integral, low, high, single, n_nan, n_inf) of a 1-D float array; see ``plan.dtypes.ValueRange``.
+
+    The range is that of the finite values.
+    """
     low, high = 0.0, 0.0
     not_whole, not_single, n_nan, n_inf = 0, 0, 0, 0
     for k in range(values.shape[0]):
         v = np.float64(values[k])
-        low = min(low, v)
-        high = max(high, v)
+        finite = v if v - v == 0.0 else 0.0
+        low = min(low, finite)
+        high = max(high, finite)
         # a negative zero is whole, but an integer would lose its sign
         not_whole += (v != np.floor(v)) | ((v == 0.0) & np.signbit(v))
         not_single += (np.float64(np.float32(v)) != v) & (v == v)  # noqa: PLR0124
@@ -52,7 +56,7 @@ def narrow_counts(values, bits, out):  # type: ignore[no-untyped-def]  # noqa: A
     return misfits == 0, greatest
 
 
-def range_of(values: NDArray) -> tuple[bool, int, int, bool, int, int, bool]:
+def range_of(values: NDArray) -> tuple[bool, float, float, bool, int, int, bool]:
     """The same for any real dtype, with exact integers, and whether float64 holds them; 0 counts among the values.
 
     Whole numbers from 2**63 on are not called integral, as they fit no signed integer.
@@ -73,4 +77,4 @@ def range_of(values: NDArray) -> tuple[bool, int, int, bool, int, int, bool]:
         return True, low, high, -(2**24) <= low and high <= 2**24, 0, 0, True
     whole, low_f, high_f, single, n_nan, n_inf = float_range(flat)
     whole = whole and -(2.0**63) < low_f and high_f < 2.0**63
-    return whole, int(low_f) if whole else 0, int(high_f) if whole else 0, single, n_nan, n_inf, True
+    return whole, int(low_f) if whole else low_f, int(high_f) if whole else high_f, single, n_nan, n_inf, True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,17 +12,21 @@ import pandas as pd
 from numpy.typing import DTypeLike, NDArray
 
 from annbatch_dask.loader.batch import CsrParts, Form, Selection
+from annbatch_dask.loader.casts import check_cast
 from annbatch_dask.loader.device import Device, Target, check_device, find_device
+from annbatch_dask.loader.obs import Categories, Labels, ObsTable
 from annbatch_dask.loader.output import Framework, check_framework, make_deliver
-from annbatch_dask.loader.requests import Labels, ObsTable, Window
+from annbatch_dask.loader.requests import Window
 from annbatch_dask.loader.sources import Source
 from annbatch_dask.transforms import NormalizeLog1p
 
-__all__ = ["Contents", "Dense", "Key", "Matrix", "Transform", "Wanted"]
+__all__ = ["Casting", "Contents", "Dense", "Key", "Matrix", "Transform", "Wanted"]
 
 Array = NDArray[Any]
 Transform = NormalizeLog1p | Callable[[Any], Any]
 Dense = bool | Literal["cpu", "gpu"]
+Casting = Literal["unsafe"]
+Codes = Sequence[str] | Mapping[str, Sequence[Any] | None]
 STORED = "stored"
 
 
@@ -51,6 +55,11 @@ class Matrix:
     form: Form
     deliver: Callable[[Any], Any]
     device: Device | None = None
+
+    @cached_property
+    def dtype(self) -> np.dtype[Any]:
+        """What holds the values of all datasets, so that no batch depends on which of them it is from."""
+        return np.result_type(*(source.dtype for source in self.sources))
 
 
 @dataclass(frozen=True)
@@ -103,13 +112,14 @@ class Wanted:
     on_gpu: bool
     dense: Literal["cpu", "gpu"] | None
     dtype: DTypeLike | None
+    casting: Casting | None
     var_names: tuple[str, ...] | None
     normalize: NormalizeLog1p | None
     transform: Callable[[Any], Any] | None
     layers: tuple[str, ...] | None
     obsm: tuple[str, ...] | None
     obs_columns: tuple[str, ...] | None
-    obs_codes: tuple[str, ...]
+    obs_codes: Mapping[str, Categories]
 
     @classmethod
     def of(  # noqa: PLR0913 - the Loader's arguments
@@ -119,12 +129,13 @@ class Wanted:
         preload_to_gpu: bool,
         dense: Dense,
         dtype: DTypeLike | None,
+        casting: Casting | None,
         var_names: Sequence[str] | None,
         transform: Transform | Sequence[Transform] | None,
         layers: Sequence[str] | None,
         obsm: Sequence[str] | None,
         obs_columns: Sequence[str] | None,
-        obs_codes: Sequence[str] | None,
+        obs_codes: Codes | None,
     ) -> Wanted:
         """From the arguments of the Loader."""
         check_framework(to, preload_to_gpu=preload_to_gpu)
@@ -137,18 +148,22 @@ class Wanted:
             preload_to_gpu or made == "gpu",
             made,
             _checked_dtype(dtype),
+            casting,
             _names("var_names", var_names),
             normalize,
             rest,
             _names("layers", layers),
             _names("obsm", obsm),
             _names("obs_columns", obs_columns),
-            _names("obs_codes", obs_codes) or (),
+            _codes(obs_codes),
         )
         wanted._check()
         return wanted
 
     def _check(self) -> None:
+        if self.casting not in (None, "unsafe"):
+            msg = f"casting must be None or 'unsafe', got {self.casting!r}"
+            raise ValueError(msg)
         if self.dtype == "bfloat16" and (self.to != "torch" or (self.on_gpu and self.dense != "gpu")):
             msg = (
                 f"dtype='bfloat16' needs to='torch', and dense='gpu' with preload_to_gpu; got to={self.to!r}, "
@@ -202,6 +217,8 @@ class Wanted:
             if key.kind == "layers" and other.shape != source.shape:
                 msg = f"{key} has shape {other.shape}, X has {source.shape}"
                 raise ValueError(msg)
+        if self.dtype not in (None, STORED) and self.casting is None and self.normalize is None:
+            check_cast("X", source, self.dtype)
         is_sparse = source.is_sparse and not self.dense
         if is_sparse and self.to is None and self.dtype is not None and self.dtype == np.float16:
             msg = "scipy has no sparse float16; add dense=True, or take another dtype"
@@ -216,7 +233,8 @@ class Wanted:
     def contents(
         self,
         sources: Mapping[Key, tuple[Source, ...]],
-        frames: list[pd.DataFrame] | None,
+        table: ObsTable | None,
+        labels: Labels | None,
         var: pd.DataFrame | None,
         *,
         with_index: bool,
@@ -224,7 +242,7 @@ class Wanted:
         """Bring what is wanted together with the data."""
         chosen = self.select(var)
         selection = None if chosen is None else Selection.of(chosen, sources[X][0].shape[1])
-        shown = frames if frames is None or self.obs_columns is None else [f[list(self.obs_columns)] for f in frames]
+        has_names = table is not None and all(index is not None for index in table.indexes)
         device = find_device(self.to) if self.dense == "gpu" else None
         matrices = []
         for key, parts in sources.items():
@@ -234,8 +252,8 @@ class Wanted:
             matrices.append(Matrix(key, parts, form, self._deliver(device, is_bfloat16=form.is_bfloat16), device))
         return Contents(
             tuple(matrices),
-            None if shown is None else ObsTable(shown),
-            Labels(frames, self.obs_codes) if frames is not None and self.obs_codes else None,
+            table.select(self.obs_columns) if table is not None and (has_names or self.obs_columns != ()) else None,
+            labels,
             var if var is None or chosen is None else var.iloc[chosen],
             with_index,
             self._deliver(None) if device is None else partial(_put_codes, device),
@@ -288,6 +306,25 @@ def _names(argument: str, names: Iterable[str] | None) -> tuple[str, ...] | None
         twice = next(name for name in given if given.count(name) > 1)
         msg = f"{argument} names {twice!r} {given.count(twice)} times; name each once"
         raise ValueError(msg)
+    return given
+
+
+def _codes(codes: Codes | None) -> dict[str, Categories]:
+    """Names of label columns, and the categories that the user gives."""
+    names = _names("obs_codes", codes) or ()
+    if not isinstance(codes, Mapping):
+        return dict.fromkeys(names)
+    given: dict[str, Categories] = {}
+    for name, listed in codes.items():
+        values = () if listed is None else tuple(listed)
+        given[str(name)] = None if listed is None else values
+        if len(set(values)) < len(values):
+            twice = next(value for value in values if values.count(value) > 1)
+            msg = f"obs_codes names category {twice!r} of {name!r} {values.count(twice)} times; name each once"
+            raise ValueError(msg)
+        if None in values[:-1]:
+            msg = f"obs_codes of {name!r} has None before its end; it stands for all other values, and comes last"
+            raise ValueError(msg)
     return given
 
 

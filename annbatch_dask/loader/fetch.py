@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ from annbatch_dask.loader.device import DeviceBuilder
 from annbatch_dask.loader.helpers import Closed, Helpers, LoaderThread
 from annbatch_dask.loader.pool import BufferPool
 from annbatch_dask.loader.requests import Assignment, Loaded, Window, assign, resolve_rows, resolve_splits
-from annbatch_dask.loader.sources import Located, Source
+from annbatch_dask.loader.sources import Located
 from annbatch_dask.storage.ranges import Task
 from annbatch_dask.types import LoaderOutput, LoadRequest
 
@@ -237,7 +237,7 @@ class Pipeline:
                 blocks.append(opened)
                 tasks.extend(its_tasks)
                 lengths[assignment.places] = part.lengths
-            matrices.append(Loaded(blocks, block, position, lengths, _common_dtype(matrix.sources, assignments)))
+            matrices.append(Loaded(blocks, block, position, lengths, matrix.dtype))
         reading = self._fetchers.start(tasks)
         obs, labels = self._contents.obs, self._contents.labels
         taken = None if obs is None else obs.take(assignments, len(rows))
@@ -287,8 +287,3 @@ def _make_builder(matrix: Matrix, pool: BufferPool, n_parts: int) -> BatchBuilde
     if matrix.device is None:
         return BatchBuilder(form, width, first.is_sparse, pool, n_parts)
     return DeviceBuilder.of(form, width, matrix.device, is_sparse=first.is_sparse, n_parts=n_parts)
-
-
-def _common_dtype(sources: Sequence[Source], assignments: Sequence[Assignment]) -> np.dtype[Any]:
-    """The dtype that holds the values of all datasets a window is from."""
-    return np.result_type(*([sources[a.dataset].dtype for a in assignments] or [sources[0].dtype]))

@@ -20,15 +20,16 @@ from humanfriendly import InvalidSize, parse_size
 from numpy.typing import DTypeLike
 
 from annbatch_dask.abc import Sampler
-from annbatch_dask.loader.contents import Dense, Key, Transform, Wanted
+from annbatch_dask.loader.casts import Recorded, recorded_values, values_of
+from annbatch_dask.loader.contents import Casting, Codes, Dense, Key, Transform, Wanted
 from annbatch_dask.loader.fetch import Pipeline, PipelineOptions
 from annbatch_dask.loader.helpers import count_threads
 from annbatch_dask.loader.iteration import Iteration
+from annbatch_dask.loader.obs import Labels, ObsTable
 from annbatch_dask.loader.output import Framework
-from annbatch_dask.loader.reading import Opening, load_dataset
-from annbatch_dask.loader.requests import Labels
+from annbatch_dask.loader.reading import Backed, Opening, load_dataset
 from annbatch_dask.loader.selection import Selected, Where, select
-from annbatch_dask.loader.sources import Source, make_source
+from annbatch_dask.loader.sources import Source, Values, make_source
 from annbatch_dask.loader.state import Progress, Resumable, State, digest
 from annbatch_dask.order.share import Even
 from annbatch_dask.samplers import DistributedSampler, RandomSampler, SequentialSampler
@@ -64,6 +65,8 @@ _CHUNK_SIZE = 512
 _PRELOAD_NCHUNKS = 32
 _MAX_DEFAULT_PRELOAD = 4 * _PRELOAD_NCHUNKS
 _PREFETCH_NBYTES = 1024**3
+_MAX_PLAIN_NAMES = 1_000_000
+"""Obs names of a collection of more rows are kept compressed, which takes a few milliseconds a window."""
 _ACCEPTED = (zarr.Array, CSRDataset, sp.csr_matrix, sp.csr_array, np.ndarray)
 
 
@@ -119,7 +122,11 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
     dtype
         Deliver the values of ``X`` in this dtype: any of numpy's, ``"bfloat16"`` (with ``to="torch"``), or
         ``"stored"`` for what they are stored in, often small integers. By default the dtype the data had before it
-        was stored compactly.
+        was stored compactly. Batches of datasets that differ have the dtype that holds all of them.
+    casting
+        By default a ``dtype`` is refused in which a value of ``X`` would wrap around, become infinite or lose its
+        fraction; a collection records the range of its values, data in memory are looked through. That a float is
+        rounded is no loss: to 24 bits in float32, 11 in float16, 8 in bfloat16. ``"unsafe"`` casts as numpy does.
     var_names
         Genes to deliver, in this order, picked in the same pass; by default all. ``var`` and ``n_var`` follow.
     transform
@@ -131,10 +138,14 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         follow ``dense`` and ``to``, layers ``var_names`` as well; their dtype is that of the source. By default
         none, with a warning that names them; an empty list leaves them out on purpose.
     obs_columns
-        Columns of ``obs`` that batches carry; only these are read. By default all.
+        Columns of ``obs`` that batches carry; only these are read. By default all. From a collection an empty list
+        leaves out ``obs``, whose names are not read either.
     obs_codes
         Columns of ``obs`` to deliver as integers, under ``batch["obs_codes"]``: (n,) int64, -1 where a value is
-        missing. ``loader.obs_categories[column]`` says what the codes mean, alike in all datasets.
+        missing. ``loader.obs_categories[column]`` says what the codes mean, alike in all datasets. Codes of
+        unordered categories stay the same when a collection is extended. A mapping fixes them:
+        ``{"cell_type": ["B", "T"]}`` gives B the code 0 and T the code 1, and refuses another value in a row that
+        takes part (see ``where``); with None at the end of the list, all other values have code -1.
     where
         Which rows take part: a condition on ``obs`` as :meth:`pandas.DataFrame.query` takes it, a mask over all rows,
         or indices. Samplers count the selected rows only, ``index`` stays the position among all. Only chunks that
@@ -168,8 +179,11 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         If dense batches are to be made on a GPU, and there is none.
     StorageError
         If others may write to ``cache_dir``.
+    SchemaError
+        When data are added whose values ``dtype`` does not hold.
     SelectionError
-        If ``where`` is a text that is no condition.
+        If ``obs_codes`` gives categories and rows that take part have others, or ``where`` is a text that is no
+        condition.
 
     Examples
     --------
@@ -195,12 +209,13 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         rng: np.random.Generator | int | None = None,
         dense: Dense = False,
         dtype: DTypeLike | None = None,
+        casting: Casting | None = None,
         var_names: Sequence[str] | None = None,
         transform: Transform | Sequence[Transform] | None = None,
         layers: Sequence[str] | None = None,
         obsm: Sequence[str] | None = None,
         obs_columns: Sequence[str] | None = None,
-        obs_codes: Sequence[str] | None = None,
+        obs_codes: Codes | None = None,
         where: Where | None = None,
         dist_info: DistInfo | None = None,
         even: Even | None = "drop",
@@ -233,6 +248,7 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
             preload_to_gpu=preload_to_gpu,
             dense=dense,
             dtype=dtype,
+            casting=casting,
             var_names=var_names,
             transform=transform,
             layers=layers,
@@ -263,7 +279,8 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         self._sources: tuple[Source, ...] = ()
         self._beside: dict[Key, tuple[Source, ...]] = {}
         self._dataset_type: type[Any] | None = None
-        self._obs: list[pd.DataFrame] | None = None
+        self._tables: tuple[ObsTable, ...] | None = None
+        self._labels: Labels | None = None
         self._var: pd.DataFrame | None = None
         self._collection_added = False
         self._lease: Any = None
@@ -307,8 +324,29 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
 
     def _select(self) -> Selected | None:
         if self._where is not None and self._selected is None:
-            self._selected = select(self._where, self._obs, self.n_obs)
+            self._selected = select(self._where, self._table, self.n_obs)
         return self._selected
+
+    @property
+    def _table(self) -> ObsTable | None:
+        """Table of obs over all datasets, joined when it is used first; None without."""
+        if self._tables is not None and len(self._tables) > 1:
+            self._tables = (ObsTable.joined(self._tables),)
+        return None if self._tables is None else self._tables[0]
+
+    @property
+    def _obs(self) -> list[pd.DataFrame] | None:
+        """A frame for each dataset, made anew each time; scvi-tools asks for it."""
+        table = self._table
+        return None if table is None else table.frames()
+
+    def _label(self) -> Labels | None:
+        """The label columns as codes, made once for all passes."""
+        table = self._table
+        if self._labels is None and table is not None and self._wanted.obs_codes:
+            selected = self._select()
+            self._labels = Labels(table, self._wanted.obs_codes, None if selected is None else selected.rows)
+        return self._labels
 
     @property
     def n_var(self) -> int:
@@ -329,10 +367,11 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
     def obs_categories(self) -> dict[str, pd.Index[Any]]:
         """What the codes of each column of ``obs_codes`` stand for; grows when datasets are added.
 
-        The categories of all datasets in order of first appearance, or the sorted distinct values of a column that
-        is not categorical.
+        Those that were given; else the categories of all datasets in order of first appearance, or the sorted
+        distinct values of a column that is not categorical.
         """
-        return Labels(self._obs or [], self._wanted.obs_codes).categories if self._obs else {}
+        labels = self._label()
+        return {} if labels is None else labels.categories
 
     # --- adding data
 
@@ -364,17 +403,21 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
                 "use add_adatas if rows of different collections need not be mixed"
             )
             raise RuntimeError(msg)
-        load = partial(load_dataset, obs_columns=self._columns_to_read()) if load_adata is None else load_adata
+        names = self._wanted.obs_columns != ()
+        load = load_adata or partial(load_dataset, obs_columns=self._columns_to_read(), names=names)
         if is_ours := hasattr(collection, "lease"):  # annbatch's has none
             self._lease = collection.lease()
         opening = Opening.of(collection.groups() if is_ours else list(collection))
         if is_ours:
             collection.check(None if load_adata is not None else self._columns_to_read())
+        manifest = getattr(collection, "manifest", None)  # annbatch's has none
+        recorded = recorded_values(manifest)
         adatas = opening.load(load, in_threads=load_adata is None)
         for adata, listing in zip(adatas, opening.listings, strict=True):
-            self._add_adata(adata, listing)
+            self._add_adata(adata, recorded, listing, is_ours=True)
+            if self._tables is not None and self.n_obs > _MAX_PLAIN_NAMES:
+                self._tables = tuple(table.packed() for table in self._tables)
         self._collection_added = True
-        manifest = getattr(collection, "manifest", None)  # annbatch's has none
         self._collection_digest = "" if manifest is None else manifest.identity
         return self
 
@@ -387,21 +430,27 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         """Add several AnnData objects; see :meth:`add_adata`."""
         _check_positive("Number of adatas", len(adatas))
         for adata in adatas:
-            self._add_adata(adata)
+            self._add_adata(adata, {})
         return self
 
     def add_adata(self, adata: ad.AnnData) -> Self:
         """Add the ``X``, ``obs``, ``var`` and what else is asked for; an ``obs`` without columns counts as none."""
-        return self._add_adata(adata)
+        self._add_adata(adata, {})
+        return self
 
-    def _add_adata(self, adata: ad.AnnData, listing: Listing | None = None) -> Self:
+    def _add_adata(
+        self, adata: ad.AnnData | Backed, recorded: Recorded, listing: Listing | None = None, *, is_ours: bool = False
+    ) -> None:
+        """Add one; of ours, nobody else holds obs, and what is not needed is dropped."""
         if not isinstance(adata.X, _ACCEPTED):
             msg = f"Cannot add an AnnData with X of type {type(adata.X)}; use one of {_names(_ACCEPTED)}"
             raise TypeError(msg)
         _warn_left_out(adata, self._wanted)
-        obs = adata.obs if len(adata.obs.columns) else None
-        self._add(adata.X, obs, adata.var, {key: _element(adata, key) for key in self._wanted.keys}, listing)
-        return self
+        obs = adata.obs if adata.obs is not None and len(adata.obs.columns) else None
+        beside = {key: _element(adata, key) for key in self._wanted.keys}
+        has_names = not isinstance(adata, Backed) or adata.has_names
+        table = self._compact(obs, has_names=has_names) if is_ours and obs is not None else None
+        self._add(adata.X, obs, adata.var, beside, listing, values_of(adata.X, recorded), table)
 
     def add_datasets(
         self,
@@ -431,6 +480,8 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         var: pd.DataFrame | None,
         beside: Mapping[Key, Any] | None = None,
         listing: Listing | None = None,
+        values: Values | None = None,
+        table: ObsTable | None = None,
     ) -> None:
         if self._passes:
             msg = "Cannot add datasets while the loader is being iterated; finish or close the iterator first"
@@ -439,7 +490,7 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
             msg = f"{self._wanted.keys[0]} is asked for, but only X can be added this way; use add_adata"
             raise ValueError(msg)
         _check_dataset(dataset, obs, var)
-        source = make_source(dataset, self._cache, listing)
+        source = make_source(dataset, self._cache, listing, values)
         others = {key: make_source(element, self._cache, listing) for key, element in (beside or {}).items()}
         if obs is not None and len(obs) != source.n_obs:
             msg = f"obs has {len(obs)} rows, the dataset has {source.n_obs}"
@@ -448,20 +499,26 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
             self._check_fits(dataset, source, obs, var)
             _check_alike(self._beside, others)
         self._wanted.check_data({Key("X"): source, **others}, obs, var)
-        self._obs = None if obs is None else [*(self._obs or []), obs]
+        self._tables = None if obs is None else (*(self._tables or ()), table or ObsTable.of(obs, obs.index))
         if not self._sources:
             self._dataset_type = _family(dataset)
             self._var = var
         self._sources = (*self._sources, source)
-        self._selected = None
+        self._selected = self._labels = None
         self._beside = {key: (*self._beside.get(key, ()), other) for key, other in others.items()}
+
+    def _compact(self, obs: pd.DataFrame, *, has_names: bool) -> ObsTable:
+        """What is needed of an obs that nobody else holds."""
+        needed = self._columns_to_read()
+        columns = obs.columns if needed is None else [name for name in needed if name in obs.columns]
+        return ObsTable.of(obs[columns], obs.index if has_names else None)
 
     def _check_fits(self, dataset: Any, source: Source, obs: pd.DataFrame | None, var: pd.DataFrame | None) -> None:
         """A dataset must be like those already there."""
         if not isinstance(dataset, self.dataset_type):
             msg = f"All datasets must be of the same type: {self.dataset_type}, got {type(dataset)}"
             raise ValueError(msg)
-        for name, old, new in (("obs", self._obs, obs), ("var", self._var, var)):
+        for name, old, new in (("obs", self._tables, obs), ("var", self._var, var)):
             if old is None and new is not None:
                 msg = f"Cannot add a dataset with {name} when datasets have already been added without {name}"
                 raise ValueError(msg)
@@ -505,14 +562,14 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         return requests if selected is None else selected.translate(requests)
 
     def _data_digest(self) -> str:
-        ends = [[str(name) for name in frame.index[[0, -1]]] for frame in self._obs or [] if len(frame)]
+        ends = [] if self._table is None else self._table.ends()
         selected = self._select()
         rows = None if selected is None else selected.digest
         return digest(([source.shape for source in self._sources], ends, self._collection_digest, rows))
 
     def _start(self) -> Pipeline:
         sources = {Key("X"): self._sources, **self._beside}
-        contents = self._wanted.contents(sources, self._obs, self._var, with_index=self._return_index)
+        contents = self._wanted.contents(sources, self._table, self._label(), self._var, with_index=self._return_index)
         read = tuple(chain.from_iterable(sources.values()))
         options = PipelineOptions(self._prefetch_nbytes, count_threads())
         return Pipeline(contents, options, partial(_let_go, read, self._cache))
@@ -595,7 +652,7 @@ def _check_dataset(dataset: Any, obs: Any, var: Any) -> None:
             raise TypeError(msg)
 
 
-def _element(adata: ad.AnnData, key: Key) -> Any:
+def _element(adata: ad.AnnData | Backed, key: Key) -> Any:
     """A layer or an entry of obsm; an error where it is absent or cannot be read row by row."""
     there = getattr(adata, key.kind)
     if key.name not in there:
@@ -620,7 +677,7 @@ def _check_alike(old: Mapping[Key, tuple[Source, ...]], new: Mapping[Key, Source
             raise ValueError(msg)
 
 
-def _warn_left_out(adata: ad.AnnData, wanted: Wanted) -> None:
+def _warn_left_out(adata: ad.AnnData | Backed, wanted: Wanted) -> None:
     """Say by name what batches will not carry because nobody asked for it, nor left it out on purpose."""
     for kind, asked in (("layers", wanted.layers), ("obsm", wanted.obsm)):
         keys = sorted(k for k in getattr(adata, kind) if k is not None)  # anndata 0.13 lists X as layer None
@@ -628,5 +685,5 @@ def _warn_left_out(adata: ad.AnnData, wanted: Wanted) -> None:
             msg = (
                 f"Batches do not carry {kind}: {', '.join(keys)}; pass {kind}=[...] to the Loader, or [] to do without"
             )
-            # stacklevel: user -> add_adata(s) -> _add_adata -> here
+            # stacklevel: user -> add_adata(s) or use_collection -> _add_adata -> here
             warnings.warn(msg, FutureWarning, stacklevel=4)

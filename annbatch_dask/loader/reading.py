@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import anndata as ad
 import pandas as pd
 import zarr
 
 from annbatch_dask.errors import CollectionError
+from annbatch_dask.storage.groups import n_rows
 from annbatch_dask.storage.publish import Folder, folder_of
 from annbatch_dask.storage.versions import Listing, list_all
 
-__all__ = ["Opening", "load_all_aligned", "load_dataset"]
+__all__ = ["Backed", "Opening", "load_all_aligned", "load_dataset"]
 
+T = TypeVar("T")
 _N_THREADS = 16
 
 
@@ -41,7 +43,7 @@ class Opening:
             folders = ()
         return cls(tuple(groups), folders, tuple(list_all(folders)))
 
-    def load(self, load: Callable[[zarr.Group], ad.AnnData], *, in_threads: bool) -> list[ad.AnnData]:
+    def load(self, load: Callable[[zarr.Group], T], *, in_threads: bool) -> list[T]:
         """Read what is read at once.
 
         Raises
@@ -81,18 +83,43 @@ def load_all_aligned(group: zarr.Group) -> ad.AnnData:
     >>> utils.load_all_aligned(next(iter(collection))).obs.columns.tolist()
     ['cell_type', 'n_counts', 'passed', 'donor', 'src_path']
     """
-    return load_dataset(group, None)
+    found = load_dataset(group, None, names=True)
+    return ad.AnnData(X=found.X, obs=found.obs, var=found.var, layers=found.layers, obsm=found.obsm)
 
 
-def load_dataset(group: zarr.Group, obs_columns: Sequence[str] | None) -> ad.AnnData:
-    """The same with some columns of ``obs``; None reads all."""
-    var = ad.io.read_elem(group["var"])
-    return ad.AnnData(
-        X=_backed(group["X"]),
-        obs=_read_obs(group["obs"], obs_columns),
-        var=pd.DataFrame(index=var.index),
-        layers=dict(_backed_entries(group, "layers")),
-        obsm=dict(_backed_entries(group, "obsm")),
+@dataclass(frozen=True)
+class Backed:
+    """What is asked for of a dataset, its matrices left on disk: like an AnnData, which always has names.
+
+    Attributes
+    ----------
+    obs
+        Numbered through where ``has_names`` is false.
+    """
+
+    X: Any
+    obs: pd.DataFrame
+    var: pd.DataFrame
+    layers: Mapping[str, Any]
+    obsm: Mapping[str, Any]
+    has_names: bool
+
+
+def load_dataset(group: zarr.Group, obs_columns: Sequence[str] | None, *, names: bool) -> Backed:
+    """The same with some columns of ``obs``; None reads all. Its names are read where they are asked for.
+
+    That is by ``names``, or by a column that is none: the names may be called so.
+    """
+    frame = group["obs"]
+    order: Any = frame.attrs["column-order"]
+    names = names or not set(obs_columns or ()) <= set(map(str, order))
+    return Backed(
+        _backed(group["X"]),
+        _read_obs(frame, obs_columns, names=names),
+        pd.DataFrame(index=ad.io.read_elem(group["var"]).index),
+        dict(_backed_entries(group, "layers")),
+        dict(_backed_entries(group, "obsm")),
+        has_names=names,
     )
 
 
@@ -115,14 +142,13 @@ def _backed(element: Any) -> Any:
     raise TypeError(msg)
 
 
-def _read_obs(element: Any, columns: Sequence[str] | None) -> pd.DataFrame:
+def _read_obs(element: Any, columns: Sequence[str] | None, *, names: bool) -> pd.DataFrame:
     if columns is None:
         whole: pd.DataFrame = ad.io.read_elem(element)
         return whole
     there = [name for name in columns if name in element.attrs["column-order"]]
     index = str(element.attrs["_index"])
-    frame = pd.DataFrame(
-        {name: ad.io.read_elem(element[name]) for name in there}, index=ad.io.read_elem(element[index]), columns=there
-    )
-    frame.index.name = None if index == "_index" else index
+    rows = ad.io.read_elem(element[index]) if names else pd.RangeIndex(n_rows(element))
+    frame = pd.DataFrame({name: ad.io.read_elem(element[name]) for name in there}, index=rows, columns=there)
+    frame.index.name = None if index == "_index" or not names else index
     return frame

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.loader.sources import Block
 from annbatch_dask.order.planned import expand
 from annbatch_dask.types import LoadRequest
 
-__all__ = ["Assignment", "Labels", "Loaded", "ObsTable", "Window", "assign", "resolve_rows", "resolve_splits"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Assignment", "Loaded", "Window", "assign", "resolve_rows", "resolve_splits"]
 
 Ints = NDArray[np.int64]
 
@@ -112,77 +113,3 @@ def assign(rows: Ints, bounds: Ints) -> list[Assignment]:
         for d in np.unique(dataset).tolist()
         for places in (np.flatnonzero(dataset == d),)
     ]
-
-
-class ObsTable:
-    """``obs`` of all datasets, taken window by window, with dtypes that do not depend on the window."""
-
-    def __init__(self, frames: Sequence[pd.DataFrame]) -> None:
-        self.frames = _aligned(frames)
-
-    def take(self, assignments: Sequence[Assignment], n_rows: int) -> pd.DataFrame:
-        """The rows of a window, in request order."""
-        if not assignments:
-            return self.frames[0].iloc[:0]
-        parts = [self.frames[a.dataset].iloc[a.rows] for a in assignments]
-        if len(parts) == 1:
-            return parts[0]
-        order = np.empty(n_rows, np.int64)
-        order[np.concatenate([a.places for a in assignments])] = np.arange(n_rows)
-        return pd.concat(parts).iloc[order]
-
-
-class Labels:
-    """Columns of ``obs`` as integer codes, in one code space for all datasets.
-
-    The categories of a column are those of all datasets in order of first appearance; the sorted distinct values
-    where the column is not categorical. A missing value has code -1.
-    """
-
-    def __init__(self, frames: Sequence[pd.DataFrame], names: Sequence[str]) -> None:
-        self.categories = {name: _categories([frame[name] for frame in frames]) for name in names}
-        self._codes = {
-            name: [pd.Categorical(frame[name], categories=categories).codes for frame in frames]
-            for name, categories in self.categories.items()
-        }
-
-    def take(self, assignments: Sequence[Assignment], n_rows: int) -> dict[str, Ints]:
-        """The codes of a window's rows, in request order."""
-        taken = {name: np.empty(n_rows, np.int64) for name in self._codes}
-        for name, parts in self._codes.items():
-            for a in assignments:
-                taken[name][a.places] = parts[a.dataset][a.rows]
-        return taken
-
-
-def _categories(columns: Sequence[pd.Series[Any]]) -> pd.Index[Any]:
-    if all(isinstance(column.dtype, pd.CategoricalDtype) for column in columns):
-        distinct = list(dict.fromkeys(value for column in columns for value in column.cat.categories))
-    else:
-        distinct = sorted({value for column in columns for value in column.dropna().unique()})
-    categories: pd.Index[Any] = pd.Index(distinct)
-    return categories
-
-
-def _aligned(frames: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
-    """The frames with the same columns and dtypes; categories are united."""
-    columns = list(dict.fromkeys(name for frame in frames for name in frame.columns))
-    aligned = [frame if list(frame.columns) == columns else frame.reindex(columns=columns) for frame in frames]
-    for name in columns:
-        dtypes = [frame[name].dtype for frame in aligned]
-        if any(dtype != dtypes[0] for dtype in dtypes):
-            common = _common_dtype([frame[name] for frame in aligned])
-            aligned = [frame.assign(**{name: frame[name].astype(common)}) for frame in aligned]
-    return aligned
-
-
-def _common_dtype(columns: Sequence[pd.Series[Any]]) -> Any:
-    if all(isinstance(column.dtype, pd.CategoricalDtype) for column in columns):
-        # An unordered union whose order is that of first appearance: the rows' values stay what they were.
-        categories = dict.fromkeys(value for column in columns for value in column.cat.categories)
-        return pd.CategoricalDtype(list(categories))
-    dtypes = [cast("Any", column.dtype) for column in columns]
-    try:
-        return np.result_type(*dtypes)
-    except TypeError:  # pandas' own dtypes, such as its two kinds of text
-        return pd.concat([column.iloc[:1] for column in columns]).dtype

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from hashlib import blake2b
@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from annbatch_dask.errors import SelectionError
-from annbatch_dask.loader.requests import ObsTable, resolve_rows
+from annbatch_dask.loader.obs import ObsTable
+from annbatch_dask.loader.requests import resolve_rows
 from annbatch_dask.types import LoadRequest
 from annbatch_dask.where import Condition
 
@@ -45,31 +46,29 @@ class Selected:
             yield request | {"requests": self.rows[resolve_rows(request, len(self))]}
 
 
-def select(where: Where, frames: Sequence[pd.DataFrame] | None, n_obs: int) -> Selected:
+def select(where: Where, table: ObsTable | None, n_obs: int) -> Selected:
     """The selected rows; SelectionError where ``where`` is not about these data or selects nothing."""
-    rows = _query(where, frames) if isinstance(where, str) else _given(np.asarray(where), n_obs)
+    rows = _query(where, table) if isinstance(where, str) else _given(np.asarray(where), n_obs)
     if not len(rows):
         msg = f"where selects none of {n_obs} rows: {where!r}"
         raise SelectionError(msg)
     return Selected(rows)
 
 
-def _query(where: str, frames: Sequence[pd.DataFrame] | None) -> Ints:
-    if frames is None:
+def _query(where: str, table: ObsTable | None) -> Ints:
+    if table is None:
         msg = f"where={where!r} asks for obs, and the datasets were added without; give a mask or indices"
         raise SelectionError(msg)
-    condition = Condition.parse(where)
-    masks = [condition.mask(partial(_column, where, frame), len(frame)) for frame in ObsTable(frames).frames]
-    return np.flatnonzero(np.concatenate(masks))
+    return np.flatnonzero(Condition.parse(where).mask(partial(_column, where, table), table.n_rows))
 
 
-def _column(where: str, frame: pd.DataFrame, name: str) -> pd.Series:
+def _column(where: str, table: ObsTable, name: str) -> pd.Series:
     """A column of obs; by ``index``, or by its own name, the obs names."""
-    if name in frame.columns:
-        return frame[name]
-    if name in ("index", frame.index.name):
-        return frame.index.to_series()
-    msg = f"where={where!r}: {name!r} is not a column of obs, which has {', '.join(map(repr, frame.columns))}"
+    if name in table.columns:
+        return table.series(name)
+    if name == "index" or name in table.index_names:
+        return table.names()
+    msg = f"where={where!r}: {name!r} is not a column of obs, which has {', '.join(map(repr, table.columns))}"
     raise SelectionError(msg)
 
 

@@ -11,21 +11,20 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.sparse as sp
 import zarr
 from anndata.abc import CSRDataset
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SourceError
+from annbatch_dask.kernels.values import range_of
 from annbatch_dask.loader.pool import BufferPool
 from annbatch_dask.storage.range_cache import RangeCache
 from annbatch_dask.storage.ranges import RangeReader, Task
 from annbatch_dask.storage.versions import Listing
-
-if TYPE_CHECKING:
-    import scipy.sparse as sp
 
 __all__ = [
     "ArraySource",
@@ -35,6 +34,7 @@ __all__ = [
     "Located",
     "Source",
     "SparseBlock",
+    "Values",
     "ZarrArraySource",
     "ZarrCsrSource",
     "make_source",
@@ -90,6 +90,20 @@ class Located:
     lengths: Ints
 
 
+class Values(NamedTuple):
+    """The least and greatest of finite values and 0, and whether all values are whole numbers."""
+
+    low: float
+    high: float
+    is_whole: bool
+
+    @classmethod
+    def of(cls, values: Array) -> Values:
+        """Of an array, which is read whole."""
+        whole, low, high, *_ = range_of(values)
+        return cls(low, high, whole)
+
+
 class Source(ABC):
     """Rows of one dataset.
 
@@ -121,6 +135,10 @@ class Source(ABC):
         return self.shape[0]
 
     @abstractmethod
+    def values(self) -> Values | None:
+        """What is known of its values; None where only their dtype is."""
+
+    @abstractmethod
     def locate(self, rows: Ints) -> Located:
         """Find the rows (any order, repeats allowed); reads no values."""
 
@@ -136,15 +154,18 @@ class Source(ABC):
         """Keep no file open until the next read. Takes no lock."""
 
 
-def make_source(dataset: Any, cache: RangeCache | None = None, listing: Listing | None = None) -> Source:
+def make_source(
+    dataset: Any, cache: RangeCache | None = None, listing: Listing | None = None, recorded: Values | None = None
+) -> Source:
     """The source for a dataset the loader accepts; a remote one's files are kept in the cache.
 
-    ``listing`` says what the files of a folder above are; by default they are as they are now.
+    ``listing`` says what the files of a folder above are; by default they are as they are now. ``recorded`` says what
+    is known of the values of one on disk.
     """
     if isinstance(dataset, CSRDataset):
-        return ZarrCsrSource(dataset.group, cache, listing)
+        return ZarrCsrSource(dataset.group, cache, listing, recorded)
     if isinstance(dataset, zarr.Array):
-        return ZarrArraySource(dataset, cache, listing)
+        return ZarrArraySource(dataset, cache, listing, recorded)
     if isinstance(dataset, np.ndarray):
         return ArraySource(dataset)
     return CsrSource(dataset)
@@ -171,8 +192,15 @@ class ZarrCsrSource(Source):
 
     is_sparse = True
 
-    def __init__(self, group: zarr.Group, cache: RangeCache | None = None, listing: Listing | None = None) -> None:
+    def __init__(
+        self,
+        group: zarr.Group,
+        cache: RangeCache | None = None,
+        listing: Listing | None = None,
+        recorded: Values | None = None,
+    ) -> None:
         self._group = group
+        self._recorded = recorded
         self._values, self._columns, self._pointers = (
             RangeReader(_array(group, name), cache=cache, listing=listing) for name in ("data", "indices", "indptr")
         )
@@ -203,6 +231,10 @@ class ZarrCsrSource(Source):
     def is_remote(self) -> bool:
         """Whether it lies in an object store."""
         return self._values.is_remote
+
+    def values(self) -> Values | None:
+        """What was recorded."""
+        return self._recorded
 
     def prepare(self, located: Located) -> list[Task]:
         """Find the chunks."""
@@ -261,7 +293,14 @@ class ZarrArraySource(Source):
 
     is_sparse = False
 
-    def __init__(self, array: zarr.Array[Any], cache: RangeCache | None = None, listing: Listing | None = None) -> None:
+    def __init__(
+        self,
+        array: zarr.Array[Any],
+        cache: RangeCache | None = None,
+        listing: Listing | None = None,
+        recorded: Values | None = None,
+    ) -> None:
+        self._recorded = recorded
         if array.ndim < 2:
             msg = f"{array.store_path}: a dataset needs 2 dimensions or more, found {array.ndim}"
             raise SourceError(msg)
@@ -274,6 +313,10 @@ class ZarrArraySource(Source):
     def is_remote(self) -> bool:
         """Whether it lies in an object store."""
         return self._reader.is_remote
+
+    def values(self) -> Values | None:
+        """What was recorded."""
+        return self._recorded
 
     def prepare(self, located: Located) -> list[Task]:
         """Find the chunks."""
@@ -309,6 +352,14 @@ class CsrSource(Source):
         self.shape = tuple(matrix.shape)
         self.dtype = self.stored_dtype = self._values.dtype
 
+    def values(self) -> Values:
+        """Of its entries, those added up that name a place twice."""
+        matrix = sp.csr_matrix((self._values, self._columns, self._indptr), shape=self.shape, copy=False)
+        if not matrix.has_canonical_format:
+            matrix = matrix.copy()
+            matrix.sum_duplicates()
+        return Values.of(matrix.data)
+
     def locate(self, rows: Ints) -> Located:
         """Nothing to load."""
         starts = self._indptr[rows]
@@ -328,6 +379,10 @@ class ArraySource(Source):
         self._array = array
         self.shape = array.shape
         self.dtype = self.stored_dtype = array.dtype.newbyteorder("=")
+
+    def values(self) -> Values:
+        """Of all."""
+        return Values.of(np.ascontiguousarray(self._array, self.dtype))
 
     @property
     def _is_direct(self) -> bool:

@@ -34,7 +34,7 @@ class ValueRange:
     integral
         Every value is a whole number (and none is a negative zero, NaN or infinite).
     low, high
-        Least and greatest of the whole numbers; only meaningful where ``integral``.
+        Least and greatest of the finite values and 0; ints where ``integral``.
     single
         Every value survives a cast to float32 and back.
     n_nan, n_inf
@@ -44,8 +44,8 @@ class ValueRange:
     """
 
     integral: bool
-    low: int
-    high: int
+    low: float
+    high: float
     single: bool
     n_nan: int = 0
     n_inf: int = 0
@@ -73,7 +73,7 @@ def merge_ranges(ranges: Iterable[ValueRange]) -> ValueRange:
     return out
 
 
-def _integer_dtype(low: int, high: int) -> np.dtype:
+def _integer_dtype(low: float, high: float) -> np.dtype:
     for name in _UNSIGNED if low >= 0 else _SIGNED:
         info = np.iinfo(name)
         if info.min <= low and high <= info.max:
@@ -147,7 +147,7 @@ def common_dtype(name: str, found: Sequence[tuple[str, str, ValueRange | None]])
     raise SchemaError(msg)
 
 
-def _lowest(dtype: str, values: ValueRange | None) -> int:
+def _lowest(dtype: str, values: ValueRange | None) -> float:
     if values is not None:
         return values.low
     return 0 if dtype == "bool" else int(np.iinfo(dtype).min)

@@ -255,6 +255,7 @@ def test_values_take_the_smallest_dtype_and_say_what_they_were(tmp_path, h5ad_pa
         assert group["X/indices"].dtype == np.uint8
         assert group["X"].attrs["source-dtype"] == "float32"
     facts = {"kind": "csr", "dtype": "uint8", "source_dtype": "float32", "n_nan": 0, "n_inf": 0}
+    facts |= {"integral": True, "low": 0, "high": max(int(ad.read_h5ad(path).X.max()) for path in h5ad_pair)}
     assert out.manifest.matrices == {"X": facts}
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from annbatch_dask import DatasetCollection, Loader
 from annbatch_dask.errors import CollectionError, IntegrityError, SchemaError
+from annbatch_dask.utils import load_all_aligned
 from tests.conftest import make_adata
 from tests.etl.inputs import adatas, assert_conserved, assert_holds, exact_or_refused, on_genes
 from tests.etl.test_conservation import write
@@ -106,6 +107,38 @@ def test_old_categories_keep_their_codes(tmp_path, three, mode):
         loader = Loader(preload_to_gpu=False, obs_codes=["kind"], obsm=[], layers=[]).use_collection(collection)
         assert loader.obs_categories["kind"].tolist() == expected
     assert_conserved(collection, paths, inputs)
+
+
+def layer_as_x(group):
+    adata = load_all_aligned(group)
+    return ad.AnnData(adata.layers["l"], obs=adata.obs, var=adata.var)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_range_values_have_is_known_of_all_datasets(tmp_path, three, mode):
+    paths, inputs = three
+    for path, a, low, high in zip(paths, inputs, (-0.5, 0, -3), (4, 300, 5), strict=True):
+        a.X.data[:] = np.minimum(a.X.data, 4)
+        a.X.data[0] = high
+        a.layers["l"] = a.X.copy()
+        a.layers["l"].data[0] = low
+        a.write_h5ad(path)
+
+    def loader(dtype, **options):
+        made = Loader(preload_to_gpu=False, dtype=dtype, layers=[], obsm=[], batch_size=30)
+        return made.use_collection(collection, **options)
+
+    collection = create(tmp_path / "o.zarr", paths[:1])
+    assert next(iter(loader("uint8")))["X"].dtype == np.uint8
+    with pytest.raises(SchemaError, match="lie between -0.5 and 4, not all of them whole"):
+        loader("int8", load_adata=layer_as_x)
+    with dask.config.set(scheduler="synchronous"):
+        collection.add_adatas(paths[1:], mode=mode, seed=7, dataset_size=50)
+    with pytest.raises(SchemaError, match="lie between 0 and 300: it holds whole numbers from 0 to 255"):
+        loader("uint8")
+    loader("int16")
+    with pytest.raises(SchemaError, match="lie between -3 and 4, not all of them whole"):
+        loader("int16", load_adata=layer_as_x)
 
 
 def test_extending_deals_new_cells_evenly_and_keeps_old_ones_in_their_dataset(tmp_path, three):

@@ -105,13 +105,14 @@ def test_sort_rows_is_numpys_stable_sort(dtype, highest, rows, width, seed):
     )
 )
 def test_range_of_floats(values):
-    integral, low, high, single, n_nan, n_inf = range_of(values)
+    integral, low, high, single, n_nan, n_inf, *_ = range_of(values)
     finite_whole = all(np.isfinite(v) and v == int(v) and not (v == 0 and np.signbit(v)) for v in values)
     assert integral == finite_whole
     assert (n_nan, n_inf) == (np.isnan(values).sum(), np.isinf(values).sum())
     assert single
-    if integral and len(values):
-        assert (low, high) == (min(0, int(values.min())), max(0, int(values.max())))
+    finite = [0, *values[np.isfinite(values)].tolist()]
+    assert (low, high) == (min(finite), max(finite))
+    assert not integral or (type(low), type(high)) == (int, int)
 
 
 @given(

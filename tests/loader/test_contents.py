@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from annbatch_dask.errors import SchemaError
 from annbatch_dask.loader import Loader
 from annbatch_dask.loader.reading import load_all_aligned
 from annbatch_dask.transforms import NormalizeLog1p
@@ -213,12 +214,71 @@ def test_stored_integers(collection, dense_collection):
 @pytest.mark.parametrize("stored_as", ["uint16", "float32", "float64"])
 def test_float16(kind, stored_as, names):
     x = (matrix(33) * 300 / (7 if stored_as != "uint16" else 1)).astype(stored_as)  # rounds, and overflows
-    loader = Loader(**SMALL, shuffle=True, dense=True, dtype="float16", var_names=names)
+    loader = Loader(**SMALL, shuffle=True, dense=True, dtype="float16", casting="unsafe", var_names=names)
     loader.add_datasets(sources(kind, x), var=[genes()] * 2)
     picked = slice(None) if names is None else [int(g[1:]) for g in names]
     for batch in loader:
         with np.errstate(over="ignore"):
             same(batch["X"], x[batch["index"]][:, picked].astype(np.float16))
+
+
+WIDE = sp.csr_matrix(np.array([[0, 300, 70_000], [0, 0, 1]], np.float32))
+TWICE = sp.csr_matrix((np.array([200, 100], np.uint16), np.array([1, 1]), np.array([0, 2])), shape=(1, 3))
+
+
+@pytest.mark.parametrize("as_dense", [False, True])
+@pytest.mark.parametrize(
+    ("x", "dtype", "message"),
+    [
+        (WIDE, "uint8", "lie between 0 and 70000: it holds whole numbers from 0 to 255; ask for a wider dtype"),
+        (WIDE, "int8", "whole numbers from -128 to 127"),
+        (WIDE.toarray(), "uint16", "whole numbers from 0 to 65535"),
+        (WIDE.astype(np.int64), "uint16", "whole numbers from 0 to 65535"),
+        (WIDE.toarray()[:, ::-1], "bool", "whole numbers from 0 to 1"),
+        (WIDE.toarray(), "float16", "numbers from -65504 to 65504"),
+        (WIDE / 7, "int64", "lie between 0 and 10000, not all of them whole"),
+        (sp.csr_matrix(np.array([[np.nan, 2.0]])), "int64", "between 0 and 2, not all of them whole"),
+        (np.array([[0.0, 1e39]]), "float32", r"between 0 and 1e[+]39: it holds numbers from -3.40282e[+]38"),
+        (np.array([[-1, 2]], np.int8), "uint64", "lie between -1 and 2"),
+        (TWICE, "uint8", "lie between 0 and 300"),
+    ],
+)
+def test_a_dtype_that_does_not_hold_the_values_is_refused_up_front(x, dtype, message, as_dense):
+    if dtype == "float16" and not as_dense:
+        return
+    with pytest.raises(SchemaError, match=f"dtype='{dtype}' may not hold the values of X, which .*{message}"):
+        new(dense=as_dense, dtype=dtype).add_dataset(x)
+    with np.errstate(all="ignore"):
+        (batch,) = new(dense=as_dense, dtype=dtype, casting="unsafe").add_dataset(x)
+    assert batch["X"].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("x", "dtype"),
+    [
+        (WIDE, "uint32"),
+        (WIDE, "int32"),
+        (WIDE, "float64"),
+        (WIDE.astype(np.float64), "float32"),
+        (WIDE.astype(np.int64), "float32"),
+        (WIDE / 2000, "float16"),
+        (np.array([[0, 1, 1]]), "bool"),
+        (np.array([[np.nan, np.inf, -np.inf]]), "float32"),
+    ],
+)
+def test_a_dtype_that_holds_the_values_is_delivered(x, dtype):
+    (batch,) = new(dense=True, dtype=dtype).add_dataset(x)
+    same(batch["X"], dense(x).astype(dtype))
+
+
+def test_the_dtype_does_not_depend_on_the_window():
+    a, b = np.ones((20, 3), np.float32), np.full((20, 3), 0.1)
+    with pytest.warns(UserWarning, match="batches get a dtype that holds both"):
+        loader = new().add_datasets([a, b])  # a window of each
+    assert {batch["X"].dtype for batch in loader} == {np.dtype(np.float64)}
+    adatas = [ad.AnnData(a, layers={"n": sp.csr_matrix(a.astype(k))}) for k in (np.int32, np.float64)]
+    loader = new(layers=["n"]).add_adatas(adatas)
+    assert {batch["layers"]["n"].dtype for batch in loader} == {np.dtype(np.float64)}
 
 
 @needs_torch
@@ -338,6 +398,7 @@ def new(**kwargs):
         (lambda a: new(obs_codes=["age"]).add_adata(a), ValueError, "of obs: 'age'"),
         (lambda a: new(obs_codes=["age"]).add_dataset(a.X), ValueError, "has no obs"),
         (lambda a: new(dtype="bfloat16"), ValueError, "needs to='torch'"),
+        (lambda a: new(dtype="uint8", casting="safe"), ValueError, "casting must be None or 'unsafe', got 'safe'"),
         (lambda a: new(dtype="float16").add_adata(a), ValueError, "scipy has no sparse float16"),
         (lambda a: new(transform=NormalizeLog1p(), dtype="int32"), ValueError, "makes floats"),
         (lambda a: new(transform=NormalizeLog1p(), dtype="stored"), ValueError, "makes floats"),

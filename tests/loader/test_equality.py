@@ -101,7 +101,7 @@ FORMS = {
     "dense": {"dense": True},
     "chosen": {"var_names": [GENES[i] for i in CHOSEN]},
     "dense and chosen": {"dense": True, "var_names": [GENES[i] for i in CHOSEN]},
-    "float16": {"dense": True, "dtype": "float16"},
+    "float16": {"dense": True, "dtype": "float16", "casting": "unsafe"},
     "float32": {"dtype": "float32"},
 }
 

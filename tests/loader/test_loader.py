@@ -79,7 +79,8 @@ def test_types_and_dtypes(collection, dense_collection):
 def test_dtype_overrides(collection, dtype, as_dense):
     if dtype == "float16" and not as_dense:
         pytest.skip("scipy has no sparse float16")
-    loader = asking([slice(100, 140)], dense=as_dense, dtype=dtype).use_collection(collection)
+    casting = "unsafe" if dtype == "float16" else None  # the range of the uint16 stored is not recorded
+    loader = asking([slice(100, 140)], dense=as_dense, dtype=dtype, casting=casting).use_collection(collection)
     (batch,) = loader
     assert batch["X"].dtype == dtype
     np.testing.assert_array_equal(dense(batch["X"]), collection.x[100:140].astype(dtype))
@@ -258,7 +259,7 @@ def test_mixed_dtypes_warn_and_are_promoted():
     loader = asking(np.arange(20)).add_dataset(csr(20))
     with pytest.warns(UserWarning, match="Adding dataset with dtype"):
         loader.add_dataset(csr(20).astype(np.float64))
-    assert next(iter(loader))["X"].dtype == np.float32  # a window of the first dataset only
+    assert next(iter(loader))["X"].dtype == np.float64  # though the window is of the first dataset only
 
 
 def test_annbatch_layout(tmp_path):

@@ -1,0 +1,78 @@
+"""Whether the values of a dataset fit the dtype in which they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import zarr
+from anndata.abc import CSRDataset
+
+from annbatch_dask.errors import SchemaError
+from annbatch_dask.loader.sources import Source, Values
+from annbatch_dask.manifest import DATASET_NAME
+
+__all__ = ["Recorded", "check_cast", "recorded_values", "values_of"]
+
+Recorded = Mapping[str, Values]
+"""What a collection knows of the values of its matrices, by their names in a dataset."""
+
+
+def recorded_values(manifest: Any) -> Recorded:
+    """From a manifest; nothing where there is none, or of matrices whose range it does not have."""
+    matrices: Mapping[str, Mapping[str, Any]] = {} if manifest is None else manifest.matrices
+    return {name: Values(m["low"], m["high"], m["integral"]) for name, m in matrices.items() if "low" in m}
+
+
+def values_of(dataset: Any, recorded: Recorded) -> Values | None:
+    """What is recorded of a matrix that lies in a dataset of the collection."""
+    element = dataset.group if isinstance(dataset, CSRDataset) else dataset
+    if not isinstance(element, zarr.Group | zarr.Array):
+        return None
+    parts = element.path.split("/")
+    names = [k for k, part in enumerate(parts) if DATASET_NAME.fullmatch(part)]
+    return recorded.get("/".join(parts[names[0] + 1 :])) if names else None
+
+
+def check_cast(name: str, source: Source, dtype: Any) -> None:
+    """SchemaError where values would wrap around, become infinite or lose their fraction.
+
+    That a float is rounded is no loss. bfloat16 has the range of float32 but for its last 0.2 %, not looked at here.
+    """
+    asked = np.dtype(np.float32) if dtype == "bfloat16" else np.dtype(dtype)
+    stored = source.stored_dtype
+    is_real = stored.kind != "c" or asked.kind == "c"
+    if stored == asked or (is_real and _fits(_values_of_dtype(stored), asked)):
+        return
+    known = source.values() if is_real else None
+    if known is not None and _fits(known, asked):
+        return
+    holds = _values_of_dtype(asked)
+    if known is None:
+        found = f"are stored in {stored}, and no range of them is recorded"
+    else:
+        found = f"lie between {known.low:g} and {known.high:g}" + (
+            ", not all of them whole" if holds.is_whole and not known.is_whole else ""
+        )
+    kind = "whole numbers" if holds.is_whole else "numbers"
+    msg = (
+        f"dtype={str(dtype)!r} may not hold the values of {name}, which {found}: it holds {kind} from {holds.low:g} to "
+        f"{holds.high:g}; ask for a wider dtype, or pass casting='unsafe' to cast them as numpy does"
+    )
+    raise SchemaError(msg)
+
+
+def _fits(values: Values, dtype: np.dtype[Any]) -> bool:
+    holds = _values_of_dtype(dtype)
+    return holds.low <= values.low and values.high <= holds.high and (values.is_whole or not holds.is_whole)
+
+
+def _values_of_dtype(dtype: np.dtype[Any]) -> Values:
+    if dtype.kind == "b":
+        return Values(0, 1, is_whole=True)
+    if dtype.kind in "iu":
+        info = np.iinfo(dtype)
+        return Values(int(info.min), int(info.max), is_whole=True)
+    top = float(np.finfo(dtype).max)
+    return Values(-top, top, is_whole=False)

@@ -1,0 +1,325 @@
+"""``obs`` of all datasets, compact: columns as arrays over all rows, names compressed, label columns as codes."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from annbatch_dask.errors import SelectionError
+from annbatch_dask.loader.requests import Assignment
+
+__all__ = ["Categories", "Labels", "Names", "ObsTable"]
+
+Ints = NDArray[np.int64]
+Codes = NDArray[Any]
+Categories = tuple[Any, ...] | None
+"""Values that codes stand for; None takes them from the data."""
+
+_BLOCK = 128
+"""Names compressed together: few enough that a window of scattered rows unpacks little else."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """Text, compressed in small blocks: a barcode takes 12 bytes instead of 100.
+
+    Attributes
+    ----------
+    separator
+        Stands between two names of a block, and in none.
+    packed, ends
+        The compressed blocks one after the other, and where each ends.
+    dtype, name
+        Of the index.
+    """
+
+    separator: str
+    packed: bytes = field(repr=False)
+    ends: Ints = field(repr=False)
+    n_rows: int
+    dtype: Any
+    name: Any
+
+    @classmethod
+    def of(cls, index: pd.Index) -> Names | None:
+        """From an index; None if it holds anything but text."""
+        if pd.api.types.infer_dtype(index, skipna=False) != "string":
+            return None
+        values = index.to_numpy(object)
+        pieces = [values[k : k + _BLOCK] for k in range(0, len(values), _BLOCK)]
+        separator = next(c for c in map(chr, range(0xD800)) if not any(c in "".join(piece) for piece in pieces))
+        blocks = [zlib.compress(separator.join(piece).encode("utf8", "surrogatepass"), 1) for piece in pieces]
+        ends = np.cumsum([len(block) for block in blocks], dtype=np.int64)
+        return cls(separator, b"".join(blocks), ends, len(values), index.dtype, index.name)
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def take(self, rows: Ints) -> NDArray[np.object_]:
+        """The names of some rows."""
+        blocks = rows // _BLOCK
+        firsts = np.flatnonzero(np.diff(blocks, prepend=-1)).tolist()
+        places = (rows - blocks * _BLOCK).tolist()
+        names: list[str] = []
+        unpacked: dict[int, list[str]] = {}
+        for first, stop in pairwise([*firsts, len(rows)]):
+            block = int(blocks[first])
+            if block not in unpacked:
+                unpacked[block] = self._unpack(block)
+            names += map(unpacked[block].__getitem__, places[first:stop])
+        taken = np.empty(len(rows), object)
+        taken[:] = names
+        return taken
+
+    def _unpack(self, block: int) -> list[str]:
+        start = int(self.ends[block - 1]) if block else 0
+        packed = memoryview(self.packed)[start : int(self.ends[block])]
+        return zlib.decompress(packed).decode("utf8", "surrogatepass").split(self.separator)
+
+    def whole(self) -> pd.Index:
+        """All of them."""
+        whole: pd.Index = pd.Index(self.take(np.arange(self.n_rows)), dtype=self.dtype, name=self.name)
+        return whole
+
+
+@dataclass(frozen=True)
+class ObsTable:
+    """``obs`` of all datasets, with dtypes that do not depend on the window.
+
+    Attributes
+    ----------
+    columns
+        Each over all rows: arrays of numpy or pandas.
+    indexes
+        Of each dataset: its obs names, compressed, or the index that the user's frame has; None where names were not
+        read.
+    bounds
+        (n_datasets + 1,) dataset ``d`` has rows ``bounds[d]:bounds[d + 1]``.
+    """
+
+    columns: Mapping[Any, Any]
+    indexes: tuple[Names | pd.Index | None, ...]
+    bounds: Ints
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame, index: Names | pd.Index | None) -> ObsTable:
+        """Of one dataset; the frame's columns are not copied."""
+        columns = {name: _array(frame[name]) for name in frame.columns}
+        return cls(columns, (index,), np.array([0, len(frame)], np.int64))
+
+    @classmethod
+    def joined(cls, tables: Sequence[ObsTable]) -> ObsTable:
+        """One below the other. A column that some lack is missing there; categories are united."""
+        if len(tables) == 1:
+            return tables[0]
+        names = dict.fromkeys(name for table in tables for name in table.columns)
+        columns = {name: _stacked([table.series(name) for table in tables]) for name in names}
+        sizes = np.concatenate([np.diff(table.bounds) for table in tables])
+        indexes = tuple(index for table in tables for index in table.indexes)
+        return cls(columns, indexes, np.concatenate([[0], np.cumsum(sizes)]))
+
+    def packed(self) -> ObsTable:
+        """The same, its names compressed."""
+        indexes = (Names.of(index) or index if isinstance(index, pd.Index) else index for index in self.indexes)
+        return replace(self, indexes=tuple(indexes))
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of all datasets."""
+        return int(self.bounds[-1])
+
+    def series(self, name: Any) -> pd.Series:
+        """A column over all rows, numbered through; missing everywhere where there is none."""
+        if name not in self.columns:
+            return pd.Series(np.nan, index=pd.RangeIndex(self.n_rows))
+        array = self.columns[name]
+        series: pd.Series = pd.Series(array, dtype=array.dtype, copy=False)
+        return series
+
+    def names(self) -> pd.Series:
+        """The obs names of all rows."""
+        return pd.concat([pd.Series(_whole(index)) for index in self.indexes], ignore_index=True)
+
+    @property
+    def index_names(self) -> set[str]:
+        """What the datasets call their obs names."""
+        return {str(index.name) for index in self.indexes if index is not None and index.name is not None}
+
+    def ends(self) -> list[list[str]]:
+        """The first and the last obs name of each dataset that has rows."""
+        ends = []
+        for index, n_rows in zip(self.indexes, np.diff(self.bounds).tolist(), strict=True):
+            if index is not None and n_rows:
+                ends.append([str(name) for name in _taken(index, np.array([0, n_rows - 1]))])
+        return ends
+
+    def select(self, names: Sequence[Any] | None) -> ObsTable:
+        """Only these columns, in this order; None for all."""
+        return self if names is None else replace(self, columns={name: self.columns[name] for name in names})
+
+    def frames(self) -> list[pd.DataFrame]:
+        """A frame for each dataset."""
+        pairs = zip(self.bounds[:-1].tolist(), self.bounds[1:].tolist(), strict=True)
+        return [
+            self._frame(slice(start, stop), pd.RangeIndex(stop - start) if index is None else _whole(index))
+            for index, (start, stop) in zip(self.indexes, pairs, strict=True)
+        ]
+
+    def take(self, assignments: Sequence[Assignment], n_rows: int) -> pd.DataFrame:
+        """The rows of a window, in request order."""
+        if not assignments:
+            return self.frames()[0].iloc[:0]
+        return self._frame(self.rows_of(assignments, n_rows), self._index(assignments, n_rows))
+
+    def rows_of(self, assignments: Sequence[Assignment], n_rows: int) -> Ints:
+        """The rows of a window among all, in request order."""
+        rows = np.empty(n_rows, np.int64)
+        for a in assignments:
+            rows[a.places] = a.rows + self.bounds[a.dataset]
+        return rows
+
+    def _frame(self, rows: Ints | slice, index: pd.Index) -> pd.DataFrame:
+        columns = {
+            name: pd.Series(
+                array[rows] if isinstance(rows, slice) else array.take(rows), index, array.dtype, copy=False
+            )
+            for name, array in self.columns.items()
+        }
+        return pd.DataFrame(columns, index=index, columns=list(columns), copy=False)
+
+    def _index(self, assignments: Sequence[Assignment], n_rows: int) -> pd.Index:
+        indexes = [self.indexes[a.dataset] for a in assignments]
+        if any(isinstance(index, pd.Index) or index is None for index in indexes):
+            parts = [_plain(index).take(a.rows) for index, a in zip(indexes, assignments, strict=True)]
+            order = np.empty(n_rows, np.int64)
+            order[np.concatenate([a.places for a in assignments])] = np.arange(n_rows)
+            return parts[0].append(parts[1:]).take(order)
+        taken = np.empty(n_rows, object)
+        for index, a in zip(indexes, assignments, strict=True):
+            taken[a.places] = _taken(index, a.rows)
+        first = cast("Names", indexes[0])
+        is_alike = all(index is not None and index.name == first.name for index in indexes)
+        whole: pd.Index = pd.Index(taken, dtype=first.dtype, name=first.name if is_alike else None)
+        return whole
+
+
+class Labels:
+    """Columns of ``obs`` as integer codes, in one code space for all datasets.
+
+    The categories of a column are those given; else those of all datasets in order of first appearance, or the sorted
+    distinct values where the column is not categorical. A missing value has code -1.
+
+    Parameters
+    ----------
+    table
+        obs of all datasets.
+    wanted
+        For each column its categories, None for those of the data. With None as the last category, all other values
+        have code -1 as well.
+    rows
+        The rows that take part; None for all.
+
+    Raises
+    ------
+    SelectionError
+        If a row that takes part has a value that is not among the categories given.
+    """
+
+    def __init__(self, table: ObsTable, wanted: Mapping[str, Categories], rows: Ints | None) -> None:
+        self.categories: dict[str, pd.Index[Any]] = {}
+        self._codes: dict[str, Codes] = {}
+        self._table = table
+        for name, given in wanted.items():
+            found, codes = _encoded(table.series(name))
+            if given is not None:
+                others = given[-1:] == (None,)
+                kept = pd.Index(list(given[: len(given) - others]))
+                codes = _recoded(name, found, codes, kept, rows, others=others)
+                found = kept
+            self.categories[name], self._codes[name] = found, codes
+
+    def take(self, assignments: Sequence[Assignment], n_rows: int) -> dict[str, Ints]:
+        """The codes of a window's rows, in request order."""
+        rows = self._table.rows_of(assignments, n_rows)
+        return {name: codes[rows].astype(np.int64) for name, codes in self._codes.items()}
+
+
+def _encoded(column: pd.Series) -> tuple[pd.Index, Codes]:
+    """The categories of a column, and its codes in the fewest bytes."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return column.cat.categories, column.cat.codes.to_numpy()
+    categories = pd.Index(sorted(set(column.dropna().unique())))
+    return categories, pd.Categorical(column, categories=categories).codes
+
+
+def _recoded(  # noqa: PLR0913
+    name: str,
+    found: pd.Index,
+    codes: Codes,
+    kept: pd.Index,
+    rows: Ints | None,
+    *,
+    others: bool,
+) -> Codes:
+    """The codes by categories of the user's."""
+    places = np.append(kept.get_indexer(found), -1)
+    if not others:
+        n_each = np.bincount((codes if rows is None else codes[rows]).astype(np.int64) + 1, minlength=len(places))[1:]
+        unknown = [(found[k], n) for k, n in enumerate(n_each.tolist()) if n and places[k] < 0]
+        if unknown:
+            shown = ", ".join(f"{value!r} ({n:,} rows)" for value, n in unknown[:5]) + ", ..." * (len(unknown) > 5)
+            msg = (
+                f"obs_codes gives {len(kept)} categories of {name!r}, rows that take part have {len(unknown)} others: "
+                f"{shown}; add them, leave such rows out with where=, or end the list with None to give all "
+                "other values code -1"
+            )
+            raise SelectionError(msg)
+    recoded: Codes = places.astype(np.min_scalar_type(-max(len(kept), 1)))[codes]
+    return recoded
+
+
+def _whole(index: Names | pd.Index | None) -> pd.Index:
+    return index.whole() if isinstance(index, Names) else _plain(index)
+
+
+def _plain(index: Names | pd.Index | None) -> pd.Index:
+    """As pandas has it; SelectionError where names are needed that were not read."""
+    if index is None:
+        msg = "obs names were not read, as obs_columns=[] asks for; name a column"
+        raise SelectionError(msg)
+    return index.whole() if isinstance(index, Names) else index
+
+
+def _taken(index: Names | pd.Index | None, rows: Ints) -> Any:
+    return index.take(rows) if isinstance(index, Names) else _plain(index).take(rows)
+
+
+def _array(column: pd.Series) -> Any:
+    return column.to_numpy() if isinstance(column.dtype, np.dtype) else column.array
+
+
+def _stacked(parts: Sequence[pd.Series]) -> Any:
+    """Parts of a column as one array."""
+    if any(part.dtype != parts[0].dtype for part in parts):
+        common = _common_dtype(parts)
+        parts = [part.astype(common) for part in parts]
+    return _array(pd.concat(parts, ignore_index=True))
+
+
+def _common_dtype(columns: Sequence[pd.Series[Any]]) -> Any:
+    if all(isinstance(column.dtype, pd.CategoricalDtype) for column in columns):
+        # An unordered union whose order is that of first appearance: the rows' values stay what they were.
+        categories = dict.fromkeys(value for column in columns for value in column.cat.categories)
+        return pd.CategoricalDtype(list(categories))
+    dtypes = [cast("Any", column.dtype) for column in columns]
+    try:
+        return np.result_type(*dtypes)
+    except TypeError:  # pandas' own dtypes, such as its two kinds of text
+        return pd.concat([column.iloc[:1] for column in columns]).dtype
