@@ -215,14 +215,14 @@ def source_fingerprints(plan: Plan, scattered: Sequence[Receipt]) -> list[str]:
     """Fingerprint of each source's rows, as they were read."""
     totals = [0] * len(plan.sources)
     for block, receipt in zip(plan.blocks, scattered, strict=True):
-        totals[block.source] += sum(int(part, 16) for part in receipt["fingerprint"])
+        totals[block.source] += int(receipt["fingerprint"], 16)
     return [f"{total % 2**64:016x}" for total in totals]
 
 
 def _sources(plan: Plan, scattered: Sequence[Receipt]) -> tuple[SourceRecord, ...]:
     nnz = np.zeros(len(plan.sources), np.int64)
     for block, receipt in zip(plan.blocks, scattered, strict=True):
-        nnz[block.source] += sum(receipt["nnz"].get("X", ()))
+        nnz[block.source] += receipt["nnz"].get("X", 0)
     fingerprints = source_fingerprints(plan, scattered)
     return tuple(
         SourceRecord(s.path, s.n_obs, int(nnz[k]), fingerprints[k], s.x.source_name, plan.n_genes_of(k))

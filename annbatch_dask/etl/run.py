@@ -41,6 +41,7 @@ from annbatch_dask.etl.group import count_groups, with_groups
 from annbatch_dask.etl.inputs import forget_inputs_of
 from annbatch_dask.etl.job import Job, save_job
 from annbatch_dask.etl.scatter import forget_task, scatter
+from annbatch_dask.etl.totals import Totals
 from annbatch_dask.events import BuildEnd, BuildStart, Callback, StageEnd, StageStart, TaskEnd
 from annbatch_dask.manifest import DATASET_PREFIX, Manifest
 from annbatch_dask.plan.build import Plan
@@ -498,6 +499,7 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
             job = group(job, engine, callback)
             plan = job.plan
         file = save_job(job)
+        totals = Totals(plan.n_datasets)
         scattered = run_stage(
             engine,
             "scatter",
@@ -505,12 +507,12 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
             [(file, i) for i in range(len(plan.blocks))],
             callback,
             size=(plan.n_obs, plan.n_bytes_read),
-            measure=lambda _, r: (r["n_rows"], r["n_bytes"]),
+            measure=functools.partial(_take, totals),
             describe=functools.partial(_block, plan),
         )
         check_inputs(job, engine)
         check_old_rows(job, scattered)
-        tasks = gather_tasks(plan, scattered)
+        tasks = gather_tasks(plan, scattered, totals)
         gathered = run_stage(
             engine,
             "gather",
@@ -551,6 +553,12 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
         return manifest
     finally:
         callback.on_build_end(BuildEnd(error))
+
+
+def _take(totals: Totals, _: int, receipt: dict[str, Any]) -> tuple[int, int]:
+    """Rows and bytes of a scatter task, whose receipt is let go of but for its sums."""
+    totals.take(receipt)
+    return receipt["n_rows"], receipt["n_bytes"]
 
 
 def group(job: Job, engine: Engine, callback: Callback) -> Job:
@@ -654,19 +662,17 @@ def _forget_dataset(job: Job, name: str) -> None:
             forget_task(job.scratch, k)
 
 
-def gather_tasks(plan: Plan, scattered: Sequence[Mapping[str, Any]]) -> list[GatherTask]:
+def gather_tasks(plan: Plan, scattered: Sequence[Mapping[str, Any]], totals: Totals) -> list[GatherTask]:
     """The barrier: what all scatter tasks together say about dtypes, sizes and fingerprints."""
     dtypes = {}
     for m in plan.matrices:
         dtypes[m.name] = smallest_dtype(merged_range(scattered, m.name), np.dtype(m.source_dtype)).name
-    sparse = [m.name for m in plan.matrices if m.kind == "csr"]
-    nnz = {name: np.sum([r["nnz"][name] for r in scattered], axis=0) for name in sparse}
     return [
         GatherTask(
             dataset=k,
             dtypes=dtypes,
-            nnz={name: int(n[k]) for name, n in nnz.items()},
-            fingerprint=sum(int(r["fingerprint"][k], 16) for r in scattered) % 2**64,
+            nnz={name: int(n[k]) for name, n in totals.nnz.items()},
+            fingerprint=int(totals.fingerprint[k]),
         )
         for k in range(plan.n_datasets)
     ]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.etl.job import JobFile, load_job, trim_memory
 from annbatch_dask.etl.rows import NAMES, all_columns, group_keys, row_hashes, sum_hashes, write_column
+from annbatch_dask.etl.totals import packed
 from annbatch_dask.kernels.rows import bounds_of
 from annbatch_dask.kernels.values import narrow_counts, range_of
 from annbatch_dask.plan.build import Plan
@@ -53,8 +54,9 @@ def scatter(file: JobFile, index: int) -> dict[str, Any]:
 
     Returns
     -------
-    The task's receipt: per dataset the rows' ``fingerprint`` and each sparse matrix's ``nnz``; ``ranges`` of values;
-    ``n_rows``, ``n_bytes`` (uncompressed, read) and ``spilled`` bytes.
+    The task's receipt: the rows' ``fingerprint`` and each sparse matrix's ``nnz``, also of each dataset, see
+    :class:`annbatch_dask.etl.totals.Totals`; ``ranges`` of values; ``n_rows``, ``n_bytes`` (uncompressed, read) and
+    ``spilled`` bytes.
     """
     task = _name(index)
     if (done := find_receipt(file.scratch, task)) is not None and is_spilled(file.scratch, index, done["spilled"]):
@@ -211,20 +213,19 @@ def _spill(plan: Plan, block: Block, index: int, rows: _Rows, scratch: Folder) -
     heads = {PLACE: place} | ({} if groups is None else {GROUP: groups.astype(np.uint32)}) | rows.heads
     spilled = write_spill(scratch, index, order=order, rows=part_rows, heads=heads, flats=rows.flats)
     nnz = {
-        m.name: np.diff(bounds_of(heads[f"{m.name}#length"][order])[dataset_rows]).tolist()
+        m.name: np.diff(bounds_of(heads[f"{m.name}#length"][order])[dataset_rows])
         for m in plan.matrices
         if m.kind == "csr"
     }
     ordered = hashes[order]
     pairs = zip(dataset_rows[:-1], dataset_rows[1:], strict=True)
+    fingerprint = np.array([sum_hashes(ordered[a:b]) for a, b in pairs], np.uint64)
     return {
         "n_rows": block.n_rows,
         "n_bytes": block.n_bytes,
         "spilled": spilled,
-        "nnz": nnz,
         "ranges": {name: asdict(r) for name, r in rows.ranges.items()},
-        "fingerprint": [f"{sum_hashes(ordered[a:b]):016x}" for a, b in pairs],
-    }
+    } | packed(fingerprint, nnz)
 
 
 def hash_block(plan: Plan, block: Block, rows: _Rows) -> NDArray[np.uint64]:

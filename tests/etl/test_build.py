@@ -157,8 +157,8 @@ def test_rows_that_are_not_those_that_were_read_are_not_published(tmp_path, h5ad
 
     gather_tasks = run.gather_tasks
 
-    def other_rows(plan, scattered):
-        return [replace(task, fingerprint=task.fingerprint ^ 1) for task in gather_tasks(plan, scattered)]
+    def other_rows(plan, scattered, totals):
+        return [replace(task, fingerprint=task.fingerprint ^ 1) for task in gather_tasks(plan, scattered, totals)]
 
     monkeypatch.setattr(run, "gather_tasks", other_rows)
     with pytest.raises(IntegrityError, match="fingerprint"):
