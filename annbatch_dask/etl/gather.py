@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
 
@@ -25,6 +25,7 @@ from annbatch_dask.plan.build import Options, Plan
 from annbatch_dask.plan.dtypes import index_dtype
 from annbatch_dask.plan.schema import SOURCE_DTYPE, ColumnSpec, MatrixSpec
 from annbatch_dask.storage.checksums import FileSums, checksum, checksum_of
+from annbatch_dask.storage.columns import to_pandas
 from annbatch_dask.storage.metadata import FILES, METADATA, group_document, is_metadata, nodes_of
 from annbatch_dask.storage.publish import Folder, name_errors
 from annbatch_dask.storage.shards import ShardWriter
@@ -114,6 +115,7 @@ def _write_and_repair(file: JobFile, job: Job, task: GatherTask, dataset: str) -
             logger.warning("%s: block %d is read again", e, e.block)
             again.append(e.block)
         scatter_again(file, again[-1])
+        forget_inputs()  # that block's too
 
 
 def _write_dataset(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
@@ -137,6 +139,7 @@ def _write_dataset(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
             for w in writers:
                 n_bytes += w.append(heads, flats)
             obs.append(heads, flats)
+            del heads, flats  # before obs is written
     if total != task.fingerprint:
         msg = (
             f"{dataset}: the rows written have fingerprint {total:016x} and those read {task.fingerprint:016x}; "
@@ -144,6 +147,8 @@ def _write_dataset(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
         )
         raise IntegrityError(msg)
     write_frames(group, obs.frames(plan.index_name) | annotation_frames(plan, job.annotations))
+    for name, values in obs.strings():
+        write_frames(group, {name: values})
     shards = {name: found for w in writers for name, found in w.files.items()}
     sums = _publish(folder, {name: content.to_bytes() for name, content in files.items()}, shards)
     if strangers := folder.sizes().keys() - sums.keys():
@@ -168,6 +173,7 @@ def _parts(job: Job, task: GatherTask) -> Iterator[tuple[Heads, Flats]]:
     parts = plan.layout.parts_of(task.dataset)
     n_blocks = len(plan.blocks)
     buffer_sets: Iterator[dict[str, NDArray]] = cycle(({}, {}))  # one is written while the other fills
+    raw: dict[str, NDArray] = {}
     with contextlib.ExitStack() as files:
         readers = [
             files.enter_context(SpillReader(job.scratch, b, parts, keep_open=n_blocks <= _MAX_OPEN))
@@ -182,8 +188,12 @@ def _parts(job: Job, task: GatherTask) -> Iterator[tuple[Heads, Flats]]:
             if not n_rows:  # a piece of a large group may have none
                 continue
             _check_places(segments, n_rows)
-            flats = _gather_flats(segments, n_rows, part, plan, task, next(buffer_sets))
-            yield _gather_heads(segments, n_rows, task), flats
+            flats = _gather_flats(segments, n_rows, part, plan, task, next(buffer_sets), raw)
+            heads = _gather_heads(segments, n_rows)
+            for m in plan.matrices:
+                if m.kind == "dense":
+                    heads[f"{m.name}#dense"] = flats.pop(f"{m.name}#dense")[0].reshape(n_rows, m.n_cols)
+            yield heads, flats
 
 
 def _place_by_group(heads: Sequence[Heads]) -> int:
@@ -210,50 +220,53 @@ def _check_places(segments: Sequence[tuple[SpillReader, Heads]], n_rows: int) ->
         raise IntegrityError(msg)
 
 
-def _gather_heads(segments: Sequence[tuple[SpillReader, Heads]], n_rows: int, task: GatherTask) -> Heads:
+def _gather_heads(segments: Sequence[tuple[SpillReader, Heads]], n_rows: int) -> Heads:
     out: Heads = {}
     for name, like in segments[0][1].items():
-        dtype = task.dtypes.get(name.removesuffix("#dense"), like.dtype) if name.endswith("#dense") else like.dtype
-        values = np.empty((n_rows, *like.shape[1:]), dtype)
+        values = np.empty((n_rows, *like.shape[1:]), like.dtype)
         for _, heads in segments:
             values[heads[PLACE]] = heads[name]
         out[name] = values
     return out
 
 
-def _gather_flats(
+def _gather_flats(  # noqa: PLR0913 - buffers
     segments: Sequence[tuple[SpillReader, Heads]],
     n_rows: int,
     part: int,
     plan: Plan,
     task: GatherTask,
     buffers: dict[str, NDArray],
+    raw_buffers: dict[str, NDArray],
 ) -> Flats:
     arrays = list(_flat_arrays(plan, task))
     out: Flats = {}
     for name, dtype, length in arrays:
         counts = np.empty(n_rows, np.int64)
         for _, heads in segments:
-            counts[heads[PLACE]] = heads[length]
+            counts[heads[PLACE]] = heads[length] if isinstance(length, str) else length
         bounds = bounds_of(counts)
         out[name] = _buffer(buffers, name, int(bounds[-1]), dtype), bounds
-    raw = _buffer(buffers, "raw", max(reader.flats_nbytes(part) for reader, _ in segments), np.dtype(np.uint8))
+    raw = _buffer(raw_buffers, "raw", max(reader.flats_nbytes(part) for reader, _ in segments), np.dtype(np.uint8))
     for reader, heads in segments:
         found = reader.read_flats(part, raw)
         for name, dtype, length in arrays:
             values, bounds = out[name]
-            lengths = heads[length].astype(np.int64)
+            n = len(heads[PLACE])
+            lengths = heads[length].astype(np.int64) if isinstance(length, str) else np.full(n, length, np.int64)
             source = found[name].astype(dtype, copy=False)
             copy_runs(source, bounds_of(lengths)[:-1], values, bounds[heads[PLACE]], lengths)
     return out
 
 
-def _flat_arrays(plan: Plan, task: GatherTask) -> Iterator[tuple[str, np.dtype, str]]:
-    """Name, dtype and counting head of every flat array."""
+def _flat_arrays(plan: Plan, task: GatherTask) -> Iterator[tuple[str, np.dtype, str | int]]:
+    """Name and dtype of every flat array, and the head that counts its entries, or how many each row has."""
     for m in plan.matrices:
         if m.kind == "csr":
             yield f"{m.name}#indices", index_dtype(m.n_cols), f"{m.name}#length"
             yield f"{m.name}#values", np.dtype(task.dtypes[m.name]), f"{m.name}#length"
+        else:
+            yield f"{m.name}#dense", np.dtype(task.dtypes[m.name]), m.n_cols
     for c in all_columns(plan):
         if c.kind == "string":
             yield head(c, "bytes"), np.dtype(np.uint8), head(c, "length")
@@ -383,17 +396,18 @@ def _shard_rows(options: Options, row_nbytes: float, chunk: int, length: int, *,
 
 
 class _ObsColumns:
-    """The dataset's obs, and the frames in its obsm, filled part by part."""
+    """The dataset's obs, and the frames in its obsm, filled part by part; strings as the bytes they are."""
 
     def __init__(self, columns: Sequence[ColumnSpec], n_rows: int) -> None:
         self._columns, self._n_rows, self._at = columns, n_rows, 0
         self._arrays: dict[str, NDArray] = {}
+        self._strings: dict[str, list[tuple[NDArray[np.int64], NDArray[np.uint8]]]] = {}
 
     def append(self, heads: Heads, flats: Flats) -> None:
         for c in self._columns:
             if c.kind == "string":
                 data, bounds = flats[head(c, "bytes")]
-                self._put(head(c), decode_strings(bounds, data))
+                self._strings.setdefault(c.path, []).append((bounds, data.copy()))
             else:
                 self._put(head(c), heads[head(c)])
             if c.nullable:
@@ -405,12 +419,35 @@ class _ObsColumns:
             self._arrays[name] = np.empty(self._n_rows, rows.dtype)
         self._arrays[name][self._at : self._at + len(rows)] = rows
 
+    def _pop(self, c: ColumnSpec) -> tuple[NDArray, NDArray[np.bool_] | None]:
+        if c.path in self._strings:
+            return np.zeros(self._n_rows, np.int8), None
+        return self._arrays.pop(head(c)), self._arrays.pop(head(c, "mask"), None)
+
+    def _pop_strings(self, c: ColumnSpec) -> NDArray[np.object_]:
+        out, at, pieces = np.empty(self._n_rows, object), 0, self._strings.pop(c.path)
+        pieces.reverse()
+        while pieces:
+            strings = decode_strings(*pieces.pop())
+            out[at : at + len(strings)] = strings
+            at += len(strings)
+        return out
+
     def frames(self, index_name: str | None) -> dict[str, pd.DataFrame]:
+        """obs, and those of obsm, with a place kept for each column of :meth:`strings`."""
         names, *columns = self._columns
-        index = pd.Index(self._arrays.pop(head(names)), dtype=object, name=index_name)
-        return make_frames(
-            index, columns, lambda c: (self._arrays.pop(head(c)), self._arrays.pop(head(c, "mask"), None))
+        index = pd.Index(self._pop_strings(names), dtype=object, name=index_name)
+        places = (
+            replace(c, kind="numeric", dtype="int8", nullable=False) if c.kind == "string" else c for c in columns
         )
+        return make_frames(index, places, self._pop)
+
+    def strings(self) -> Iterator[tuple[str, Any]]:
+        """Path and values of each column of strings: Python needs several times the bytes of one."""
+        for c in self._columns:
+            if c.path in self._strings:
+                mask = self._arrays.pop(head(c, "mask"), None)
+                yield c.path, to_pandas(c, self._pop_strings(c), mask)
 
 
 def _publish(folder: Folder, files: dict[str, bytes], shards: dict[str, tuple[int, str]]) -> dict[str, tuple[int, str]]:

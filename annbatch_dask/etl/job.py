@@ -14,13 +14,14 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import cloudpickle
+import numpy as np
 
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.manifest import Manifest
@@ -77,9 +78,9 @@ class Job:
 
     @contextmanager
     def open_source(self, index: int) -> Iterator[Source]:
-        """Open an input. What ``load_adata`` returned is kept for the next block of the same input in this thread.
+        """Open an input. One that is read whole is kept for the next block of the same input in this thread.
 
-        :func:`forget_inputs` lets go of it.
+        That is what ``load_adata`` returned, and a file of an old format. :func:`forget_inputs` lets go of it.
         """
         ref = self.refs[index]
         with ExitStack() as files:
@@ -89,7 +90,7 @@ class Job:
 
     def _open(self, index: int, files: ExitStack) -> Source:
         ref = self.refs[index]
-        if ref.load_adata is None:
+        if ref.load_adata is None and not self.plan.sources[index].resident_nbytes:
             return files.enter_context(open_source(ref))
         key, thread = (self.plan.work_key, index), threading.get_ident()
         kept = _kept.get(thread)
@@ -103,7 +104,7 @@ class Job:
 
 
 _kept: dict[int, tuple[tuple[str, int], Source]] = {}
-"""What ``load_adata`` returned last, by thread."""
+"""The input that was read whole last, by thread."""
 
 
 def forget_inputs() -> None:
@@ -125,11 +126,27 @@ def save_job(job: Job) -> JobFile:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # not needed where nothing is built
 
     file = JobFile(job.scratch)
-    job.scratch.write(file.name, AESGCM(file.key).encrypt(_NONCE, cloudpickle.dumps(job), None))
+    job.scratch.write(
+        file.name, AESGCM(file.key).encrypt(_NONCE, cloudpickle.dumps(replace(job, plan=_for_tasks(job.plan))), None)
+    )
     if job.scratch.is_local:  # of calls before this one: two at a time are possible on object stores alone
         old = [name for name in job.scratch.names() if name.startswith(_PREFIX) and name != file.name]
         job.scratch.remove_files(old)
     return file
+
+
+def _for_tasks(plan: Plan) -> Plan:
+    """The plan without what was only needed to make it: counts of stored values, which are most of its bytes."""
+    none = np.zeros(0, np.int64)
+    slim = replace(
+        plan,
+        sources=tuple(
+            replace(s, cuts=None, matrices=tuple(replace(m, nnz=none, heaviest=none) for m in s.matrices))
+            for s in plan.sources
+        ),
+    )
+    vars(slim).update(fingerprint=plan.fingerprint, work_key=plan.work_key)  # which it has too, and tasks ask for
+    return slim
 
 
 def work_folder(plan: Plan, target: Folder, request: str) -> str:

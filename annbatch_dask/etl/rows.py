@@ -7,6 +7,7 @@ has. A flat has any number a cell: sparse indices and values, the bytes of strin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,7 @@ __all__ = [
 
 HeadsLike = Mapping[str, NDArray]
 FlatsLike = Mapping[str, tuple[NDArray, NDArray[np.int64]]]
+_STEP = 2**16
 NAMES = ColumnSpec("", "string")
 """The obs names, which travel like a column of strings."""
 
@@ -60,10 +62,12 @@ def encode_strings(strings: NDArray[np.object_]) -> tuple[NDArray[np.uint32], ND
 
 def decode_strings(bounds: NDArray[np.int64], data: NDArray[np.uint8]) -> NDArray[np.object_]:
     """The strings again."""
-    raw = data.tobytes()
     out = np.empty(len(bounds) - 1, object)
-    edges = bounds.tolist()
-    out[:] = [raw[a:b].decode("utf-8", "surrogatepass") for a, b in zip(edges, edges[1:], strict=False)]
+    for a in range(0, len(out), _STEP):  # what Python needs beside them stays small
+        edges = bounds[a : a + _STEP + 1].tolist()
+        first, raw = edges[0], data[edges[0] : edges[-1]].tobytes()
+        strings = [raw[i - first : j - first].decode("utf-8", "surrogatepass") for i, j in pairwise(edges)]
+        out[a : a + _STEP] = strings
     return out
 
 

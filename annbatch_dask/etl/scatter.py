@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.etl.job import JobFile, load_job, trim_memory
-from annbatch_dask.etl.rows import NAMES, all_columns, group_keys, row_hashes, sum_hashes, write_column
+from annbatch_dask.etl.rows import NAMES, all_columns, group_keys, head, row_hashes, sum_hashes, write_column
 from annbatch_dask.etl.totals import packed
 from annbatch_dask.kernels.rows import bounds_of
 from annbatch_dask.kernels.values import narrow_counts, range_of
@@ -33,6 +34,8 @@ PLACE = "#place"
 """Head array: a row's position within its part; with groupby, within its dataset."""
 GROUP = "#group"
 """Head array: number of a row's group, with groupby."""
+_STRINGS_NBYTES = 2**23
+"""Of the strings that are read at a time, about, as Python holds them."""
 
 Heads = dict[str, NDArray]
 Flats = dict[str, tuple[NDArray, NDArray[np.int64]]]
@@ -100,15 +103,10 @@ def read_block(plan: Plan, block: Block, source: SourceSchema, opened: Source) -
     rows = _Rows()
     schemas = {m.name: m for m in source.matrices}
     for spec in plan.matrices:
-        found = opened.matrix(schemas[spec.name], block.start, block.stop)
-        gene_map = plan.gene_map(block.source, schemas[spec.name], spec)
-        if spec.kind == "csr":
-            csr = found if isinstance(found, CsrRows) else dense_to_csr(found)
-            _read_sparse(rows, spec, schemas[spec.name], csr, gene_map)
-        else:
-            _read_dense(rows, spec, np.asarray(found), gene_map)
-    names = opened.names(block.start, block.stop)
-    write_column(NAMES, ColumnRows(names), rows.heads, rows.flats)
+        schema, read = schemas[spec.name], _read_sparse if spec.kind == "csr" else _read_dense
+        gene_map = plan.gene_map(block.source, schema, spec)
+        read(rows, spec, schema, opened.matrix(schema, block.start, block.stop), gene_map)
+    _write_strings(NAMES, lambda a, b: ColumnRows(opened.names(a, b)), block, source.name_width, rows.heads, rows.flats)
     heads, flats = read_columns(plan, block, source, opened, (*plan.columns, plan.source_column))
     rows.heads |= heads
     rows.flats |= flats
@@ -121,14 +119,45 @@ def read_columns(
     """Some columns of a block's rows."""
     heads: Heads = {}
     flats: Flats = {}
+    widths = {c.path: c.width for c in source.columns}
     for column in columns:
-        write_column(column, read_column(column, block, source, opened), heads, flats)
+        if column.kind == "string":
+            read = partial(_read_rows, column, block, source, opened)
+            _write_strings(column, read, block, widths.get(column.path, 0), heads, flats)
+        else:
+            write_column(column, read_column(column, block, source, opened), heads, flats)
     return heads, flats
 
 
-def _read_sparse(
-    rows: _Rows, spec: MatrixSpec, schema: MatrixSchema, csr: CsrRows, gene_map: NDArray[np.int32] | None
+def _read_rows(column: ColumnSpec, block: Block, source: SourceSchema, opened: Source, a: int, b: int) -> ColumnRows:
+    return read_column(column, replace(block, start=a, stop=b), source, opened)
+
+
+def _write_strings(
+    spec: ColumnSpec,
+    read: Callable[[int, int], ColumnRows],
+    block: Block,
+    width: int,
+    heads: Heads,
+    flats: Flats,
 ) -> None:
+    """Add a column of strings, some rows at a time: as Python has them, they take several times the bytes they have."""
+    step = max(1, _STRINGS_NBYTES // (2 * width + 100))
+    pieces: list[tuple[Heads, Flats]] = []
+    for a in range(block.start, block.stop, step):
+        pieces.append(({}, {}))
+        write_column(spec, read(a, min(a + step, block.stop)), *pieces[-1])
+    for name in pieces[0][0]:
+        heads[name] = np.concatenate([h[name] for h, _ in pieces])
+    for name in pieces[0][1]:
+        flats[name] = np.concatenate([f[name][0] for _, f in pieces]), bounds_of(heads[head(spec, "length")])
+
+
+def _read_sparse(
+    rows: _Rows, spec: MatrixSpec, schema: MatrixSchema, found: CsrRows | NDArray, gene_map: NDArray[np.int32] | None
+) -> None:
+    csr = found if isinstance(found, CsrRows) else dense_to_csr(found)
+    del found
     bounds, nnz = csr.bounds, int(csr.bounds[-1])
     if gene_map is None:
         gene_map = np.arange(spec.n_cols, dtype=np.int32)
@@ -136,6 +165,7 @@ def _read_sparse(
     target = np.dtype(np.int32) if drops else index_dtype(spec.n_cols)
     indices = map_genes(csr, gene_map.astype(target), n_cols=schema.n_cols)
     exact, values_range = _collect_values(csr, nnz, np.dtype(schema.dtype))
+    del csr  # and with it what it was made of
     bounds, indices, exact = in_gene_order(bounds, indices, exact, gene_map)
     if drops:
         indices = indices.astype(index_dtype(spec.n_cols))
@@ -188,13 +218,19 @@ def _collect_counts(csr: CsrRows, nnz: int, dtype: np.dtype) -> tuple[NDArray[np
     return out, ValueRange(integral=True, low=0, high=max(greatest), single=True)
 
 
-def _read_dense(rows: _Rows, spec: MatrixSpec, values: NDArray, gene_map: NDArray[np.int32] | None) -> None:
-    values = join_dense(values, spec, gene_map)
-    found = ValueRange(*range_of(values))
+def _read_dense(
+    rows: _Rows, spec: MatrixSpec, schema: MatrixSchema, found: CsrRows | NDArray, gene_map: NDArray[np.int32] | None
+) -> None:
+    assert isinstance(found, np.ndarray), schema  # a collection's matrix is dense where all sources' are
+    values = join_dense(found, spec, gene_map)
+    del found
+    step = max(1, 2**20 // max(1, spec.n_cols))
+    pieces = (values[a : a + step] for a in range(0, len(values), step))
+    values_range = merge_ranges(ValueRange(*range_of(p)) for p in pieces)
     name = f"{spec.name}#dense"
-    rows.heads[name] = values.astype(smallest_dtype(found, values.dtype), copy=False)
+    rows.heads[name] = values.astype(smallest_dtype(values_range, values.dtype), copy=False)
     rows.exact[name] = values
-    rows.ranges[spec.name] = found
+    rows.ranges[spec.name] = values_range
 
 
 # --- partition and write -------------------------------------------------------------------------------------------
@@ -211,7 +247,11 @@ def _spill(plan: Plan, block: Block, index: int, rows: _Rows, scratch: Folder) -
     hashes = hash_block(plan, block, rows)
     rows.exact.clear()
     heads = {PLACE: place} | ({} if groups is None else {GROUP: groups.astype(np.uint32)}) | rows.heads
-    spilled = write_spill(scratch, index, order=order, rows=part_rows, heads=heads, flats=rows.flats)
+    flats = rows.flats | {
+        name: (values.reshape(-1), np.arange(len(values) + 1) * values.shape[1])  # read one block at a time
+        for name, values in ((n, heads.pop(n)) for n in list(heads) if n.endswith("#dense"))
+    }
+    spilled = write_spill(scratch, index, order=order, rows=part_rows, heads=heads, flats=flats)
     nnz = {
         m.name: np.diff(bounds_of(heads[f"{m.name}#length"][order])[dataset_rows])
         for m in plan.matrices

@@ -7,13 +7,13 @@ integers that no float64 equals by bits of their own.
 """
 
 import zlib
-from collections.abc import Iterator
 
 import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.kernels.compiled import compiled
+from annbatch_dask.kernels.rows import slabs
 
 __all__ = ["add_dense", "add_sparse", "add_strings", "field_salt", "finish_rows"]
 
@@ -77,7 +77,7 @@ def add_sparse(
     if values.dtype in (np.uint8, np.uint16) and indices.dtype == np.uint16:
         _add_counts(hashes, bounds, indices, values, salt)
         return
-    for a, b in _row_slabs(bounds):
+    for a, b in slabs(bounds, _SLAB):
         part = slice(bounds[a], bounds[b])
         wide = values[part].astype(np.float64)
         keys = indices[part].astype(np.uint32)
@@ -98,15 +98,6 @@ def _own_bits(values: NDArray, bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
     lowest = size & -size
     rounded = size // np.maximum(lowest, np.uint64(1)) >= np.uint64(2**53)
     return np.where(rounded, values.astype(np.uint64) ^ _NO_FLOAT, bits)
-
-
-def _row_slabs(bounds: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Cut rows into runs of about ``_SLAB`` entries, so that what is widened stays in the cache."""
-    a, n = 0, len(bounds) - 1
-    while a < n:
-        b = max(a + 1, int(np.searchsorted(bounds, bounds[a] + _SLAB, side="right")) - 1)
-        yield a, min(b, n)
-        a = min(b, n)
 
 
 @compiled

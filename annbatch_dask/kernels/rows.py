@@ -1,11 +1,23 @@
 """Rows of any length, moved between flat arrays."""
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.kernels.compiled import compiled
 
-__all__ = ["bounds_of", "copy_runs", "map_indices", "order_row", "sort_rows"]
+__all__ = [
+    "bounds_of",
+    "copy_runs",
+    "find_rows",
+    "map_indices",
+    "order_row",
+    "place_columns",
+    "slabs",
+    "sort_entries",
+    "sort_rows",
+]
 
 
 def bounds_of(counts: NDArray) -> NDArray[np.int64]:
@@ -106,3 +118,69 @@ def sort_rows(bounds, keys, order):  # type: ignore[no-untyped-def]  # noqa: ANN
         order_row(keys[a:b], order[a:b], spare)
         for k in range(a, b):
             order[k] += a
+
+
+def slabs(bounds: NDArray[np.int64], size: int) -> Iterator[tuple[int, int]]:
+    """Cut rows [a, b) of about ``size`` entries, one row at least, from all."""
+    a, n = 0, len(bounds) - 1
+    while a < n:
+        b = min(max(a + 1, int(np.searchsorted(bounds, bounds[a] + size, side="right")) - 1), n)
+        yield a, b
+        a = b
+
+
+_SORT = 2**20
+
+
+def sort_entries(bounds: NDArray[np.int64], keys: NDArray, *values: NDArray) -> None:
+    """Put each row's keys, and the values beside them, in the stable order of the keys: in place, slab by slab."""
+    for a, b in slabs(bounds, _SORT):
+        at = slice(int(bounds[a]), int(bounds[b]))
+        order = np.empty(at.stop - at.start, np.int64)
+        sort_rows(bounds[a : b + 1] - bounds[a], keys[at], order)
+        for entries in (keys, *values):
+            entries[at] = entries[at][order]
+
+
+@compiled
+def find_rows(rows, start, stop, at):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """``at[:n]`` = where ``rows`` lie in [start, stop); returns n. ``at`` has one place more than there are rows."""
+    n = 0
+    for k in range(rows.shape[0]):
+        at[n] = k
+        n += start <= rows[k] < stop
+    return n
+
+
+@compiled
+def _place(column, bounds, rows, values, at, out_columns, out_values):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    for c in range(bounds.shape[0] - 1):
+        for k in range(bounds[c], bounds[c + 1]):
+            place = at[rows[k]]
+            out_columns[place] = column + c
+            out_values[place] = values[k]
+            at[rows[k]] = place + 1
+
+
+def place_columns(
+    column: int,
+    bounds: NDArray[np.int64],
+    entries: tuple[NDArray, NDArray],
+    at: NDArray[np.int64],
+    out: tuple[NDArray[np.int32], NDArray],
+) -> None:
+    """Put the entries of some columns into their rows.
+
+    Parameters
+    ----------
+    column, bounds
+        The first column, and the (n_columns + 1,) bounds of the entries of each.
+    entries
+        Rows and values, of which the second dtype is that of ``out``.
+    at
+        (n_rows,) the next free place of each row; moved on.
+    out
+        Columns and values, row after row.
+    """
+    raw = np.dtype(f"u{entries[1].dtype.itemsize}")  # one compiled kernel serves each item size
+    _place(column, bounds, entries[0], entries[1].view(raw), at, out[0], out[1].view(raw))

@@ -17,12 +17,30 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import LayoutError, SchemaError
 from annbatch_dask.html import overlap_rows, render
 from annbatch_dask.plan.columns import unite_columns, unite_tags
-from annbatch_dask.plan.dtypes import ValueRange, common_dtype, merge_ranges, smallest_dtype
+from annbatch_dask.plan.costs import (
+    Weight,
+    categories_nbytes,
+    fixed_nbytes,
+    frame_nbytes,
+    heaviest_rows,
+    held_weight,
+    part_weight,
+    read_weight,
+    shared_nbytes,
+)
+from annbatch_dask.plan.dtypes import ValueRange, common_dtype, index_dtype, merge_ranges, smallest_dtype
 from annbatch_dask.plan.elements import Elements, check_counts
 from annbatch_dask.plan.genes import GeneSpace, check_unique, join_genes
 from annbatch_dask.plan.grouping import Groups
-from annbatch_dask.plan.layout import Block, Layout, cut_blocks
-from annbatch_dask.plan.memory import MIB, Budget, format_nbytes, gather_peak_nbytes, scatter_peak_nbytes
+from annbatch_dask.plan.layout import Block, Layout, Room, cut_blocks
+from annbatch_dask.plan.memory import (
+    IN_FLIGHT_NBYTES,
+    MIB,
+    SMALL_NBYTES,
+    Budget,
+    format_nbytes,
+    gather_peak_nbytes,
+)
 from annbatch_dask.plan.permutation import IDENTITY, SWAP_OR_NOT, Permutation
 from annbatch_dask.plan.placement import Dealt, deal
 from annbatch_dask.plan.schema import (
@@ -40,7 +58,9 @@ __all__ = ["WORK_DIGITS", "Extension", "Options", "Plan", "build_plan", "canonic
 
 _BLOCK_NBYTES = 128 * MIB
 """Default size of a row block: far above the cost of a task, small beside a worker's memory."""
-_WORK_VERSION = 5
+_JOB_NBYTES = 16 * MIB
+"""Of a job in a worker process, that the process itself is taken to hold."""
+_WORK_VERSION = 6
 """Raised whenever spill files, receipts or row fingerprints change, so that no resume mixes two kinds."""
 _MAX_CHUNK_NBYTES = 2**31 - 1
 """What blosc takes at once."""
@@ -414,28 +434,18 @@ def build_plan(
     sources = tuple(_keep(s, common) for s in sources)
     columns = tuple(c for c in unite_columns(sources) if c.path != f"{OBS}/{SRC_PATH}")
     _check_names(matrices, columns)
-    n_obs = sum(s.n_obs for s in sources[n_kept:])
-    obs_nbytes = 8 * (len(columns) + 2) + 24  # numbers and codes, the name, the place
-    whole = cut_blocks(sources, block_nbytes=2**62, csc_nbytes=2**62, obs_nbytes=obs_nbytes, skip=n_kept)
-    total = sum(b.n_bytes for b in whole)
-    row_nbytes = max(1.0, total / n_obs, _dense_row_nbytes(matrices))
-    _check_chunk(options.n_obs_per_chunk, row_nbytes)
-    blocks = cut_blocks(
-        sources,
-        skip=n_kept,
-        block_nbytes=_piece_nbytes(total, budget),
-        csc_nbytes=max(_BLOCK_NBYTES, (budget.task_nbytes - 48 * MIB) // 2),
-        obs_nbytes=obs_nbytes,
-    )
     _check_groupby(options.groupby, sources[n_kept:])
     placement = _place(options, [s.n_obs for s in sources], extension)
-    layout = _lay_out(options, placement, row_nbytes=row_nbytes, part_nbytes=_piece_nbytes(total, budget))
-    peak = _peaks(blocks, layout, row_nbytes=row_nbytes, obs_nbytes=obs_nbytes)
-    budget.check("the largest scatter task", peak[0], "start workers with more memory or fewer threads")
+    costs = _Costs.of(sources, matrices, (*columns, unite_tags(sources)), genes, options, budget, n_kept)
+    _check_chunk(options.n_obs_per_chunk, costs.row_nbytes)
+    blocks = costs.cut()
+    layout = costs.lay_out(placement)
+    peak = costs.peaks(blocks, layout)
+    budget.check(costs.name_largest(blocks), peak[0], costs.remedy(blocks))
     budget.check(
         f"gathering a dataset of {max(layout.sizes):,} cells",
         peak[1],
-        "lower dataset_size, or start workers with more memory or fewer threads",
+        f"lower {costs.lowered(layout)}, or start workers with more memory or fewer threads",
     )
     return Plan(
         options=options,
@@ -621,14 +631,9 @@ def _unite_matrix(
     return MatrixSpec(name, "dense" if dense else "csr", dtype.name, n_cols, space)
 
 
-def _dense_row_nbytes(matrices: Sequence[MatrixSpec]) -> float:
-    """Bytes of an output row's dense matrices, which an outer join can make wider than any source's."""
-    return sum(m.n_cols * np.dtype(m.source_dtype).itemsize for m in matrices if m.kind == "dense")
-
-
 def _piece_nbytes(total: int, budget: Budget) -> int:
     """Size of a block or part: the default, more where that means too many tasks, less where memory is short."""
-    room = (budget.task_nbytes - 48 * MIB) // 4  # see plan/memory.py: a gather holds two parts and a segment
+    room = (budget.task_nbytes - SMALL_NBYTES) // 4  # see plan/memory.py: a gather holds two parts and a segment
     return max(1, min(max(_BLOCK_NBYTES, total // _MAX_TASKS), room))
 
 
@@ -643,8 +648,152 @@ def _check_chunk(n_obs_per_chunk: int, row_nbytes: float) -> None:
         raise LayoutError(msg)
 
 
-def _lay_out(options: Options, placement: Permutation | Dealt, *, row_nbytes: float, part_nbytes: int) -> Layout:
-    part_rows = max(1, int(part_nbytes / row_nbytes))
+@dataclass(frozen=True)
+class _Costs:
+    """What the rows of a build weigh, and the blocks and parts that fit a worker."""
+
+    sources: tuple[SourceSchema, ...]
+    matrices: tuple[MatrixSpec, ...]
+    columns: tuple[ColumnSpec, ...]
+    options: Options
+    budget: Budget
+    n_kept: int
+    shared_nbytes: int
+
+    @classmethod
+    def of(
+        cls,
+        sources: tuple[SourceSchema, ...],
+        matrices: tuple[MatrixSpec, ...],
+        columns: tuple[ColumnSpec, ...],
+        genes: Mapping[str, GeneSpace],
+        options: Options,
+        budget: Budget,
+        n_kept: int,
+    ) -> _Costs:
+        maps = [m for space in genes.values() for m in space.maps]
+        shared = max(0, int(shared_nbytes(sources, columns, maps)) - _JOB_NBYTES) // budget.n_threads
+        return cls(sources, matrices, columns, options, budget, n_kept, shared)
+
+    @property
+    def _obs_nbytes(self) -> int:
+        return 8 * (len(self.columns) + 1) + 24  # numbers and codes, the name, the place
+
+    @cached_property
+    def _total(self) -> int:
+        """Bytes of all rows that move, as the sources store them."""
+        return int(_whole(self._moved, [read_weight(s, obs_nbytes=self._obs_nbytes) for s in self._moved]))
+
+    @property
+    def _moved(self) -> tuple[SourceSchema, ...]:
+        return self.sources[self.n_kept :]
+
+    @property
+    def _piece(self) -> int:
+        return _piece_nbytes(self._total, self.budget)
+
+    @cached_property
+    def _part_weights(self) -> list[Weight]:
+        obs = self._obs_nbytes
+        return [part_weight(s, self.matrices, self.columns, obs_nbytes=obs) for s in self._moved]
+
+    def cut(self) -> tuple[Block, ...]:
+        """The blocks of the scatter tasks."""
+        obs, room = self._obs_nbytes, self.budget.task_nbytes - self.shared_nbytes
+        return cut_blocks(
+            self.sources,
+            skip=self.n_kept,
+            block_nbytes=self._piece,
+            csc_nbytes=max(_BLOCK_NBYTES, (room - SMALL_NBYTES) // 2),
+            obs_nbytes=obs,
+            room=Room(
+                room,
+                [held_weight(s, self.matrices, self.columns, obs_nbytes=obs) for s in self.sources],
+                [fixed_nbytes(s) for s in self.sources],
+            ),
+        )
+
+    @cached_property
+    def row_nbytes(self) -> float:
+        """Bytes of an output row on average."""
+        return max(1.0, _whole(self._moved, self._part_weights) / sum(s.n_obs for s in self._moved))
+
+    @cached_property
+    def _heaviest(self) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        """Bytes of the heaviest rows, where a part's rows are not drawn from all alike."""
+        is_mixed = self.options.shuffle and not self.options.groupby
+        return None if is_mixed else heaviest_rows(self._moved, self._part_weights)
+
+    def lay_out(self, placement: Permutation | Dealt) -> Layout:
+        """Datasets of the size asked for, and parts that fit memory."""
+        rows = int(self._piece / self.row_nbytes)
+        if self._heaviest is not None:
+            rows = int(np.interp(self._piece, self._heaviest[1], self._heaviest[0]))
+        return _lay_out(self.options, placement, row_nbytes=self.row_nbytes, part_rows=max(1, rows))
+
+    def peaks(self, blocks: Sequence[Block], layout: Layout) -> tuple[int, int]:
+        """Of a scatter task, and of a gather task."""
+        part = layout.part_rows * self.row_nbytes
+        if self._heaviest is not None:
+            part = float(np.interp(layout.part_rows, *self._heaviest))
+        n_rows = max(layout.sizes)
+        collected, written = frame_nbytes(self._moved, self.columns, mixed=self.options.shuffle)
+        gather = gather_peak_nbytes(
+            part_nbytes=int(part),
+            segment_nbytes=int(min(max(b.n_bytes for b in blocks), part)),
+            obs_nbytes=int(n_rows * max(3 * self._obs_nbytes, collected)),
+            frame_nbytes=int(n_rows * written + categories_nbytes(self.columns)),
+            chunk_nbytes=int(self._chunks(n_rows)),
+        )
+        return max(b.peak_nbytes for b in blocks) + self.shared_nbytes, gather + self.shared_nbytes
+
+    def lowered(self, layout: Layout) -> str:
+        """The options that make a gather task smaller."""
+        is_large = self._chunks(max(layout.sizes)) > IN_FLIGHT_NBYTES
+        return "n_obs_per_chunk or dataset_size" if is_large else "dataset_size"
+
+    def _chunks(self, n_rows: int) -> float:
+        """Bytes of chunks that are filled or encoded: those of the largest dataset."""
+        rows = min(self.options.n_obs_per_chunk, n_rows)
+        sizes = [rows * n for m in self.matrices for n in self._array_rows(m)]
+        return sum(sizes) + 3 * max(sizes)
+
+    def _array_rows(self, spec: MatrixSpec) -> list[float]:
+        """Bytes of a row in each of the arrays that a matrix is stored as."""
+        item = np.dtype(spec.source_dtype).itemsize
+        if spec.kind == "dense":
+            return [float(spec.n_cols * item)]
+        found = [(s, m) for s in self._moved for m in s.matrices if m.name == spec.name]
+        n_values = sum(s.n_obs * m.n_cols if m.kind == "dense" else int(m.nnz[-1]) for s, m in found)
+        mean = n_values / sum(s.n_obs for s in self._moved)
+        return [mean * item, mean * index_dtype(spec.n_cols).itemsize, mean * 8]  # indptr's chunks are as long
+
+    def _largest(self, blocks: Sequence[Block]) -> SourceSchema:
+        return self.sources[max(blocks, key=lambda b: b.peak_nbytes).source]
+
+    def name_largest(self, blocks: Sequence[Block]) -> str:
+        """The largest scatter task, in words."""
+        source = self._largest(blocks)
+        if source.resident_nbytes:
+            return f"a scatter task of {source.path}, which is {format_nbytes(source.resident_nbytes)} in memory,"
+        if fixed := fixed_nbytes(source):
+            return f"a scatter task of {source.path}, whose chunks take {format_nbytes(fixed + IN_FLIGHT_NBYTES)},"
+        return "the largest scatter task"
+
+    def remedy(self, blocks: Sequence[Block]) -> str:
+        """What helps where it is too large."""
+        source, more = self._largest(blocks), "start workers with more memory or fewer threads"
+        if source.resident_nbytes:
+            return f"return a backed or lazy AnnData from load_adata, or write the file with anndata anew; or {more}"
+        return f"write the file with smaller chunks, or {more}" if fixed_nbytes(source) else more
+
+
+def _whole(sources: Sequence[SourceSchema], weights: Sequence[Weight]) -> float:
+    """Bytes of all rows."""
+    return sum(float(w.before(s, np.array([s.n_obs]))[0]) for s, w in zip(sources, weights, strict=True))
+
+
+def _lay_out(options: Options, placement: Permutation | Dealt, *, row_nbytes: float, part_rows: int) -> Layout:
     n_obs = placement.n_obs
     if isinstance(placement, Dealt):
         sizes = tuple(a + b for a, b in zip(placement.old, placement.new, strict=True))
@@ -662,13 +811,3 @@ def _lay_out(options: Options, placement: Permutation | Dealt, *, row_nbytes: fl
         )
         raise LayoutError(msg)
     return Layout.even(n_obs, min(rows, n_obs), min(part_rows, rows, n_obs))
-
-
-def _peaks(blocks: Sequence[Block], layout: Layout, *, row_nbytes: float, obs_nbytes: int) -> tuple[int, int]:
-    largest = max(b.n_bytes for b in blocks)
-    gather = gather_peak_nbytes(
-        part_nbytes=int(layout.part_rows * row_nbytes),
-        segment_nbytes=min(largest, int(layout.part_rows * row_nbytes)),
-        obs_nbytes=max(layout.sizes) * obs_nbytes,
-    )
-    return scatter_peak_nbytes(largest), gather

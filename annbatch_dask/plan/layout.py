@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import LayoutError
+from annbatch_dask.plan.costs import Weight, read_weight
+from annbatch_dask.plan.memory import scatter_peak_nbytes
 from annbatch_dask.plan.schema import SourceSchema
 
-__all__ = ["Block", "Layout", "cut_blocks"]
+__all__ = ["Block", "Layout", "Room", "cut_blocks"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Block:
     """Rows [start, stop) of a source: the work of one scatter task.
 
     ``first`` is the global input row of its first row; ``n_bytes`` what its matrices and obs take
-    uncompressed, as the source stores them.
+    uncompressed, as the source stores them; ``peak_nbytes`` what the task needs at most, 0 where nobody asked.
     """
 
     source: int
@@ -28,6 +30,7 @@ class Block:
     stop: int
     first: int
     n_bytes: int
+    peak_nbytes: int = field(default=0, compare=False, repr=False)
 
     @property
     def n_rows(self) -> int:
@@ -114,42 +117,65 @@ class Layout:
         return part, (rows - self.part_starts[part]).astype(np.uint32)
 
 
+@dataclass(frozen=True)
+class Room:
+    """What a scatter task may hold.
+
+    Attributes
+    ----------
+    nbytes
+        Bytes of a worker that are one task's.
+    held
+        Of each source: what its rows weigh in a task.
+    fixed
+        Of each source: bytes that a task takes whatever rows it reads.
+    """
+
+    nbytes: int
+    held: Sequence[Weight]
+    fixed: Sequence[int]
+
+
 def cut_blocks(
-    sources: Sequence[SourceSchema], *, block_nbytes: int, csc_nbytes: int, obs_nbytes: int, skip: int = 0
+    sources: Sequence[SourceSchema],
+    *,
+    block_nbytes: int,
+    csc_nbytes: int,
+    obs_nbytes: int,
+    skip: int = 0,
+    room: Room | None = None,
 ) -> tuple[Block, ...]:
     """Cut every source into row blocks of about ``block_nbytes``, at the steps at which its bytes are known.
 
     A block holds at least one step; an empty source has none. A source that names its ``cuts`` is cut there alone.
     A source with a CSC matrix is read whole for each of its blocks, so it is cut into blocks of ``csc_nbytes``, as few
-    as memory allows. The first ``skip`` sources have none: their rows stay where they are.
+    as memory allows. The first ``skip`` sources have none: their rows stay where they are. With ``room``, what counts
+    is what a task holds of the rows, and blocks are no larger than that allows.
     """
     blocks: list[Block] = []
     first = 0
     for s, source in enumerate(sources[skip:], skip):
-        csc = any(m.kind == "csc" for m in source.matrices)
-        edges, total = _cumulative_nbytes(source, obs_nbytes=obs_nbytes)
+        size = csc_nbytes if any(m.kind == "csc" for m in source.matrices) else block_nbytes
+        edges = _edges(source)
+        read = read_weight(source, obs_nbytes=obs_nbytes).before(source, edges)
+        held, fixed = read, 0
+        if room is not None:
+            held, fixed = room.held[s].before(source, edges), room.fixed[s]
+            size = min(size, max(1, (room.nbytes - scatter_peak_nbytes(0, fixed)) // 2))
         at = 0
         while at < len(edges) - 1:
-            limit = total[at] + (csc_nbytes if csc else block_nbytes)
-            end = max(int(np.searchsorted(total, limit, side="right")) - 1, at + 1)
+            end = max(int(np.searchsorted(held, held[at] + size, side="right")) - 1, at + 1)
             start, stop = int(edges[at]), int(edges[end])
-            blocks.append(Block(s, start, stop, first + start, int(total[end] - total[at])))
+            peak = scatter_peak_nbytes(held[end] - held[at], fixed)
+            blocks.append(Block(s, start, stop, first + start, int(read[end] - read[at]), peak))
             at = end
         first += source.n_obs
     return tuple(blocks)
 
 
-def _cumulative_nbytes(source: SourceSchema, *, obs_nbytes: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Rows at which a source may be cut, and the uncompressed bytes of matrices and obs before each."""
+def _edges(source: SourceSchema) -> NDArray[np.int64]:
+    """Rows at which a source may be cut."""
+    if source.cuts is not None:
+        return np.asarray(source.cuts, np.int64)
     step = max((m.row_step for m in source.matrices if len(m.nnz)), default=64)
-    steps = np.minimum(np.arange(-(-source.n_obs // step) + 1) * step, source.n_obs)
-    edges = steps if source.cuts is None else source.cuts
-    total = edges.astype(np.float64) * obs_nbytes
-    for m in source.matrices:
-        item = np.dtype(m.dtype).itemsize
-        if m.kind == "dense":
-            total += edges * float(m.n_cols * item)
-        else:
-            knots = np.minimum(np.arange(len(m.nnz)) * m.row_step, source.n_obs)
-            total += np.interp(edges, knots, m.nnz) * (item + np.dtype(m.index_dtype).itemsize) + edges * 8.0
-    return edges, total
+    return np.minimum(np.arange(-(-source.n_obs // step) + 1) * step, source.n_obs)

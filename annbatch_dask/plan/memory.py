@@ -6,11 +6,23 @@ from dataclasses import dataclass
 
 from annbatch_dask.errors import MemoryBudgetError
 
-__all__ = ["MIB", "Budget", "format_nbytes", "gather_peak_nbytes", "scatter_peak_nbytes"]
+__all__ = [
+    "IN_FLIGHT_NBYTES",
+    "MIB",
+    "SMALL_NBYTES",
+    "Budget",
+    "format_nbytes",
+    "gather_peak_nbytes",
+    "scatter_peak_nbytes",
+]
 
 MIB = 2**20
 RESERVED_NBYTES = 420 * MIB
 """A worker process before its first task: interpreter, imports, compiled kernels (measured 330-400 MiB)."""
+IN_FLIGHT_NBYTES = 24 * MIB
+"""Of chunks on their way from a file, that every task is taken to hold."""
+SMALL_NBYTES = 48 * MIB
+"""Of a task beside its rows: chunks on their way, what is copied at a time, what is encoded."""
 
 
 def format_nbytes(n: float) -> str:
@@ -59,13 +71,23 @@ class Budget:
             raise MemoryBudgetError(msg)
 
 
-def scatter_peak_nbytes(block_nbytes: int) -> int:
-    """Peak of a scatter task: what it read, and at most as much again while rows are put in order."""
-    return 2 * block_nbytes + 48 * MIB
+def scatter_peak_nbytes(held_nbytes: float, fixed_nbytes: int = 0) -> int:
+    """Peak of a scatter task: what it read, and at most as much again while rows are put in order.
+
+    Parameters
+    ----------
+    held_nbytes
+        Its rows, see :func:`annbatch_dask.plan.costs.held_weight`.
+    fixed_nbytes
+        What the source takes whatever rows are read.
+    """
+    return int(2 * held_nbytes) + fixed_nbytes + SMALL_NBYTES
 
 
-def gather_peak_nbytes(*, part_nbytes: int, segment_nbytes: int, obs_nbytes: int) -> int:
-    """Peak of a gather task.
+def gather_peak_nbytes(
+    *, part_nbytes: int, segment_nbytes: int, obs_nbytes: int, frame_nbytes: int = 0, chunk_nbytes: int = 0
+) -> int:
+    """Peak of a gather task: while it puts parts in order, or when it writes obs, which follows.
 
     Parameters
     ----------
@@ -74,6 +96,11 @@ def gather_peak_nbytes(*, part_nbytes: int, segment_nbytes: int, obs_nbytes: int
     segment_nbytes
         The largest piece of a spill file read at once.
     obs_nbytes
-        obs of the whole dataset, held until it is written: its arrays, the frame, and one column's copy.
+        obs of the whole dataset, held until it is written.
+    frame_nbytes
+        The same at the time when it is written.
+    chunk_nbytes
+        Of all arrays, one chunk each, which wait to be filled; and the largest thrice, at work.
     """
-    return int(2.2 * part_nbytes) + segment_nbytes + 3 * obs_nbytes + 48 * MIB
+    chunks = max(0, chunk_nbytes - IN_FLIGHT_NBYTES)
+    return max(int(2.2 * part_nbytes) + segment_nbytes + obs_nbytes, frame_nbytes) + chunks + SMALL_NBYTES

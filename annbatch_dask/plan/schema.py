@@ -23,6 +23,7 @@ __all__ = [
     "MatrixSchema",
     "MatrixSpec",
     "SourceSchema",
+    "heaviest_at",
     "shared_names",
 ]
 
@@ -74,6 +75,8 @@ class ColumnSchema:
         Its name in the source, where that is another.
     values
         Range of the values, where the scan was asked to look.
+    width
+        Bytes of a string of the column, as far as a sample tells; 0 where not strings.
     """
 
     name: str
@@ -84,6 +87,7 @@ class ColumnSchema:
     frame: str = OBS
     stored: str = ""
     values: ValueRange | None = field(default=None, compare=False, repr=False)
+    width: int = field(default=0, compare=False, repr=False)
 
     @property
     def path(self) -> str:
@@ -123,6 +127,10 @@ class MatrixSchema:
         What it is in the source, where that is another name.
     integral
         Whether a sample of its values are whole numbers; None where there is no value.
+    heaviest
+        Stored values of the rows that have the most, at :func:`heaviest_at`. Empty where dense.
+    in_flight_nbytes
+        What reading any rows holds beside these: chunks, which are decoded whole.
     """
 
     name: str
@@ -137,11 +145,19 @@ class MatrixSchema:
     genes: Genes = "var"
     stored: str = ""
     integral: bool | None = field(default=None, compare=False, repr=False)
+    heaviest: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), compare=False, repr=False)
+    in_flight_nbytes: int = field(default=0, compare=False, repr=False)
 
     @property
     def source_name(self) -> str:
         """What it is in the source."""
         return self.stored or self.name
+
+
+def heaviest_at(n: int) -> np.ndarray:
+    """Positions at which a running sum over ``n`` rows, the heaviest first, is kept: of 1, 2, 4, ... and of all."""
+    at = np.unique(np.append(2 ** np.arange(n.bit_length()), n)).astype(np.int64)
+    return at[at > 0] - 1
 
 
 def shared_names(names: np.ndarray) -> np.ndarray:
@@ -173,6 +189,10 @@ class SourceSchema:
         (n_blocks + 1,) rows at which its row blocks may be cut, where not everywhere: those of a lazy array's blocks.
     raw_names
         (n_raw_vars,) gene names of ``raw``, object dtype; None where there is no ``raw``.
+    name_width
+        Bytes of an obs name, as far as a sample tells.
+    resident_nbytes
+        What it holds in memory as long as it is open: all of it, where ``load_adata`` loads it or its format is old.
     """
 
     path: str
@@ -187,6 +207,8 @@ class SourceSchema:
     unsupported: tuple[str, ...] = ()
     raw_names: np.ndarray | None = field(default=None, compare=False, repr=False)
     cuts: np.ndarray | None = field(default=None, compare=False, repr=False)
+    name_width: int = field(default=0, compare=False, repr=False)
+    resident_nbytes: int = field(default=0, compare=False, repr=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What a worker sends brings strings of its own."""

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
 from annbatch_dask.plan.schema import OBS, ColumnSchema, Genes, MatrixSchema, SourceSchema
-from annbatch_dask.storage.columns import ColumnRows, check_text, describe_series, series_rows
+from annbatch_dask.storage.columns import ColumnRows, check_text, describe_series, mean_width, series_rows
 from annbatch_dask.storage.groups import GENE_WISE, PAIRED, no_cells
-from annbatch_dask.storage.matrices import ROW_STEP, CsrRows, are_whole, describe_matrix, knots, matrix_rows
+from annbatch_dask.storage.matrices import CsrRows, are_whole, counted, describe_matrix, matrix_rows
 
 __all__ = ["AnnDataSource", "read_legacy"]
 
@@ -74,8 +74,22 @@ class AnnDataSource:
             left_out=tuple(f"{k}/{name}" for k in PAIRED for name in sorted(getattr(adata, k))),
             unsupported=tuple(unsupported),
             raw_names=None if adata.raw is None else np.asarray(adata.raw.var_names.astype(str), object),
+            name_width=mean_width(lambda a, b: self._frames[OBS].names(a, b).astype(str), adata.n_obs),
+            resident_nbytes=self._nbytes(),
             cuts=_cuts(matrix for _, _, matrix in self._matrix_values()),
         )
+
+    def _nbytes(self) -> int:
+        """Bytes of it in memory."""
+        adata = self._adata
+        values = [v for _, _, v in self._matrix_values()]
+        for mapping in (adata.varm, adata.obsp, adata.varp):
+            values += mapping.values()
+        frames = [adata.obs, adata.var, *(v for k, v in adata.obsm.items() if f"obsm/{k}" in self._frames)]
+        if adata.raw is not None:
+            frames.append(adata.raw.var)
+        tables = [f for f in frames if isinstance(f, pd.DataFrame)]
+        return sum(map(_array_nbytes, values)) + sum(int(f.memory_usage(deep=True).sum()) for f in tables)
 
     def _matrix_values(self) -> Iterator[tuple[str, Genes, Any]]:
         """Name, what the columns are, and the values."""
@@ -125,6 +139,13 @@ def _check_names(label: str, frame: str, columns: Iterable[Any]) -> None:
             )
             raise SchemaError(msg)
         seen[str(column)] = column
+
+
+def _array_nbytes(values: Any) -> int:
+    """Bytes of an array in memory, dense or sparse; 0 for one that is stored or lazy."""
+    if sp.issparse(values):
+        return sum(int(getattr(values, k).nbytes) for k in ("data", "indices", "indptr") if hasattr(values, k))
+    return int(values.nbytes) if isinstance(values, np.ndarray) else 0
 
 
 class _DataFrame:
@@ -221,6 +242,5 @@ def _describe_lazy(name: str, values: da.Array) -> MatrixSchema | None:
     if not sp.issparse(first):
         return MatrixSchema(name, "dense", values.dtype.name, "", n_cols, integral=integral)
     ends = np.ceil(np.arange(1, n_rows + 1) * (first.nnz / n_first))
-    return MatrixSchema(
-        name, "csr", values.dtype.name, "int32", n_cols, ROW_STEP, knots(ends), exact=False, integral=integral
-    )
+    schema = MatrixSchema(name, "csr", values.dtype.name, "int32", n_cols, integral=integral)
+    return counted(schema, ends, exact=False)

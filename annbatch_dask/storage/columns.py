@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import h5py
@@ -14,7 +15,16 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import SchemaError
 from annbatch_dask.plan.schema import Categories, ColumnSchema, ColumnSpec
 
-__all__ = ["ColumnRows", "check_text", "describe_elem", "describe_series", "elem_rows", "series_rows", "to_pandas"]
+__all__ = [
+    "ColumnRows",
+    "check_text",
+    "describe_elem",
+    "describe_series",
+    "elem_rows",
+    "mean_width",
+    "series_rows",
+    "to_pandas",
+]
 
 
 @dataclass(frozen=True)
@@ -37,11 +47,32 @@ def _encoding(elem: Any) -> str:
     return str(elem.attrs.get("encoding-type", "array"))
 
 
-def describe_elem(name: str, elem: Any, categories: Any = None) -> ColumnSchema | None:
+_SAMPLE = 256
+"""Strings looked at in each of three places."""
+
+
+def mean_width(read: Callable[[int, int], Any], n: int) -> int:
+    """UTF-8 bytes of a string, from samples at the start, the middle and the end: of that where they are longest."""
+    starts = sorted({0, max(0, (n - _SAMPLE) // 2), max(0, n - _SAMPLE)})
+    found = [read(a, min(a + _SAMPLE, n)) for a in starts] if n else []
+    means = [sum(len(str(v).encode("utf-8", "surrogatepass")) for v in strings) / len(strings) for strings in found]
+    return math.ceil(max(means, default=0))
+
+
+def describe_elem(name: str, elem: Any, categories: Any = None, *, metadata_only: bool = False) -> ColumnSchema | None:
     """Schema of a stored column; None for an encoding this package does not know.
 
-    ``categories``: those of a column of codes, which anndata 0.7 wrote beside the columns.
+    ``categories``: those of a column of codes, which anndata 0.7 wrote beside the columns. With ``metadata_only`` no
+    value is read, so the width of strings stays unknown.
     """
+    schema = _describe_elem(name, elem, categories)
+    if metadata_only or schema is None or schema.kind != "string":
+        return schema
+    values = elem["values"] if hasattr(elem, "keys") else elem
+    return replace(schema, width=mean_width(lambda a, b: _strings(values, slice(a, b)), values.shape[0]))
+
+
+def _describe_elem(name: str, elem: Any, categories: Any) -> ColumnSchema | None:
     encoding = _encoding(elem)
     if categories is not None:
         return ColumnSchema(name, "categorical", categories=_stored_categories(categories, categories))
@@ -130,7 +161,8 @@ def describe_series(name: str, series: pd.Series) -> ColumnSchema:
     present = series[~series.isna()]
     if isinstance(dtype, pd.StringDtype) or all(isinstance(v, str) for v in present):
         check_text(f"obs column {name!r}", present)
-        return ColumnSchema(name, "string", nullable=bool(series.isna().any()))
+        width = mean_width(lambda a, b: series.iloc[a:b], len(series))
+        return ColumnSchema(name, "string", nullable=bool(series.isna().any()), width=width)
     other = next(type(v).__name__ for v in present if not isinstance(v, str))
     msg = f"obs column {name!r} of dtype {dtype} holds {other} values; convert it to numbers, strings or a categorical"
     raise SchemaError(msg)

@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.plan.schema import OBS, ColumnSchema, Genes, MatrixSchema, SourceSchema
-from annbatch_dask.storage.columns import ColumnRows, describe_elem, elem_rows
+from annbatch_dask.storage.columns import ColumnRows, describe_elem, elem_rows, mean_width
 from annbatch_dask.storage.matrices import CsrRows, are_whole, check_rows, describe_matrix, matrix_rows, n_rows_of
 
 if TYPE_CHECKING:
@@ -59,10 +59,11 @@ class GroupSource:
         """What it holds. With ``metadata_only`` no value of a matrix is read, so stored values a row are guessed."""
         obs = self._group["obs"]
         index, n_obs = str(obs.attrs["_index"]), n_rows(obs)
-        columns, matrices, unsupported = self._columns(OBS), [], [f"{OBS}/{c}" for c in self._unsupported_columns(OBS)]
+        columns, matrices = self._columns(OBS, metadata_only=metadata_only), []
+        unsupported = [f"{OBS}/{c}" for c in self._unsupported_columns(OBS)]
         for name, genes, elem in self._matrix_elems():
             if elem.attrs.get("encoding-type") == "dataframe":
-                columns += self._columns(name)
+                columns += self._columns(name, metadata_only=metadata_only)
                 unsupported += [f"{name}/{c}" for c in self._unsupported_columns(name)]
                 continue
             described = describe_matrix(name, elem, metadata_only=metadata_only)
@@ -82,6 +83,7 @@ class GroupSource:
             left_out=tuple(f"{k}/{name}" for k in PAIRED if not self._is_absent(k) for name in sorted(self._group[k])),
             unsupported=tuple(unsupported),
             raw_names=self._gene_names("raw/var") if self._has_raw() else None,
+            name_width=0 if metadata_only else mean_width(self.names, n_obs),
         )
 
     def _is_absent(self, key: str) -> bool:
@@ -103,17 +105,21 @@ class GroupSource:
             for name in sorted(() if self._is_absent(kind) else self._group[kind]):
                 yield f"{kind}/{name}", genes, self._group[kind][name]  # type: ignore[misc]
 
-    def _columns(self, frame: str) -> list[ColumnSchema]:
-        return [replace(c, frame=frame) for c in self._described(frame).values() if c is not None]
+    def _columns(self, frame: str, *, metadata_only: bool) -> list[ColumnSchema]:
+        found = self._described(frame, metadata_only=metadata_only).values()
+        return [replace(c, frame=frame) for c in found if c is not None]
 
     def _unsupported_columns(self, frame: str) -> list[str]:
         return [name for name, c in self._described(frame).items() if c is None]
 
-    def _described(self, frame: str) -> dict[str, ColumnSchema | None]:
+    def _described(self, frame: str, *, metadata_only: bool = True) -> dict[str, ColumnSchema | None]:
         group = self._group[frame]
         beside = group["__categories"] if "__categories" in group else {}
         names = map(str, group.attrs["column-order"])
-        return {c: describe_elem(c, group[c], beside[c] if c in beside else None) for c in names}
+        return {
+            c: describe_elem(c, group[c], beside[c] if c in beside else None, metadata_only=metadata_only)
+            for c in names
+        }
 
     def _gene_names(self, frame: str) -> NDArray[np.object_]:
         var = self._group[frame]

@@ -16,15 +16,17 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from annbatch_dask.storage.threads import map_ordered
+from annbatch_dask.storage.threads import MAX_THREADS, map_ordered
 
-__all__ = ["SLAB_NBYTES", "visit_h5"]
+__all__ = ["SLAB_NBYTES", "in_flight_nbytes", "read_h5_rows", "visit_h5"]
 
 Visitor = Callable[[int, NDArray], None]
 RawChunk = tuple[tuple[int, ...], bytes | NDArray]
 """Origin of a chunk, and its stored bytes, or its values where these had to come from h5py."""
 SLAB_NBYTES = 2**22
 _GROUP_NBYTES = 2**20
+_WAITING_NBYTES = 2**24
+"""Of chunks that wait for a thread, or are at work in one, about; one chunk always is."""
 _SHUFFLE, _DEFLATE = h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE
 
 
@@ -86,9 +88,26 @@ def _for_each_group(work: Callable[[list[RawChunk]], None], dataset: h5py.Datase
     n_chunk_bytes = prod(dataset.chunks) * dataset.dtype.itemsize
     stored = _raw_chunks(dataset, start, stop)
     groups = iter(lambda: list(islice(stored, max(1, _GROUP_NBYTES // n_chunk_bytes))), [])
-    with closing(map_ordered(work, groups)) as results:
+    with closing(map_ordered(work, groups, in_flight=_in_flight(n_chunk_bytes))) as results:
         for _ in results:
             pass
+
+
+def _in_flight(n_chunk_bytes: int) -> int:
+    """How many groups of chunks are read ahead: fewer where one chunk is large."""
+    return max(1, min(2 * MAX_THREADS, _WAITING_NBYTES // max(_GROUP_NBYTES, n_chunk_bytes)))
+
+
+def in_flight_nbytes(dataset: h5py.Dataset) -> int:
+    """Bytes at most that reading any rows of a dataset holds beside them: chunks, stored and inflated."""
+    if dataset.chunks is None:
+        return SLAB_NBYTES
+    n = prod(dataset.chunks) * dataset.dtype.itemsize
+    stored = min(max(n, _GROUP_NBYTES), dataset.id.get_storage_size())
+    if (shuffled := _fast_filters(dataset)) is None:
+        return int(stored + n + SLAB_NBYTES)
+    waiting = _in_flight(n)
+    return int(waiting * stored + min(waiting, MAX_THREADS) * n * (2 if shuffled else 1))
 
 
 def _fast_filters(dataset: h5py.Dataset) -> bool | None:

@@ -6,12 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
-from annbatch_dask.kernels.rows import bounds_of, map_indices, sort_rows
+from annbatch_dask.kernels.rows import bounds_of, map_indices, slabs, sort_entries
 from annbatch_dask.plan.dtypes import is_wide, signed_dtype
 from annbatch_dask.plan.layout import Block
 from annbatch_dask.plan.schema import OBS, SRC_PATH, ColumnSpec, MatrixSpec, SourceSchema
 from annbatch_dask.storage.columns import ColumnRows
-from annbatch_dask.storage.matrices import CsrRows
+from annbatch_dask.storage.matrices import CsrRows, Visitor
 from annbatch_dask.storage.sources import Source
 
 __all__ = ["cast_exactly", "dense_to_csr", "in_gene_order", "join_dense", "map_genes", "read_column"]
@@ -41,12 +41,26 @@ def cast_exactly(values: NDArray, dtype: str | np.dtype, what: str, used: NDArra
     return values.astype(target, copy=False)
 
 
+_STEP = 2**20
+"""About so many values are worked on at a time: what stands beside the rows themselves stays small."""
+
+
 def dense_to_csr(values: NDArray) -> CsrRows:
-    """A dense source among sparse ones: its non-zeros (a NaN is not zero, a negative zero is)."""
-    at, cols = np.nonzero(values)
-    bounds = bounds_of(np.bincount(at, minlength=len(values)))
-    stored = values[at, cols]
-    return CsrRows(bounds, lambda visit: visit(0, cols.astype(np.int32)), lambda visit: visit(0, stored))
+    """A dense source among sparse ones: its non-zeros (a NaN is not zero, a negative zero is), some rows at a time."""
+    step = max(1, _STEP // max(1, values.shape[1]))
+    pieces = [values[a : a + step] for a in range(0, len(values), step)]
+    bounds = bounds_of(np.concatenate([np.zeros(0, np.int64), *(np.count_nonzero(p, axis=1) for p in pieces)]))
+    firsts = bounds[::step].tolist()
+
+    def indices(visit: Visitor) -> None:
+        for first, piece in zip(firsts, pieces, strict=False):
+            visit(first, np.nonzero(piece)[1].astype(np.int32))
+
+    def stored(visit: Visitor) -> None:
+        for first, piece in zip(firsts, pieces, strict=False):
+            visit(first, piece[piece != 0])
+
+    return CsrRows(bounds, indices, stored)
 
 
 def map_genes(csr: CsrRows, gene_map: NDArray, *, n_cols: int) -> NDArray:
@@ -74,26 +88,36 @@ def map_genes(csr: CsrRows, gene_map: NDArray, *, n_cols: int) -> NDArray:
 def in_gene_order(
     bounds: NDArray[np.int64], indices: NDArray, values: NDArray, gene_map: NDArray[np.int32]
 ) -> tuple[NDArray[np.int64], NDArray, NDArray]:
-    """Mapped rows without the genes that are left out (-1), each in the order of its genes."""
+    """Mapped rows without the genes that are left out (-1), each in the order of its genes.
+
+    ``indices`` and ``values`` are changed in place: the rows may be all that fits into memory.
+    """
     if (gene_map < 0).any():
-        keep = indices >= 0
-        kept = np.add.reduceat(np.append(keep, [False]), bounds[:-1], dtype=np.int64)  # wrong for empty rows
-        bounds = bounds_of(kept * (np.diff(bounds) > 0))
-        indices, values = indices[keep], values[keep]
+        n_before = np.zeros(len(bounds), np.int64)
+        n_kept = 0
+        for a, b in slabs(bounds, _STEP):
+            at = slice(int(bounds[a]), int(bounds[b]))
+            keep = indices[at] >= 0
+            n_before[a + 1 : b + 1] = n_kept + bounds_of(keep)[bounds[a + 1 : b + 1] - bounds[a]]
+            kept = slice(n_kept, int(n_before[b]))
+            indices[kept], values[kept] = indices[at][keep], values[at][keep]
+            n_kept = kept.stop
+        bounds, indices, values = n_before, indices[:n_kept], values[:n_kept]
     if (np.diff(gene_map[gene_map >= 0]) < 0).any():
-        order = np.empty(len(indices), np.int64)
-        sort_rows(bounds, indices, order)
-        indices, values = indices[order], values[order]
+        sort_entries(bounds, indices, values)
     return bounds, indices, values
 
 
 def join_dense(values: NDArray, spec: MatrixSpec, gene_map: NDArray[np.int32] | None) -> NDArray:
     """Dense rows on the collection's genes, in a dtype that holds all sources' values; NaN where a gene is absent."""
-    values = cast_exactly(values, spec.source_dtype, spec.name)
+    dtype = np.dtype(spec.source_dtype)
     if gene_map is None or np.array_equal(gene_map, np.arange(spec.n_cols)):
-        return values
-    joined = np.full((len(values), spec.n_cols), np.nan if values.dtype.kind == "f" else 0, values.dtype)
-    joined[:, gene_map[gene_map >= 0]] = values[:, gene_map >= 0]
+        return cast_exactly(values, dtype, spec.name)
+    joined = np.full((len(values), spec.n_cols), np.nan if dtype.kind == "f" else 0, dtype)
+    to, of = gene_map[gene_map >= 0], np.flatnonzero(gene_map >= 0)
+    step = max(1, _STEP // max(1, values.shape[1]))
+    for a in range(0, len(values), step):
+        joined[a : a + step, to] = cast_exactly(values[a : a + step], dtype, spec.name)[:, of]
     return joined
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -15,29 +15,44 @@ import zarr
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import IntegrityError, SchemaError
-from annbatch_dask.plan.schema import SOURCE_DTYPE, MatrixKind, MatrixSchema
-from annbatch_dask.storage.h5ad import SLAB_NBYTES, read_h5_rows, visit_h5
+from annbatch_dask.kernels.rows import bounds_of, find_rows, place_columns
+from annbatch_dask.plan.schema import SOURCE_DTYPE, MatrixKind, MatrixSchema, heaviest_at
+from annbatch_dask.storage.h5ad import SLAB_NBYTES, in_flight_nbytes, read_h5_rows, visit_h5
 from annbatch_dask.storage.transient import is_transient
 
-__all__ = ["ROW_STEP", "CsrRows", "are_whole", "check_rows", "describe_matrix", "knots", "matrix_rows", "n_rows_of"]
+__all__ = [
+    "ROW_STEP",
+    "CsrRows",
+    "Visitor",
+    "are_whole",
+    "check_rows",
+    "counted",
+    "describe_matrix",
+    "matrix_rows",
+    "n_rows_of",
+]
 
 _SAMPLE = 4096
 """Values looked at in each of three places."""
 Visitor = Callable[[int, NDArray], None]
+_CSC_SLAB = 2**20
+"""Entries of a column-compressed matrix that go by at a time, about."""
+_ZARR_NBYTES = 2 * SLAB_NBYTES
 ROW_STEP = 64
 """Rows between the points at which the stored values of a source are counted."""
 
 
 @dataclass(frozen=True)
 class CsrRows:
-    """Rows of a sparse matrix, not yet read: visit each array at most once.
+    """Rows of a sparse matrix, not yet read.
 
     Attributes
     ----------
     bounds
         (n_rows + 1,) int64 first entry of each row, from 0.
     indices, values
-        Call with a visitor ``(first_entry, entries)``; pieces come in no order and from several threads.
+        Call with a visitor ``(first_entry, entries)``; pieces come in no order and from several threads. Indices may
+        be visited once only: they are let go of then.
     """
 
     bounds: NDArray[np.int64]
@@ -70,9 +85,11 @@ def describe_matrix(name: str, values: Any, *, metadata_only: bool = False) -> M
         return None
     if sp.issparse(values):
         kind: MatrixKind = "csc" if values.format == "csc" else "csr"
-        counts = _row_counts(values)
-        return MatrixSchema(name, kind, dtype.name, "int32", values.shape[1], ROW_STEP, knots(np.cumsum(counts)))
-    return MatrixSchema(name, "dense", _source_dtype(values, dtype), "", int(values.shape[1]))
+        schema = MatrixSchema(name, kind, dtype.name, "int32", values.shape[1])
+        return counted(schema, np.cumsum(_row_counts(values)))
+    stored_nbytes = _in_flight(values) if hasattr(values, "chunks") else 0
+    width = int(values.shape[1])
+    return MatrixSchema(name, "dense", _source_dtype(values, dtype), "", width, in_flight_nbytes=stored_nbytes)
 
 
 def _source_dtype(elem: Any, stored: np.dtype) -> str:
@@ -105,10 +122,12 @@ def _row_counts(matrix: Any) -> NDArray[np.int64]:
     )
 
 
-def knots(ends: NDArray) -> NDArray[np.int64]:
-    """Stored values before every ROW_STEP-th row and before the end, from those up to and with each row."""
+def counted(schema: MatrixSchema, ends: NDArray, *, exact: bool = True) -> MatrixSchema:
+    """A sparse matrix with what is known of its rows, from the stored values up to and with each of them."""
     at = np.minimum(np.arange(-(-len(ends) // ROW_STEP) + 1) * ROW_STEP, len(ends))
-    return np.concatenate([[0], ends])[at].astype(np.int64)
+    nnz = np.concatenate([[0], ends])[at].astype(np.int64)
+    heaviest = np.cumsum(np.sort(np.diff(ends, prepend=0))[::-1])[heaviest_at(len(ends))].astype(np.int64)
+    return replace(schema, row_step=ROW_STEP, nnz=nnz, heaviest=heaviest, exact=exact)
 
 
 def _describe_stored_sparse(name: str, group: Any, *, metadata_only: bool) -> MatrixSchema | None:
@@ -119,7 +138,8 @@ def _describe_stored_sparse(name: str, group: Any, *, metadata_only: bool) -> Ma
     n_rows, n_cols = (int(n) for n in group.attrs["shape"])
     dtypes = (_source_dtype(group, group["data"].dtype), group["indices"].dtype.name)
     ends = _even_ends(group, n_rows) if metadata_only else _row_ends(group, kind, n_rows)
-    return MatrixSchema(name, kind, *dtypes, n_cols, ROW_STEP, knots(ends), exact=not metadata_only)
+    schema = MatrixSchema(name, kind, *dtypes, n_cols, in_flight_nbytes=_in_flight(group["data"], group["indices"]))
+    return counted(schema, ends, exact=not metadata_only)
 
 
 def _even_ends(group: Any, n_rows: int) -> NDArray[np.float64]:
@@ -153,7 +173,7 @@ def matrix_rows(values: Any, matrix: MatrixSchema, start: int, stop: int) -> Csr
     elif isinstance(values, h5py.Dataset):
         values = read_h5_rows(values, start, stop)
     elif isinstance(values, zarr.Array):
-        values = _zarr_rows(values, start, stop)
+        values = _zarr_dense(values, start, stop)
     else:
         if sp.issparse(values) and not values.dtype.isnative:  # scipy slices this machine's byte order alone
             values = values.astype(values.dtype.newbyteorder("="))
@@ -213,16 +233,43 @@ def _visit(array: Any, start: int, stop: int, visit: Visitor) -> None:
     if isinstance(array, h5py.Dataset):
         visit_h5(array, start, stop, visit)
         return
-    shards = array.shards or array.chunks
-    step = max(1, shards[0], SLAB_NBYTES // array.dtype.itemsize)
-    first = start // step * step
-    for a in range(first, stop, step):
-        lo, hi = max(a, start), min(a + step, stop)
+    for lo, hi in _zarr_pieces(array, start, stop):
         visit(lo - start, _zarr_rows(array, lo, hi))
 
 
 def _swapped(visit: Visitor) -> Visitor:
     return lambda first, piece: visit(first, _native(piece))
+
+
+def _zarr_pieces(array: zarr.Array, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Cut rows [start, stop) where its chunks are, into pieces of about a slab."""
+    step = _zarr_step(array)
+    for a in range(start // step * step, stop, step):
+        yield max(a, start), min(a + step, stop)
+
+
+def _zarr_step(array: zarr.Array) -> int:
+    """Rows read at a time: whole chunks."""
+    row_nbytes = max(1, array.dtype.itemsize * prod(array.shape[1:]))
+    return _whole_chunks(array, _ZARR_NBYTES // row_nbytes)
+
+
+def _zarr_dense(array: zarr.Array, start: int, stop: int) -> NDArray:
+    """Rows [start, stop), piece by piece: zarr holds those that it decodes a second time."""
+    out = np.empty((stop - start, *array.shape[1:]), array.dtype)
+    for lo, hi in _zarr_pieces(array, start, stop):
+        out[lo - start : hi - start] = _zarr_rows(array, lo, hi)
+    return out
+
+
+def _in_flight(*arrays: Any) -> int:
+    """Bytes at most that reading any rows of one of the arrays holds beside them."""
+    return max(
+        in_flight_nbytes(a)
+        if isinstance(a, h5py.Dataset)
+        else 3 * _zarr_step(a) * a.dtype.itemsize * max(1, prod(a.shape[1:]))
+        for a in arrays
+    )
 
 
 def _zarr_rows(array: zarr.Array, start: int, stop: int) -> NDArray:
@@ -236,21 +283,59 @@ def _zarr_rows(array: zarr.Array, start: int, stop: int) -> NDArray:
 
 
 def _csc_rows(group: Any, start: int, stop: int) -> CsrRows:
-    """Rows of a column-compressed matrix: all of it goes by, in slabs, and what lies in the rows stays."""
+    """Rows of a column-compressed matrix: all of it goes by, in slabs, and what lies in the rows stays.
+
+    Raises
+    ------
+    SchemaError
+        For a row index outside the matrix.
+    """
     indptr = np.asarray(group["indptr"][:]).astype(np.int64)
     _check_pointers(indptr, group["indices"], group["data"])
-    n_rows = n_rows_of(group)
-    kept: list[tuple[NDArray, NDArray, NDArray]] = []
-    for a in range(0, int(indptr[-1]), SLAB_NBYTES):
-        b = min(a + SLAB_NBYTES, int(indptr[-1]))
-        rows, values = np.asarray(group["indices"][a:b]), _native(np.asarray(group["data"][a:b]))
+    kept, counts = [], np.zeros(stop - start, np.int64)
+    for slab in _csc_slabs(group, indptr, start, stop):
+        counts += np.bincount(slab.rows, minlength=stop - start)
+        kept.append(slab)
+    bounds = bounds_of(counts)
+    at, cols = bounds[:-1].copy(), [np.empty(int(bounds[-1]), np.int32)]
+    values = np.empty(int(bounds[-1]), group["data"].dtype.newbyteorder("="))
+    kept.reverse()
+    while kept:  # each slab is let go of as it is put into its rows
+        slab = kept.pop()
+        place_columns(slab.column, slab.bounds, (slab.rows, slab.values), at, (cols[0], values))
+    return CsrRows(bounds, lambda visit: visit(0, cols.pop()), lambda visit: visit(0, values))
+
+
+@dataclass(frozen=True)
+class _Slab:
+    """Entries of some columns of a matrix that lie in some rows, counted from the first of these."""
+
+    column: int
+    bounds: NDArray[np.int64]
+    rows: NDArray[np.uint32]
+    values: NDArray
+
+
+def _csc_slabs(group: Any, indptr: NDArray[np.int64], start: int, stop: int) -> Iterator[_Slab]:
+    indices, data, n_rows = group["indices"], group["data"], n_rows_of(group)
+    step = max(_whole_chunks(indices, _CSC_SLAB), _whole_chunks(data, _CSC_SLAB))
+    for a in range(0, int(indptr[-1]), step):
+        b = min(a + step, int(indptr[-1]))
+        rows = _read_flat(indices, a, b)
+        at = np.empty(b - a + 1, np.int64)
         _check_row_indices(rows, n_rows)
-        inside = np.flatnonzero((rows >= start) & (rows < stop))
-        cols = (np.searchsorted(indptr, inside + a, side="right") - 1).astype(np.int32)
-        kept.append((rows[inside] - start, cols, values[inside]))
-    rows, cols, values = (
-        (np.concatenate(x) for x in zip(*kept, strict=True)) if kept else (np.zeros(0, t) for t in ("i4", "i4", "f4"))
-    )
-    order = np.argsort(rows, kind="stable")
-    bounds = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=stop - start))]).astype(np.int64)
-    return CsrRows(bounds, lambda visit: visit(0, cols[order]), lambda visit: visit(0, values[order]))
+        n = find_rows(rows, start, stop, at)
+        first, last = np.searchsorted(indptr, [a, b - 1], side="right").tolist()
+        bounds = np.searchsorted(at[:n] + a, indptr[first - 1 : last + 1])
+        yield _Slab(first - 1, bounds, (rows[at[:n]] - start).astype(np.uint32), _read_flat(data, a, b)[at[:n]])
+
+
+def _whole_chunks(array: Any, size: int) -> int:
+    """About ``size`` entries, as whole chunks."""
+    chunk = int((array.chunks or (1,))[0])
+    return max(1, size // chunk) * chunk
+
+
+def _read_flat(array: Any, start: int, stop: int) -> NDArray:
+    rows = read_h5_rows(array, start, stop) if isinstance(array, h5py.Dataset) else _zarr_rows(array, start, stop)
+    return _native(rows)

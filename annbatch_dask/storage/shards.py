@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from math import prod
 from typing import IO, TYPE_CHECKING, Any
 
 import google_crc32c
@@ -23,13 +24,15 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import LayoutError
 from annbatch_dask.storage.publish import Folder, name_errors
 from annbatch_dask.storage.ranges import ALL_WRITTEN
-from annbatch_dask.storage.threads import map_ordered
+from annbatch_dask.storage.threads import MAX_THREADS, map_ordered
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
 
 __all__ = ["ShardWriter", "compressor_json"]
 
+_WAITING_NBYTES = 2**23
+"""Of chunks that are encoded at a time, about; one always is."""
 _CODECS = {"blosc": numcodecs.Blosc, "zstd": numcodecs.Zstd, "gzip": numcodecs.GZip}
 _SHUFFLES = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
 
@@ -135,6 +138,8 @@ class ShardWriter:
         self._codec = _numcodec(compressor)
         self._chunk_shape, self._shard_chunks = (chunk_rows, *rest), shard_rows // chunk_rows
         self._dtype, self._rows, self._n_dims = dtype, shape[0], len(shape)
+        nbytes = chunk_rows * prod(rest) * dtype.itemsize
+        self._in_flight = max(1, min(2 * MAX_THREADS, _WAITING_NBYTES // max(1, nbytes)))
         self._written = 0
         self.files: dict[str, tuple[int, str]] = {}
         self._pending = np.empty((0, *rest), dtype)
@@ -176,7 +181,7 @@ class ShardWriter:
             raise LayoutError(msg)
 
     def _write_chunks(self, chunks: Any, n_rows: int | None = None) -> None:
-        with contextlib.closing(map_ordered(self._encode, chunks)) as results:
+        with contextlib.closing(map_ordered(self._encode, chunks, in_flight=self._in_flight)) as results:
             for encoded in results:
                 self._append(encoded, n_rows)
 

@@ -165,6 +165,9 @@ def _runs(sizes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     """Runs [first, last) of parts of about ``_COPY_NBYTES``: many small ones share the cost of a step."""
     first = nbytes = 0
     for last, size in enumerate(sizes.tolist(), 1):
+        if size >= _COPY_NBYTES and first < last - 1:  # which is written by itself, in pieces
+            yield first, last - 1
+            first = last - 1
         nbytes += size
         if nbytes >= _COPY_NBYTES or last == len(sizes):
             yield first, last

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from dask.system import cpu_count
 
-__all__ = ["codec_pool", "map_ordered", "one_ahead"]
+__all__ = ["MAX_THREADS", "codec_pool", "map_ordered", "one_ahead"]
 
 T = TypeVar("T")
 R = TypeVar("R")
