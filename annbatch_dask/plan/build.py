@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import LayoutError, SchemaError
 from annbatch_dask.html import overlap_rows, render
-from annbatch_dask.plan.columns import unite_columns, unite_tags
+from annbatch_dask.plan.columns import texts_of, unite_columns, unite_tags
 from annbatch_dask.plan.costs import (
     Weight,
     categories_nbytes,
@@ -291,12 +291,14 @@ class Plan:
         about = "" if exact else "about "
         n = len(self.blocks) + self.n_datasets
         groupby = f", each dataset sorted by {', '.join(self.options.groupby)}" if self.options.groupby else ""
+        texts = self._texts()
         missing = [f"{name} ({_plural(len(paths), 'source')})" for name, paths in self.left_out.items()]
         return [
             ("order", f"{self.placement.name}, seed {self.seed}{groupby}"),
             ("carried", ", ".join([*(m.name for m in self.matrices), *self._frames()])),
             ("X from", self._counts()),
             *([("left out", ", ".join(missing))] if missing else []),
+            *([("strings", f"{', '.join(texts)}: categories in the inputs, nearly one a cell")] if texts else []),
             ("tasks", f"{n:,}: {len(self.blocks):,} scatter + {self.n_datasets:,} gather"),
             (
                 "bytes",
@@ -335,6 +337,14 @@ class Plan:
             for m, v in found
             if v is not None
         ]
+
+    def _texts(self) -> list[str]:
+        """Columns that are categorical in every input and are carried as strings."""
+        kinds: dict[str, set[str]] = {}
+        for s in self.sources:
+            for c in s.columns:
+                kinds.setdefault(c.path, set()).add(c.kind)
+        return [c.name for c in self.columns if c.kind == "string" and kinds.get(c.path) == {"categorical"}]
 
     def _frames(self) -> list[str]:
         n_columns = Counter(c.frame for c in (self.source_column, *self.columns))
@@ -433,6 +443,7 @@ def build_plan(
     options.elements.refuse(left_out, n_sources=len(sources) - n_old)
     sources = tuple(_keep(s, common) for s in sources)
     columns = tuple(c for c in unite_columns(sources) if c.path != f"{OBS}/{SRC_PATH}")
+    columns = texts_of(columns, sources)
     _check_names(matrices, columns)
     _check_groupby(options.groupby, sources[n_kept:])
     placement = _place(options, [s.n_obs for s in sources], extension)

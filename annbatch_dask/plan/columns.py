@@ -17,7 +17,10 @@ from annbatch_dask.plan.dtypes import ValueRange, common_dtype, is_wide
 from annbatch_dask.plan.genes import unite_names
 from annbatch_dask.plan.schema import OBS, SRC_PATH, Categories, ColumnSchema, ColumnSpec, SourceSchema
 
-__all__ = ["unite_columns", "unite_tags", "unsure"]
+__all__ = ["texts_of", "unite_columns", "unite_tags", "unsure"]
+
+_FEW = 10_000
+"""Categories that a column may have however few rows there are."""
 
 
 def unite_columns(sources: Sequence[SourceSchema]) -> tuple[ColumnSpec, ...]:
@@ -65,6 +68,29 @@ def unsure(sources: Sequence[SourceSchema]) -> list[frozenset[str]]:
                 if np.dtype(dtype).kind in "iu":
                     out[k].add(name)
     return [frozenset(names) for names in out]
+
+
+def texts_of(columns: Sequence[ColumnSpec], sources: Sequence[SourceSchema]) -> tuple[ColumnSpec, ...]:
+    """The same, where a categorical column that has nearly a category a row becomes one of strings.
+
+    anndata makes a categorical of every column of strings in which one is repeated, barcodes included; and each dataset
+    holds all categories of the collection. So one with more of them than half of its rows, and more than 10,000, is
+    carried as strings. An ordered one stays as it is, and so does one that the collection has as a categorical.
+    """
+    return tuple(_text(c) if _is_text(c, sources) else c for c in columns)
+
+
+def _is_text(column: ColumnSpec, sources: Sequence[SourceSchema]) -> bool:
+    c = column.categories
+    if c is None or c.dtype != "str" or c.ordered:
+        return False
+    having = [s for s, there in zip(sources, column.present, strict=True) if there]
+    return len(c.values) > max(_FEW, sum(s.n_obs for s in having) // 2) and not any(s.tagged for s in having)
+
+
+def _text(column: ColumnSpec) -> ColumnSpec:
+    none = (None,) * len(column.present)
+    return replace(column, kind="string", categories=None, nullable=True, code_maps=none)
 
 
 def unite_tags(sources: Sequence[SourceSchema]) -> ColumnSpec:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from annbatch_dask.plan.build import Options, build_plan
+from annbatch_dask.plan.columns import texts_of, unite_columns
 from annbatch_dask.plan.costs import Weight, heaviest_rows
 from annbatch_dask.plan.layout import Layout
 from annbatch_dask.plan.memory import MIB, RESERVED_NBYTES, Budget
@@ -54,3 +55,35 @@ def test_parts_of_rows_in_any_order_are_as_small_as_their_heaviest_rows_need(opt
     shuffled = build_plan(sources, Options(seed=0), budget=budget)
     assert shuffled.layout.part_rows > 5 * plan.layout.part_rows
     assert isinstance(plan.layout, Layout)
+
+
+def barcodes(n, values, *, ordered=False, n_obs=None, **fields):
+    categories = Categories(tuple(f"{i:09d}" for i in range(values)), "str", ordered)
+    column = ColumnSchema("barcode", "categorical", categories=categories)
+    return source([1] * (n if n_obs is None else n_obs), [column], **fields)
+
+
+@pytest.mark.parametrize(
+    ("found", "kind"),
+    [
+        ([barcodes(30_000, 20_000)], "string"),
+        ([barcodes(50_000, 20_000)], "categorical"),
+        ([barcodes(9000, 9000)], "categorical"),
+        ([barcodes(30_000, 20_000, ordered=True)], "categorical"),
+        ([barcodes(30_000, 20_000, tagged=True), barcodes(10, 5, path="b")], "categorical"),
+        ([source([1] * 10, tagged=True), barcodes(30_000, 20_000, path="b")], "string"),
+    ],
+    ids=["nearly one a row", "more rows", "few", "ordered", "kept", "new"],
+)
+def test_a_category_for_nearly_each_row_is_a_string(found, kind):
+    [column] = texts_of(unite_columns(found), found)
+    assert column.kind == kind
+    assert len(column.code_maps) == len(found)
+    assert column.nullable == (kind == "string")
+
+
+def test_the_plan_says_which_categories_become_strings():
+    few = ColumnSchema("kind", "categorical", categories=Categories(("x",), "str"))
+    [sources] = [[source([1] * 30_000, [few, *barcodes(30_000, 20_000).columns])]]
+    plan = build_plan(sources, Options(seed=0), budget=Budget(2**33))
+    assert dict(plan.figures())["strings"] == "barcode: categories in the inputs, nearly one a cell"
