@@ -571,6 +571,8 @@ class DatasetCollection:
             ``path -> AnnData`` instead of the default, which reads all elements from the file. What it
             returns may be in memory, backed or lazy; it is called on the workers, several times for an input. An
             interrupted build goes on only where its code, and the file at the path it is given, are what they were.
+            What is in memory is counted in the plan's figures, once a thread; what the function needs beside it while
+            it runs, nobody knows.
         var_subset
             Keep only these genes.
         n_obs_per_chunk

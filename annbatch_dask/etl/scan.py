@@ -88,7 +88,7 @@ def _range_of_matrix(source: Source, schema: SourceSchema, matrix: MatrixSchema)
         ranges.append(ValueRange(*range_of(np.ascontiguousarray(piece))))
 
     only = replace(schema, matrices=(matrix,))
-    for block in cut_blocks([only], block_nbytes=_READ_NBYTES, csc_nbytes=2**62, obs_nbytes=1):
+    for block in cut_blocks([only], block_nbytes=_READ_NBYTES, csc_nbytes=8 * _READ_NBYTES, obs_nbytes=1):
         rows = source.matrix(matrix, block.start, block.stop)
         if isinstance(rows, CsrRows):
             rows.values(visit)

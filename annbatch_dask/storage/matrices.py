@@ -126,7 +126,12 @@ def counted(schema: MatrixSchema, ends: NDArray, *, exact: bool = True) -> Matri
     """A sparse matrix with what is known of its rows, from the stored values up to and with each of them."""
     at = np.minimum(np.arange(-(-len(ends) // ROW_STEP) + 1) * ROW_STEP, len(ends))
     nnz = np.concatenate([[0], ends])[at].astype(np.int64)
-    heaviest = np.cumsum(np.sort(np.diff(ends, prepend=0))[::-1])[heaviest_at(len(ends))].astype(np.int64)
+    places = heaviest_at(len(ends))
+    if exact:
+        heaviest = np.cumsum(np.sort(np.diff(ends, prepend=0))[::-1])[places]
+    else:  # spread evenly, as far as is known
+        heaviest = nnz[-1] * (places + 1) / max(1, len(ends))
+    heaviest = np.ceil(heaviest).astype(np.int64)
     return replace(schema, row_step=ROW_STEP, nnz=nnz, heaviest=heaviest, exact=exact)
 
 
