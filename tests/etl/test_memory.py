@@ -250,7 +250,7 @@ def build_measured(tmp_path, monkeypatch, paths, **options):
         assert peaks[stage] <= RESERVED_NBYTES + figure, f"{stage}: {peaks[stage] / MIB:.0f} MiB"
     room_of(monkeypatch, Budget(RESERVED_NBYTES + 4 * MIB))
     with pytest.raises(MemoryBudgetError, match=r"needs .* MiB and a worker thread has"):
-        collection.plan_adatas(paths, **options)
+        DatasetCollection(tmp_path / "p.zarr").plan_adatas(paths, **options)
     return plan
 
 
