@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
@@ -37,8 +36,8 @@ def folder_at(path: str | os.PathLike[str], storage_options: Mapping[str, Any] |
 
 
 def absolute(folder: Folder) -> Folder:
-    """A folder by a path that other processes can open."""
-    return Folder(os.path.abspath(folder.path)) if folder.is_local else folder
+    """A folder by a path that other processes can open; a local one's only one, so that its lock is only one."""
+    return Folder(os.path.realpath(folder.path)) if folder.is_local else folder
 
 
 def references(
@@ -126,7 +125,7 @@ def _label(adata: ad.AnnData) -> str:
 
 
 def resolve_seed(seed: int | None, rng: np.random.Generator | None) -> int:
-    """The seed given, drawn from the generator given, or fresh."""
+    """The seed given, or drawn from the generator given, or 0: the same call again is the same build."""
     if seed is not None and rng is not None:
         msg = f"seed={seed} and rng are both given; give one"
         raise ValueError(msg)
@@ -137,7 +136,7 @@ def resolve_seed(seed: int | None, rng: np.random.Generator | None) -> int:
         raise TypeError(msg)
     if rng is not None:
         return int(rng.integers(2**63))
-    return secrets.randbits(63) if seed is None else int(seed)
+    return 0 if seed is None else int(seed)
 
 
 def resolve_options(  # noqa: PLR0913 - all of them are numbers of a plan

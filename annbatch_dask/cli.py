@@ -76,9 +76,9 @@ Compares sizes, checksums and row fingerprints with what the build recorded, and
 """,
     "gc": """\
 example:
-  annbatch-dask gc atlas.zarr
+  annbatch-dask gc atlas.zarr --dry-run
 
-A build that was interrupted cannot be resumed afterwards.
+A build that was interrupted cannot be resumed afterwards. Scratch folders that builds were given are found.
 """,
     "stream": """\
 examples:
@@ -179,8 +179,10 @@ def _report(args: argparse.Namespace) -> None:
 def _gc(args: argparse.Namespace) -> None:
     from annbatch_dask import DatasetCollection
 
-    removed = DatasetCollection(args.collection).gc()
-    _say(f"{args.collection}: removed {', '.join(removed) or 'nothing'}")
+    removed = DatasetCollection(args.collection).gc(
+        dry_run=args.dry_run, abandoned=args.abandoned, scratch=args.scratch
+    )
+    _say(f"{args.collection}: {'would remove' if args.dry_run else 'removed'} {', '.join(removed) or 'nothing'}")
 
 
 def _stream(args: argparse.Namespace) -> None:
@@ -447,6 +449,9 @@ def _add_verify(commands: Any) -> None:
 def _add_gc(commands: Any) -> None:
     parser = _add_command(commands, "gc", _gc, "remove what interrupted builds left behind")
     _add_collection(parser)
+    parser.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
+    parser.add_argument("--scratch", metavar="DIR", help="look through this scratch folder, too")
+    parser.add_argument("--abandoned", action="store_true", help="also what a build of another machine left on a store")
 
 
 def _add_stream(commands: Any) -> None:

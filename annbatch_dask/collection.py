@@ -21,14 +21,15 @@ import zarr
 import zarr.codecs
 
 from annbatch_dask.arguments import absolute, folder_at, groupby_columns, references, resolve_options, resolve_seed
-from annbatch_dask.errors import CollectionChangedError, CollectionError
-from annbatch_dask.etl.commit import leftovers, sweep
+from annbatch_dask.errors import CollectionBusyError, CollectionChangedError, CollectionError
 from annbatch_dask.etl.frames import try_frames
 from annbatch_dask.etl.inputs import Input, known_inputs
 from annbatch_dask.etl.job import Job, say_what_is_lost, work_folder
 from annbatch_dask.etl.log import Recorder
+from annbatch_dask.etl.ours import Contents, Scratch, contents_of, default_scratch
 from annbatch_dask.etl.run import Engine, EngineRoom, build, choose_engine, run_check, run_stage
 from annbatch_dask.etl.scan import look, merge_annotations, scan, with_ranges
+from annbatch_dask.etl.sweep import leftovers, sweep, sweep_idle
 from annbatch_dask.etl.verify import (
     Verification,
     check_dataset,
@@ -57,12 +58,13 @@ from annbatch_dask.plan.schema import INPUT_SRC_PATH, SRC_PATH, SourceSchema
 from annbatch_dask.progress import default_callbacks
 from annbatch_dask.report import Report, make_report
 from annbatch_dask.splits import Splits, make_splits
+from annbatch_dask.storage.claims import Work, claim_numbers
 from annbatch_dask.storage.groups import n_rows
 from annbatch_dask.storage.identity import identity_of, where_of
-from annbatch_dask.storage.lock import Lease, check_unchanged, claim_numbers, exclusive, is_claim
+from annbatch_dask.storage.lock import Lease, check_unchanged, exclusive
 from annbatch_dask.storage.matrices import describe_matrix
 from annbatch_dask.storage.metadata import METADATA, is_metadata
-from annbatch_dask.storage.publish import Folder, folder_of
+from annbatch_dask.storage.publish import Folder, StorageOptions, folder_of
 from annbatch_dask.storage.sources import SourceRef
 
 if TYPE_CHECKING:
@@ -79,7 +81,6 @@ logger = logging.getLogger(__name__)
 Mode = Literal["extend", "append", "reshuffle"]
 OnDuplicate = Literal["warn", "error"]
 
-_SCRATCH = ".scratch"
 _N_THREADS = 16
 _DEFAULT_COMPRESSOR = (zarr.codecs.BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"),)
 """annbatch's codec at level 5 instead of 3, whose larger blocks of counts decode up to twice as fast and are a tenth
@@ -94,8 +95,9 @@ class DatasetCollection:
     group
         Path, URL or zarr group of the collection. Nothing is written until :meth:`add_adatas` commits.
     mode
-        As zarr's: ``"a"`` (default) opens or will create, ``"r"`` needs an existing collection, ``"w"`` removes an
-        existing one.
+        As zarr's: ``"a"`` (default) opens or will create, ``"r"`` needs an existing collection, ``"w"`` shows an
+        existing one as empty, and replaces it when :meth:`add_adatas` commits: until then it stays as it is, for ever
+        if no build follows, and who reads it ends the epoch as it began.
     is_collection_h5ad
         A folder of ``dataset_<i>.h5ad``, of which only obs can be read.
     storage_options
@@ -123,6 +125,7 @@ class DatasetCollection:
     ) -> None:
         self._h5ad = is_collection_h5ad
         self._parsed: tuple[zarr.Group, Manifest] | None = None
+        self._replaces = mode == "w" and not isinstance(group, zarr.Group)  # what is there, at the next commit
         if isinstance(group, zarr.Group):
             if is_collection_h5ad:
                 msg = "Do not set `is_collection_h5ad` to True with a zarr group: give the folder's path"
@@ -186,7 +189,17 @@ class DatasetCollection:
             return []
         if (manifest := self._manifest) is not None:
             return [d.name for d in manifest.datasets]
-        return sorted(filter(DATASET_NAME.fullmatch, self._group.group_keys()), key=dataset_number)
+        return sorted(filter(DATASET_NAME.fullmatch, self._keys(self._group)), key=dataset_number)
+
+    def _keys(self, group: zarr.Group) -> Iterable[str]:
+        """Names in the root; zarr would warn of other files where the root does not say (annbatch wrote it)."""
+        try:
+            folder = folder_of(group)
+        except CollectionError:  # a store of this process alone, with no files of ours
+            return group.group_keys()
+        if group.metadata.consolidated_metadata is not None:
+            return group.group_keys()
+        return (name for name in folder.names() if DATASET_NAME.fullmatch(name) and name in group)
 
     def __len__(self) -> int:
         """Number of datasets."""
@@ -555,8 +568,8 @@ class DatasetCollection:
 
         Every cell of every input gets a place drawn uniformly over the whole collection. The work is done by Dask, in
         bounded memory, and leaves the collection as it was until the last step publishes the new one. A build that was
-        interrupted goes on where it stopped when it is called again with the same arguments, ``seed`` included, unless
-        an input was changed since. The very same call, repeated after it succeeded, does nothing; anything else, such
+        interrupted goes on where it stopped when it is called again with the same arguments, unless an input was
+        changed since. The very same call, repeated after it succeeded, does nothing; anything else, such
         as other options or a file that was replaced, is done.
 
         A collection that holds cells already is extended: see ``mode``. Its old datasets are removed after the new
@@ -617,8 +630,8 @@ class DatasetCollection:
             An input whose cells the collection has: ``"warn"`` (default) adds them again, with a warning that says how
             many there are; ``"error"`` refuses. The same file under another path is the same input.
         seed, rng
-            Of the shuffle: a non-negative integer, or a generator to draw one from. Neither draws a fresh seed,
-            which the manifest records. The same seed and inputs give the same bytes on any cluster.
+            Of the shuffle: a non-negative integer (0 if not given), or a generator to draw one from. The manifest
+            records it. The same seed and inputs give the same bytes on any cluster.
         memory_limit
             Memory a worker may use, bytes or a string; None uses what the workers have. The plan must fit.
         client
@@ -629,9 +642,10 @@ class DatasetCollection:
             task, and are written nowhere. The collection has its own, see the class.
         scratch, scratch_options
             Folder or URL for spill files, which all workers can write, and fsspec's options for it; default beside the
-            collection. Removed after success. In a local one that others may write to, a build makes a folder that only
-            its user may enter, so workers run as that user; a URL's rights are the bucket's. What a worker runs comes
-            through the scheduler or is checked with a key from there: trust the scheduler, and ``load_adata``.
+            collection. What the build puts there is removed after success, and of a build that was interrupted by the
+            next one or :meth:`gc`, which find it. In a local one that others may write to, a build makes a folder that
+            only its user may enter, so workers run as that user; a URL's rights are the bucket's. What a worker runs
+            comes through the scheduler or is checked with a key from there: trust the scheduler, and ``load_adata``.
         callbacks
             Listeners for the build's events, see :mod:`annbatch_dask.events`.
         progress
@@ -670,15 +684,16 @@ class DatasetCollection:
         )
         callback = Callbacks([*default_callbacks(progress=progress), *(callbacks or ())])
         room = choose_engine(client, memory_limit)
-        base = self._scratch if scratch is None else absolute(folder_at(scratch, scratch_options))
+        base = default_scratch(self._target) if scratch is None else absolute(folder_at(scratch, scratch_options))
         with exclusive(self._target):
-            version = self._refresh()
+            found = contents_of(self._target)
+            found.check()
+            self._refresh()
             extension = self._extension(mode, genes)
             request = options.request([(r.label, r.counts) for r in refs], mode, genes, merge)
             if self._is_done(refs, request, room):
                 logger.info("%s holds these inputs already: nothing to do", self.path)
-                if self._target.is_local or not any(map(is_claim, self._target.names())):  # nobody may be writing here
-                    self._sweep_all()
+                sweep_idle(self._target, Scratch(self._target, base.options))
                 return self
             self._look_for_again(refs, on_duplicate_source)
             plan, annotations = self._plan(refs, options, merge, room, extension)
@@ -688,15 +703,13 @@ class DatasetCollection:
                 warnings.warn(_renamed(plan.renamed, len(refs)), UserWarning, stacklevel=2)
             with room.start(max(len(plan.blocks), plan.n_datasets)) as engine:
                 all_refs = (*([] if extension is None else self._dataset_refs()), *refs)
-                self._build(plan, all_refs, annotations, engine, callback, base, version, request)
+                self._build(plan, all_refs, annotations, engine, callback, base, found, request)
         return self
 
-    def _refresh(self) -> str | None:
-        """See what other processes published since this object was made; returns its version."""
-        version = self._target.version(METADATA)
-        if version is not None:
+    def _refresh(self) -> None:
+        """See what other processes published since this object was made."""
+        if not self._replaces and self._target.version(METADATA) is not None:
             self._group = zarr.open_group(self._target.zarr_store(), mode="r+", zarr_format=3)
-        return version
 
     def _is_done(self, refs: tuple[SourceRef, ...], request: str, room: EngineRoom) -> bool:
         """Whether this very call has succeeded already, and was the last to do so: it asks for the same of the same."""
@@ -824,11 +837,6 @@ class DatasetCollection:
         """The collection's folder, by a path that other processes can open."""
         return absolute(self._folder)
 
-    @property
-    def _scratch(self) -> Folder:
-        """The scratch folder beside the collection."""
-        return Folder(self._target.url.rstrip("/") + _SCRATCH, self._target.options)
-
     def _build(  # noqa: PLR0913, PLR0917 - a job's parts
         self,
         plan: Plan,
@@ -837,23 +845,55 @@ class DatasetCollection:
         engine: Engine,
         callback: Callback,
         scratch: Folder,
-        version: str | None,
+        found: Contents,
         request: str,
     ) -> None:
         target = self._target
         manifest = None if plan.extension is None else self.manifest or self._adopted()
-        first = claim_numbers(target, plan.work_key, plan.first_dataset, plan.n_datasets)
-        check_unchanged(target, version)  # now that what another build publishes has other names
-        work = scratch / work_folder(plan, target, request)
-        say_what_is_lost(scratch, work.url.rpartition("/")[2])
-        job = Job(plan, refs, work, target, annotations, first, manifest, version, request)
-        build(job, engine, Callbacks([callback, Recorder(target, plan)]))
-        if scratch == self._scratch:  # what other interrupted builds left here, none of them can use now
-            scratch.remove()
-        elif not scratch.names():
-            with contextlib.suppress(OSError):  # a disk's own folder, which stays
-                scratch.remove()
+        folder = scratch / work_folder(plan, target, request)
+        say_what_is_lost(scratch, folder.url.rpartition("/")[2])
+        work = Work(plan.fingerprint, folder.url, is_new=scratch.is_local and not os.path.exists(scratch.path))
+        first, inherited = max(plan.first_dataset, found.last + 1), self._inherited(found)
+        claim = claim_numbers(target, plan.work_key, first, plan.n_datasets, work)
+        job = Job(
+            plan,
+            refs,
+            folder,
+            target,
+            annotations,
+            claim.first,
+            manifest,
+            found.version,
+            request,
+            claim=claim,
+            replaced=tuple(sorted(found.named)),
+            inherited=inherited,
+            attributes=self._other_attributes(),
+        )
+        try:
+            check_unchanged(target, found.version)  # now that what another build publishes has other names
+            build(job, engine, Callbacks([callback, Recorder(target, plan)]))
+        except CollectionBusyError:
+            self._replaces = False
+            self._refresh()
+            last = None if self.manifest is None else self.manifest.builds[-1]
+            if last is None or (last.plan, last.request) != (plan.fingerprint, request):
+                raise
+            logger.info("%s: another run of this build was faster", self.path)
+        self._replaces = False
         self._refresh()
+
+    def _inherited(self, found: Contents) -> tuple[str, ...]:
+        """Datasets that do not say that they are of the collection after the build, and may be removed."""
+        if self.manifest is not None:
+            return found.inherited
+        ours = (n for n in found.datasets if DATASET_NAME.fullmatch(n) and dataset_number(n) <= found.last)
+        return tuple(sorted({*found.named, *found.inherited, *ours}, key=dataset_number))
+
+    def _other_attributes(self) -> dict[str, Any]:
+        """The root's attributes that others have put there."""
+        known = {*ANNBATCH_ENCODING, MANIFEST_KEY}
+        return {} if self._group is None else {k: v for k, v in self._group.attrs.items() if k not in known}
 
     # --- checking ----------------------------------------------------------------------------------------------
 
@@ -922,7 +962,7 @@ class DatasetCollection:
         return Verification(
             path=self.path,
             problems=tuple(problems),
-            leftovers=tuple(leftovers(target, manifest)),
+            leftovers=tuple(leftovers(target)),
             n_datasets=len(manifest.datasets),
             n_obs=manifest.n_obs,
             n_bytes=sum(d.n_bytes for d in manifest.datasets),
@@ -957,31 +997,49 @@ class DatasetCollection:
         parts = tuple(f"obs/{name}/" for name in (*obs_columns, index)) + ("var/",)
         return lambda name: name.startswith(parts) and not is_metadata(name)  # whose copies above are what is used
 
-    def gc(self) -> list[str]:
-        """Remove what interrupted builds left in the collection's folder, and their scratch folder beside it.
+    def gc(
+        self,
+        *,
+        dry_run: bool = False,
+        abandoned: bool = False,
+        scratch: str | os.PathLike[str] | None = None,
+        scratch_options: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """Remove what interrupted builds left in the collection's folder, and their scratch folders, wherever they are.
 
-        A build that was interrupted cannot be resumed afterwards.
+        A build that was interrupted cannot be resumed afterwards. Datasets that were replaced go, too, unless somebody
+        reads them. What is not known to be this package's and this collection's stays.
+
+        Parameters
+        ----------
+        dry_run
+            Remove nothing, only say what would be removed.
+        abandoned
+            On an object store: also remove what a build of another machine left, of which nobody can know here whether
+            it still runs.
+        scratch
+            A scratch folder to look through besides those that builds left word of.
+        scratch_options
+            fsspec's, for scratch folders on a store.
 
         Returns
         -------
-        Names of what was removed.
+        Names of what was removed, or would be; scratch folders by path.
 
         Raises
         ------
         CollectionBusyError
-            If a build is running.
+            If a build runs, or may run.
+        CollectionError
+            If something else lies in the folder, which is named; nothing is removed.
         """
+        roots = [default_scratch(self._target)]
+        if scratch is not None:
+            roots.append(absolute(folder_at(scratch, scratch_options)))
         with exclusive(self._target):
             self._refresh()
-            return self._sweep_all()
-
-    def _sweep_all(self) -> list[str]:
-        removed = sweep(self._target, self.manifest)
-        scratch = self._scratch
-        if scratch.names():
-            scratch.remove()
-            removed.append(scratch.url.rsplit("/", 1)[1])
-        return removed
+            known = Scratch(self._target, options=StorageOptions(scratch_options or {}))
+            return sweep(self._target, known, *roots, dry_run=dry_run, abandoned=abandoned)
 
     def _adopted(self) -> Manifest:
         """A manifest for a collection that annbatch wrote: what its metadata say, no fingerprints."""
@@ -1022,18 +1080,12 @@ def _open(folder: Folder, mode: str) -> zarr.Group | None:
     if mode not in ("r", "r+", "a", "w", "w-"):
         msg = f"mode is {mode!r}; it must be one of 'r', 'r+', 'a', 'w', 'w-'"
         raise ValueError(msg)
-    names = [METADATA] if folder.version(METADATA) is not None else folder.names()  # which may be many
-    if not names and folder.fs.isfile(folder.path):
-        msg = f"{folder.url} is a file, not a collection; give another path"
-        raise CollectionError(msg)
-    if all(DATASET_NAME.fullmatch(n) or is_claim(n) or folder.is_unfinished(n) for n in names):  # at most a build's
+    if folder.version(METADATA) is None:
+        _check_new(folder)
         if mode in ("r", "r+"):
             msg = f"there is no collection at {folder.url}; check the path, or build one with add_adatas"
             raise _CollectionNotFoundError(msg)
         return None
-    if METADATA not in names:
-        msg = f"{folder.url} exists and is not a collection: it holds {names[:3]}; give another path"
-        raise CollectionError(msg)
     group = zarr.open_group(folder.zarr_store(), mode="r" if mode == "r" else "r+", zarr_format=3)
     encoding = group.attrs.get("encoding-type")
     if encoding != ANNBATCH_ENCODING["encoding-type"] and (encoding or any(True for _ in group.keys())):
@@ -1042,10 +1094,17 @@ def _open(folder: Folder, mode: str) -> zarr.Group | None:
     if mode == "w-":
         msg = f"{folder.url} exists; give another path, or mode='w' to replace it"
         raise CollectionError(msg)
-    if mode == "w":
-        folder.remove()
-        return None
-    return group
+    return None if mode == "w" else group
+
+
+def _check_new(folder: Folder) -> None:
+    """Refuse a place without a collection where something else is than what builds of one have left."""
+    if folder.fs.isfile(folder.path):
+        msg = f"{folder.url} is a file, not a collection; give another path"
+        raise CollectionError(msg)
+    if strangers := contents_of(absolute(folder)).strangers:
+        msg = f"{folder.url} exists and is not a collection: it holds {list(strangers[:3])}; give another path"
+        raise CollectionError(msg)
 
 
 class _CollectionNotFoundError(CollectionError, FileNotFoundError):

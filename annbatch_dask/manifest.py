@@ -179,6 +179,9 @@ class Manifest:
         The highest number a dataset ever had: names are not used twice.
     metadata
         crc32c (8 hex digits) of the datasets' consolidated metadata beside the manifest; "" where there are none.
+    inherited
+        Datasets of an earlier collection in this folder, which this one replaced, or adopted of annbatch's: what is
+        left of them may be removed, though they do not say that they are this collection's.
     id
         16 hex digits that the build which created the collection gave it, and every later build keeps; "" where not
         recorded.
@@ -193,6 +196,7 @@ class Manifest:
     last_dataset: int
     metadata: str = ""
     id: str = ""
+    inherited: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 
     @property
@@ -219,6 +223,7 @@ class Manifest:
         values = asdict(self) | {
             "datasets": [d.to_json() for d in self.datasets],
             "sources": [asdict(s) for s in self.sources],
+            "inherited": list(self.inherited),
             "builds": [{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(b).items()} for b in self.builds],
         }
         return values | {"crc32c": _checksum(values)}
@@ -249,7 +254,14 @@ class Manifest:
                 "sources": tuple(SourceRecord(**s) for s in values["sources"]),
                 "builds": tuple(BuildRecord.from_json(b) for b in values["builds"]),
             }
-            return cls(**{**values, **records, "format_version": FORMAT_VERSION})
+            return cls(
+                **{
+                    **values,
+                    **records,
+                    "format_version": FORMAT_VERSION,
+                    "inherited": tuple(values.get("inherited", ())),
+                }
+            )
         except (KeyError, TypeError, ValueError) as e:
             msg = f"the collection's manifest is damaged ({e}); build it again"
             raise CollectionError(msg) from e

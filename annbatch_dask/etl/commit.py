@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,33 +18,27 @@ from annbatch_dask.etl.files import recorded_files
 from annbatch_dask.etl.gather import GatherTask
 from annbatch_dask.etl.inputs import Input, known_inputs, record_inputs
 from annbatch_dask.etl.job import Job
+from annbatch_dask.etl.ours import remove_dataset
 from annbatch_dask.manifest import (
     ANNBATCH_ENCODING,
-    DATASET_NAME,
-    DATASET_PREFIX,
     MANIFEST_KEY,
     BuildRecord,
     DatasetRecord,
     Manifest,
     SourceRecord,
-    dataset_names,
 )
 from annbatch_dask.plan.build import Plan
 from annbatch_dask.plan.dtypes import ValueRange, merge_ranges
 from annbatch_dask.storage.identity import where_of
-from annbatch_dask.storage.lock import check_unchanged, held_generations, is_claim, keep_generation, release_numbers
+from annbatch_dask.storage.lock import check_unchanged, keep_generation
 from annbatch_dask.storage.metadata import METADATA, consolidated, group_document, metadata_below, nodes_checksum
-from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.publish import Folder, sync_path
 
 __all__ = [
     "commit",
-    "leftovers",
     "make_manifest",
     "merged_range",
     "source_fingerprints",
-    "sweep",
-    "sweep_replaced",
-    "withdraw",
 ]
 
 logger = logging.getLogger(__name__)
@@ -58,10 +53,15 @@ _MAX_OVERLAPS = 64
 """Sets of inputs whose shared genes the manifest counts, which keeps it small with a thousand different inputs."""
 
 
-def commit(job: Job, manifest: Manifest) -> None:
+def commit(job: Job, manifest: Manifest, written: Mapping[str, str]) -> None:
     """Publish a collection: its datasets lie there, and nobody sees them before this returns.
 
     The root's ``zarr.json`` holds the attributes annbatch looks for, the manifest, and the metadata of all datasets.
+
+    Parameters
+    ----------
+    written
+        Folder of each new dataset, by the dataset's name.
 
     Raises
     ------
@@ -72,13 +72,14 @@ def commit(job: Job, manifest: Manifest) -> None:
     """
     target = job.target
     check_unchanged(target, job.base_version)
+    _put_in_place(job, written)
     with ThreadPoolExecutor(_N_THREADS) as pool:  # each asks an object store twice
         found = list(pool.map(partial(_finished_nodes, target), manifest.datasets))
     nodes = {path: node for nodes in found for path, node in nodes.items()}
     together = nodes if len(json.dumps(nodes)) <= MAX_CONSOLIDATED_NBYTES else None
     manifest = replace(manifest, metadata="" if together is None else nodes_checksum(together))
     keep_generation(target)
-    root = group_document(ANNBATCH_ENCODING | {MANIFEST_KEY: manifest.to_json()}, together)
+    root = group_document(dict(job.attributes) | ANNBATCH_ENCODING | {MANIFEST_KEY: manifest.to_json()}, together)
     record_inputs(target, manifest, _inputs(job))
     target.replace(METADATA, root, version=job.base_version)
 
@@ -103,46 +104,20 @@ def _finished_nodes(target: Folder, record: DatasetRecord) -> dict[str, Any]:
     return consolidated(target / record.name, record.name) or metadata_below(target / record.name, record.name)
 
 
-def withdraw(job: Job) -> None:
-    """Remove what a build wrote that was refused: nobody can use it any more."""
-    for k in range(job.plan.n_datasets):
-        (job.target / f"{DATASET_PREFIX}_{job.first_dataset + k}").remove()
-    release_numbers(job.target, job.first_dataset)
-    job.scratch.remove()
+def _put_in_place(job: Job, written: Mapping[str, str]) -> None:
+    """Give new datasets their names. This process alone does: it holds the collection's lock."""
+    target = job.target
+    moved = {name: folder for name, folder in written.items() if folder != name}
+    for name, folder in moved.items():
+        remove_dataset(target, name, [job.plan.fingerprint, *_plans(job)])
+        os.rename(f"{target.path}/{folder}", f"{target.path}/{name}")
+    if moved:
+        sync_path(target.path)
 
 
-def leftovers(target: Folder, manifest: Manifest | None) -> list[str]:
-    """Datasets and unfinished files in a collection's folder that its manifest does not name and no reader holds."""
-    kept = set() if manifest is None else {d.name for d in manifest.datasets}
-    for document in held_generations(target).values():
-        kept |= dataset_names(document)
-    names = target.names()
-    return [n for n in names if (DATASET_NAME.fullmatch(n) and n not in kept) or target.is_unfinished(n) or is_claim(n)]
-
-
-def sweep(target: Folder, manifest: Manifest | None) -> list[str]:
-    """Remove leftovers; returns their names."""
-    return _remove(target, leftovers(target, manifest))
-
-
-def sweep_replaced(job: Job, manifest: Manifest) -> list[str]:
-    """Remove leftovers right after a commit; returns their names.
-
-    On an object store readers hold no lease: datasets that were replaced stay until the next sweep. So do other builds'
-    claims.
-    """
-    found = leftovers(job.target, manifest)
-    if not job.target.is_local:
-        old = set() if job.base is None else {d.name for d in job.base.datasets}
-        found = [n for n in found if n not in old and not is_claim(n)]
-    return _remove(job.target, found)
-
-
-def _remove(target: Folder, names: list[str]) -> list[str]:
-    for name in names:
-        (target / name).remove()
-        logger.info("removed %s/%s", target.url, name)
-    return names
+def _plans(job: Job) -> list[str]:
+    """Of builds that were interrupted: datasets of theirs may have been given names before."""
+    return [] if job.claim is None else [w.plan for w in job.claim.works]
 
 
 # --- what the manifest says ----------------------------------------------------------------------------------------
@@ -169,7 +144,17 @@ def make_manifest(
     matrices: dict[str, Mapping[str, Any]] = _matrices(plan, scattered, tasks)
     last = job.first_dataset + plan.n_datasets - 1
     if base is None:
-        return Manifest(plan.n_obs, plan.n_vars, matrices, written, sources, (build,), last, id=plan.fingerprint[:16])
+        return Manifest(
+            plan.n_obs,
+            plan.n_vars,
+            matrices,
+            written,
+            sources,
+            (build,),
+            last,
+            id=job.collection_id,
+            inherited=job.inherited,
+        )
     kept = base.datasets if extension is not None and extension.n_kept else ()
     if kept:
         matrices = {name: _united(base.matrices.get(name), m) for name, m in matrices.items()}
@@ -181,7 +166,8 @@ def make_manifest(
         sources=(*base.sources, *sources),
         builds=(*base.builds, build),
         last_dataset=last,
-        id=base.id or plan.fingerprint[:16],
+        id=job.collection_id,
+        inherited=job.inherited,
     )
 
 

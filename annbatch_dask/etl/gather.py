@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pandas as pd
@@ -17,19 +20,21 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.etl.frames import annotation_frames, make_frames, write_frames
 from annbatch_dask.etl.job import Job, JobFile, forget_inputs, load_job
+from annbatch_dask.etl.ours import ATTEMPT_NAME, dataset_attributes, first_document
 from annbatch_dask.etl.rows import all_columns, decode_strings, head, row_hashes, sum_hashes
 from annbatch_dask.etl.scatter import GROUP, PLACE, Flats, Heads, scatter_again
 from annbatch_dask.kernels.rows import bounds_of, copy_runs
-from annbatch_dask.manifest import DATASET_PREFIX, MANIFEST_KEY
+from annbatch_dask.manifest import DATASET_PREFIX
 from annbatch_dask.plan.build import Options, Plan
 from annbatch_dask.plan.dtypes import index_dtype
 from annbatch_dask.plan.schema import SOURCE_DTYPE, ColumnSpec, MatrixSpec
 from annbatch_dask.storage.checksums import FileSums, checksum, checksum_of
 from annbatch_dask.storage.columns import to_pandas
+from annbatch_dask.storage.lock import is_held
 from annbatch_dask.storage.metadata import FILES, METADATA, group_document, is_metadata, nodes_of
 from annbatch_dask.storage.publish import Folder, name_errors
 from annbatch_dask.storage.shards import ShardWriter
-from annbatch_dask.storage.spill import SpillError, SpillReader, find_receipt, write_receipt
+from annbatch_dask.storage.spill import SpillError, SpillReader, check_scratch, find_receipt, write_receipt
 from annbatch_dask.storage.threads import one_ahead
 
 __all__ = ["GatherTask", "gather"]
@@ -80,8 +85,11 @@ def gather(file: JobFile, task: GatherTask) -> dict[str, Any]:
     job = load_job(file)
     dataset = f"{DATASET_PREFIX}_{job.first_dataset + task.dataset}"
     # a receipt lies in the scratch folder, its dataset in the target, which others may have removed or replaced since
-    if (done := find_receipt(job.scratch, name)) is not None and _is_intact(job.target / dataset, done["files"]):
-        return done | {"reused": True}
+    if (done := find_receipt(job.scratch, name)) is not None:
+        written = done.get("folder", dataset)  # on a store perhaps by another run of this build, under its own name
+        for folder in (written, dataset) if ATTEMPT_NAME.fullmatch(written) else (dataset,):
+            if _is_intact(job.target / folder, done["files"]):
+                return done | {"reused": True, "name": dataset, "folder": folder}
     try:
         receipt = _write_and_repair(file, job, task, dataset)
     except Exception as e:
@@ -114,15 +122,72 @@ def _write_and_repair(file: JobFile, job: Job, task: GatherTask, dataset: str) -
                 raise IntegrityError(msg) from e
             logger.warning("%s: block %d is read again", e, e.block)
             again.append(e.block)
+        check_scratch(job.scratch)
         scatter_again(file, again[-1])
         forget_inputs()  # that block's too
 
 
+@contextlib.contextmanager
+def _new_dataset(job: Job, dataset: str) -> Iterator[Folder]:
+    """The folder to write a dataset in, which says whose it is.
+
+    On a local disk each attempt has a folder of its own, which becomes the dataset at the commit: whatever a worker
+    does that lost its scheduler, or whose build was given up, it does there. It is removed if the attempt fails; of one
+    whose worker died, which its lock tells, by the next attempt. An object store cannot rename: all attempts at a
+    dataset write the same bytes under the same names, which no other build writes.
+    """
+    document = first_document(dataset_attributes(job.plan.fingerprint, job.collection_id))
+    if not job.target.is_local:
+        folder = job.target / dataset
+        folder.write(METADATA, document)
+        yield folder
+        return
+    _remove_dead_attempts(job, dataset)
+    folder = job.target / f".attempt-{uuid4().hex[:8]}-{dataset}"
+    try:
+        with _locked(folder, document):
+            yield folder
+    except BaseException:
+        folder.remove(last=METADATA)
+        raise
+
+
+@contextlib.contextmanager
+def _locked(folder: Folder, document: bytes) -> Iterator[None]:
+    """A new local folder with this document, which is locked before it has its name."""
+    path = f"{folder.path}/{METADATA}"
+    os.makedirs(folder.path)
+    fd = os.open(f"{path}~", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with contextlib.suppress(OSError):  # no locks there: what a dead worker left stays until the commit
+            fcntl.flock(fd, fcntl.LOCK_SH)
+        os.write(fd, document)
+        os.rename(f"{path}~", path)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _remove_dead_attempts(job: Job, dataset: str) -> None:
+    """Remove what workers left that died while they wrote this dataset; whole datasets stay."""
+    first = first_document(dataset_attributes(job.plan.fingerprint, job.collection_id))
+    for name in job.target.names():
+        if (match := ATTEMPT_NAME.fullmatch(name)) and match[1] == dataset:
+            folder = job.target / name
+            if is_held(f"{folder.path}/{METADATA}") is False and folder.find(METADATA) == first:
+                folder.remove(last=METADATA)
+
+
 def _write_dataset(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
-    plan, folder = job.plan, job.target / dataset
-    if folder.is_local:  # of an attempt that did not finish; an object store's files are replaced one by one
-        folder.remove()
-    attributes = {"encoding-type": "anndata", "encoding-version": "0.1.0", MANIFEST_KEY: {"plan": plan.fingerprint}}
+    with _new_dataset(job, dataset) as folder:
+        receipt = _fill_dataset(job, task, dataset, folder)
+    return receipt | {"folder": folder.url.rsplit("/", 1)[1]}
+
+
+def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> dict[str, Any]:
+    plan = job.plan
+    attributes = {"encoding-type": "anndata", "encoding-version": "0.1.0"}
+    attributes |= dataset_attributes(plan.fingerprint, job.collection_id)
     files: dict[str, Any] = {}  # all but the shards
     group = zarr.create_group(zarr.storage.MemoryStore(files), attributes=attributes)
     start, stop = plan.layout.dataset_bounds(task.dataset)
@@ -134,6 +199,8 @@ def _write_dataset(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
             open_shards.enter_context(w)
         parts = open_shards.enter_context(contextlib.closing(one_ahead(_parts(job, task))))
         for heads, flats in parts:
+            if not folder.is_local:  # where nothing else tells a worker that its build is over
+                check_scratch(job.scratch)
             hashes = row_hashes(len(heads[PLACE]), plan.matrices, all_columns(plan), heads, flats)
             total = (total + sum_hashes(hashes)) % 2**64
             for w in writers:
@@ -151,8 +218,6 @@ def _write_dataset(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
         write_frames(group, {name: values})
     shards = {name: found for w in writers for name, found in w.files.items()}
     sums = _publish(folder, {name: content.to_bytes() for name, content in files.items()}, shards)
-    if strangers := folder.sizes().keys() - sums.keys():
-        folder.remove_files(strangers)
     folder.sync()
     return {
         "name": dataset,
@@ -457,5 +522,5 @@ def _publish(folder: Folder, files: dict[str, bytes], shards: dict[str, tuple[in
     sums = dict(sorted((shards | {name: checksum_of(content) for name, content in below.items()}).items()))
     root = group_document(nodes[""]["attributes"] | {FILES: {name: list(found) for name, found in sums.items()}}, nodes)
     folder.write_all(below)
-    folder.write(METADATA, root, durable=False)  # all is synced together
+    folder.write(METADATA, root, durable=False, parents=False)  # all is synced together
     return sums | {METADATA: checksum_of(root)}

@@ -7,17 +7,18 @@ lies there encrypted and authenticated, under a key of its own that goes through
 from __future__ import annotations
 
 import ctypes
+import json
 import pickle
 import secrets
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import cloudpickle
@@ -27,15 +28,26 @@ from annbatch_dask.errors import IntegrityError
 from annbatch_dask.manifest import Manifest
 from annbatch_dask.plan.build import WORK_DIGITS, Plan
 from annbatch_dask.plan.memory import format_nbytes
+from annbatch_dask.storage.claims import Claim
 from annbatch_dask.storage.private import check_private
 from annbatch_dask.storage.publish import Folder
 from annbatch_dask.storage.sources import Source, SourceRef, open_source
+from annbatch_dask.storage.spill import OWNER
 from annbatch_dask.storage.transient import seen_before
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["Job", "JobFile", "forget_inputs", "load_job", "save_job", "say_what_is_lost", "trim_memory"]
+__all__ = [
+    "Job",
+    "JobFile",
+    "forget_inputs",
+    "load_job",
+    "owner_of",
+    "save_job",
+    "say_what_is_lost",
+    "trim_memory",
+]
 
 _PREFIX = "job-"
 _NONCE = bytes(12)
@@ -64,6 +76,14 @@ class Job:
         Of its root document; None where there is none yet.
     request
         Identity of the call, see :meth:`annbatch_dask.plan.build.Options.request`.
+    claim
+        What the build says of itself in the collection's folder.
+    replaced
+        Names of the datasets that the root document names before the commit.
+    inherited
+        See :class:`annbatch_dask.manifest.Manifest`.
+    attributes
+        Of the root document, what others put there: it stays.
     """
 
     plan: Plan
@@ -75,6 +95,15 @@ class Job:
     base: Manifest | None = None
     base_version: str | None = None
     request: str = ""
+    claim: Claim | None = None
+    replaced: tuple[str, ...] = ()
+    inherited: tuple[str, ...] = ()
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def collection_id(self) -> str:
+        """Of the collection after the build: its base's, or else this build makes it."""
+        return (self.base.id if self.base is not None else "") or self.plan.fingerprint[:16]
 
     @contextmanager
     def open_source(self, index: int) -> Iterator[Source]:
@@ -126,6 +155,7 @@ def save_job(job: Job) -> JobFile:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # not needed where nothing is built
 
     file = JobFile(job.scratch)
+    job.scratch.write(OWNER, json.dumps({"annbatch_dask": "scratch", "collection": job.target.url}).encode())
     job.scratch.write(
         file.name, AESGCM(file.key).encrypt(_NONCE, cloudpickle.dumps(replace(job, plan=_for_tasks(job.plan))), None)
     )
@@ -147,6 +177,15 @@ def _for_tasks(plan: Plan) -> Plan:
     )
     vars(slim).update(fingerprint=plan.fingerprint, work_key=plan.work_key)  # which it has too, and tasks ask for
     return slim
+
+
+def owner_of(scratch: Folder) -> str | None:
+    """Path or URL of the collection that a scratch folder is for; None where it is no build's scratch folder."""
+    try:
+        found = json.loads(scratch.find(OWNER) or b"{}")
+        return str(found["collection"]) if found.get("annbatch_dask") == "scratch" else None
+    except (ValueError, AttributeError, KeyError):
+        return None
 
 
 def work_folder(plan: Plan, target: Folder, request: str) -> str:

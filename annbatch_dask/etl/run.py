@@ -35,12 +35,13 @@ from annbatch_dask.errors import (
     WorkersDiedError,
 )
 from annbatch_dask.etl.cluster import local_client
-from annbatch_dask.etl.commit import commit, make_manifest, merged_range, source_fingerprints, sweep_replaced, withdraw
+from annbatch_dask.etl.commit import commit, make_manifest, merged_range, source_fingerprints
 from annbatch_dask.etl.gather import GatherTask, gather
 from annbatch_dask.etl.group import count_groups, with_groups
 from annbatch_dask.etl.inputs import forget_inputs_of
 from annbatch_dask.etl.job import Job, save_job
 from annbatch_dask.etl.scatter import forget_task, scatter
+from annbatch_dask.etl.sweep import clean_up, withdraw
 from annbatch_dask.etl.totals import Totals
 from annbatch_dask.events import BuildEnd, BuildStart, Callback, StageEnd, StageStart, TaskEnd
 from annbatch_dask.manifest import DATASET_PREFIX, Manifest
@@ -48,8 +49,9 @@ from annbatch_dask.plan.build import Plan
 from annbatch_dask.plan.dtypes import index_dtype, smallest_dtype
 from annbatch_dask.plan.memory import Budget, format_nbytes
 from annbatch_dask.storage import transient
+from annbatch_dask.storage.claims import end_claim
 from annbatch_dask.storage.identity import has_many_files, raise_if_changed
-from annbatch_dask.storage.lock import check_unchanged, release_numbers
+from annbatch_dask.storage.lock import check_unchanged
 from annbatch_dask.storage.private import make_private
 from annbatch_dask.storage.transient import PAUSES_S, is_transient, patiently
 
@@ -493,6 +495,7 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
     plan = job.plan
     callback.on_build_start(BuildStart(job.target.url, engine.name, engine.dashboard))
     error: BaseException | None = None
+    committed = False
     try:
         job = replace(job, scratch=make_private(job.scratch))
         if plan.options.groupby:
@@ -524,31 +527,30 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
             describe=lambda k: f"{DATASET_PREFIX}_{job.first_dataset + k}",
         )
         manifest = make_manifest(job, scattered, gathered, tasks)
+        written = {r["name"]: r["folder"] for r in gathered}
         run_stage(
             LocalEngine("synchronous", engine.budget, patient=False),  # who wrote a root may not write it again
             "commit",
             commit,
-            [(job, manifest)],
+            [(job, manifest, written)],
             callback,
             size=(plan.n_obs, 0),
             measure=lambda *_: (plan.n_obs, 0),
             describe=lambda _: job.target.url,
         )
-        release_numbers(job.target, job.first_dataset)
+        committed = True
         if job.base is not None:
             forget_inputs_of(job.target, job.base)
-        sweep_replaced(job, manifest)
-        job.scratch.remove()
-    except Exception as e:
-        error = e
-        if (busy := _overtaken(job)) is not None:
-            withdraw(job)
-            error = busy
-            raise busy from e
-        raise
+        clean_up(job)
     except BaseException as e:
         error = e
-        raise
+        busy = None if committed or not isinstance(e, Exception) else _overtaken(job)
+        if busy is None:
+            _end(job)
+            raise
+        withdraw(job)
+        error = busy
+        raise busy from e
     else:
         return manifest
     finally:
@@ -559,6 +561,15 @@ def _take(totals: Totals, _: int, receipt: dict[str, Any]) -> tuple[int, int]:
     """Rows and bytes of a scatter task, whose receipt is let go of but for its sums."""
     totals.take(receipt)
     return receipt["n_rows"], receipt["n_bytes"]
+
+
+def _end(job: Job) -> None:
+    """Say that the build runs no more; where that cannot be said, its claim is left alone."""
+    if job.claim is not None:
+        try:
+            end_claim(job.target, job.claim)
+        except Exception as e:  # noqa: BLE001 - another error is on its way, and says more
+            logger.warning("%s: %s", job.target.url, e)
 
 
 def group(job: Job, engine: Engine, callback: Callback) -> Job:

@@ -3,77 +3,105 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
-import json
 import logging
 import os
+import re
 import socket
 import uuid
 from collections.abc import Iterator
 
-from annbatch_dask.errors import CollectionBusyError
+from annbatch_dask.errors import CollectionBusyError, CollectionError
 from annbatch_dask.storage.metadata import METADATA
 from annbatch_dask.storage.publish import Folder
 
 __all__ = [
+    "GENERATION_NAME",
     "Lease",
     "check_unchanged",
-    "claim_numbers",
     "exclusive",
-    "held_generations",
-    "is_claim",
+    "is_held",
     "keep_generation",
-    "release_numbers",
 ]
 
 logger = logging.getLogger(__name__)
 
 LOCK_SUFFIX = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What file systems say that have no locks."""
 
 
 @contextlib.contextmanager
 def exclusive(folder: Folder) -> Iterator[None]:
     """Hold a local folder's lock, a file beside it, which the system releases when the process dies, however it dies.
 
-    On an object store there is no such lock, and nothing is held: two builds write datasets of other names
-    (:func:`claim_numbers`), and the second one's commit is refused.
+    On an object store there is no such lock, and nothing is held: two builds write datasets of other names (see
+    :mod:`annbatch_dask.storage.claims`), and the second one's commit is refused.
 
     Raises
     ------
     CollectionBusyError
         If another process, or another call in this one, holds it.
+    CollectionError
+        If a file of that name is there that is no lock of ours: it stays as it is.
     """
     if not folder.is_local:
         yield
         return
     path = folder.path.rstrip("/") + LOCK_SUFFIX
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    fd = _acquire(path, folder.url)
+    fd, was_empty = _acquire(path, folder.url)
     try:
         yield
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+        if was_empty:
+            os.ftruncate(fd, 0)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
         os.close(fd)
 
 
-def _acquire(path: str, url: str) -> int:
+_HOLDER = re.compile(r"process \d+ on \S+")
+"""What a lock's file says."""
+
+
+def _acquire(path: str, url: str) -> tuple[int, bool]:
+    """A descriptor that holds the lock, and whether the file was there, empty, and so may be somebody's."""
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        is_new, fd = _open_lock(path)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(fd, 1000, 0).decode(errors="replace") or "another process"
+            holder = _holder(fd, path) or "another process"
             os.close(fd)
             msg = f"{url} is being built by {holder}; wait until it ends, or stop it"
             raise CollectionBusyError(msg) from None
         except OSError as e:  # a file system without locks
             logger.warning("%s cannot be locked (%s): make sure that only one build works on it", url, e)
         if _is_still_there(fd, path):  # its last holder removes it, perhaps after it was opened here
+            was_empty = not is_new and not _holder(fd, path)
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-            return fd
+            return fd, was_empty
         os.close(fd)
+
+
+def _open_lock(path: str) -> tuple[bool, int]:
+    with contextlib.suppress(FileExistsError):
+        return True, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    return False, os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+
+
+def _holder(fd: int, path: str) -> str:
+    """What a lock's file says; empty where its holder has not written yet."""
+    text = os.pread(fd, 1000, 0).decode(errors="replace")
+    if text and not _HOLDER.fullmatch(text):
+        os.close(fd)
+        msg = f"{path} would be the lock of a build and is another file; move it, or give another output"
+        raise CollectionError(msg)
+    return text
 
 
 def _is_still_there(fd: int, path: str) -> bool:
@@ -81,36 +109,6 @@ def _is_still_there(fd: int, path: str) -> bool:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:
         return False
-
-
-# --- names on an object store ---------------------------------------------------------------------------------------
-
-_CLAIM = ".claim-"
-
-
-def is_claim(name: str) -> bool:
-    """Whether a file of a collection's folder is a build's claim of dataset numbers."""
-    return name.startswith(_CLAIM)
-
-
-def claim_numbers(folder: Folder, key: str, first: int, n: int) -> int:
-    """First of ``n`` dataset numbers that no other build of an object store's collection writes, ``first`` or above.
-
-    A local folder's lock keeps others away. Here each build leaves a file that says which numbers are its own, until
-    it is done; one that was interrupted finds its file again by its work's ``key``.
-    """
-    if folder.is_local:
-        return first
-    claim = json.dumps({"key": key, "n": n}).encode()
-    while True:
-        name = f"{_CLAIM}{first}"
-        try:
-            folder.replace(name, claim, version=None)
-        except CollectionBusyError:
-            taken = folder.find(name)
-            first += json.loads(taken)["n"] if taken else 0  # or it is gone again
-        else:
-            return first
 
 
 def check_unchanged(folder: Folder, version: str | None) -> None:
@@ -126,15 +124,10 @@ def check_unchanged(folder: Folder, version: str | None) -> None:
         raise CollectionBusyError(msg)
 
 
-def release_numbers(folder: Folder, first: int) -> None:
-    """Give up what :func:`claim_numbers` gave."""
-    if not folder.is_local:
-        folder.remove_files([f"{_CLAIM}{first}"])
-
-
 # --- readers -------------------------------------------------------------------------------------------------------
 
 _GENERATION = ".generation-"
+GENERATION_NAME = re.compile(rf"{re.escape(_GENERATION)}[0-9a-f]{{8}}")
 """Second name of a root document that a reader may still hold, once a commit has replaced it."""
 
 
@@ -154,9 +147,16 @@ class Lease:
     def __init__(self, folder: Folder | None) -> None:
         self._folder, self._fd = folder, -1
         if folder is not None and folder.is_local:
+            path = f"{folder.path}/{METADATA}"
             with contextlib.suppress(OSError):  # no such file, or no locks there
-                self._fd = os.open(f"{folder.path}/{METADATA}", os.O_RDONLY)
-                fcntl.flock(self._fd, fcntl.LOCK_SH)
+                while not self._take(path):
+                    self.close()
+
+    def _take(self, path: str) -> bool:
+        """Lock the root document; False where it was replaced meanwhile, and nobody waits for that one's readers."""
+        self._fd = os.open(path, os.O_RDONLY)
+        fcntl.flock(self._fd, fcntl.LOCK_SH)
+        return _is_still_there(self._fd, path)
 
     def __reduce__(self) -> tuple[type[Lease], tuple[Folder | None]]:
         """Pickle as one to be taken anew."""
@@ -182,17 +182,33 @@ def keep_generation(folder: Folder) -> None:
             os.link(f"{folder.path}/{METADATA}", f"{folder.path}/{_GENERATION}{uuid.uuid4().hex[:8]}")
 
 
-def held_generations(folder: Folder) -> dict[str, bytes]:
-    """Name and content of the replaced root documents that readers hold; those that nobody holds are removed."""
-    held = {}
-    for name in folder.names() if folder.is_local else ():
-        if name.startswith(_GENERATION):
-            path = f"{folder.path}/{name}"
-            with open(path, "rb") as f:
-                try:
-                    fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    held[name] = f.read()
-                else:
-                    os.unlink(path)
-    return held
+def is_held(path: str) -> bool | None:
+    """Whether a process holds a file's lock; None where there are no locks.
+
+    NFS grants an exclusive lock on a file that is open for writing alone. Where that is forbidden, the file counts as
+    held.
+    """
+    try:
+        fd = _open_to_lock(path)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as e:
+        logger.warning("whether %s is in use cannot be known (%s)", path, e)
+        return None if e.errno in _NO_LOCKS else True
+    else:
+        return False
+    finally:
+        os.close(fd)
+
+
+def _open_to_lock(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDWR)
+    except OSError as e:
+        if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return os.open(path, os.O_RDONLY)

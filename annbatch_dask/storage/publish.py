@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import Store
 
 __all__ = [
+    "UNFINISHED",
     "Folder",
     "RangeFile",
     "RemoteRanges",
@@ -46,6 +47,7 @@ __all__ = [
     "hiding_secrets",
     "name_errors",
     "shown",
+    "sync_path",
     "version_of",
     "without_secrets",
 ]
@@ -53,6 +55,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _TMP = ".tmp-"
+UNFINISHED = re.compile(rf"{re.escape(_TMP)}[0-9a-f]{{8}}-(?P<name>.+)")
+"""Name of a file that is being written, or was when its writer died."""
 _PART_NBYTES = 8 * 2**20
 """Bytes of an upload that go out at once, and are held until then: S3 wants 5 MiB or more, and at most 10,000 parts."""
 _BLOCK_NBYTES = 4 * 2**20
@@ -209,22 +213,20 @@ class Folder:
         """Paths of all files below, within the folder, sorted."""
         return list(self.sizes())
 
-    def is_unfinished(self, name: str) -> bool:
-        """Whether a name is that of a file that was being written."""
-        return name.startswith(_TMP)
+    def remove(self, *, last: str = "") -> None:
+        """Remove the folder and all in it, the file ``last`` at last; no error where it does not exist.
 
-    def remove(self) -> None:
-        """Remove the folder and all in it; no error where it does not exist.
-
-        A worker that lost its scheduler ends its task first: files may come and go meanwhile.
+        That file says whose the folder is: a removal that is interrupted can be taken up again. A link is removed, and
+        what it points to stays. A worker that lost its scheduler ends its task first: files may come and go meanwhile.
         """
         if not self.is_local:
-            self.remove_files(self.files())
+            names = self.files()
+            self.remove_files(name for name in names if name != last)
+            self.remove_files([last] if last in names else [])
             return
         for tries_left in reversed(range(_N_REMOVALS)):
             try:
-                if self.fs.exists(self.path):
-                    self.fs.rm(self.path, recursive=True)
+                _remove_tree(self.path, last)
             except OSError as e:
                 if e.errno not in (errno.ENOENT, errno.ENOTEMPTY) or not tries_left:
                     raise
@@ -239,29 +241,33 @@ class Folder:
                 self.fs.rm(paths)
 
     @contextlib.contextmanager
-    def create(self, name: str, *, durable: bool = True) -> Iterator[IO[bytes]]:
+    def create(self, name: str, *, durable: bool = True, parents: bool = True) -> Iterator[IO[bytes]]:
         """A file to write, which appears under its name, whole, when the block ends without an error.
 
         On a local disk it is written beside its place and renamed, after it was synced where ``durable``, so that
-        it outlasts a power cut; an object store publishes at close by itself.
+        it outlasts a power cut; an object store publishes at close by itself. Without ``parents`` a local folder is
+        not made anew: who removed it wants no more of it.
 
         Raises
         ------
         StorageError
             If the disk is full. Other errors of the system name the file.
         """
-        with name_errors(f"{self.url}/{name}"), self._create(name, durable=durable) as f:
+        with name_errors(f"{self.url}/{name}"), self._create(name, durable=durable, parents=parents) as f:
             yield f
 
     @contextlib.contextmanager
-    def _create(self, name: str, *, durable: bool) -> Iterator[IO[bytes]]:
+    def _create(self, name: str, *, durable: bool, parents: bool) -> Iterator[IO[bytes]]:
         path = f"{self.path}/{name}"
         if not self.is_local:
             with _upload(self.fs, path) as f:
                 yield f
             return
         folder, base = os.path.split(path)
-        os.makedirs(folder, 0o700 if self.is_private else 0o777, exist_ok=True)
+        if parents:
+            os.makedirs(folder, 0o700 if self.is_private else 0o777, exist_ok=True)
+        else:
+            _make_below(self.path, folder)
         tmp = os.path.join(folder, f"{_TMP}{uuid.uuid4().hex[:8]}-{base}")
         try:
             with open(tmp, "xb", buffering=2**20, opener=_private_opener if self.is_private else None) as f:
@@ -271,7 +277,7 @@ class Folder:
                     os.fsync(f.fileno())
             os.replace(tmp, path)
             if durable:
-                _sync(folder)
+                sync_path(folder)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(tmp)
@@ -283,24 +289,24 @@ class Folder:
             return
         for folder, _, files in os.walk(self.path):
             for name in files:
-                _sync(os.path.join(folder, name))
-            _sync(folder)
+                sync_path(os.path.join(folder, name))
+            sync_path(folder)
 
-    def write(self, name: str, payload: bytes, *, durable: bool = True) -> None:
+    def write(self, name: str, payload: bytes, *, durable: bool = True, parents: bool = True) -> None:
         """Write a whole file, atomically."""
         if not self.is_local:
             self.fs.pipe_file(f"{self.path}/{name}", payload)
             return
-        with self.create(name, durable=durable) as f:
+        with self.create(name, durable=durable, parents=parents) as f:
             f.write(payload)
 
     def write_all(self, files: Mapping[str, bytes]) -> None:
-        """Write whole files; many at a time where each costs a round trip."""
+        """Write whole files into a folder that is there; many at a time where each costs a round trip."""
         if not self.is_local:
             self.fs.pipe({f"{self.path}/{name}": payload for name, payload in files.items()})
             return
         for name, payload in files.items():
-            self.write(name, payload, durable=False)
+            self.write(name, payload, durable=False, parents=False)
 
     def replace(self, name: str, payload: bytes, *, version: str | None) -> None:
         """Write a whole file in the place of a :meth:`version` of it, and of no other; None stands for no file.
@@ -331,6 +337,38 @@ class Folder:
                 return
             msg = f"{self.url}/{name} was written by another build meanwhile, and stays; call again to add to it"
             raise CollectionBusyError(msg) from e
+
+
+def _make_below(root: str, folder: str) -> None:
+    """Make the folders on the way from one that is there to another."""
+    path = root
+    for part in os.path.relpath(folder, root).split(os.sep):
+        if part != os.curdir:
+            path = os.path.join(path, part)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path)
+
+
+def _remove_tree(path: str, last: str) -> None:
+    """Remove a local folder, or a link to one; see :meth:`Folder.remove`."""
+    if os.path.islink(path):
+        os.unlink(path)
+        return
+    try:
+        entries = list(os.scandir(path))
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if entry.name == last:
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
+    if last:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(path, last))
+    os.rmdir(path)
 
 
 _MAX_PUT_NBYTES = 2**32
@@ -498,7 +536,7 @@ def _get_version(fs: Any, path: str, start: int, stop: int, tag: str) -> bytes:
     return found
 
 
-def _sync(path: str) -> None:
+def sync_path(path: str) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:

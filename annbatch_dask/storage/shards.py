@@ -87,7 +87,7 @@ class ShardWriter:
     Parameters
     ----------
     folder
-        Where the shards go.
+        Where the shards go; a local one must be there.
     store
         Where the array's metadata go.
     key
@@ -134,7 +134,7 @@ class ShardWriter:
             fill_value=False if dtype.kind == "b" else 0,
             attributes=attributes | {ALL_WRITTEN: True},
         )
-        self._folder, self._key = folder / key, key
+        self._folder, self._key = folder, key
         self._codec = _numcodec(compressor)
         self._chunk_shape, self._shard_chunks = (chunk_rows, *rest), shard_rows // chunk_rows
         self._dtype, self._rows, self._n_dims = dtype, shape[0], len(shape)
@@ -188,7 +188,7 @@ class ShardWriter:
     def _append(self, encoded: bytes, n_rows: int | None) -> None:
         if self._shard is None:
             index = self._written // (self._shard_chunks * self._chunk_shape[0])
-            name = "/".join(["c", str(index), *["0"] * (self._n_dims - 1)])
+            name = "/".join([self._key, "c", str(index), *["0"] * (self._n_dims - 1)])
             self._shard = _Shard(self._folder, name, self._shard_chunks)
         self._shard.append(encoded)
         self._written += self._chunk_shape[0] if n_rows is None else n_rows
@@ -203,7 +203,7 @@ class ShardWriter:
     def _finish_shard(self) -> None:
         if self._shard is not None:
             size, crc = self._shard.close()
-            self.files[f"{self._key}/{self._shard.name}"] = size, f"{crc:08x}"
+            self.files[self._shard.name] = size, f"{crc:08x}"
             self._shard = None
 
     def _abandon(self) -> None:
@@ -221,7 +221,7 @@ class _Shard:
     """One shard file being written: chunks, then (offset, length) of each as little-endian uint64, then crc32c."""
 
     def __init__(self, folder: Folder, name: str, n_chunks: int) -> None:
-        self._context: contextlib.AbstractContextManager[IO[bytes]] = folder.create(name)
+        self._context: contextlib.AbstractContextManager[IO[bytes]] = folder.create(name, parents=False)
         self._file = self._context.__enter__()
         self._index = np.full((n_chunks, 2), 2**64 - 1, "<u8")
         self._path = f"{folder.url}/{name}"

@@ -16,8 +16,10 @@ Whatever is read is checked: a damaged file costs its block's work again, and no
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -34,10 +36,24 @@ from annbatch_dask.kernels.rows import bounds_of, copy_runs
 from annbatch_dask.storage.checksums import checksum_of
 from annbatch_dask.storage.publish import Folder
 
-__all__ = ["SpillError", "SpillReader", "find_receipt", "forget_receipt", "is_spilled", "write_receipt", "write_spill"]
+__all__ = [
+    "OWNER",
+    "ScratchGoneError",
+    "SpillError",
+    "SpillReader",
+    "check_scratch",
+    "find_receipt",
+    "forget_receipt",
+    "is_spilled",
+    "scratch_gone",
+    "write_receipt",
+    "write_spill",
+]
 
 logger = logging.getLogger(__name__)
 
+OWNER = "owner.json"
+"""File of a scratch folder that says whose it is: the first that is written, and the last that is removed."""
 _ALIGN = 8
 _HEADER_NBYTES = 24
 _COPY_NBYTES = 8 * 2**20
@@ -53,6 +69,10 @@ class SpillError(IntegrityError):
     def __init__(self, message: str, block: int) -> None:
         super().__init__(message)
         self.block = block
+
+
+class ScratchGoneError(IntegrityError):
+    """The scratch folder of a build is gone, and with it the build."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +113,45 @@ def write_receipt(folder: Folder, task: str, receipt: Mapping[str, Any]) -> None
     of one has a checksum), while syncing them would cost every build the disk's full write time.
     """
     payload = json.dumps(receipt).encode()
-    folder.write(f"{task}.json", _crc_line(payload) + b"\n" + payload, durable=False)
+    with _still_there(folder):
+        folder.write(f"{task}.json", _crc_line(payload) + b"\n" + payload, durable=False, parents=False)
+
+
+@contextlib.contextmanager
+def _still_there(folder: Folder) -> Iterator[None]:
+    """Write into a scratch folder as long as its build has it, and not into one that is gone.
+
+    Raises
+    ------
+    ScratchGoneError
+        If it is: the build has ended, or somebody removed it.
+    """
+    if not folder.is_local and folder.size(OWNER) is None:
+        raise scratch_gone(folder)
+    try:
+        yield
+    except FileNotFoundError as e:
+        if folder.is_local and not os.path.isdir(folder.path):
+            raise scratch_gone(folder) from e
+        raise
+
+
+def check_scratch(folder: Folder) -> None:
+    """Refuse to go on with a build whose scratch folder is gone.
+
+    Raises
+    ------
+    ScratchGoneError
+        Then.
+    """
+    if folder.size(OWNER) is None:
+        raise scratch_gone(folder)
+
+
+def scratch_gone(folder: Folder) -> ScratchGoneError:
+    """The error for it."""
+    msg = f"the scratch folder {folder.url} is gone: its build has ended, or it was removed; call again to go on"
+    return ScratchGoneError(msg)
 
 
 def _crc_line(payload: bytes) -> bytes:
@@ -150,7 +208,7 @@ def write_spill(
     start = _HEADER_NBYTES + len(about)
     table[:, 0] = start + bounds_of(sizes)[:-1]
     end = int(start + sizes.sum())
-    with folder.create(_body(block), durable=False) as f:
+    with _still_there(folder), folder.create(_body(block), durable=False, parents=False) as f:
         f.write(np.array([len(about), end, google_crc32c.value(about)], np.uint64).tobytes() + about)
         for first, last in _runs(sizes):
             write = _write_part if last - first == 1 else _write_parts
@@ -260,7 +318,7 @@ class SpillReader(AbstractContextManager["SpillReader"]):
                 self._file = folder.ranges(_body(block), keep_open=keep_open)
                 opened.callback(self._file.close)
                 self._read_table(parts)
-            except FileNotFoundError:  # a remote one is opened by its first read
+            except FileNotFoundError:
                 raise self._damaged("is missing") from None
             opened.pop_all()
 
@@ -284,7 +342,10 @@ class SpillReader(AbstractContextManager["SpillReader"]):
         self._file.close()
 
     def _read(self, start: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        n = self._file.read_into(start, memoryview(out))
+        try:
+            n = self._file.read_into(start, memoryview(out))
+        except FileNotFoundError:  # one that is opened by each read
+            raise self._damaged("is missing") from None
         if n < len(out):
             raise self._damaged(f"ends {len(out) - n:,} bytes early")
         return out

@@ -122,9 +122,9 @@ CASES = [
     ("job-*", cut, {"scatter": [], "gather": [0, 1]}, []),
     ("job-*", flip_middle, {"scatter": [], "gather": [0, 1]}, []),
     ("job-*", gone, {"scatter": [], "gather": [0, 1]}, []),
-    ("dataset_3/X/data/c/0", cut, {"scatter": [], "gather": [0, 1, 3]}, []),
-    ("dataset_3/X/data/c/0", gone, {"scatter": [], "gather": [0, 1, 3]}, []),
-    ("dataset_3/zarr.json", flip_middle, {"scatter": [], "gather": [0, 1, 3]}, []),
+    (".attempt-*-dataset_3/X/data/c/0", cut, {"scatter": [], "gather": [0, 1, 3]}, []),
+    (".attempt-*-dataset_3/X/data/c/0", gone, {"scatter": [], "gather": [0, 1, 3]}, []),
+    (".attempt-*-dataset_3/zarr.json", flip_middle, {"scatter": [], "gather": [0, 1, 3]}, []),
 ]
 
 
@@ -142,7 +142,7 @@ def cases():
 def test_a_resume_does_again_what_was_damaged_and_no_more(interrupted, monkeypatch, name, damage, ran, again):
     work, path, want = interrupted
     base = work / "o.zarr" if "dataset" in name else next((work / "o.zarr.scratch").iterdir())
-    damage(next(base.glob(name)))
+    damage(*base.glob(name))
     scattered_again, tasks = [], Tasks()
     original = gather_module.scatter_again
     monkeypatch.setattr(

@@ -148,22 +148,6 @@ def test_command_line(built, capsys):
     assert "they are the cells of 3 files" in out
 
 
-def test_gc_removes_leftovers_and_nothing_else(copy, capsys):
-    before = {f: f.read_bytes() for f in files(copy)}
-    (copy / "dataset_17").mkdir()
-    (copy / "dataset_17" / "zarr.json").write_text("{}")
-    (copy / ".tmp-1234-zarr.json").write_text("{")
-    scratch = copy.with_name("o.zarr.scratch")
-    scratch.mkdir()
-    (scratch / "spill").write_text("x")
-    assert verify(copy).leftovers == (".tmp-1234-zarr.json", "dataset_17")
-    assert main(["gc", str(copy)]) == 0
-    assert "removed .tmp-1234-zarr.json, dataset_17, o.zarr.scratch" in capsys.readouterr().out
-    assert {f: f.read_bytes() for f in files(copy)} == before
-    assert not scratch.exists()
-    assert DatasetCollection(copy).gc() == []
-
-
 def test_nothing_to_verify(tmp_path):
     with pytest.raises(CollectionError, match="has no manifest to compare with"):
         DatasetCollection(tmp_path / "o.zarr").verify()

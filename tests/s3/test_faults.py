@@ -50,13 +50,14 @@ def test_few_requests_and_no_listing_of_the_bucket(bucket, atlas, server):
     n_blocks, n_datasets, n_inputs = 2, 2, 2
     n_files = sum(d.n_files for d in collection.manifest.datasets)
     found = counts(requests)
-    # every file once; of each block a spill file and a receipt, of each dataset a receipt; job, claim, root and log
-    assert found["PUT"] == n_files + 2 * n_blocks + n_datasets + 4
+    # every file once; of each block a spill file and a receipt, of each dataset a receipt and whose it is at first;
+    # whose the scratch folder is, job, claim, root, its inputs and log
+    assert found["PUT"] == n_files + 2 * n_blocks + 2 * n_datasets + 6
     # by hand: what a task asks for, times the tasks; nothing depends on the number of files
     assert found["GET"] <= 4 * n_inputs + 3 * n_blocks + 8 * n_blocks * n_datasets + 3 * n_datasets + 4
     assert found["LIST"] <= 6 + 2 * n_inputs + 2 * n_blocks + 4 * n_datasets + 4
-    assert found["HEAD"] <= 8 + 3 * n_inputs + 3 * n_blocks + 2 * n_datasets
-    assert found["POST"] == 2  # removals: the claim, and the scratch folder
+    assert found["HEAD"] <= 10 + 3 * n_inputs + 5 * n_blocks + 3 * n_datasets
+    assert found["POST"] == 3  # removals: the scratch folder, what says whose it was, and the claim
 
     opened = DatasetCollection(f"{bucket}/o.zarr", mode="r", storage_options=server.options)
     loader_of = lambda: epoch(opened)  # noqa: E731

@@ -1,5 +1,6 @@
 """Inputs, scratch and collection on an S3 server, over real HTTP on loopback."""
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -85,15 +86,62 @@ def test_a_build_that_was_interrupted_goes_on(bucket, atlas, server, local):
     assert {path.split("/")[2] for path in atlas.fs.find(bucket)} == {"o.zarr", "o.zarr.log"}
 
 
-def test_numbers_of_an_interrupted_build_are_left_to_it(bucket, atlas, server):
+def test_numbers_of_an_interrupted_build_are_left_to_it_until_another_is_published(bucket, atlas, server):
     url = f"{bucket}/o.zarr"
     with pytest.raises(CrashError):
         build(url, atlas, server, callbacks=[At("gather", crash)])
     collection = build(url, atlas, server, seed=1)
     assert [d.name for d in collection.manifest.datasets] == [f"dataset_{k}" for k in range(2, 4)]
-    assert names(atlas.fs, url) == {d.name for d in collection.manifest.datasets} | {"zarr.json", ".claim-0"}
-    assert collection.gc() == [".claim-0"]
+    assert names(atlas.fs, url) == {d.name for d in collection.manifest.datasets} | {"zarr.json"}
+    assert not [path for path in atlas.fs.find(bucket) if ".scratch" in path]
+    assert collection.gc() == []
     assert collection.verify().ok
+
+
+def elsewhere(atlas, url):
+    """Let the claim in a folder be that of another machine's process."""
+    (path,) = [path for path in atlas.fs.find(url) if ".claim-" in path]
+    claim = json.loads(atlas.fs.cat_file(path))
+    claim |= {"has_ended": False, "owner": claim["owner"] | {"host": "node-7", "pid": 12}}
+    atlas.fs.pipe_file(path, json.dumps(claim).encode())
+
+
+def test_what_another_machine_may_still_write_stays(bucket, atlas, server):
+    """A job that was retried while the first one may still run: its scattered work is taken over, its numbers are not."""
+    url = f"{bucket}/o.zarr"
+    with pytest.raises(CrashError):
+        build(url, atlas, server, callbacks=[At("gather", crash)])
+    elsewhere(atlas, url)
+    before = contents(atlas.fs, url)
+    with pytest.raises(CollectionBusyError, match=r"may be being built by process 12 on node-7.*--abandoned"):
+        DatasetCollection(url, storage_options=server.options).gc()
+    seen = At()
+    collection = build(url, atlas, server, callbacks=[seen])
+    assert seen.reused == Counter(scatter=2, gather=0, commit=0)
+    assert [d.name for d in collection.manifest.datasets] == ["dataset_2", "dataset_3"]
+    assert before.items() <= contents(atlas.fs, url).items()
+    assert set(collection.gc(abandoned=True, dry_run=True)) == {".claim-0", "dataset_0", "dataset_1"}
+    assert before.items() <= contents(atlas.fs, url).items()
+    assert set(collection.gc(abandoned=True)) == {".claim-0", "dataset_0", "dataset_1"}
+    assert collection.verify(against=atlas.urls, storage_options=server.options).ok
+
+
+@pytest.mark.parametrize("stage", ["scatter", "gather"])
+@pytest.mark.parametrize("extends", [False, pytest.param(True, marks=pytest.mark.chaos)])
+def test_of_two_runs_of_one_build_the_slower_one_removes_nothing_of_the_other(bucket, atlas, server, stage, extends):
+    url = f"{bucket}/o.zarr"
+    base = f"{bucket}/base.h5ad"
+    atlas.fs.copy(atlas.urls[0], base)
+    if extends:
+        build(url, atlas, server, [base])
+    other = At(stage, lambda: build(url, atlas, server))
+    collection = build(url, atlas, server, callbacks=[other])
+    assert len(collection.manifest.builds) == 1 + extends
+    found = collection.verify(against=[*[base] * extends, *atlas.urls], storage_options=server.options)
+    assert found.ok, found.problems
+    held = {d.name for d in collection.manifest.datasets}
+    assert names(atlas.fs, url) == held | {"zarr.json"} | ({"dataset_0"} if extends else set())
+    assert not [path for path in atlas.fs.find(bucket) if ".scratch" in path or ".claim" in path]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,358 @@
+"""What of a folder is ours to remove, and what of it somebody still needs.
+
+The one rule: a folder is removed only if a document inside says that this package wrote it for this collection. A
+dataset's ``zarr.json``, the first of its files that is written and the last that is removed, names its plan and its
+collection; a scratch folder's ``owner.json`` names the collection's path. What has no such document is a stranger's:
+nothing is removed then, and nothing is built there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from annbatch_dask.errors import CollectionBusyError, CollectionError
+from annbatch_dask.etl.job import owner_of
+from annbatch_dask.manifest import ANNBATCH_ENCODING, DATASET_NAME, DATASET_PREFIX, MANIFEST_KEY, dataset_names
+from annbatch_dask.storage.claims import CLAIM_NAME, Claim, Work, find_claims
+from annbatch_dask.storage.lock import GENERATION_NAME, is_held
+from annbatch_dask.storage.metadata import METADATA, group_document
+from annbatch_dask.storage.publish import UNFINISHED, Folder, StorageOptions
+from annbatch_dask.storage.spill import OWNER
+
+__all__ = [
+    "ATTEMPT_NAME",
+    "Contents",
+    "Scratch",
+    "dataset_attributes",
+    "default_scratch",
+    "first_document",
+    "is_dataset_of",
+    "contents_of",
+    "remove_dataset",
+]
+
+logger = logging.getLogger(__name__)
+
+ATTEMPT_NAME = re.compile(rf"\.attempt-[0-9a-f]{{8}}-({DATASET_PREFIX}_\d+)")
+"""Folder of a dataset on a local disk until the build's commit, which gives it its name."""
+_SYSTEM = re.compile(r"\.nfs[0-9a-f]+")
+"""What NFS makes of a file that was removed and is open."""
+_SCRATCH = ".scratch"
+
+
+def dataset_attributes(plan: str, collection: str) -> dict[str, Any]:
+    """What a dataset says of whose it is: the fingerprint of its plan, and its collection's id."""
+    return {MANIFEST_KEY: {"plan": plan, "collection": collection}}
+
+
+def first_document(attributes: dict[str, Any]) -> bytes:
+    """What a dataset's folder holds from its beginning."""
+    return group_document(attributes, {})
+
+
+def _attributes(document: bytes | None) -> dict[str, Any]:
+    """Attributes of a group's document; none where it is damaged or missing."""
+    try:
+        found = json.loads(document or b"{}").get("attributes", {})
+    except (ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_dataset_of(document: bytes | None, plans: Iterable[str], ids: Iterable[str]) -> bool:
+    """Whether a dataset's document says that it was written by one of these plans, or for one of these collections."""
+    about = _attributes(document).get(MANIFEST_KEY)
+    if not isinstance(about, dict):  # a damaged one may still say so
+        return document is not None and any(f'"{plan}"'.encode() in document for plan in plans)
+    return about.get("plan") in set(plans) or bool(about.get("collection")) and about["collection"] in set(ids)
+
+
+@dataclass(frozen=True)
+class _Root:
+    """What a root document says.
+
+    Attributes
+    ----------
+    names
+        Of the datasets in it.
+    plans, ids
+        By which its datasets know themselves.
+    inherited
+        Datasets that an earlier collection at this place had, whose documents need not say so.
+    last
+        Highest number that a dataset ever had.
+    """
+
+    names: frozenset[str] = frozenset()
+    plans: frozenset[str] = frozenset()
+    ids: frozenset[str] = frozenset()
+    inherited: frozenset[str] = frozenset()
+    last: int = -1
+    has_manifest: bool = False
+    is_collection: bool = False
+
+    @classmethod
+    def of(cls, document: bytes | None) -> _Root:
+        attributes = _attributes(document)
+        if document is None or ANNBATCH_ENCODING["encoding-type"] != attributes.get("encoding-type"):
+            return cls()
+        manifest = attributes.get(MANIFEST_KEY) or {}
+        return cls(
+            names=frozenset(dataset_names(document)),
+            plans=frozenset(b["plan"] for b in manifest.get("builds", ())),
+            ids=frozenset(filter(None, [manifest.get("id")])),
+            inherited=frozenset(manifest.get("inherited", ())),
+            last=manifest.get("last_dataset", -1),
+            has_manifest=bool(manifest),
+            is_collection=True,
+        )
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What lies in a collection's folder beside the root document.
+
+    Attributes
+    ----------
+    version
+        Of the root document; None where there is none.
+    named
+        Datasets of the collection as it is.
+    datasets
+        Our datasets that it does not name and no reader holds.
+    files
+        Our files that are not finished, and root documents that were replaced and are not held.
+    claims
+        Of builds that run, or were interrupted.
+    inherited
+        Datasets among ours that were an earlier collection's at this place.
+    last
+        Highest number that a dataset of the collection ever had; -1 where there was none.
+    strangers
+        All other names.
+    locks_work
+        False where it cannot be known whether readers hold what was replaced.
+    """
+
+    target: Folder
+    version: str | None
+    named: frozenset[str]
+    datasets: tuple[str, ...]
+    files: tuple[str, ...]
+    claims: tuple[Claim, ...]
+    inherited: tuple[str, ...]
+    last: int
+    strangers: tuple[str, ...]
+    locks_work: bool
+
+    def check(self) -> None:
+        """Refuse a folder with something in it that is not ours.
+
+        Raises
+        ------
+        CollectionError
+            With the names.
+        """
+        if self.strangers:
+            names = ", ".join(self.strangers[:5]) + (", ..." if len(self.strangers) > 5 else "")  # noqa: PLR2004
+            n = len(self.strangers)
+            msg = (
+                f"{self.target.url} holds {n} thing{'s' if n > 1 else ''} that this package did not write for this "
+                f"collection: {names}; move {'them' if n > 1 else 'it'} elsewhere, or give another path"
+            )
+            raise CollectionError(msg)
+
+    def check_idle(self) -> None:
+        """Refuse to remove what a build on another machine may be writing.
+
+        Raises
+        ------
+        CollectionBusyError
+            With the process and its machine, as far as they are known.
+        """
+        for claim in () if self.target.is_local else self.claims:
+            if not claim.is_over:
+                owner = claim.owner
+                who = f"process {owner['pid']} on {owner['host']}" if owner else "a build of an earlier release"
+                msg = (
+                    f"{self.target.url} may be being built by {who}, which cannot be asked; if it runs no more, "
+                    "say so with abandoned=True (--abandoned)"
+                )
+                raise CollectionBusyError(msg)
+
+    def leftovers(self, *, claims: Iterable[Claim] = (), kept: Iterable[str] = ()) -> list[str]:
+        """Names of what may go with these claims: not what other claims are about, and not what is to be kept."""
+        mine = {c.name for c in claims}
+        others = {n for c in self.claims if c.name not in mine and not self.target.is_local for n in c.numbers}
+        datasets = [n for n in self.datasets if _number(n) not in others]
+        return [n for n in (*datasets, *self.files) if n not in set(kept)]
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove some of its leftovers, datasets first: a root document that was replaced says whose they are."""
+        for name in names:
+            if name in self.datasets:
+                (self.target / name).remove(last=METADATA)
+            else:
+                self.target.unlink(name)
+            logger.info("removed %s/%s", self.target.url, name)
+
+
+def _number(name: str) -> int:
+    return int(name.rsplit("_", 1)[1])
+
+
+def contents_of(target: Folder) -> Contents:
+    """Tell apart what lies in a collection's folder."""
+    version, names = target.version(METADATA), target.names()
+    root = _Root.of(target.find(METADATA))
+    claims = find_claims(target, names)
+    generations = {n: _Root.of(target.find(n)) for n in names if target.is_local and GENERATION_NAME.fullmatch(n)}
+    held = {n: is_held(f"{target.path}/{n}") for n, found in generations.items() if found.is_collection}
+    roots = [root, *generations.values()]
+    plans = {p for r in roots for p in r.plans} | {w.plan for c in claims for w in c.works}
+    ids = {i for r in roots for i in r.ids}
+    known = {n for r in roots for n in r.names | r.inherited}
+    kept = set(root.names).union(*(generations[n].names or root.inherited for n, h in held.items() if h))
+    datasets, files, strangers, named = [], [], [], set(root.names)
+    for name in names:
+        if name == METADATA or _SYSTEM.fullmatch(name) or name in held and held[name] or name in kept:
+            continue
+        if DATASET_NAME.fullmatch(name) or ATTEMPT_NAME.fullmatch(name):
+            document = (target / name).find(METADATA)
+            if is_dataset_of(document, plans, ids) or (name in known and _is_adata(document)):
+                datasets.append(name)
+            elif document is None and (root.is_collection or claims) and _is_blank(target / name):
+                datasets.append(name)  # its writer died before it said whose it is, or who removed it after
+            elif root.is_collection and not root.has_manifest and not root.names and _is_adata(document):
+                named.add(name)  # of a collection of annbatch's, whose root names none
+            else:
+                strangers.append(name)
+        elif name in held or (match := UNFINISHED.fullmatch(name)) and _is_our_file(match["name"]):
+            files.append(name)
+        elif name not in {c.name for c in claims}:
+            strangers.append(name)
+    return Contents(
+        target=target,
+        version=version,
+        named=frozenset(named),
+        datasets=tuple(datasets),
+        files=tuple(files),
+        claims=tuple(claims),
+        inherited=tuple(sorted(root.inherited.intersection(names))),
+        last=max([root.last, *(_number(n) for n in named if DATASET_NAME.fullmatch(n))]),
+        strangers=(*strangers, *sorted(n for n in root.names if not DATASET_NAME.fullmatch(n))),
+        locks_work=target.is_local and None not in held.values(),
+    )
+
+
+def _is_blank(folder: Folder) -> bool:
+    """Whether nothing is there but what may be the beginning of our own document."""
+    return all(n == f"{METADATA}~" or (m := UNFINISHED.fullmatch(n)) and m["name"] == OWNER for n in folder.names())
+
+
+def _is_adata(document: bytes | None) -> bool:
+    return _attributes(document).get("encoding-type") == "anndata"
+
+
+def _is_our_file(name: str) -> bool:
+    return name == METADATA or CLAIM_NAME.fullmatch(name) is not None
+
+
+def remove_dataset(target: Folder, name: str, plans: Iterable[str], ids: Iterable[str] = ()) -> None:
+    """Remove a dataset if its document says that it is of one of these plans or collections.
+
+    Raises
+    ------
+    CollectionError
+        If there is a folder of that name and it is somebody else's.
+    """
+    folder = target / name
+    if is_dataset_of(folder.find(METADATA), plans, ids):
+        folder.remove(last=METADATA)
+    elif folder.names():
+        msg = f"{folder.url} appeared while the collection was built, and is not this build's; move it elsewhere"
+        raise CollectionError(msg)
+
+
+# --- scratch -------------------------------------------------------------------------------------------------------
+
+
+def default_scratch(target: Folder) -> Folder:
+    """The folder beside the collection that its scratch folders lie in, where none is given."""
+    return Folder(target.url.rstrip("/") + _SCRATCH, target.options)
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """The scratch folders of a collection's builds.
+
+    Attributes
+    ----------
+    target
+        The collection's folder, by which its own know themselves.
+    options
+        Of the store that scratch folders lie on, as no claim holds any; none stands for the collection's own, where
+        that is the same store.
+    """
+
+    target: Folder
+    options: StorageOptions = field(default_factory=StorageOptions, repr=False)
+
+    def _folder(self, url: str) -> Folder:
+        if "://" not in url:
+            return Folder(url)
+        is_same = url.partition("://")[0] == self.target.url.partition("://")[0]
+        return Folder(url, self.options or (self.target.options if is_same else StorageOptions()))
+
+    def find(self, works: Iterable[Work], *roots: Folder) -> list[tuple[Folder, bool]]:
+        """Folders of these works, and whatever of this collection's lies in some folders.
+
+        Returns
+        -------
+        Each, and whether the folder that it lies in may go with it.
+
+        Raises
+        ------
+        CollectionError
+            If a folder cannot be opened.
+        """
+        beside = default_scratch(self.target).url
+        claimed = {w.scratch: (self._folder(w.scratch), w.is_new or _parent(w.scratch) == beside) for w in works}
+        found = [pair for pair in claimed.values() if self._is_ours(pair[0], is_claimed=True)]
+        others = [f for root in roots for f in map(root.__truediv__, root.names()) if f.url not in claimed]
+        return [*found, *((f, _parent(f.url) == beside) for f in others if self._is_ours(f, is_claimed=False))]
+
+    def _is_ours(self, folder: Folder, *, is_claimed: bool) -> bool:
+        try:
+            owner = owner_of(folder)
+            is_made = is_claimed and folder.is_local and os.path.isdir(folder.path)  # and nothing is in it yet
+            return owner == self.target.url or (is_made and owner is None and _is_blank(folder))
+        except Exception as e:
+            msg = (
+                f"{folder.url}, the scratch folder of an interrupted build, cannot be opened "
+                f"({type(e).__name__}: {e}); give its storage options to gc(scratch_options=...)"
+            )
+            raise CollectionError(msg) from e
+
+    def remove(self, found: Iterable[tuple[Folder, bool]]) -> None:
+        """Remove what :meth:`find` found."""
+        parents = set()
+        for folder, with_parent in found:
+            folder.remove(last=OWNER)
+            logger.info("removed %s", folder.url)
+            if with_parent and folder.is_local:
+                parents.add(os.path.dirname(folder.path))
+        for path in parents:
+            with contextlib.suppress(OSError):  # others use it too
+                os.rmdir(path)
+
+
+def _parent(url: str) -> str:
+    return url.rpartition("/")[0]

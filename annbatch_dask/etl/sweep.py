@@ -1,0 +1,119 @@
+"""What is removed of a collection's folder and of scratch folders, and when: after a build, and by gc."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from annbatch_dask.errors import CollectionError
+from annbatch_dask.etl.job import Job
+from annbatch_dask.etl.ours import Scratch, contents_of, remove_dataset
+from annbatch_dask.manifest import dataset_number
+from annbatch_dask.storage.claims import Claim, release_claim
+from annbatch_dask.storage.publish import Folder
+
+__all__ = ["clean_up", "leftovers", "sweep", "sweep_idle", "withdraw"]
+
+logger = logging.getLogger(__name__)
+
+
+def withdraw(job: Job) -> None:
+    """Remove what a build wrote that was refused: nobody can use it any more.
+
+    Its numbers are its own, as long as its claim is there. What the root document names stays nevertheless.
+    """
+    claim, target = job.claim, job.target
+    found = contents_of(target)
+    if claim is None or claim not in found.claims:
+        return
+    for name in found.datasets:
+        if dataset_number(name) in claim.numbers:
+            remove_dataset(target, name, [job.plan.fingerprint])
+    others = {w.scratch for c in found.claims if c != claim for w in c.works}
+    scratch = scratch_of(job)
+    scratch.remove(scratch.find(w for w in claim.works if w.scratch not in others))
+    release_claim(target, claim)
+
+
+def sweep(
+    target: Folder, scratch: Scratch, *roots: Folder, dry_run: bool = False, abandoned: bool = False
+) -> list[str]:
+    """Remove all leftovers: what builds left in the collection's folder, and their scratch folders.
+
+    Parameters
+    ----------
+    roots
+        Folders in which scratch folders may lie that no claim tells of.
+    dry_run
+        Remove nothing.
+    abandoned
+        Also where it cannot be known that a build is over.
+
+    Returns
+    -------
+    Names of what was, or would be, removed; scratch folders by path.
+
+    Raises
+    ------
+    CollectionError
+        If something in the folder is not ours; then nothing is removed.
+    CollectionBusyError
+        If a build may run.
+    """
+    found = contents_of(target)
+    found.check()
+    if not abandoned:
+        found.check_idle()
+    names = found.leftovers(claims=found.claims)
+    folders = scratch.find((w for c in found.claims for w in c.works), *roots)
+    if not dry_run:
+        found.remove(names)
+        scratch.remove(folders)
+        for claim in found.claims:
+            release_claim(target, claim)
+    return [*sorted([*names, *(c.name for c in found.claims)]), *sorted(f.url for f, _ in folders)]
+
+
+def sweep_idle(target: Folder, scratch: Scratch) -> None:
+    """Remove all leftovers, where no build may run."""
+    if target.is_local or all(c.is_over for c in contents_of(target).claims):
+        sweep(target, scratch)
+
+
+def leftovers(target: Folder) -> list[str]:
+    """Names in a collection's folder that are ours, and that nobody needs; builds that run may."""
+    found = contents_of(target)
+    return sorted([*found.datasets, *found.files, *(c.name for c in found.claims)])
+
+
+def clean_up(job: Job) -> None:
+    """Remove what this build, and others before it that are over, have left, right after a commit.
+
+    Where readers hold no lease (on an object store, or on a disk without locks), datasets that were just replaced stay
+    until the next build. A build's claim is the last to go: whoever comes after a crash finds by it what is left.
+    """
+    target, scratch = job.target, scratch_of(job)
+    found = contents_of(target)
+    claims = [c for c in found.claims if target.is_local or c.is_over or c == job.claim]
+    found.remove(found.leftovers(claims=claims, kept=() if found.locks_work else job.replaced))
+    _remove_claims(target, scratch, claims)
+
+
+def _remove_claims(target: Folder, scratch: Scratch, claims: Iterable[Claim]) -> None:
+    """Remove the scratch folders of builds that are over, and then their claims."""
+    done, folders = [], []
+    for claim in claims:
+        try:
+            folders += scratch.find(claim.works)
+        except CollectionError as e:
+            logger.warning("%s", e)  # its claim stays, and with it the place
+        else:
+            done.append(claim)
+    scratch.remove(folders)
+    for claim in done:
+        release_claim(target, claim)
+
+
+def scratch_of(job: Job) -> Scratch:
+    """The scratch folders of a collection's builds, with what this build knows of how to open them."""
+    return Scratch(job.target, job.scratch.options)
