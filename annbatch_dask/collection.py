@@ -696,6 +696,8 @@ class DatasetCollection:
                 sweep_idle(self._target, Scratch(self._target, base.options))
                 return self
             self._look_for_again(refs, on_duplicate_source)
+            if extension is None or extension.mode != "append":
+                found.check_named()
             plan, annotations = self._plan(refs, options, merge, room, extension)
             if plan.left_out:
                 warnings.warn(_words_of(plan.left_out, len(refs)), UserWarning, stacklevel=2)

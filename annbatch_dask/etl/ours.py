@@ -3,7 +3,7 @@
 The one rule: a folder is removed only if a document inside says that this package wrote it for this collection. A
 dataset's ``zarr.json``, the first of its files that is written and the last that is removed, names its plan and its
 collection; a scratch folder's ``owner.json`` names the collection's path. What has no such document is a stranger's:
-nothing is removed then, and nothing is built there.
+nothing is removed then, and nothing is built there. So is a file within a dataset that the dataset does not list.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import logging
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from annbatch_dask.errors import CollectionBusyError, CollectionError
@@ -22,7 +23,7 @@ from annbatch_dask.etl.job import owner_of
 from annbatch_dask.manifest import ANNBATCH_ENCODING, DATASET_NAME, DATASET_PREFIX, MANIFEST_KEY, dataset_names
 from annbatch_dask.storage.claims import CLAIM_NAME, Claim, Work, find_claims
 from annbatch_dask.storage.lock import GENERATION_NAME, is_held
-from annbatch_dask.storage.metadata import METADATA, group_document
+from annbatch_dask.storage.metadata import FILES, METADATA, group_document
 from annbatch_dask.storage.publish import UNFINISHED, Folder, StorageOptions
 from annbatch_dask.storage.spill import OWNER
 
@@ -30,6 +31,7 @@ __all__ = [
     "ATTEMPT_NAME",
     "Contents",
     "Scratch",
+    "added_files",
     "dataset_attributes",
     "default_scratch",
     "first_document",
@@ -45,6 +47,7 @@ ATTEMPT_NAME = re.compile(rf"\.attempt-[0-9a-f]{{8}}-({DATASET_PREFIX}_\d+)")
 _SYSTEM = re.compile(r"\.nfs[0-9a-f]+")
 """What NFS makes of a file that was removed and is open."""
 _SCRATCH = ".scratch"
+_N_THREADS = 16
 
 
 def dataset_attributes(plan: str, collection: str) -> dict[str, Any]:
@@ -169,6 +172,18 @@ class Contents:
             )
             raise CollectionError(msg)
 
+    def check_named(self) -> None:
+        """Refuse to replace datasets that somebody put files of their own into.
+
+        Raises
+        ------
+        CollectionError
+            With the files.
+        """
+        with ThreadPoolExecutor(_N_THREADS) as pool:  # each lists a folder
+            added = pool.map(lambda name: added_files(self.target, name), sorted(self.named))
+            replace(self, strangers=tuple(name for names in added for name in names)).check()
+
     def check_idle(self) -> None:
         """Refuse to remove what a build on another machine may be writing.
 
@@ -227,7 +242,9 @@ def contents_of(target: Folder) -> Contents:
         if DATASET_NAME.fullmatch(name) or ATTEMPT_NAME.fullmatch(name):
             document = (target / name).find(METADATA)
             if is_dataset_of(document, plans, ids) or (name in known and _is_adata(document)):
-                datasets.append(name)
+                added = added_files(target, name, document)
+                strangers += added
+                datasets += [] if added else [name]
             elif document is None and (root.is_collection or claims) and _is_blank(target / name):
                 datasets.append(name)  # its writer died before it said whose it is, or who removed it after
             elif root.is_collection and not root.has_manifest and not root.names and _is_adata(document):
@@ -250,6 +267,16 @@ def contents_of(target: Folder) -> Contents:
         strangers=(*strangers, *sorted(n for n in root.names if not DATASET_NAME.fullmatch(n))),
         locks_work=target.is_local and None not in held.values(),
     )
+
+
+def added_files(target: Folder, name: str, document: bytes | None = None) -> list[str]:
+    """Files in a finished dataset that it does not list as its own, by path within the collection."""
+    folder = target / name
+    listed = _attributes(folder.find(METADATA) if document is None else document).get(FILES)
+    if not isinstance(listed, dict):  # unfinished, or of an earlier release
+        return []
+    found = folder.sizes().keys() - listed.keys() - {METADATA}
+    return [f"{name}/{file}" for file in sorted(found) if not _SYSTEM.fullmatch(file.rpartition("/")[2])]
 
 
 def _is_blank(folder: Folder) -> bool:

@@ -120,6 +120,32 @@ def test_a_collection_with_something_of_the_users_own_is_read_and_not_changed(tm
     assert sum(len(b["obs"]) for b in Loader(batch_size=10).use_collection(DatasetCollection(out, mode="r"))) == 100
 
 
+@pytest.mark.parametrize("mode", ["extend", "reshuffle", "w"])
+def test_a_file_that_somebody_put_into_a_dataset_keeps_it(tmp_path, paths, mode):
+    """Also one that was put there while the dataset was read, and replaced."""
+    out, options = tmp_path / "o.zarr", {} if mode == "w" else {"mode": mode}
+    add(out, paths[:1])
+    note = out / "dataset_0/notes/mine.csv"
+    note.parent.mkdir()
+    note.write_text("mine")
+    with pytest.raises(CollectionError, match=r"dataset_0/notes/mine.csv; move it elsewhere"):
+        DatasetCollection(out, mode="w").add_adatas(paths[1:2], progress=False) if mode == "w" else add(
+            out, paths[1:2], **options
+        )
+    assert note.read_text() == "mine"
+    note.unlink()
+    note.parent.rmdir()
+    loader = Loader(batch_size=10, preload_to_gpu=False).use_collection(DatasetCollection(out))
+    add(out, paths[1:2])
+    (out / "dataset_0/mine.csv").write_text("mine")
+    del loader
+    with pytest.raises(CollectionError, match=r"dataset_0/mine.csv; move it elsewhere"):
+        DatasetCollection(out).gc()
+    assert (out / "dataset_0/mine.csv").read_text() == "mine"
+    (out / "dataset_0/mine.csv").unlink()
+    assert "dataset_0" in DatasetCollection(out).gc()
+
+
 def test_a_dataset_of_another_collection_is_a_stranger(tmp_path, paths):
     add(tmp_path / "a.zarr", paths[:1])
     add(tmp_path / "b.zarr", paths[1:2])
