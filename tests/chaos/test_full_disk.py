@@ -116,7 +116,10 @@ def fails_to_close(countdown):
             if is_first and next(countdown) <= 0:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    return "annbatch_dask.storage.publish.open", lambda path, _, buffering: File(io.FileIO(path, "wb"), buffering)
+    def opens(path, mode, buffering, opener):
+        return File(io.FileIO(path, mode, opener=opener), buffering)
+
+    return "annbatch_dask.storage.publish.open", opens
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,19 @@ from annbatch_dask.plan.memory import MIB, Budget
 BUDGET = Budget(2**30, 1)
 
 
+NEVER_FULL = {f"distributed.worker.memory.{what}": False for what in ("target", "spill", "pause", "terminate")}
+"""Its workers would count what all tests before took as theirs, and pause."""
+
+
 @contextlib.contextmanager
 def cluster(**options):
     """One whose workers are threads of this process."""
     options = {"processes": False, "threads_per_worker": 2, "dashboard_address": "127.0.0.1:0"} | options
-    with LocalCluster(**options) as started, Client(started, set_as_default=False) as client:
+    with (
+        config.set(NEVER_FULL),
+        LocalCluster(**options) as started,
+        Client(started, set_as_default=False) as client,
+    ):
         yield started, client
 
 

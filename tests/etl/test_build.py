@@ -315,7 +315,8 @@ def test_a_zarr_group_as_target_and_as_input(tmp_path, h5ad_pair):
     first = DatasetCollection(target)
     with dask.config.set(scheduler="synchronous"):
         first.add_adatas(h5ad_pair, seed=0, dataset_size=300)
-        second = DatasetCollection(tmp_path / "p.zarr").add_adatas(list(first), seed=1, dataset_size=300)
+        with pytest.warns(UserWarning, match="has a column src_path, which is input_src_path in the collection"):
+            second = DatasetCollection(tmp_path / "p.zarr").add_adatas(list(first), seed=1, dataset_size=300)
     assert second.n_obs == first.n_obs == 500
     assert sorted(second.obs().index) == sorted(first.obs().index)
 

@@ -201,14 +201,15 @@ def test_an_interrupted_build_leaves_no_secret(web, h5ad_pair, tmp_path, caplog)
     assert SECRET not in caplog.text
 
 
-def test_a_group_in_a_store_with_credentials(tmp_path):
+def test_a_group_in_a_store_with_credentials(tmp_path, h5ad_pair):
     """Given with a function that loads it, the group itself goes to the workers, its store with it."""
     pytest.importorskip("s3fs")
     options = {"key": "a", "secret": SECRET, "client_kwargs": {"endpoint_url": "http://127.0.0.1:9"}}
     store = zarr.storage.FsspecStore.from_url("s3://bucket/x.zarr", storage_options=options)
     group = zarr.Group(AsyncGroup(metadata=GroupMetadata(), store_path=zarr.storage.StorePath(store)))
     here = Folder(str(tmp_path / "scratch" / "work"))
-    file = save_job(Job(None, references([group], ad.io.read_elem), make_private(here), here))
+    plan = DatasetCollection(tmp_path / "o.zarr").plan_adatas(h5ad_pair)
+    file = save_job(Job(plan, references([group], ad.io.read_elem), make_private(here), here))
     assert not leaks(tmp_path)
     assert SECRET not in repr(file)
     assert load_job(file).refs[0].item.store.fs.secret == SECRET
