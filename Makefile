@@ -57,11 +57,13 @@ notebooks: $(STAMP)
 	$(BIN)/python tests/notebooks/execute.py $(NOTEBOOKS)
 
 # One process more than cores: a fifth of the tests' time is waiting for clusters, servers and disks.
+PYTEST = $(BIN)/python -m pytest --numprocesses $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 1)") --dist worksteal
+
 test: lint
-	$(BIN)/python -m pytest --numprocesses $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 1)") --dist worksteal $(TESTS)
+	$(PYTEST) $(TESTS)
 
 chaos: $(STAMP)
-	$(BIN)/python -m pytest -m chaos
+	$(PYTEST) -m chaos $(TESTS)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py --shared "$(SHARED)" --atlas "$(ATLAS)" --atlas-small "$(ATLAS_SMALL)" \
