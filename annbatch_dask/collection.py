@@ -282,7 +282,7 @@ class DatasetCollection:
         Raises
         ------
         CollectionChangedError
-            Then.
+            If a dataset was replaced or removed since.
         """
         if self._group is None or self._is_in_memory:
             return

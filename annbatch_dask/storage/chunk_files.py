@@ -71,7 +71,7 @@ class ChunkFiles(Protocol):
         Raises
         ------
         CollectionChangedError
-            Then.
+            If the file was replaced, overwritten or removed since.
         """
 
     def read(self, key: str, start: int, stop: int, *, anew: bool = False) -> memoryview:

@@ -117,7 +117,7 @@ def check_unchanged(folder: Folder, version: str | None) -> None:
     Raises
     ------
     CollectionBusyError
-        Then.
+        If another build has published since.
     """
     if not folder.is_local and folder.version(METADATA) != version:
         msg = f"{folder.url} was changed by another build since this one began, and stays; call again to add to it"

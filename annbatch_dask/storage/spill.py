@@ -142,7 +142,7 @@ def check_scratch(folder: Folder) -> None:
     Raises
     ------
     ScratchGoneError
-        Then.
+        If the folder no longer says whose it is.
     """
     if folder.size(OWNER) is None:
         raise scratch_gone(folder)
