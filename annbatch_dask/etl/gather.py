@@ -423,13 +423,13 @@ class _DenseWriter(contextlib.ExitStack):
         super().__init__()
         dtype = np.dtype(task.dtypes[spec.name])
         chunk = min(options.n_obs_per_chunk, n_obs)
-        self._name = spec.name
+        self._name, self._spec = spec.name, spec
         self._writer = self.enter_context(
             ShardWriter(
                 folder,
                 group.store,
                 spec.name,
-                shape=(n_obs, spec.n_cols),
+                shape=spec.shape(n_obs),
                 dtype=dtype,
                 chunk_rows=chunk,
                 shard_rows=_shard_rows(options, max(1, spec.n_cols) * dtype.itemsize, chunk, n_obs, scale=1),
@@ -446,7 +446,7 @@ class _DenseWriter(contextlib.ExitStack):
     def append(self, heads: Heads, flats: Flats) -> int:
         """Append rows; returns their bytes."""
         values = heads[f"{self._name}#dense"]
-        self._writer.append(values)
+        self._writer.append(values.reshape(self._spec.shape(len(values))))
         return int(values.nbytes)
 
 

@@ -24,7 +24,7 @@ _NO_COUNTS = np.zeros(0, np.int64)
 
 
 def lazy_matrix(plan: Plan, refs: tuple[SourceRef, ...], identities: tuple[str, ...], spec: MatrixSpec) -> da.Array:
-    """A matrix of a plan, (n_obs, n_cols): blocks of CSR where any source is sparse, else dense ones.
+    """A matrix of a plan, (n_obs, ...): blocks of CSR where any source is sparse, else dense ones.
 
     Tasks share the maps of genes by key, so a task is a few hundred bytes.
     """
@@ -34,15 +34,17 @@ def lazy_matrix(plan: Plan, refs: tuple[SourceRef, ...], identities: tuple[str, 
         next(replace(m, nnz=_NO_COUNTS) for m in source.matrices if m.name == spec.name) for source in plan.sources
     ]
     tasks: dict[Any, Any] = {}
+    row = spec.shape(0)[1:]
+    columns = (0,) * len(row)
     for i, block in enumerate(plan.blocks):
         schema = schemas[block.source]
         which = plan.genes[spec.genes].which[block.source, schema.genes] if spec.genes else None
         gene_map = None if which is None else (f"genes-{name}", which)
         source = refs[block.source], identities[block.source]
-        tasks[name, i, 0] = (_read_block, *source, schema, spec, block.start, block.stop, gene_map)
+        tasks[name, i, *columns] = (_read_block, *source, schema, spec, block.start, block.stop, gene_map)
     dtype = np.dtype(spec.source_dtype)
-    meta = sp.csr_matrix((0, 0), dtype=dtype) if spec.kind == "csr" else np.zeros((0, 0), dtype)
-    chunks = (tuple(b.n_rows for b in plan.blocks), (spec.n_cols,))
+    meta = sp.csr_matrix((0, 0), dtype=dtype) if spec.kind == "csr" else np.zeros((0, *columns), dtype)
+    chunks = (tuple(b.n_rows for b in plan.blocks), *((n,) for n in row))
     return da.Array(HighLevelGraph.from_collections(name, tasks | maps), name, chunks, meta=meta)
 
 
@@ -60,7 +62,7 @@ def _read_block(  # noqa: PLR0913, PLR0917 - a task's parts
         with open_as_opened(ref, identity) as source:
             found = source.matrix(schema, start, stop)
             if spec.kind == "dense":
-                return join_dense(np.asarray(found), spec, gene_map)
+                return join_dense(np.asarray(found), spec, gene_map).reshape(spec.shape(stop - start))
             csr = found if isinstance(found, CsrRows) else dense_to_csr(found)
             return _read_csr(csr, schema, spec, gene_map)
     except Exception as e:

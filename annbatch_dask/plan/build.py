@@ -624,22 +624,27 @@ def _unite_matrix(
     name: str, found: Sequence[tuple[SourceSchema, MatrixSchema]], genes: Mapping[str, GeneSpace]
 ) -> MatrixSpec:
     dtype = common_dtype(name, [(s.path, m.dtype, m.values) for s, m in found])
-    dense = all(m.kind == "dense" for _, m in found)
-    if found[0][1].genes:
+    dense, first = all(m.kind == "dense" for _, m in found), found[0][1]
+    if first.genes:
         space: Genes = "raw" if name == "raw/X" else "var"
         n_cols = len(genes[space].genes)
         if dense and dtype.kind != "f" and any(m.n_cols < n_cols for _, m in found):
             absent = next(s.path for s, m in found if m.n_cols < n_cols)  # genes that are NaN in a dense join
             dtype = common_dtype(name, [*((s.path, m.dtype, m.values) for s, m in found), (absent, "float32", None)])
     else:
-        space, n_cols = "", found[0][1].n_cols
-        if (other := next(((s, m) for s, m in found if m.n_cols != n_cols), None)) is not None:
+        space, n_cols = "", first.n_cols
+        other = next(((s, m) for s, m in found if (m.n_cols, m.row_shape) != (n_cols, first.row_shape)), None)
+        if other is not None:
             msg = (
-                f"{name} has {n_cols} columns in {found[0][0].path} and {other[1].n_cols} in {other[0].path}; make "
-                f"them equal in load_adata, or leave it out with elements=['-{name}']"
+                f"{name} has {_row_words(first)} in {found[0][0].path} and {_row_words(other[1])} in {other[0].path}; "
+                f"make them equal in load_adata, or leave it out with elements=['-{name}']"
             )
             raise SchemaError(msg)
-    return MatrixSpec(name, "dense" if dense else "csr", dtype.name, n_cols, space)
+    return MatrixSpec(name, "dense" if dense else "csr", dtype.name, n_cols, space, first.row_shape)
+
+
+def _row_words(matrix: MatrixSchema) -> str:
+    return f"rows of shape {matrix.row_shape}" if matrix.row_shape else f"{matrix.n_cols} columns"
 
 
 def _piece_nbytes(total: int, budget: Budget) -> int:

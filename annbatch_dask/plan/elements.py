@@ -88,8 +88,8 @@ class Elements:
         if refused := [n for n in source.unsupported if self.keeps(n)]:
             remedy = ", ".join(repr(f"-{n}") for n in refused)
             msg = (
-                f"{source.path}: {', '.join(refused)} cannot be carried: awkward arrays, arrays of more than two "
-                f"dimensions, values that are no numbers; leave out with elements=[{remedy}], or convert in load_adata"
+                f"{source.path}: {', '.join(refused)} cannot be carried: awkward arrays, "
+                f"values that are no numbers; leave out with elements=[{remedy}], or convert in load_adata"
             )
             raise SchemaError(msg)
         names = [m.name for m in source.matrices] + [c.path for c in source.columns] + list(source.left_out)

@@ -131,6 +131,8 @@ class MatrixSchema:
         Stored values of the rows that have the most, at :func:`heaviest_at`. Empty where dense.
     in_flight_nbytes
         What reading any rows holds beside these: chunks, which are decoded whole.
+    row_shape
+        Of a row that is no vector, such as an image: its product is ``n_cols``. Empty for a vector.
     """
 
     name: str
@@ -147,6 +149,7 @@ class MatrixSchema:
     integral: bool | None = field(default=None, compare=False, repr=False)
     heaviest: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), compare=False, repr=False)
     in_flight_nbytes: int = field(default=0, compare=False, repr=False)
+    row_shape: tuple[int, ...] = ()
 
     @property
     def source_name(self) -> str:
@@ -267,6 +270,8 @@ class MatrixSpec:
         Width in the collection.
     genes
         What its columns are: the collection's genes (``"var"``), those of its ``raw``, or ``""``, something else.
+    row_shape
+        As in :class:`MatrixSchema`.
     """
 
     name: str
@@ -274,3 +279,8 @@ class MatrixSpec:
     source_dtype: str
     n_cols: int
     genes: Genes
+    row_shape: tuple[int, ...] = ()
+
+    def shape(self, n_rows: int) -> tuple[int, ...]:
+        """Of so many rows."""
+        return (n_rows, *(self.row_shape or (self.n_cols,)))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import anndata as ad
 import dask.array as da
+import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import zarr
+from anndata.experimental.backed import Dataset2D
 from dask.local import get_sync
 from dask.optimization import cull
 from numpy.typing import NDArray
@@ -22,7 +24,15 @@ from annbatch_dask.errors import SchemaError
 from annbatch_dask.plan.schema import OBS, ColumnSchema, Genes, MatrixSchema, SourceSchema
 from annbatch_dask.storage.columns import ColumnRows, check_text, describe_series, mean_width, series_rows
 from annbatch_dask.storage.groups import GENE_WISE, PAIRED, no_cells
-from annbatch_dask.storage.matrices import CsrRows, are_whole, counted, describe_matrix, matrix_rows
+from annbatch_dask.storage.matrices import (
+    CsrRows,
+    are_whole,
+    counted,
+    describe_matrix,
+    is_matrix,
+    matrix_rows,
+    row_of,
+)
 
 __all__ = ["AnnDataSource", "read_legacy"]
 
@@ -67,13 +77,13 @@ class AnnDataSource:
         return SourceSchema(
             path=self._label,
             n_obs=adata.n_obs,
-            var_names=np.asarray(adata.var_names.astype(str), object),
+            var_names=_names_of(adata.var),
             matrices=tuple(matrices),
             columns=tuple(described_columns),
             index_name=self._frames[OBS].index_name,
             left_out=tuple(f"{k}/{name}" for k in PAIRED for name in sorted(getattr(adata, k))),
             unsupported=tuple(unsupported),
-            raw_names=None if adata.raw is None else np.asarray(adata.raw.var_names.astype(str), object),
+            raw_names=None if adata.raw is None else _names_of(adata.raw.var),
             name_width=mean_width(lambda a, b: self._frames[OBS].names(a, b).astype(str), adata.n_obs),
             resident_nbytes=self._nbytes(),
             cuts=_cuts(matrix for _, _, matrix in self._matrix_values()),
@@ -105,9 +115,8 @@ class AnnDataSource:
 
     def annotations(self) -> ad.AnnData:
         """What it says of genes and of itself: an AnnData of no cells, with var, varm, varp, uns and raw.var."""
-        found = {k: getattr(self._adata, k) for k in GENE_WISE}
-        found["var"] = found["var"] if isinstance(found["var"], pd.DataFrame) else found["var"].to_memory()
-        return no_cells(**found, raw_var=None if self._adata.raw is None else self._adata.raw.var)
+        found = {k: _in_memory(getattr(self._adata, k)) for k in GENE_WISE}
+        return no_cells(**found, raw_var=None if self._adata.raw is None else _in_memory(self._adata.raw.var))
 
     def matrix(self, matrix: MatrixSchema, start: int, stop: int) -> CsrRows | NDArray:
         """Rows [start, stop) of a matrix: dense ones as an array."""
@@ -141,6 +150,28 @@ def _check_names(label: str, frame: str, columns: Iterable[Any]) -> None:
         seen[str(column)] = column
 
 
+def _names_of(genes: Any) -> NDArray[np.object_]:
+    """Names of genes; numbers may stand in their place in a lazy frame."""
+    index = genes.true_index if isinstance(genes, Dataset2D) else genes.index
+    return np.asarray(index.astype(str), object)
+
+
+def _in_memory(value: Any) -> Any:
+    """What may be lazy, stored, or a mapping of such values, in memory; a frame with its columns in their order."""
+    if isinstance(value, Dataset2D):
+        columns = _LazyFrame(value).columns
+        return value.to_memory()[columns]
+    if isinstance(value, da.Array):
+        return value.compute(scheduler="synchronous")
+    if isinstance(value, zarr.Array | h5py.Dataset):
+        return value[...]
+    if isinstance(value, ad.abc.CSRDataset | ad.abc.CSCDataset):
+        return value.to_memory()
+    if isinstance(value, Mapping):
+        return {k: _in_memory(v) for k, v in value.items()}
+    return value
+
+
 def _array_nbytes(values: Any) -> int:
     """Bytes of an array in memory, dense or sparse; 0 for one that is stored or lazy."""
     if sp.issparse(values):
@@ -167,7 +198,8 @@ class _LazyFrame:
     """One that anndata keeps in xarray: read column by column, and of that what is asked for."""
 
     def __init__(self, frame: Any) -> None:
-        self._frame, self.columns = frame, sorted(frame.columns)
+        known = set(frame.columns)  # which have no order; the dataset's variables have that of the file
+        self._frame, self.columns = frame, [k for k in frame.ds.data_vars if k in known]
         self.index_name = None if frame.true_index_dim in _NO_NAMES else str(frame.true_index_dim)
 
     def rows(self, name: Any, start: int, stop: int) -> pd.Series:
@@ -194,8 +226,8 @@ class _Blocks:
 
     @classmethod
     def of(cls, values: da.Array) -> _Blocks:
-        values = values.rechunk({1: -1})
-        keys = [(values.name, i, 0) for i in range(values.numblocks[0])]
+        values = values.rechunk(dict.fromkeys(range(1, values.ndim), -1))
+        keys = [(values.name, i, *[0] * (values.ndim - 1)) for i in range(values.numblocks[0])]
         graph = dict(values.__dask_optimize__(values.dask, keys))
         return cls(graph, keys, np.concatenate([[0], np.cumsum(values.chunks[0])]).astype(np.int64))
 
@@ -231,16 +263,17 @@ def _describe(name: str, values: Any) -> MatrixSchema | None:
 
 def _describe_lazy(name: str, values: da.Array) -> MatrixSchema | None:
     """A dask array; where sparse, stored values are extrapolated from its first block, which is computed."""
-    if values.dtype.kind not in "biuf" or values.ndim != 2:  # noqa: PLR2004
+    if not is_matrix(name, values.dtype, values.ndim):
         return None
-    n_rows, n_cols = (int(n) for n in values.shape)
+    n_rows, row = int(values.shape[0]), row_of(values.shape)
+    dense = MatrixSchema(name, "dense", values.dtype.name, "", **row)
     if not n_rows:
-        return MatrixSchema(name, "dense", values.dtype.name, "", n_cols)
+        return dense
     n_first = min(n_rows, int(values.chunks[0][0]), 4096)
     first = values[:n_first].compute(scheduler="synchronous")
     integral = are_whole(first)
     if not sp.issparse(first):
-        return MatrixSchema(name, "dense", values.dtype.name, "", n_cols, integral=integral)
+        return replace(dense, integral=integral)
     ends = np.ceil(np.arange(1, n_rows + 1) * (first.nnz / n_first))
-    schema = MatrixSchema(name, "csr", values.dtype.name, "int32", n_cols, integral=integral)
+    schema = MatrixSchema(name, "csr", values.dtype.name, "int32", row["n_cols"], integral=integral)
     return counted(schema, ends, exact=False)

@@ -28,8 +28,10 @@ __all__ = [
     "check_rows",
     "counted",
     "describe_matrix",
+    "is_matrix",
     "matrix_rows",
     "n_rows_of",
+    "row_of",
 ]
 
 _SAMPLE = 4096
@@ -81,15 +83,26 @@ def describe_matrix(name: str, values: Any, *, metadata_only: bool = False) -> M
     if hasattr(values, "keys") and hasattr(values, "attrs") and not isinstance(values, pd.DataFrame):
         return _describe_stored_sparse(name, values, metadata_only=metadata_only)
     dtype, ndim = getattr(values, "dtype", None), getattr(values, "ndim", 0)
-    if isinstance(values, pd.DataFrame) or dtype is None or dtype.kind not in "biuf" or ndim != 2:  # noqa: PLR2004
+    if isinstance(values, pd.DataFrame) or dtype is None or not is_matrix(name, dtype, ndim):
         return None
     if sp.issparse(values):
         kind: MatrixKind = "csc" if values.format == "csc" else "csr"
         schema = MatrixSchema(name, kind, dtype.name, "int32", values.shape[1])
         return counted(schema, np.cumsum(_row_counts(values)))
     stored_nbytes = _in_flight(values) if hasattr(values, "chunks") else 0
-    width = int(values.shape[1])
-    return MatrixSchema(name, "dense", _source_dtype(values, dtype), "", width, in_flight_nbytes=stored_nbytes)
+    schema = MatrixSchema(name, "dense", _source_dtype(values, dtype), "", **row_of(values.shape))
+    return replace(schema, in_flight_nbytes=stored_nbytes)
+
+
+def is_matrix(name: str, dtype: np.dtype, ndim: int) -> bool:
+    """Whether rows of such an array can be carried: vectors of numbers, and in ``obsm`` arrays of any dimensions."""
+    return dtype.kind in "biuf" and (ndim == 2 or (ndim > 2 and name.startswith("obsm/")))
+
+
+def row_of(shape: tuple[int, ...]) -> dict[str, Any]:
+    """Number of values, and shape where there is more to say, of a row of a dense matrix."""
+    row = tuple(int(n) for n in shape[1:])
+    return {"n_cols": prod(row), "row_shape": row if len(row) > 1 else ()}
 
 
 def _source_dtype(elem: Any, stored: np.dtype) -> str:
@@ -172,7 +185,7 @@ def _check_row_indices(rows: NDArray, n_rows: int) -> None:
 
 
 def matrix_rows(values: Any, matrix: MatrixSchema, start: int, stop: int) -> CsrRows | NDArray:
-    """Rows [start, stop) of a stored or in-memory matrix; dense ones as an array of the schema's dtype."""
+    """Rows [start, stop) of a stored or in-memory matrix; dense ones as an array (stop - start, n_cols) of the schema's dtype."""
     if hasattr(values, "keys"):
         return _stored_csr(values, start, stop) if matrix.kind == "csr" else _csc_rows(values, start, stop)
     elif isinstance(values, h5py.Dataset):
@@ -185,7 +198,7 @@ def matrix_rows(values: Any, matrix: MatrixSchema, start: int, stop: int) -> Csr
         values = values[start:stop]
     if sp.issparse(values):
         return _csr_in_memory(values.tocsr())
-    return np.asarray(values).astype(matrix.dtype, copy=False)
+    return np.asarray(values).reshape(stop - start, matrix.n_cols).astype(matrix.dtype, copy=False)
 
 
 def _native(values: NDArray) -> NDArray:

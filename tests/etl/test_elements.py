@@ -2,16 +2,19 @@
 
 import json
 import warnings
+from functools import partial
 from importlib.metadata import version
 
 import anndata as ad
 import dask
+import dask.array as da
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import zarr
 
-from annbatch_dask import DatasetCollection
+from annbatch_dask import DatasetCollection, Loader
 from annbatch_dask.errors import SchemaError
 from tests.etl.inputs import dense_x
 
@@ -147,6 +150,39 @@ def test_merge_is_that_of_anndata(tmp_path, merge):
     assert set(out.varm) == set(want.varm)
 
 
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")
+@pytest.mark.parametrize(
+    ("merge", "load_annotation_index"),
+    [
+        (None, True),
+        ("same", False),
+        *(pytest.param(how, True, marks=pytest.mark.chaos) for how in ("same", "unique", "first", "only")),
+    ],
+)
+def test_inputs_that_are_lazy_throughout_give_what_files_do(tmp_path, merge, load_annotation_index):
+    """``anndata.experimental.read_lazy`` as it is: var, obs and raw.var are Dataset2D, varm and uns dask arrays."""
+    inputs = [make(0), make(1, genes=GENES[0], raw=RAW[0])]
+    for a in inputs:
+        a.obs["zeta"], a.obs["alpha"], a.var["symbol"] = 1.0, pd.Categorical(["x"] * a.n_obs), ["q", "r", "s"]
+    paths = write(tmp_path, inputs, "zarr")
+    load = partial(ad.experimental.read_lazy, load_annotation_index=load_annotation_index)
+    kept = ad.concat(inputs, join="outer", merge=merge, uns_merge=merge)
+    kept = {f"{kind}/{key}" for kind in ("varm", "varp", "uns") for key in getattr(kept, kind)}
+    options = {"merge": merge, "left_out": OF_SEVERAL - kept, "dataset_size": 50}
+    found = build(tmp_path / "lazy.zarr", paths, load_adata=load, **options)
+    want = build(tmp_path / "files.zarr", paths, **options)
+    one, two = (ad.io.read_zarr(next(iter(c))) for c in (found, want))
+    assert one.obs.columns.tolist() == ["row", "zeta", "alpha", "src_path"]
+    pd.testing.assert_frame_equal(one.obs, two.obs)
+    pd.testing.assert_frame_equal(one.var, two.var)
+    pd.testing.assert_frame_equal(one.raw.var, two.raw.var)
+    assert one.uns.keys() == two.uns.keys()
+    for key in two.varm:
+        np.testing.assert_array_equal(one.varm[key], two.varm[key])
+    assert {d.fingerprint for d in found.manifest.datasets} == {d.fingerprint for d in want.manifest.datasets}
+    assert found.verify(against=paths, load_adata=load).ok
+
+
 def test_elements_choose(tmp_path):
     paths = write(tmp_path, [make(0), make(1)])
     collection = build(tmp_path / "o.zarr", paths, elements=["layers/twice", "obsm/frame", "obs"])
@@ -205,14 +241,61 @@ def test_what_cannot_be_carried_is_refused_by_name_unless_excluded(tmp_path, how
 
     one = make(0)
     one.obsm["lists"] = ak.Array([[0] * (i % 3) for i in range(one.n_obs)])
-    one.obsm["cube"] = np.zeros((one.n_obs, 2, 2))
+    one.obsm["times"] = np.zeros((one.n_obs, 2), complex)
     paths = write(tmp_path, [one])
     load = ad.read_h5ad if how == "memory" else None
-    with pytest.raises(SchemaError, match=r"obsm/cube, obsm/lists cannot be carried.*\['-obsm/cube', '-obsm/lists'\]"):
+    with pytest.raises(SchemaError, match=r"obsm/lists, obsm/times cannot be carried.*\['-obsm/lists', '-obsm/times'\]"):
         DatasetCollection(tmp_path / "o.zarr").plan_adatas(paths, seed=0, load_adata=load)
-    elements = ["-obsm/cube", "-obsm/lists", "-obsp"]
+    elements = ["-obsm/times", "-obsm/lists", "-obsp"]
     collection = build(tmp_path / "o.zarr", paths, load_adata=load, elements=elements)
     assert "lists" not in ad.io.read_zarr(next(iter(collection))).obsm
+
+
+def with_images(inputs, *, shape=(4, 3, 2)):
+    """The inputs with an image a cell, whose values say which cell it is, and one of no pixels."""
+    for a in inputs:
+        numbers = np.arange(a.n_obs * np.prod(shape)) + 1000 * int(a.obs_names[0][0])
+        a.obsm["image"] = numbers.reshape(a.n_obs, *shape).astype(np.uint16)
+        a.obsm["nothing"] = np.zeros((a.n_obs, 0, 3), np.float32)
+    return inputs
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")
+@pytest.mark.parametrize("how", ["h5ad", "zarr", pytest.param("memory", marks=pytest.mark.chaos), "lazy"])
+def test_images_travel_with_their_cells(tmp_path, how):
+    """Elements of obsm may have any number of dimensions: in builds, batches, views, and what checks them."""
+    inputs = with_images([make(0), make(1, n_obs=20)])
+    paths = write(tmp_path, inputs, "zarr" if how in ("zarr", "lazy") else "h5ad")
+    load = {"memory": ad.read_h5ad, "lazy": images_alone}.get(how)
+    left_out = set() if how == "lazy" else OF_SEVERAL
+    collection = build(tmp_path / "o.zarr", paths[:1], load_adata=load, left_out=left_out & PAIRWISE)
+    collection = build(tmp_path / "o.zarr", paths[1:], load_adata=load, left_out=left_out & PAIRWISE)
+    assert collection.verify(against=paths, load_adata=load).ok
+    out = ad.concat([ad.io.read_zarr(g) for g in collection])
+    want = ad.concat(inputs, join="outer")[out.obs_names].obsm
+    for key in ("image", "nothing"):
+        np.testing.assert_array_equal(out.obsm[key], want[key])
+    found = collection.to_lazy().obsm["image"][5:9]
+    assert found.dtype == np.uint16
+    np.testing.assert_array_equal(found.compute(), want["image"][5:9])
+    loader = Loader(batch_size=8, layers=[], obsm=["image"], preload_to_gpu=False, return_index=True)
+    for batch in loader.use_collection(collection):
+        np.testing.assert_array_equal(batch["obsm"]["image"], want["image"][batch["index"]])
+
+
+def images_alone(path):
+    """The images of a store as a dask array that is cut through every axis."""
+    group = zarr.open_group(path, mode="r")
+    images = {key: da.from_zarr(group[f"obsm/{key}"]) for key in ("image", "nothing")}
+    images["image"] = images["image"].rechunk((7, 2, 1, 2))
+    obs = ad.io.read_elem(group["obs"])
+    return ad.AnnData(X=ad.io.sparse_dataset(group["X"]), obs=obs, var=ad.io.read_elem(group["var"]), obsm=images)
+
+
+def test_images_of_different_sizes_are_refused(tmp_path):
+    inputs = [*with_images([make(0)]), *with_images([make(1)], shape=(3, 4, 2))]
+    with pytest.raises(SchemaError, match=r"obsm/image has rows of shape \(4, 3, 2\) in .* and rows of shape \(3, 4, 2\)"):
+        DatasetCollection(tmp_path / "o.zarr").plan_adatas(write(tmp_path, inputs), seed=0)
 
 
 # --- which matrix is X ---------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ def make(k, n_obs=40):
     out = ad.AnnData(X=X, obs=obs, var=pd.DataFrame({"n": np.arange(len(genes))}, index=genes))
     out.layers["twice"] = sp.csr_matrix(counts * 2)
     out.obsm["X_pca"] = rng.random((n_obs, 3))
+    out.obsm["image"] = rng.integers(0, 9, (n_obs, 4, 3, 2))
     out.raw = ad.AnnData(X=sp.csr_matrix(counts), obs=obs[[]], var=out.var)
     return out
 
@@ -62,7 +63,8 @@ def assert_equal(found, expected):
         assert sp.issparse(of(found)), name
         np.testing.assert_array_equal(dense(of(found)), dense(of(expected)), err_msg=name)
         assert of(found).dtype == np.float32
-    np.testing.assert_array_equal(found.obsm["X_pca"], expected.obsm["X_pca"])
+    for name in ("X_pca", "image"):
+        np.testing.assert_array_equal(found.obsm[name], expected.obsm[name])
 
 
 def assert_same_frame(found, expected):
