@@ -185,7 +185,7 @@ def _check_row_indices(rows: NDArray, n_rows: int) -> None:
 
 
 def matrix_rows(values: Any, matrix: MatrixSchema, start: int, stop: int) -> CsrRows | NDArray:
-    """Rows [start, stop) of a stored or in-memory matrix; dense ones as an array (stop - start, n_cols) of the schema's dtype."""
+    """Rows [start, stop) of a stored or in-memory matrix; dense ones as (rows, n_cols) in the schema's dtype."""
     if hasattr(values, "keys"):
         return _stored_csr(values, start, stop) if matrix.kind == "csr" else _csc_rows(values, start, stop)
     elif isinstance(values, h5py.Dataset):
