@@ -180,7 +180,7 @@ def decode(store: Path) -> None:
     """Decode every chunk of X of the collection on all cores, into one buffer: the floor under any output."""
     import zarr
 
-    from annbatch_dask.storage.ranges import RangeReader
+    from annbatch_dask.storage.ranges import RangeReader, deal
 
     groups = [group["X"] for _, group in zarr.open_group(store, mode="r").groups()]
     readers = [RangeReader(x[name]) for x in groups for name in ("data", "indices")]
@@ -191,7 +191,8 @@ def decode(store: Path) -> None:
             for begin in range(0, reader.shape[0], WINDOW):
                 stop = min(begin + WINDOW, reader.shape[0])
                 out = buffers[reader.dtype][: stop - begin]
-                list(pool.map(lambda task: task(), reader.tasks(np.array([[begin, stop]]), out)))
+                tasks = deal(reader.tasks(np.array([[begin, stop]]), out), 3 * N_THREADS)
+                list(pool.map(lambda task: task(), tasks))
                 n_bytes += out.nbytes
     report("decode", time.perf_counter() - start, n_bytes=n_bytes)
 

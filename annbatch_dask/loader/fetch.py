@@ -31,7 +31,7 @@ from annbatch_dask.loader.helpers import Closed, Helpers, LoaderThread
 from annbatch_dask.loader.pool import BufferPool
 from annbatch_dask.loader.requests import Assignment, Loaded, Window, assign, resolve_rows, resolve_splits
 from annbatch_dask.loader.sources import Located
-from annbatch_dask.storage.ranges import Task
+from annbatch_dask.storage.ranges import Task, deal
 from annbatch_dask.types import LoaderOutput, LoadRequest
 
 __all__ = ["END", "Budget", "End", "Pipeline", "PipelineOptions"]
@@ -40,6 +40,7 @@ T = TypeVar("T")
 
 _N_REMOTE_THREADS = 32  # requests under way to an object store; a window has more
 _WINDOW_SHARE = 0.75
+_PARTS_PER_THREAD = 3  # of a window's reading: threads that are held up do less of it
 
 
 class End:
@@ -133,6 +134,7 @@ class Pipeline:
         self._batches: SimpleQueue[_Ready[LoaderOutput] | _Failure | End] = SimpleQueue()
         is_remote = any(source.is_remote for matrix in contents.matrices for source in matrix.sources)
         n_fetching = max(options.n_threads, _N_REMOTE_THREADS) if is_remote else options.n_threads
+        self._n_threads = options.n_threads
         self._fetchers = Helpers("fetch", n_fetching)
         self._assemblers = Helpers("assemble", options.n_threads)
         self._threads = [
@@ -238,7 +240,7 @@ class Pipeline:
                 tasks.extend(its_tasks)
                 lengths[assignment.places] = part.lengths
             matrices.append(Loaded(blocks, block, position, lengths, matrix.dtype))
-        reading = self._fetchers.start(tasks)
+        reading = self._fetchers.start(deal(tasks, _PARTS_PER_THREAD * self._n_threads))
         obs, labels = self._contents.obs, self._contents.labels
         taken = None if obs is None else obs.take(assignments, len(rows))
         codes = {} if labels is None else labels.take(assignments, len(rows))

@@ -28,7 +28,7 @@ from annbatch_dask.storage.versions import Listing, Version, changed, list_files
 if TYPE_CHECKING:
     import fsspec
 
-__all__ = ["ChunkFiles", "chunk_files", "scratch"]
+__all__ = ["ChunkFiles", "Held", "chunk_files", "scratch"]
 
 _MAX_OPEN = 4096
 
@@ -94,6 +94,15 @@ class ChunkFiles(Protocol):
             If it is not that file any more.
         """
 
+    def hold(self, key: str) -> Held:
+        """A local file that was there, open for who has it.
+
+        Raises
+        ------
+        CollectionChangedError
+            If it is there no more. Whether it is as it was is to be compared after reading.
+        """
+
     def close(self) -> None:
         """Keep no file open; reading opens them again. Takes no lock."""
 
@@ -120,14 +129,15 @@ def chunk_files(
     return _RemoteFiles(folder, versions or {}, cache, is_listed=versions is not None)
 
 
-class _Held:
-    """A file that is kept open until nobody refers to it."""
+class Held:
+    """A file that is kept open until nobody refers to it; ``fd`` is its descriptor."""
 
     def __init__(self, fd: int, permit: int | None) -> None:
         self.fd, self._permit = fd, permit
 
     @property
     def is_kept(self) -> bool:
+        """Whether it may stay open."""
         return self._permit is not None
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # the module may be gone by then
@@ -149,7 +159,7 @@ class _LocalFiles:
 
     root: str
     versions: Mapping[str, Version | None] = field(repr=False)
-    _held: dict[str, _Held] = field(default_factory=dict, repr=False, compare=False)
+    _held: dict[str, Held] = field(default_factory=dict, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _LocalFiles, (self.root, self.versions)
@@ -170,7 +180,7 @@ class _LocalFiles:
 
     def read(self, key: str, start: int, stop: int, *, anew: bool = False) -> memoryview:  # noqa: ARG002 - no copies
         raw = memoryview(scratch("raw", stop - start))
-        file = self._open(key)
+        file = self.hold(key)
         try:
             done = 0
             while done < len(raw) and (n := os.preadv(file.fd, [raw[done:]], start + done)):
@@ -187,7 +197,7 @@ class _LocalFiles:
             raise IntegrityError(msg)
         return raw
 
-    def _open(self, key: str) -> _Held:
+    def hold(self, key: str) -> Held:
         held = self._held.get(key)
         if held is not None:
             return held
@@ -199,7 +209,7 @@ class _LocalFiles:
             permit = _free.popleft()
         except IndexError:
             permit = None
-        held = _Held(fd, permit)
+        held = Held(fd, permit)
         return self._held.setdefault(key, held) if held.is_kept else held
 
     def close(self) -> None:
@@ -267,6 +277,10 @@ class _RemoteFiles:
             msg = f"{self.name(key)} ends at byte {start + n}, expected {stop}"
             raise IntegrityError(msg)
         return raw
+
+    def hold(self, key: str) -> Held:
+        msg = f"{self.name(key)} is no local file"
+        raise NotImplementedError(msg)
 
     def close(self) -> None:
         pass

@@ -4,9 +4,11 @@ zarr reads chunk by chunk through its codec pipeline. For the arrays that matter
 sharded or not, whose chunks are plain little-endian bytes under at most one common compressor) it is enough
 to know where the chunks lie: the shard's index is read once, the bytes of neighbouring chunks come in one
 ``pread``, and every chunk that is wanted whole is decompressed to where it belongs, with no copy in between.
-numcodecs and ``pread`` release the GIL, so the tasks run in as many threads as the caller has.
+What lies in local files is read and decoded by :mod:`annbatch_dask.storage.native`, many chunks in a call without the
+GIL; :func:`deal` makes the calls about equal. What it does not place is read again one by one, by numcodecs, which
+also handles other codecs; that way says what is wrong.
 
-Everything else goes through zarr itself (:attr:`RangeReader.is_fast` tells). Both ways give the same values.
+Everything else goes through zarr itself (:attr:`RangeReader.is_fast` tells). All ways give the same values.
 
 What guarantees each read:
 
@@ -37,14 +39,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import IntegrityError
-from annbatch_dask.storage.chunk_files import ChunkFiles, chunk_files, scratch
+from annbatch_dask.kernels.chunk_plan import find_shards, plan_chunks
+from annbatch_dask.storage import native
+from annbatch_dask.storage.chunk_files import ChunkFiles, Held, chunk_files, scratch
 from annbatch_dask.storage.range_cache import RangeCache
 from annbatch_dask.storage.versions import Listing
 
 if TYPE_CHECKING:
     import zarr
 
-__all__ = ["ALL_WRITTEN", "MAX_GAP_NBYTES", "MAX_READ_NBYTES", "RangeReader", "Task"]
+__all__ = ["ALL_WRITTEN", "MAX_GAP_NBYTES", "MAX_READ_NBYTES", "RangeReader", "Task", "deal"]
 
 ALL_WRITTEN = "all-chunks-written"
 """Attribute of an array of which every chunk was written: a file that is not there was lost, and is no fill value."""
@@ -59,8 +63,15 @@ MAX_GAP_NBYTES = 64 * 1024
 MAX_READ_NBYTES = 2 * 1024 * 1024
 """A read grows no further than this (a single chunk may be larger)."""
 
+_MAX_FILL_NBYTES = 256 * 1024
+"""The same where one call makes many reads: what was read is still in a core's cache when it is decoded."""
+
+_MIN_PART_NBYTES = 512 * 1024
+"""Less is not worth a thread's waking up."""
+
 _MISSING = -1
 _CRC_NBYTES = 4
+_BLOSC_HEADER_NBYTES = 16
 _EMPTY_ENTRY = np.iinfo(np.uint64).max
 
 
@@ -92,10 +103,10 @@ class RangeReader:
         self.array = array
         self._files = chunk_files(array, cache, listing)
         self._layout = None if self._files is None or not fast else _find_layout(array, self._files)
-        self._indexes: dict[tuple[int, ...], _ShardIndex] = {}
+        self._index = None if self._layout is None else _Index(self._layout)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_indexes": {}}
+        return self.__dict__ | {"_index": None if self._layout is None else _Index(self._layout)}
 
     @property
     def is_fast(self) -> bool:
@@ -134,13 +145,19 @@ class RangeReader:
             Complete once every task has run.
         """
         lengths = spans[:, 1] - spans[:, 0]
+        bounds = np.concatenate([[0], spans.reshape(-1), self.shape[:1]])
+        if (bounds[1:] < bounds[:-1]).any():  # what is compiled would not notice
+            msg = f"runs must ascend from 0 to {self.shape[0]} and not overlap, got {spans.tolist()}"
+            raise ValueError(msg)
         if out.shape != (int(lengths.sum()), *self.shape[1:]) or out.dtype != self.dtype:
             msg = f"out has shape {out.shape} and dtype {out.dtype}; needed: {lengths.sum()} rows of {self.dtype}"
             raise ValueError(msg)
-        spans = spans[lengths > 0]
-        if self._layout is None:
+        spans = np.ascontiguousarray(spans[lengths > 0], np.int64)
+        if self._index is None:
             return list(self._plain_tasks(spans, out))
-        return list(self._fast_tasks(self._layout, spans, out))
+        for shard in self._index.unknown(spans):
+            self._index.load(shard)
+        return [task for column in self._index.columns for task in _tasks_of(self._index, column, spans, out)]
 
     def close(self) -> None:
         """Keep no file open until the next read. Takes no lock."""
@@ -149,31 +166,16 @@ class RangeReader:
 
     def index_tasks(self, spans: Ints) -> list[Task]:
         """What :meth:`tasks` would do first, one after the other: read the indexes of shards not met before."""
-        if self._layout is None:
+        if self._index is None:
             return []
-        pieces = _Pieces.of(spans[spans[:, 1] > spans[:, 0]], self._layout.chunk_shape[0])
-        rows = [row for row, _, _ in pieces.by_shard(self._layout.chunks_per_shard[0])]
-        shards = {(row, *column.shard) for row in rows for column in self._layout.columns()}
-        return [partial(self._index, self._layout, shard) for shard in sorted(shards - self._indexes.keys())]
+        spans = np.ascontiguousarray(spans[spans[:, 1] > spans[:, 0]], np.int64)
+        return [partial(self._index.load, shard) for shard in self._index.unknown(spans)]
 
     def _plain_tasks(self, spans: Ints, out: Array) -> Iterator[Task]:
         row = 0
         for start, stop in spans.tolist():
             yield partial(_read_plain, self.array, self._files, start, stop, out[row : row + stop - start])
             row += stop - start
-
-    def _fast_tasks(self, layout: _Layout, spans: Ints, out: Array) -> Iterator[Task]:
-        pieces = _Pieces.of(spans, layout.chunk_shape[0])
-        for column in layout.columns():
-            for shard_row, first, last in pieces.by_shard(layout.chunks_per_shard[0]):
-                index = self._index(layout, (shard_row, *column.shard))
-                yield from _shard_tasks(layout, column, index, pieces, (first, last), out)
-
-    def _index(self, layout: _Layout, shard: tuple[int, ...]) -> _ShardIndex:
-        known = self._indexes.get(shard)
-        if known is None:
-            known = self._indexes[shard] = _read_index(layout, layout.key(shard))
-        return known
 
 
 def _read_plain(array: zarr.Array[Any], files: ChunkFiles | None, start: int, stop: int, out: Array) -> None:
@@ -202,12 +204,12 @@ class _Codec:
 class _Column:
     """One cell of the chunk grid over all axes but the first.
 
-    ``shard`` and ``inner`` are the coordinates of the file and of the chunk in it; ``rows_out`` and
+    ``shard`` and ``inner`` number the file and the chunk in it, among those of the same rows; ``rows_out`` and
     ``rows_in`` index one run of rows of the destination and of the decoded chunk.
     """
 
-    shard: tuple[int, ...]
-    inner: tuple[int, ...]
+    shard: int
+    inner: int
     rows_out: tuple[slice, ...]
     rows_in: tuple[slice, ...]
     is_full_width: bool
@@ -235,12 +237,20 @@ class _Layout:
         return tuple(s // c for s, c in zip(self.shard_shape, self.chunk_shape, strict=True))
 
     @property
+    def n_shards(self) -> tuple[int, ...]:
+        return tuple(-(-n // s) for n, s in zip(self.shape, self.shard_shape, strict=True))
+
+    @property
     def index_nbytes(self) -> int:
         return 16 * math.prod(self.chunks_per_shard) + (_CRC_NBYTES if self.index_has_crc else 0)
 
     @property
+    def row_nbytes(self) -> int:
+        return math.prod(self.chunk_shape[1:]) * self.dtype.itemsize
+
+    @property
     def chunk_nbytes(self) -> int:
-        return math.prod(self.chunk_shape) * self.dtype.itemsize
+        return self.chunk_shape[0] * self.row_nbytes
 
     def columns(self) -> Iterator[_Column]:
         """The cells of the chunk grid over the trailing axes; exactly one where chunks span whole rows."""
@@ -250,12 +260,19 @@ class _Layout:
             starts = [i * c for i, c in zip(cell, chunk, strict=True)]
             widths = [min(c, n - s) for n, c, s in zip(shape, chunk, starts, strict=True)]
             yield _Column(
-                shard=tuple(i // k for i, k in zip(cell, per_shard, strict=True)),
-                inner=tuple(i % k for i, k in zip(cell, per_shard, strict=True)),
+                shard=_ravel([i // k for i, k in zip(cell, per_shard, strict=True)], self.n_shards[1:]),
+                inner=_ravel([i % k for i, k in zip(cell, per_shard, strict=True)], per_shard),
                 rows_out=tuple(slice(s, s + w) for s, w in zip(starts, widths, strict=True)),
                 rows_in=tuple(slice(0, w) for w in widths),
                 is_full_width=chunk == shape,
             )
+
+
+def _ravel(place: Sequence[int], shape: Sequence[int]) -> int:
+    number = 0
+    for i, n in zip(place, shape, strict=True):
+        number = number * n + i
+    return number
 
 
 _COMPRESSORS = ("blosc", "zstd", "gzip")
@@ -342,26 +359,62 @@ def _find_codec(codecs: Sequence[Mapping[str, Any]], dtype: np.dtype[Any]) -> _C
 # ------------------------------------------------------------------------------------------ shard index
 
 
-@dataclass(frozen=True)
-class _ShardIndex:
+class _Index:
+    """Where every chunk of an array is, of the shards that were asked for so far.
+
+    A shard has the number of its cell in the grid of shards; memory of those not asked for is never touched.
+
+    Attributes
+    ----------
+    offsets, sizes
+        (n_shards, n_chunks) of each chunk in its file; size -1 where it was not written.
+    keys
+        Of the files, by shard.
+    """
+
+    def __init__(self, layout: _Layout) -> None:
+        self.layout = layout
+        self.columns = tuple(layout.columns())
+        n_shards, n_chunks = math.prod(layout.n_shards), math.prod(layout.chunks_per_shard)
+        self.offsets, self.sizes = np.empty((n_shards, n_chunks), np.int64), np.empty((n_shards, n_chunks), np.int64)
+        self.keys: dict[int, str] = {}
+
+    def unknown(self, spans: Ints) -> list[int]:
+        """The shards of some rows that were not loaded yet."""
+        n_each = math.prod(self.layout.n_shards[1:])
+        rows = find_shards(spans, self.layout.shard_shape[0]).tolist()
+        shards = [row * n_each + shard for row in rows for shard in dict.fromkeys(c.shard for c in self.columns)]
+        return [shard for shard in shards if shard not in self.keys]
+
+    def load(self, shard: int) -> None:
+        """Read the index of a shard, in any thread."""
+        place = np.unravel_index(shard, self.layout.n_shards)
+        key = self.layout.key(tuple(int(i) for i in place))
+        self.offsets[shard], self.sizes[shard] = _read_index(self.layout, key)
+        self.keys[shard] = key
+
+    def plan(self, column: _Column, spans: Ints, max_read: int) -> tuple[Ints, Ints, Ints, Ints]:
+        """Reads, chunks, pieces and missing pieces, see :func:`annbatch_dask.kernels.chunk_plan.plan_chunks`."""
+        per_shard, n_shards = self.layout.chunks_per_shard, self.layout.n_shards
+        grid = (per_shard[0], math.prod(n_shards[1:]), column.shard, math.prod(per_shard[1:]), column.inner)
+        length = self.layout.chunk_shape[0]
+        plan = plan_chunks(spans, length, grid, self.offsets, self.sizes, MAX_GAP_NBYTES, max_read)
+        reads, chunks, pieces, missing = plan
+        return reads, chunks, pieces, missing
+
+
+def _read_index(layout: _Layout, key: str) -> tuple[Ints, Ints]:
     """Offset and size of every chunk of one file; size -1 where the chunk was not written."""
-
-    key: str
-    offsets: Ints
-    sizes: Ints
-
-
-def _read_index(layout: _Layout, key: str) -> _ShardIndex:
     version, path = layout.files.version(key), layout.files.name(key)
     n_chunks = math.prod(layout.chunks_per_shard)
     if version is None:  # a file of nothing but fill values is not written
         if layout.all_written:
             msg = f"{path} is missing, and it was written; restore it, or build the collection again"
             raise IntegrityError(msg)
-        return _ShardIndex(key, np.zeros(n_chunks, np.int64), np.full(n_chunks, _MISSING))
+        return np.zeros(n_chunks, np.int64), np.full(n_chunks, _MISSING)
     file_nbytes = version[-1]
     if not layout.is_sharded:
-        return _ShardIndex(key, np.zeros(1, np.int64), np.array([file_nbytes], np.int64))
+        return np.zeros(1, np.int64), np.array([file_nbytes], np.int64)
     nbytes = layout.index_nbytes
     if file_nbytes < nbytes:
         msg = f"{path} has {file_nbytes} bytes, its shard index alone needs {nbytes}: the file is truncated"
@@ -381,7 +434,7 @@ def _read_index(layout: _Layout, key: str) -> _ShardIndex:
     if (entries < 0).any() or (entries.sum(axis=1) > file_nbytes).any():
         msg = f"the shard index of {path} points beyond the file's {file_nbytes} bytes"
         raise IntegrityError(msg)
-    return _ShardIndex(key, entries[:, 0], np.where(is_missing, _MISSING, entries[:, 1]))
+    return entries[:, 0], np.where(is_missing, _MISSING, entries[:, 1])
 
 
 def _checked(raw: memoryview, path: str, offset: int | None = None) -> memoryview:
@@ -399,119 +452,189 @@ def _checked(raw: memoryview, path: str, offset: int | None = None) -> memoryvie
 
 
 @dataclass(frozen=True)
-class _Pieces:
-    """What each run of rows takes from each row of chunks, ascending.
+class _Plan:
+    """What is to be read of one column, see :func:`annbatch_dask.kernels.chunk_plan.plan_chunks`."""
 
-    Piece ``p`` takes rows ``start[p]:stop[p]`` of chunk row ``chunk[p]`` to rows ``dest[p]:`` of the output;
-    pieces ``bounds[c]:bounds[c + 1]`` share the chunk row ``chunks[c]``.
-    """
-
-    start: list[int]
-    stop: list[int]
-    dest: list[int]
+    index: _Index
+    column: _Column
+    reads: Ints
     chunks: Ints
-    bounds: list[int]
+    pieces: Ints
+    out: Array
+
+    @property
+    def layout(self) -> _Layout:
+        return self.index.layout
+
+
+def _how(layout: _Layout, column: _Column, out: Array) -> list[int] | None:
+    """A row of :func:`annbatch_dask.storage.native.fill`'s ``hows``, without bases; None where it does not know how."""
+    name, has_crc = layout.codec.name, layout.codec.has_crc
+    if name not in (None, "blosc") or not out.flags.c_contiguous:
+        return None
+    if not native.can_fill(is_blosc=name == "blosc", has_crc=has_crc, from_files=not layout.files.is_remote):
+        return None
+    start, width, stride = 0, layout.row_nbytes, layout.row_nbytes
+    if not column.is_full_width:
+        if out.ndim != 2:  # noqa: PLR2004 - rows of more are in more than one piece
+            return None
+        itemsize, (wanted,) = layout.dtype.itemsize, column.rows_out
+        start, width, stride = wanted.start * itemsize, (wanted.stop - wanted.start) * itemsize, out.strides[0]
+    kind = native.PLAIN if name is None else native.BLOSC
+    return [kind, has_crc, layout.chunk_shape[0], layout.row_nbytes, width, out.ctypes.data + start, stride]
+
+
+def _tasks_of(index: _Index, column: _Column, spans: Ints, out: Array) -> Iterator[Task]:
+    layout, how = index.layout, _how(index.layout, column, out)
+    is_each = how is None or layout.files.is_remote
+    reads, chunks, pieces, missing = index.plan(column, spans, MAX_READ_NBYTES if is_each else _MAX_FILL_NBYTES)
+    plan = _Plan(index, column, reads, chunks, pieces, out)
+    if len(missing):
+        yield partial(_fill, plan, missing)
+    if is_each:
+        yield from (partial(_run, plan, how, number) for number in range(len(reads)))
+    elif how is not None and len(reads):
+        yield _Fill(plan, how)
+
+
+@dataclass(frozen=True)
+class _Fill:
+    """Reads of local files that one call can make, or several about equal ones."""
+
+    plan: _Plan
+    how: list[int]
+
+    def __call__(self) -> None:
+        _Fills.of([self]).run(0, len(self.plan.reads))
+
+
+def deal(tasks: Sequence[Task], n_parts: int) -> list[Task]:
+    """The same work as at most ``n_parts`` calls about equal, and those of other tasks that cannot be dealt out."""
+    fills = [task for task in tasks if isinstance(task, _Fill)]
+    if not fills:
+        return list(tasks)
+    whole = _Fills.of(fills)
+    others = [task for task in tasks if not isinstance(task, _Fill)]
+    return [*others, *(partial(whole.run, first, stop) for first, stop in whole.cut(n_parts))]
+
+
+@dataclass(frozen=True)
+class _Fills:
+    """The arguments of :func:`native.fill` for several plans; ``held`` keeps the files open."""
+
+    fills: Sequence[_Fill]
+    held: Sequence[Held]
+    reads: Ints
+    chunks: Ints
+    pieces: Ints
+    hows: Ints
+    is_done: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, spans: Ints, chunk_len: int) -> _Pieces:
-        """The pieces of ascending, disjoint, non-empty runs."""
-        first, last = spans[:, 0] // chunk_len, (spans[:, 1] - 1) // chunk_len
-        counts = last - first + 1
-        span = np.repeat(np.arange(len(spans)), counts)
-        chunk = np.arange(len(span)) - np.repeat(np.cumsum(counts) - counts, counts) + first[span]
-        low = np.maximum(spans[span, 0], chunk * chunk_len)
-        high = np.minimum(spans[span, 1], (chunk + 1) * chunk_len)
-        dest = np.cumsum(high - low) - (high - low)
-        chunks, bounds = np.unique(chunk, return_index=True)
-        base = chunk * chunk_len
-        return cls((low - base).tolist(), (high - base).tolist(), dest.tolist(), chunks, [*bounds.tolist(), len(span)])
+    def of(cls, fills: Sequence[_Fill]) -> _Fills:
+        held: list[Held] = []
+        reads, hows, n_chunks, n_pieces = [], [], 0, 0
+        for number, fill in enumerate(fills):
+            plan = fill.plan
+            reads.append(_opened(plan, number, held))
+            hows.append([*fill.how, n_chunks, n_pieces])
+            n_chunks, n_pieces = n_chunks + len(plan.chunks), n_pieces + len(plan.pieces)
+        chunks = np.concatenate([fill.plan.chunks for fill in fills])
+        pieces = np.concatenate([fill.plan.pieces for fill in fills])
+        return cls(fills, held, np.concatenate(reads), chunks, pieces, np.array(hows), np.zeros(n_chunks, np.bool_))
 
-    def by_shard(self, chunks_per_shard: int) -> Iterator[tuple[int, int, int]]:
-        """Shard row, and the stretch of ``chunks`` that lies in it."""
-        shards, firsts = np.unique(self.chunks // chunks_per_shard, return_index=True)
-        bounds = [*firsts.tolist(), len(self.chunks)]
-        return zip(shards.tolist(), bounds[:-1], bounds[1:], strict=True)
+    def cut(self, n_parts: int) -> Iterator[tuple[int, int]]:
+        """Runs of reads of about as many bytes."""
+        so_far = np.cumsum(self.reads[:, 4])
+        n_parts = max(1, min(n_parts, int(so_far[-1]) // _MIN_PART_NBYTES))
+        bounds = np.searchsorted(so_far, so_far[-1] * np.arange(1, n_parts) / n_parts).tolist()
+        bounds = [0, *bounds, len(self.reads)]
+        return ((first, stop) for first, stop in itertools.pairwise(bounds) if first < stop)
 
-
-@dataclass
-class _Read:
-    """Neighbouring chunks of one file: positions in ``_Pieces.chunks``, offsets and sizes."""
-
-    offset: int
-    end: int
-    chunks: list[tuple[int, int, int]]
-
-
-def _shard_tasks(
-    layout: _Layout, column: _Column, index: _ShardIndex, pieces: _Pieces, stretch: tuple[int, int], out: Array
-) -> Iterator[Task]:
-    first, last = stretch
-    per_shard = layout.chunks_per_shard
-    in_shard = pieces.chunks[first:last] % per_shard[0]
-    flat = np.ravel_multi_index((in_shard, *column.inner), per_shard)
-    offsets, sizes = index.offsets[flat], index.sizes[flat]
-    missing = np.flatnonzero(sizes == _MISSING)
-    if len(missing):
-        yield partial(_fill, layout, column, pieces, (first + missing).tolist(), out)
-    present = np.flatnonzero(sizes != _MISSING)
-    present = present[np.argsort(offsets[present], kind="stable")]
-    places = (first + present, offsets[present], sizes[present])
-    located = zip(*(x.tolist() for x in places), strict=True)
-    for read in _coalesce(located):
-        yield partial(_run, layout, column, index, pieces, read, out)
+    def run(self, first: int, stop: int) -> None:
+        """Make some of the reads; what could not be placed is read again, to go well or to say what is wrong."""
+        raw = scratch("raw", int(self.reads[first:stop, 4].max()))
+        spare = scratch("chunk", max(fill.plan.layout.chunk_nbytes for fill in self.fills))
+        given = (self.reads, self.chunks, self.pieces, self.hows, first, stop)
+        if not native.fill(*given, native.functions(), raw, spare, self.is_done):
+            return
+        firsts = np.cumsum([0, *(len(fill.plan.reads) for fill in self.fills)])
+        for number in range(first, stop):
+            begin, end, which = self.reads[number, 5:].tolist()
+            base = int(self.hows[which, 7])
+            left = [k for k in range(begin, end) if not self.is_done[base + k]]
+            if left:
+                _run(self.fills[which].plan, None, number - int(firsts[which]), left)
 
 
-def _coalesce(located: Iterator[tuple[int, int, int]]) -> Iterator[_Read]:
-    read: _Read | None = None
-    for chunk in located:
-        _, offset, size = chunk
-        if read is not None and offset - read.end <= MAX_GAP_NBYTES and offset + size - read.offset <= MAX_READ_NBYTES:
-            read.end = max(read.end, offset + size)
-            read.chunks.append(chunk)
-            continue
-        if read is not None:
-            yield read
-        read = _Read(offset, offset + size, [chunk])
-    if read is not None:
-        yield read
+def _opened(plan: _Plan, number: int, held: list[Held]) -> Ints:
+    """The reads of a plan as :func:`native.fill` has them, of files that are open from now on."""
+    files, keys, shards = plan.layout.files, plan.index.keys, plan.reads[:, 0]
+    firsts = np.flatnonzero(np.diff(shards, prepend=-1))
+    found = []
+    for shard in shards[firsts].tolist():
+        file, version = files.hold(keys[shard]), files.version(keys[shard])
+        assert version is not None  # nothing is read of a file that was not there
+        held.append(file)
+        found.append((file.fd, *version))
+    reads = np.empty((len(shards), 8), np.int64)
+    reads[:, :3] = np.repeat(np.array(found), np.diff(firsts, append=len(shards)), axis=0)
+    reads[:, 3:7], reads[:, 7] = plan.reads[:, 1:], number
+    return reads
 
 
-def _fill(layout: _Layout, column: _Column, pieces: _Pieces, chunks: list[int], out: Array) -> None:
-    for chunk in chunks:
-        for p in range(pieces.bounds[chunk], pieces.bounds[chunk + 1]):
-            stop = pieces.dest[p] + pieces.stop[p] - pieces.start[p]
-            out[(slice(pieces.dest[p], stop), *column.rows_out)] = layout.fill
+def _fill(plan: _Plan, missing: Ints) -> None:
+    for first, end in missing.tolist():
+        for start, stop, dest in plan.pieces[first:end].tolist():
+            plan.out[(slice(dest, dest + stop - start), *plan.column.rows_out)] = plan.layout.fill
 
 
-def _run(layout: _Layout, column: _Column, index: _ShardIndex, pieces: _Pieces, read: _Read, out: Array) -> None:
-    raw, path = layout.files.read(index.key, read.offset, read.end), layout.files.name(index.key)
+def _run(plan: _Plan, how: list[int] | None, number: int, chunks: Sequence[int] | None = None) -> None:
+    """Make one read and place its chunks, or some of them."""
+    layout, (shard, begin, nbytes) = plan.layout, plan.reads[number, :3].tolist()
+    key = plan.index.keys[shard]
+    raw, path = layout.files.read(key, begin, begin + nbytes), layout.files.name(key)
     is_copy = layout.files.is_cached
-    for chunk, offset, size in read.chunks:
-        part = slice(offset - read.offset, offset - read.offset + size)
+    for chunk in chunks if chunks is not None else _unplaced(plan, how, number, raw):
+        offset, size = plan.chunks[chunk, :2].tolist()
+        part = slice(offset - begin, offset - begin + size)
         while True:
             try:
                 encoded = _checked(raw[part], path, offset) if layout.codec.has_crc else raw[part]
-                _place(layout, column, encoded, pieces, chunk, out)
+                _place(plan, encoded, chunk)
                 break
             except Exception as error:
                 if not is_copy:
                     error.add_note(f"while decoding {size} bytes at offset {offset} of {path}")
                     raise
-            raw, is_copy = layout.files.read(index.key, read.offset, read.end, anew=True), False
+            raw, is_copy = layout.files.read(key, begin, begin + nbytes, anew=True), False
 
 
-def _place(layout: _Layout, column: _Column, raw: memoryview, pieces: _Pieces, chunk: int, out: Array) -> None:
+def _unplaced(plan: _Plan, how: list[int] | None, number: int, raw: memoryview) -> Sequence[int]:
+    """The chunks of a read that are still to be placed, after one call has placed those it can."""
+    offset, nbytes, first, stop = plan.reads[number, 1:].tolist()
+    if how is None:
+        return range(first, stop)
+    reads = np.array([[native.IN_MEMORY, 0, 0, offset, nbytes, 0, stop - first, 0]])
+    given = (reads, plan.chunks[first:stop], plan.pieces, np.array([[*how, 0, 0]]), 0, 1)
+    spare, is_done = scratch("chunk", plan.layout.chunk_nbytes), np.zeros(stop - first, np.bool_)
+    if not native.fill(*given, native.functions(), np.frombuffer(raw, np.uint8), spare, is_done):
+        return ()
+    return [first + k for k in range(stop - first) if not is_done[k]]
+
+
+def _place(plan: _Plan, raw: memoryview, chunk: int) -> None:
     """Decode one chunk: to where it belongs if all of it is wanted, else by way of a scratch chunk."""
-    first, last = pieces.bounds[chunk], pieces.bounds[chunk + 1]
-    n_rows = layout.chunk_shape[0]
-    if column.is_full_width and last - first == 1 and pieces.stop[first] - pieces.start[first] == n_rows:
-        dest = pieces.dest[first]
+    layout, column, out = plan.layout, plan.column, plan.out
+    first, last = plan.chunks[chunk, 2:4].tolist()
+    pieces, n_rows = plan.pieces[first:last].tolist(), layout.chunk_shape[0]
+    if column.is_full_width and len(pieces) == 1 and pieces[0][1] - pieces[0][0] == n_rows:
+        dest = pieces[0][2]
         _decode(layout, raw, out[dest : dest + n_rows])
         return
     decoded = scratch("chunk", layout.chunk_nbytes).view(layout.dtype).reshape(layout.chunk_shape)
     _decode(layout, raw, decoded)
-    for p in range(first, last):
-        start, stop, dest = pieces.start[p], pieces.stop[p], pieces.dest[p]
+    for start, stop, dest in pieces:
         out[(slice(dest, dest + stop - start), *column.rows_out)] = decoded[(slice(start, stop), *column.rows_in)]
 
 
@@ -522,6 +645,10 @@ def _decode(layout: _Layout, raw: memoryview, dest: Array) -> None:
     """Unpack one chunk into ``dest``, C-contiguous and exactly as large."""
     if layout.codec.name == "blosc":
         _check_size(int.from_bytes(raw[4:8], "little"), dest)  # numcodecs accepts a short chunk
+        said = int.from_bytes(raw[12:16], "little")
+        if len(raw) < _BLOSC_HEADER_NBYTES or said != len(raw):  # numcodecs reads on behind the chunk's end
+            msg = f"a chunk has {len(raw)} bytes, its header says {said}"
+            raise IntegrityError(msg)
         numcodecs.blosc.decompress(raw, dest)
         return
     plain: Any = raw

@@ -1,0 +1,133 @@
+"""Which bytes of which files hold some rows of a chunked array, and where its chunks go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from annbatch_dask.kernels.compiled import compiled
+
+__all__ = ["find_shards", "plan_chunks"]
+
+Ints = NDArray[np.int64]
+
+
+@compiled
+def find_shards(spans: Any, n_rows: int) -> Any:
+    """The rows of shards that hold some rows of an array, ascending.
+
+    Parameters
+    ----------
+    spans
+        (n, 2) half-open runs of rows, ascending, disjoint, not empty.
+    n_rows
+        Of a shard.
+    """
+    found = np.empty(spans[-1, 1] // n_rows - spans[0, 0] // n_rows + 1 if len(spans) else 0, np.int64)
+    n_found = 0
+    for i in range(len(spans)):
+        for shard in range(spans[i, 0] // n_rows, (spans[i, 1] - 1) // n_rows + 1):
+            if not n_found or found[n_found - 1] != shard:
+                found[n_found] = shard
+                n_found += 1
+    return found[:n_found]
+
+
+@compiled
+def _cut(spans: Any, chunk_len: int) -> Any:
+    """What each run takes from each row of chunks, the rows of chunks, and the first piece of each and the end."""
+    n_pieces = 0
+    for i in range(len(spans)):
+        n_pieces += (spans[i, 1] - 1) // chunk_len - spans[i, 0] // chunk_len + 1
+    pieces, rows = np.empty((n_pieces, 3), np.int64), np.empty(n_pieces, np.int64)
+    firsts = np.empty(n_pieces + 1, np.int64)
+    p = n_rows = dest = 0
+    for i in range(len(spans)):
+        start, stop = spans[i, 0], spans[i, 1]
+        while start < stop:
+            row = start // chunk_len
+            end = min(stop, (row + 1) * chunk_len)
+            pieces[p, 0], pieces[p, 1], pieces[p, 2] = start - row * chunk_len, end - row * chunk_len, dest
+            if n_rows == 0 or rows[n_rows - 1] != row:
+                rows[n_rows], firsts[n_rows] = row, p
+                n_rows += 1
+            dest += end - start
+            start = end
+            p += 1
+    firsts[n_rows] = n_pieces
+    return pieces, rows[:n_rows], firsts[: n_rows + 1]
+
+
+@compiled
+def _look_up(rows: Any, firsts: Any, grid: Any, offsets: Any, sizes: Any) -> Any:
+    """Chunks that were written, by shard and offset, and the pieces of those that were not."""
+    chunks, missing = np.empty((len(rows), 5), np.int64), np.empty((len(rows), 2), np.int64)
+    n_chunks = n_missing = 0
+    for k in range(len(rows)):
+        shard = rows[k] // grid[0] * grid[1] + grid[2]
+        inner = rows[k] % grid[0] * grid[3] + grid[4]
+        if sizes[shard, inner] < 0:
+            missing[n_missing, 0], missing[n_missing, 1] = firsts[k], firsts[k + 1]
+            n_missing += 1
+            continue
+        chunks[n_chunks, 0], chunks[n_chunks, 1] = offsets[shard, inner], sizes[shard, inner]
+        chunks[n_chunks, 2], chunks[n_chunks, 3], chunks[n_chunks, 4] = firsts[k], firsts[k + 1], shard
+        n_chunks += 1
+    first = 0
+    for k in range(1, n_chunks + 1):
+        if k < n_chunks and chunks[k, 4] == chunks[first, 4]:
+            continue
+        part = chunks[first:k]
+        if (part[1:, 0] < part[:-1, 0]).any():
+            part[:] = part[np.argsort(part[:, 0])]
+        first = k
+    return chunks[:n_chunks], missing[:n_missing]
+
+
+@compiled
+def plan_chunks(  # noqa: PLR0913
+    spans: Any, chunk_len: int, grid: Any, offsets: Any, sizes: Any, max_gap: int, max_read: int
+) -> Any:
+    """How to read some rows of an array.
+
+    Parameters
+    ----------
+    spans
+        (n, 2) half-open runs of rows, ascending, disjoint, not empty.
+    chunk_len
+        Rows of a chunk.
+    grid
+        (5,) rows of chunks in a shard; then what the number of a shard is to be multiplied by and what is to be added
+        to find its row in ``offsets`` and ``sizes``; then the same for the row of a chunk in its shard, and its column.
+    offsets, sizes
+        (n_shards, n_chunks) of each chunk in its file, in bytes; a negative size where it was not written.
+    max_gap, max_read
+        Chunks at most ``max_gap`` bytes apart are read together, up to ``max_read`` bytes.
+
+    Returns
+    -------
+    reads
+        (n, 5) shard, offset, bytes, and the half-open run of ``chunks``.
+    chunks
+        (n, 5) offset, size, the half-open run of ``pieces``, and the shard; by shard, and by offset within.
+    pieces
+        (n, 3) the rows ``[start, stop)`` of the chunk, and the row of the output where they go.
+    missing
+        (n, 2) half-open runs of ``pieces`` that are in no file.
+    """
+    pieces, rows, firsts = _cut(spans, chunk_len)
+    chunks, missing = _look_up(rows, firsts, grid, offsets, sizes)
+    reads = np.empty((len(chunks), 5), np.int64)
+    n = 0
+    for k in range(len(chunks)):
+        offset, end = chunks[k, 0], chunks[k, 0] + chunks[k, 1]
+        if n and reads[n - 1, 0] == chunks[k, 4]:
+            start, so_far = reads[n - 1, 1], reads[n - 1, 2]
+            if offset - start - so_far <= max_gap and end - start <= max_read:
+                reads[n - 1, 2], reads[n - 1, 4] = max(so_far, end - start), k + 1
+                continue
+        reads[n, 0], reads[n, 1], reads[n, 2], reads[n, 3], reads[n, 4] = chunks[k, 4], offset, chunks[k, 1], k, k + 1
+        n += 1
+    return reads[:n], chunks, pieces, missing

@@ -1,0 +1,217 @@
+"""Many chunks read, checked and decoded in one call that holds no lock of Python's.
+
+Each step is a C function that is in the process anyway: the C library's, blosc's of numcodecs, and crc32c's of
+google_crc32c. Their addresses are looked up by name and handed to a compiled kernel, which therefore is good for any
+process. Where one of them is missing, so is the step, and :mod:`annbatch_dask.storage.ranges` takes its plain way.
+That way also defines every error: a chunk that is not as it should be is only reported here, never explained.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import google_crc32c
+import numcodecs.blosc
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from annbatch_dask.kernels.compiled import compiled
+
+__all__ = ["BLOSC", "IN_MEMORY", "PLAIN", "can_fill", "fill", "functions"]
+
+logger = logging.getLogger(__name__)
+
+Ints = NDArray[np.int64]
+
+PLAIN, BLOSC = 0, 1
+"""What the bytes of a chunk are: its values, or those packed by blosc."""
+
+IN_MEMORY = -1
+"""In the place of a file: the bytes were read before."""
+
+_PREAD, _STATX, _MEMCPY, _CRC, _BLOSC = range(5)
+_AT_EMPTY_PATH, _BASIC_STATS = 0x1000, 0x7FF
+_BLOSC_HEADER_NBYTES = 16
+
+
+@cache
+def functions() -> Ints:
+    """Addresses of the C functions, 0 for those that are not there."""
+    found = np.zeros(5, np.int64)
+    if sys.platform != "linux" or sys.byteorder != "little" or ctypes.sizeof(ctypes.c_void_p) != 8:  # noqa: PLR2004
+        return found
+    here = ctypes.CDLL(None)
+    for place, name in ((_PREAD, "pread"), (_STATX, "statx"), (_MEMCPY, "memcpy")):
+        found[place] = _address(here, name)
+    for place, find in ((_CRC, _find_crc), (_BLOSC, _find_blosc)):
+        try:
+            found[place] = find()
+        except (AttributeError, ImportError, OSError) as error:  # built in another way
+            logger.debug("%s", error)
+    if not found.all():
+        logger.warning("chunks are decoded one by one: C functions are missing in libc, numcodecs or google_crc32c")
+    return found
+
+
+def _address(library: ctypes.CDLL, name: str) -> int:
+    return ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 if hasattr(library, name) else 0
+
+
+def _find_crc() -> int:
+    from google_crc32c import _crc32c
+
+    library, sample = ctypes.CDLL(_crc32c.__file__), b"123456789"
+    crc = library.crc32c_value
+    crc.restype, crc.argtypes = ctypes.c_uint32, (ctypes.c_char_p, ctypes.c_size_t)
+    return _address(library, "crc32c_value") if crc(sample, len(sample)) == google_crc32c.value(sample) else 0
+
+
+def _find_blosc() -> int:
+    library, sample = ctypes.CDLL(numcodecs.blosc.__file__), b"0123456789abcdef" * 64
+    decompress, out = library.blosc_decompress_ctx, ctypes.create_string_buffer(len(sample))
+    decompress.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    n = decompress(numcodecs.blosc.Blosc().encode(sample), out, len(sample), 1)
+    return _address(library, "blosc_decompress_ctx") if n == len(sample) and out.raw == sample else 0
+
+
+def can_fill(*, is_blosc: bool, has_crc: bool, from_files: bool) -> bool:
+    """Whether all functions are there that such chunks need."""
+    needed = [_MEMCPY, *([_BLOSC] if is_blosc else []), *([_CRC] if has_crc else [])]
+    needed += [_PREAD, _STATX] if from_files else []
+    return bool(functions()[needed].all())
+
+
+def _c_function(result: int, *arguments: int) -> Any:
+    """A call, in a kernel, of the C function at an address; integers of so many bits, pointers among them."""
+
+    def call(_typing: Any, _address: Any, _arguments: Any) -> tuple[Any, Callable[..., Any]]:
+        def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            wanted = [ir.IntType(n_bits) for n_bits in arguments]
+            given = [
+                value if kind.width == value.type.width else builder.trunc(value, kind)
+                for value, kind in zip(cgutils.unpack_tuple(builder, args[1]), wanted, strict=True)
+            ]
+            number = ir.IntType(64)
+            function = builder.inttoptr(args[0], ir.FunctionType(ir.IntType(result), wanted).as_pointer())
+            returned = builder.call(function, given)
+            return returned if result == number.width else builder.sext(returned, number)
+
+        return types.int64(types.int64, types.UniTuple(types.int64, len(arguments))), generate
+
+    return intrinsic(call)
+
+
+_pread = _c_function(64, 32, 64, 64, 64)
+_statx = _c_function(32, 32, 64, 32, 32, 64)
+_memcpy = _c_function(64, 64, 64, 64)
+_crc32c = _c_function(32, 64, 64)
+_blosc = _c_function(32, 64, 64, 64, 32)
+
+
+@compiled
+def _number(raw: Any, at: int) -> Any:
+    """Four bytes as a number, little-endian, with a sign."""
+    low = np.int64(raw[at]) | np.int64(raw[at + 1]) << 8 | np.int64(raw[at + 2]) << 16
+    return low | np.int64(np.int8(raw[at + 3])) << 24
+
+
+@compiled
+def _read(file: Any, offset: int, nbytes: int, c: Any, raw: Any, found: Any) -> Any:
+    """Read from an open file into ``raw``; whether all was there, and the file is in its version afterwards."""
+    done = 0
+    while done < nbytes:
+        n = _pread(c[_PREAD], (file[0], np.int64(raw.ctypes.data) + done, nbytes - done, offset + done))
+        if n <= 0:
+            return False
+        done += n
+    at = np.int64(found.ctypes.data)
+    if _statx(c[_STATX], (file[0], at + 256, _AT_EMPTY_PATH, _BASIC_STATS, at)) != 0:
+        return False
+    return found[14] * 1_000_000_000 + (found[15] & 0xFFFFFFFF) == file[1] and found[5] == file[2]
+
+
+@compiled
+def _place(raw: Any, at: int, size: int, how: Any, pieces: Any, c: Any, spare: Any) -> bool:
+    """Check and decode the chunk ``raw[at:at + size]`` to where its pieces belong; whether it is sound."""
+    source = np.int64(raw.ctypes.data) + at
+    if how[1]:
+        size -= 4
+        if size < 0 or _crc32c(c[_CRC], (source, size)) != _number(raw, at + size):
+            return False
+    n_rows, row_nbytes, width, dest, stride = how[2], how[3], how[4], how[5], how[6]
+    nbytes = n_rows * row_nbytes
+    is_whole = len(pieces) == 1 and pieces[0, 1] - pieces[0, 0] == n_rows and width == row_nbytes == stride
+    if how[0] == PLAIN:
+        if size != nbytes:
+            return False
+    else:
+        if size < _BLOSC_HEADER_NBYTES or _number(raw, at + 4) != nbytes or _number(raw, at + 12) != size:
+            return False
+        target = dest + pieces[0, 2] * stride if is_whole else np.int64(spare.ctypes.data)
+        if _blosc(c[_BLOSC], (source, target, nbytes, 1)) != nbytes:
+            return False
+        if is_whole:
+            return True
+        source = target
+    for p in range(len(pieces)):
+        start, stop = pieces[p, 0], pieces[p, 1]
+        here, there = source + start * row_nbytes, dest + pieces[p, 2] * stride
+        if width == row_nbytes == stride:
+            _memcpy(c[_MEMCPY], (there, here, (stop - start) * row_nbytes))
+            continue
+        for row in range(stop - start):
+            _memcpy(c[_MEMCPY], (there + row * stride, here + row * row_nbytes, width))
+    return True
+
+
+@compiled
+def fill(  # noqa: PLR0913, PLR0917 - a kernel
+    reads: Any, chunks: Any, pieces: Any, hows: Any, first: int, stop: int, c: Any, raw: Any, spare: Any, is_done: Any
+) -> int:
+    """Read and decode some chunks to where they belong. Nothing is written outside of their places.
+
+    Parameters
+    ----------
+    reads
+        (n, 8) open file, the time of its version and its bytes, offset, bytes, a half-open run of ``chunks``, and its
+        row in ``hows``. Where the file is ``IN_MEMORY``, ``raw`` holds the bytes.
+    chunks
+        (n, 5) offset in the file, size, a half-open run of ``pieces``; the runs count from the bases in ``hows``.
+    pieces
+        (n, 3) rows ``[start, stop)`` of the chunk, and the row of the output where they go.
+    hows
+        (n, 9) ``PLAIN`` or ``BLOSC``; whether a crc32c follows; rows of a chunk, bytes of each, and how many of these
+        are wanted; address of the output's first row, bytes from one to the next; base of the chunks and of the pieces.
+    first, stop
+        The reads to do.
+    c
+        :func:`functions`.
+    raw, spare
+        Bytes to work in, as large as the largest read, and as the largest chunk.
+    is_done
+        Set for each chunk that was placed; one that is not is damaged, or its file is not as it was.
+
+    Returns
+    -------
+    n_left
+        Chunks of these reads that were not placed.
+    """
+    n_left, found = 0, np.zeros(33, np.int64)
+    for r in range(first, stop):
+        read, how = reads[r], hows[reads[r, 7]]
+        is_read = read[0] == IN_MEMORY or _read(read, read[3], read[4], c, raw, found)
+        for k in range(how[7] + read[5], how[7] + read[6]):
+            chunk = chunks[k]
+            own = pieces[how[8] + chunk[2] : how[8] + chunk[3]]
+            is_done[k] = is_read and _place(raw, chunk[0] - read[3], chunk[1], how, own, c, spare)
+            n_left += not is_done[k]
+    return n_left
