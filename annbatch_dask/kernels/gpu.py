@@ -1,18 +1,31 @@
-"""Rows on a CUDA device. Sparse ones become dense in one cupy kernel, a block of threads a row.
+"""Rows on a CUDA device: one kernel makes the batch, each of its elements written once, in the delivered dtype.
 
-Its twin on the CPU is :func:`annbatch_dask.kernels.assemble.scatter_rows`.
+A block of threads makes a stretch of columns of one row: in shared memory, where entries are added up, and from there
+in order. Rows lie in a slab, the bytes of a window as they were loaded; tables say where each begins.
+
+The twins on the CPU are :func:`annbatch_dask.kernels.assemble.scatter_rows` and ``take_columns``; the source below is
+also C++, and the tests run it as such.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-__all__ = ["SOURCE", "densify", "normalized"]
+__all__ = ["N_THREADS", "SOURCE", "Kernel", "compiled", "find_compiler", "kernel_name", "tiles"]
 
-_THREADS = 256
+Kernel = Callable[[tuple[int, int], int, list[Any], Any], None]
+"""Launches: grid, bytes of shared memory, arguments, stream. Arguments are arrays, ints (32 bits) and floats (64)."""
+
+N_THREADS = 256
+_TILE_NBYTES = 40 * 1024
+"""Of shared memory for a block: five blocks fit on a multiprocessor of the last generations, one on any."""
+
 _NAMES = {
     "b1": "bool",
     "i1": "signed char",
@@ -23,101 +36,210 @@ _NAMES = {
     "u4": "unsigned int",
     "i8": "long long",
     "u8": "unsigned long long",
+    "f2": "Half",
     "f4": "float",
     "f8": "double",
 }
 
 SOURCE = r"""
-template <typename Sum>
-struct Cast {
+struct Half { unsigned short bits; };
+struct BFloat { unsigned short bits; };
+union Bits { float number; unsigned int bits; };
+
+template <typename Value> struct Read {
+    static __device__ Value of(Value value) { return value; }
+};
+template <> struct Read<Half> {
+    static __device__ float of(Half half)
+    {
+        const unsigned int exponent = half.bits >> 10 & 31, digits = half.bits & 1023;
+        Bits out;
+        if (exponent == 0) out.number = digits * 5.9604644775390625e-8f;
+        else out.bits = (exponent == 31 ? 0x7f800000u : exponent + 112u << 23) | digits << 13;
+        out.bits |= (half.bits & 0x8000u) << 16;
+        return out.number;
+    }
+};
+
+// What is added up: integers of 64 bits as unsigned ones, since CUDA adds up no others.
+template <typename Sum> struct Cast {
     template <typename Value> static __device__ Sum of(Value value) { return (Sum)value; }
 };
-template <>
-struct Cast<unsigned long long> {  // which stands for signed ones: CUDA adds up no others of 64 bits
+template <> struct Cast<unsigned long long> {
     template <typename Value> static __device__ unsigned long long of(Value value) { return (long long)value; }
+    static __device__ unsigned long long of(unsigned long long value) { return value; }
 };
 
-template <typename Value, typename Column, typename Sum>
-__global__ void densify(const Value* values, const Column* columns, const long long* indptr, const int* places,
-                        long long n_columns, double target_sum, Sum* out, long long width,
-                        unsigned long long* n_outside)
+// What is delivered. Half precision is rounded to the nearest, to the even one of two.
+template <typename Out> struct Write {
+    template <typename Sum> static __device__ Out of(Sum sum) { return (Out)sum; }
+};
+template <> struct Write<BFloat> {
+    static __device__ BFloat of(float sum)
+    {
+        Bits in;
+        in.number = sum;
+        BFloat out;
+        out.bits = sum != sum ? 0x7fc0 : (in.bits + 0x7fffu + (in.bits >> 16 & 1)) >> 16;
+        return out;
+    }
+};
+template <> struct Write<Half> {
+    static __device__ Half of(float sum)
+    {
+        Bits in;
+        in.number = sum;
+        const unsigned int sign = in.bits >> 16 & 0x8000u;
+        unsigned int rest = in.bits & 0x7fffffffu;
+        if (rest > 0x7f800000u) rest = 0x7e00;
+        else if (rest >= 0x47800000u) rest = 0x7c00;
+        else if (rest >= 0x38800000u) rest = rest - 0x38000000u + 0xfffu + (rest >> 13 & 1) >> 13;
+        else rest = (unsigned int)rintf((sum < 0 ? -sum : sum) * 16777216.0f);
+        Half out;
+        out.bits = sign | rest;
+        return out;
+    }
+};
+
+// The sum of a row, the same whatever block asks for it.
+template <typename Value> __device__ double sum_of(const Value* values, int length)
 {
-    const long long first = indptr[blockIdx.x] + threadIdx.x, last = indptr[blockIdx.x + 1];
-    Sum* row = out + blockIdx.x * width;
-    __shared__ double total;
-    if (threadIdx.x == 0) total = 0;
-    for (long long column = threadIdx.x; column < width; column += blockDim.x) row[column] = 0;
+    __shared__ double partial[N_THREADS];
+    double part = 0;
+    for (int j = threadIdx.x; j < length; j += blockDim.x) part += (double)Read<Value>::of(values[j]);
+    partial[threadIdx.x] = part;
     __syncthreads();
-    if (target_sum > 0) {
-        double part = 0;
-        for (long long j = first; j < last; j += blockDim.x) part += (double)values[j];
-        atomicAdd(&total, part);
+    for (int half = N_THREADS / 2; half > 0; half /= 2) {
+        if (threadIdx.x < half && threadIdx.x + half < blockDim.x) partial[threadIdx.x] += partial[threadIdx.x + half];
         __syncthreads();
     }
-    const double scale = total != 0 ? target_sum / total : 1;
-    for (long long j = first; j < last; j += blockDim.x) {
+    return partial[0];
+}
+
+template <typename Value, typename Column, typename Sum, typename Out>
+__global__ void densify(const unsigned char* slab, const long long* value_at, const long long* column_at,
+                        const int* lengths, const int* rows, const int* dest, int first, const int* places,
+                        int is_chosen, int n_columns, int width, int tile, double target_sum, Out* out,
+                        unsigned long long* n_outside, int batch)
+{
+    extern __shared__ double shared[];
+    Sum* sums = (Sum*)shared;
+    const int row = rows[first + blockIdx.x], length = lengths[row];
+    const int begin = blockIdx.y * tile, size = width - begin < tile ? width - begin : tile;
+    const Value* values = (const Value*)(slab + value_at[row]);
+    const Column* columns = (const Column*)(slab + column_at[row]);
+
+    for (int j = threadIdx.x; j < size; j += blockDim.x) sums[j] = 0;
+    double scale = 1;
+    if (target_sum > 0) {
+        const double total = sum_of(values, length);
+        if (total != 0) scale = target_sum / total;
+    }
+    __syncthreads();
+    for (int j = threadIdx.x; j < length; j += blockDim.x) {
         const unsigned long long column = columns[j];  // a negative one becomes huge
         if (column >= (unsigned long long)n_columns) {
-            atomicAdd(n_outside, 1ULL);
+            if (blockIdx.y == 0) atomicAdd(n_outside + batch, 1ULL);
             continue;
         }
-        const long long place = places ? places[column] : (long long)column;
-        if (place < 0) continue;
+        const int place = (is_chosen ? places[column] : (int)column) - begin;
+        if (place < 0 || place >= size) continue;
         // Atomic, since a row may name a column twice.
-        if (target_sum > 0) atomicAdd(row + place, Cast<Sum>::of(log1p((double)values[j] * scale)));
-        else atomicAdd(row + place, Cast<Sum>::of(values[j]));
+        if (target_sum > 0) atomicAdd(sums + place, Cast<Sum>::of(log1p((double)Read<Value>::of(values[j]) * scale)));
+        else atomicAdd(sums + place, Cast<Sum>::of(Read<Value>::of(values[j])));
+    }
+    __syncthreads();
+    Out* to = out + (long long)dest[first + blockIdx.x] * width + begin;
+    for (int j = threadIdx.x; j < size; j += blockDim.x) to[j] = Write<Out>::of(sums[j]);
+}
+
+template <typename Value, typename Sum, typename Out>
+__global__ void pick(const unsigned char* slab, const long long* value_at, const int* rows, const int* dest, int first,
+                     const int* columns, int is_chosen, int n_columns, int width, int tile, double target_sum, Out* out)
+{
+    const Value* values = (const Value*)(slab + value_at[rows[first + blockIdx.x]]);
+    const int begin = blockIdx.y * tile, end = width - begin < tile ? width : begin + tile;
+    double scale = 1;
+    if (target_sum > 0) {
+        const double total = sum_of(values, n_columns);
+        if (total != 0) scale = target_sum / total;
+    }
+    Out* to = out + (long long)dest[first + blockIdx.x] * width;
+    for (int j = begin + threadIdx.x; j < end; j += blockDim.x) {
+        const Value value = values[is_chosen ? columns[j] : j];
+        if (target_sum > 0) to[j] = Write<Out>::of(Cast<Sum>::of(log1p((double)Read<Value>::of(value) * scale)));
+        else to[j] = Write<Out>::of(Cast<Sum>::of(Read<Value>::of(value)));
     }
 }
-"""
+""".replace("N_THREADS", str(N_THREADS))
 
 
-def densify(
-    sparse: tuple[Any, Any, Any], n_columns: int, out: Any, *, places: Any | None, target_sum: float | None
-) -> Any:
-    """Fill dense rows from sparse ones, on the current device and stream; returns before it is done.
+def tiles(width: int, itemsize: int) -> tuple[int, int]:
+    """Into how many stretches rows are cut, and how many columns each has; a multiple of 32 of them."""
+    most = _TILE_NBYTES // itemsize
+    n_tiles = max(1, -(-width // most))
+    tile = -(-width // n_tiles)
+    return n_tiles, max(32, -(-tile // 32) * 32)
 
-    Parameters
-    ----------
-    sparse
-        Values, columns and row pointers (int64): cupy arrays, row ``i`` is ``indptr[i]:indptr[i + 1]``.
-    n_columns
-        Columns of the data.
-    out
-        (n_rows, width) of float32, float64, int32 or int64; what it held is overwritten.
-    places
-        (n_columns,) int32: where each column goes, -1 for one that is left out; None puts each where it was.
-    target_sum
-        Scale each row to this sum, over all its columns, and take log(1 + x); None takes the values as they are.
 
-    Returns
-    -------
-    Array of one uint64: entries left out because their column does not exist, 0 on sound data.
+def kernel_name(kernel: Literal["densify", "pick"], *dtypes: DTypeLike, bfloat16: bool = False) -> str:
+    """A kernel for these dtypes: of values, of columns where rows are sparse, of sums, of what is delivered.
+
+    Sums are in float32, float64, int32 or int64. With ``bfloat16`` that is delivered, and the last dtype is passed
+    over. KeyError for a dtype that CUDA does not know.
     """
-    import cupy
-
-    values, columns, indptr = sparse
-    n_outside = cupy.zeros(1, np.uint64)
-    sums = out.view(np.uint64) if out.dtype == np.int64 else out
-    if len(out):
-        arguments = (values, columns, indptr, 0 if places is None else places)  # 0: the null pointer
-        numbers = (np.int64(n_columns), np.float64(target_sum or 0), sums, np.int64(out.shape[1]), n_outside)
-        kernel = _compiled(*(_NAMES[array.dtype.str[1:]] for array in (values, columns, sums)))
-        kernel((len(out),), (_THREADS,), (*arguments, *numbers))
-    return n_outside
+    *names, last = (_NAMES[np.dtype(dtype).str[1:]] for dtype in dtypes)
+    names[-1] = {"long long": "unsigned long long"}.get(names[-1], names[-1])
+    return f"{kernel}<{', '.join([*names, 'BFloat' if bfloat16 else last])}>"
 
 
-def normalized(rows: Any, target_sum: float) -> Any:
-    """Dense rows scaled to a sum, log(1 + x) of them; float64."""
-    import cupy
+def find_compiler(library: Literal["cupy", "torch"]) -> Literal["cupy", "torch"] | None:
+    """What compiles kernels for arrays of a library; None where nothing does.
 
-    totals = rows.sum(axis=1, dtype=np.float64, keepdims=True)
-    return cupy.log1p(rows * (target_sum / cupy.where(totals != 0, totals, target_sum)))
+    torch's arrays take cupy's compiler where cupy is installed, else torch's own, which has it since 2.8.
+    """
+    if find_spec("cupy") is not None:
+        return "cupy"
+    if library == "cupy":
+        return None
+    import torch
+
+    return "torch" if hasattr(torch.cuda, "_compile_kernel") and torch.version.hip is None else None
 
 
 @cache
-def _compiled(value: str, column: str, total: str) -> Any:
+def compiled(name: str, compiler: Literal["cupy", "torch"], device: int) -> Kernel:
+    """A kernel on a device, which must be the current one of the calling thread."""
+    return (_compiled_by_cupy if compiler == "cupy" else _compiled_by_torch)(name)
+
+
+def _compiled_by_cupy(name: str) -> Kernel:
     import cupy
 
-    name = f"densify<{value}, {column}, {total}>"
-    module = cupy.RawModule(code=SOURCE, options=("-std=c++17",), name_expressions=[name])
-    return module.get_function(name)
+    kernel = cupy.RawModule(code=SOURCE, options=("-std=c++17",), name_expressions=[name]).get_function(name)
+
+    def launch(grid: tuple[int, int], shared_nbytes: int, arguments: list[Any], stream: Any) -> None:
+        raw = tuple(_raw_argument(argument) for argument in arguments)
+        with cupy.cuda.ExternalStream(stream.cuda_stream if hasattr(stream, "cuda_stream") else stream.ptr):
+            kernel(grid, (N_THREADS,), raw, shared_mem=shared_nbytes)
+
+    return launch
+
+
+def _raw_argument(argument: Any) -> Any:
+    if isinstance(argument, int):
+        return np.int32(argument)
+    if isinstance(argument, float):
+        return np.float64(argument)
+    return np.uint64(argument.data_ptr() if hasattr(argument, "data_ptr") else argument.data.ptr)
+
+
+def _compiled_by_torch(name: str) -> Kernel:
+    import torch
+
+    kernel = torch.cuda._compile_kernel(SOURCE, name)
+
+    def launch(grid: tuple[int, int], shared_nbytes: int, arguments: list[Any], stream: Any) -> None:
+        kernel(grid=(*grid, 1), block=(N_THREADS, 1, 1), args=arguments, shared_mem=shared_nbytes, stream=stream)
+
+    return launch

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import DTypeLike, NDArray
 
-from annbatch_dask.loader.batch import CsrParts, Form, Selection
+from annbatch_dask.loader.batch import Form, Selection
 from annbatch_dask.loader.casts import check_cast
-from annbatch_dask.loader.device import Device, Target, check_device, find_device
+from annbatch_dask.loader.device import Device, Placed, check_device, find_device, has_device
 from annbatch_dask.loader.obs import Categories, Labels, ObsTable
 from annbatch_dask.loader.output import Framework, check_framework, make_deliver
 from annbatch_dask.loader.requests import Window
@@ -45,16 +45,17 @@ X = Key("X")
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix over all datasets, and how its rows are delivered.
-
-    With a ``device`` batches are made there, as what is delivered; else ``deliver`` makes it of them.
-    """
+    """One matrix over all datasets, and how its rows are delivered."""
 
     key: Key
     sources: tuple[Source, ...]
     form: Form
     deliver: Callable[[Any], Any]
-    device: Device | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the first dataset; all have the same but for their rows."""
+        return self.sources[0].shape
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
@@ -78,6 +79,10 @@ class Contents:
         From an array of codes to what the user gets.
     transform
         The last thing that happens to a batch, or None.
+    device
+        Where batches end up, or None for the host.
+    is_made_there
+        Whether they are made on the device, of windows that are there.
     """
 
     matrices: tuple[Matrix, ...]
@@ -87,10 +92,13 @@ class Contents:
     with_index: bool
     deliver: Callable[[Array], Any]
     transform: Callable[[Any], Any] | None
+    device: Device | None = None
+    is_made_there: bool = False
 
-    def batch(self, window: Window, split: NDArray[np.int64], built: Sequence[CsrParts | Array]) -> Any:
-        """Put a batch together."""
-        delivered = {m.key: m.deliver(part) for m, part in zip(self.matrices, built, strict=True)}
+    def batch(self, window: Window, number: int, built: Sequence[Any], placed: Placed | None = None) -> Any:
+        """Put a batch together, of matrices that were built for it."""
+        split = window.splits[number]
+        delivered = {matrix.key: part for matrix, part in zip(self.matrices, built, strict=True)}
         batch: dict[str, Any] = {
             "X": delivered.pop(X),
             "obs": None if window.obs is None else window.obs.iloc[split],
@@ -99,7 +107,9 @@ class Contents:
         }
         for key, matrix in delivered.items():
             batch.setdefault(key.kind, {})[key.name] = matrix
-        if self.labels is not None:
+        if placed is not None and self.labels is not None:
+            batch["obs_codes"] = placed.codes_of(number)
+        elif self.labels is not None:
             batch["obs_codes"] = {name: self.deliver(codes[split]) for name, codes in window.codes.items()}
         return batch if self.transform is None else self.transform(batch)
 
@@ -243,25 +253,35 @@ class Wanted:
         chosen = self.select(var)
         selection = None if chosen is None else Selection.of(chosen, sources[X][0].shape[1])
         has_names = table is not None and all(index is not None for index in table.indexes)
-        device = find_device(self.to) if self.dense == "gpu" else None
+        is_made_there = self.dense == "gpu"
+        device = find_device(self.to) if is_made_there or (self.on_gpu and has_device(self.to)) else None
         matrices = []
         for key, parts in sources.items():
             form = Form(dense=self.dense is not None, selection=None if key.kind == "obsm" else selection)
             if key == X:
                 form = self._form_of_x(parts, form)
-            matrices.append(Matrix(key, parts, form, self._deliver(device, is_bfloat16=form.is_bfloat16), device))
+            deliver = self._deliver(device, is_made_there=is_made_there, bfloat16=form.is_bfloat16)
+            matrices.append(Matrix(key, parts, form, deliver))
         return Contents(
             tuple(matrices),
             table.select(self.obs_columns) if table is not None and (has_names or self.obs_columns != ()) else None,
             labels,
             var if var is None or chosen is None else var.iloc[chosen],
             with_index,
-            self._deliver(None) if device is None else partial(_put_codes, device),
+            self._deliver(device),
             self.transform,
+            device,
+            is_made_there,
         )
 
-    def _deliver(self, device: Device | None, *, is_bfloat16: bool = False) -> Callable[[Any], Any]:
-        return _as_it_is if device is not None else make_deliver(self.to, on_gpu=self.on_gpu, bfloat16=is_bfloat16)
+    def _deliver(
+        self, device: Device | None, *, is_made_there: bool = False, bfloat16: bool = False
+    ) -> Callable[[Any], Any]:
+        if is_made_there:
+            return _as_it_is
+        if device is not None:
+            return partial(device.deliver, bfloat16=bfloat16)
+        return make_deliver(self.to, on_gpu=self.on_gpu, bfloat16=bfloat16)
 
     def _form_of_x(self, sources: tuple[Source, ...], form: Form) -> Form:
         is_bfloat16 = self.dtype == "bfloat16"
@@ -285,10 +305,6 @@ def _where_dense(dense: Dense, *, preload_to_gpu: bool) -> Literal["cpu", "gpu"]
         msg = f"dense must be True, False, 'cpu' or 'gpu', got {dense!r}"
         raise ValueError(msg)
     return dense
-
-
-def _put_codes(device: Device, codes: Array) -> Any:
-    return device.finish(codes, Target(Form(), codes.dtype))
 
 
 def _as_it_is(built: Any) -> Any:

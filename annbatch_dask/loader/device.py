@@ -1,37 +1,266 @@
-"""Dense batches made on a GPU: rows go there as they are stored, a tenth of the dense bytes, and are spread out there.
+"""Batches made on a GPU: a window goes there in one copy, as it is stored, and each batch is made of it there.
 
-``window -> [gather] -> pinned memory -> [copy on a side stream] -> compact rows -> [one kernel] -> batch``
+``window -> pinned slab -> [one copy] -> rows as stored -> [one kernel a batch] -> batch``
 
-A device is cupy's, or torch's where cupy is absent. The latter takes any device of torch, so the same code runs on a
-CPU in tests. Both finish a batch before they hand it over, in the assembling thread: nobody has to know their streams.
+A device is torch's for batches of tensors, else cupy's. Tensors are made on a stream of the loader's own, which nobody
+waits for on the host: the consumer's stream waits for the batch, in the consumer's thread, as it takes it. Batches for
+cupy and jax are finished before they are handed over, and belong to the default stream.
+
+torch's device may be a CPU: the same code, without streams, in tests.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from annbatch_dask.errors import DeviceError
 from annbatch_dask.kernels import gpu, tensors
-from annbatch_dask.kernels.assemble import copy_rows
-from annbatch_dask.loader.batch import CsrParts, Form, RunTasks, check_columns, count_parts, row_parts, sparse_parts
-from annbatch_dask.loader.output import Framework
-from annbatch_dask.loader.requests import Loaded
-from annbatch_dask.loader.sources import DenseBlock, SparseBlock
-from annbatch_dask.storage.ranges import Task
+from annbatch_dask.loader.batch import CsrParts, Form, check_columns
+from annbatch_dask.loader.output import Framework, make_deliver, tensors_of
+from annbatch_dask.loader.pool import BufferPool
+from annbatch_dask.loader.requests import Loaded, Window
+from annbatch_dask.loader.slab import Group, Piece, RowTable, Slab, deal, room_of, tabulate
 
-__all__ = ["Device", "DeviceBuilder", "TorchDevice", "check_device", "find_device"]
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+__all__ = [
+    "CupyDevice",
+    "Device",
+    "DeviceBuilder",
+    "Handover",
+    "Placed",
+    "TorchDevice",
+    "check_device",
+    "find_device",
+    "has_device",
+    "place",
+]
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
+
+
+class Handover(Protocol):
+    """What is done in the consumer's thread as it takes a batch, and what is known of the batch later."""
+
+    def take(self, batch: Any) -> None:
+        """Let what the consumer does next with the batch wait until it is made."""
+
+    def check(self, *, wait: bool) -> bool:
+        """Whether the batch is known to be sound; IntegrityError if it is not. With ``wait`` it is known."""
+
+
+class Device(Protocol):
+    """Where batches are made; any number of iterations share one."""
+
+    def allocate(self, nbytes: int) -> NDArray[np.uint8]:
+        """Host memory that the device reads fast."""
+
+    def entered(self) -> AbstractContextManager[None]:
+        """In the calling thread, work on this device and its stream."""
+
+    def put(self, array: Array) -> Any:
+        """A copy on the device."""
+
+    def upload(self, memory: NDArray[np.uint8]) -> Any:
+        """Bytes on the device, sooner or later; until then the memory is kept, and must not change."""
+
+    def view(self, uploaded: Any, offset: int, array: Array) -> Any:
+        """An array of which the copy lies at this offset of what was uploaded."""
+
+    def counts(self, n: int) -> Any:
+        """That many counters, all 0."""
+
+    def make(self, target: Target, placed: Placed, batch: int) -> Any:
+        """The rows of one batch, as they are delivered."""
+
+    def deliver(self, built: CsrParts | Array, *, bfloat16: bool) -> Any:
+        """What was built on the host."""
+
+    def hand_over(self, placed: Placed | None, batch: int) -> Handover | None:
+        """What becomes of a batch whose making was begun; None where it is finished, and sound."""
+
+
+# ------------------------------------------------------------------------------------------- finding one
+
+
+def check_device(to: Framework | None) -> None:
+    """ImportError or DeviceError where no batch can be made on a GPU."""
+    if to == "torch":
+        import torch
+
+        library, n_devices = f"torch {torch.__version__}", torch.cuda.device_count()
+    elif find_spec("cupy") is None:
+        msg = f"Could not find cupy, which dense='gpu' needs with to={to!r}; install it, or deliver to='torch'"
+        raise ImportError(msg)
+    else:
+        library, n_devices = "cupy", _count_cupy_devices()
+    if not n_devices:
+        msg = (
+            f"dense='gpu' needs a CUDA device, {library} finds 0; pass dense='cpu', and preload_to_gpu=False "
+            "where cupy is installed"
+        )
+        raise DeviceError(msg)
+
+
+def has_device(to: Framework | None) -> bool:
+    """Whether :func:`check_device` finds nothing amiss."""
+    try:
+        check_device(to)
+    except (ImportError, DeviceError):
+        return False
+    return True
+
+
+def _count_cupy_devices() -> int:
+    import cupy
+
+    try:
+        return int(cupy.cuda.runtime.getDeviceCount())
+    except cupy.cuda.runtime.CUDARuntimeError:  # no driver
+        return 0
+
+
+def find_device(to: Framework | None) -> Device:
+    """The current device of the calling thread: that of the consumer, since new threads begin with the first one.
+
+    It is the same in every iteration: a stream has memory of its own, which is used again.
+    """
+    if to == "torch":
+        import torch
+
+        return _torch_device(torch.cuda.current_device())
+    import cupy
+
+    return _cupy_device(cupy.cuda.runtime.getDevice(), to)
+
+
+@cache
+def _torch_device(index: int) -> TorchDevice:
+    import torch
+
+    return TorchDevice(torch.device("cuda", index))
+
+
+@cache
+def _cupy_device(index: int, to: Framework | None) -> CupyDevice:
+    return CupyDevice(index, to)
+
+
+# ------------------------------------------------------------------------------------- windows on a device
+
+
+@dataclass(frozen=True)
+class PlacedMatrix:
+    """One matrix of a window on a device.
+
+    Attributes
+    ----------
+    table, n_columns
+        What rows there are, and their columns.
+    value_at, column_at, lengths
+        Of the table, on the device.
+    rows, dest
+        On the device: of all batches one behind the other, rows of the window and their places in the batch.
+    pieces
+        Of each batch.
+    """
+
+    table: RowTable
+    n_columns: int
+    value_at: Any
+    column_at: Any
+    lengths: Any
+    rows: Any
+    dest: Any
+    pieces: list[list[Piece]]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A window on a device.
+
+    Attributes
+    ----------
+    slab
+        Its bytes.
+    matrices
+        Where their rows lie in it.
+    bounds
+        Batch ``b`` has rows ``bounds[b]:bounds[b + 1]`` of all batches one behind the other.
+    codes
+        Label codes of those rows, on the device.
+    n_outside
+        A counter for each batch and matrix, on the device.
+    """
+
+    slab: Any
+    matrices: list[PlacedMatrix]
+    bounds: list[int]
+    codes: Mapping[str, Any]
+    n_outside: Any
+
+    def codes_of(self, batch: int) -> dict[str, Any]:
+        """Label codes of one batch."""
+        part = slice(self.bounds[batch], self.bounds[batch + 1])
+        return {name: codes[part] for name, codes in self.codes.items()}
+
+    def counters(self, batch: int) -> slice:
+        """Which counters are of one batch."""
+        return slice(batch * len(self.matrices), (batch + 1) * len(self.matrices))
+
+    def check(self, counted: Sequence[int]) -> None:
+        """IntegrityError if a counter of a batch is not 0."""
+        for n_outside, matrix in zip(counted, self.matrices, strict=True):
+            check_columns(int(n_outside), matrix.n_columns)
+
+
+def place(window: Window, slab: Slab, n_columns: Sequence[int], device: Device, pool: BufferPool) -> Placed:
+    """Begin to bring a window to a device: its slab, and tables of where the rows of each batch lie in it.
+
+    ``n_columns`` are those of each matrix.
+    """
+    bounds = [0, *np.cumsum([len(split) for split in window.splits]).tolist()]
+    taken = np.concatenate(window.splits) if window.splits else np.zeros(0, np.int64)
+    tables = [tabulate(loaded, slab) for loaded in window.matrices]
+    deals = [deal(window.splits, table.group, len(table.groups)) for table in tables]
+    arrays: list[Array] = [codes[taken] for codes in window.codes.values()]
+    for table, (rows, dest, _) in zip(tables, deals, strict=True):
+        arrays += [table.value_at, table.column_at, table.lengths, rows, dest]
+    there = iter(_uploaded(arrays, device, pool))
+    codes = {name: next(there) for name in window.codes}
+    matrices = [
+        PlacedMatrix(table, n, next(there), next(there), next(there), next(there), next(there), pieces)
+        for table, n, (_, _, pieces) in zip(tables, n_columns, deals, strict=True)
+    ]
+    counters = device.counts(len(window.splits) * len(tables))
+    return Placed(device.upload(slab.memory), matrices, bounds, codes, counters)
+
+
+def _uploaded(arrays: Sequence[Array], device: Device, pool: BufferPool) -> list[Any]:
+    """Small arrays on the device, by way of one copy."""
+    beside = Slab(pool.empty(sum(room_of(array.nbytes) for array in arrays) or room_of(1), np.uint8))
+    copies = []
+    for array in arrays:
+        copy = beside.empty(array.shape, array.dtype)
+        copy[...] = array
+        copies.append(copy)
+    there = device.upload(beside.memory)
+    return [device.view(there, beside.offset(copy) or 0, copy) for copy in copies]
+
+
+# ---------------------------------------------------------------------------------------- building batches
 
 
 @dataclass(frozen=True)
@@ -44,17 +273,28 @@ class Target:
         As asked for.
     dtype
         Of the result; uint16 for bfloat16.
-    width
-        Columns of the result.
+    n_columns, width
+        Columns of the data, and of the result.
+    shape
+        Of a delivered row.
     columns, places
         The selection of the form, on the device; None for all columns.
+    number
+        Of the matrix among all.
     """
 
     form: Form
     dtype: np.dtype[Any]
-    width: int = 0
-    columns: Any | None = None
-    places: Any | None = None
+    n_columns: int
+    shape: tuple[int, ...]
+    columns: Any | None
+    places: Any | None
+    number: int
+
+    @property
+    def width(self) -> int:
+        """Values of a delivered row."""
+        return math.prod(self.shape)
 
     @property
     def sum_dtype(self) -> np.dtype[Any]:
@@ -68,67 +308,12 @@ class Target:
         msg = f"dense='gpu' makes no rows of {self.dtype}; pass dtype='float32' to the Loader, or dense='cpu'"
         raise TypeError(msg)
 
-
-class Device(Protocol):
-    """Where batches are made. One belongs to one iteration."""
-
-    def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Array:
-        """Host memory that the device reads fast."""
-
-    def put(self, array: Array) -> Any:
-        """A copy on the device, to work with."""
-
-    def densify(self, staged: CsrParts, target: Target) -> Any:
-        """Sparse rows as dense ones."""
-
-    def finish(self, staged: Array, target: Target) -> Any:
-        """Dense rows with chosen columns, normalised, cast."""
-
-
-# ------------------------------------------------------------------------------------------- finding one
-
-
-def check_device(to: Framework | None) -> None:
-    """ImportError or DeviceError where no batch can be made on a GPU."""
-    has_cupy = find_spec("cupy") is not None
-    if not has_cupy and to != "torch":
-        msg = f"Could not find cupy, which dense='gpu' needs with to={to!r}; install it, or deliver to='torch'"
-        raise ImportError(msg)
-    found = {}
-    if to == "torch":
-        import torch
-
-        found[f"torch {torch.__version__}"] = torch.cuda.device_count()
-    if has_cupy:
-        found["cupy"] = _count_cupy_devices()
-    for library, n_devices in found.items():
-        if not n_devices:
-            msg = (
-                f"dense='gpu' needs a CUDA device, {library} finds 0; pass dense='cpu', and preload_to_gpu=False "
-                "where cupy is installed"
-            )
-            raise DeviceError(msg)
-
-
-def _count_cupy_devices() -> int:
-    import cupy
-
-    try:
-        return int(cupy.cuda.runtime.getDeviceCount())
-    except cupy.cuda.runtime.CUDARuntimeError:  # no driver
-        return 0
-
-
-def find_device(to: Framework | None) -> Device:
-    """The current device of the calling thread: that of the consumer, since new threads begin with the first one."""
-    if find_spec("cupy") is None:
-        import torch
-
-        return TorchDevice(torch.device("cuda", torch.cuda.current_device()))
-    return CupyDevice(to)
-
-
-# ---------------------------------------------------------------------------------------- building batches
+    def kernel(self, group: Group) -> str:
+        """The kernel that makes them of rows of a group."""
+        form, dtypes = self.form, [group.values, self.sum_dtype, self.dtype]
+        if group.columns is not None:
+            dtypes.insert(1, group.columns)
+        return gpu.kernel_name("pick" if group.columns is None else "densify", *dtypes, bfloat16=form.is_bfloat16)
 
 
 @dataclass(frozen=True)
@@ -137,90 +322,77 @@ class DeviceBuilder:
 
     Attributes
     ----------
-    form, width, is_sparse, n_parts
-        As there.
+    form
+        What rows are delivered as.
+    n_columns, shape
+        Columns of the data, and shape of a delivered row.
     device
         Where batches are made.
     columns, places
         The selection of the form, on the device.
+    number
+        Of the matrix among all.
     """
 
     form: Form
-    width: tuple[int, ...]
-    is_sparse: bool
+    n_columns: int
+    shape: tuple[int, ...]
     device: Device
-    n_parts: int
     columns: Any | None
     places: Any | None
+    number: int
 
     @classmethod
-    def of(cls, form: Form, width: tuple[int, ...], device: Device, *, is_sparse: bool, n_parts: int) -> DeviceBuilder:
-        """Bring the selection to the device."""
+    def of(cls, form: Form, shape: tuple[int, ...], device: Device, number: int) -> DeviceBuilder:
+        """Bring the selection to the device; ``shape`` is that of the data."""
         chosen = form.selection
-        columns, places = (None, None) if chosen is None else (device.put(chosen.columns), device.put(chosen.places))
-        return cls(form, width, is_sparse, device, n_parts, columns, places)
+        columns, places = None, None
+        if chosen is not None:
+            columns, places = device.put(chosen.columns.astype(np.int32)), device.put(chosen.places)
+        return cls(form, math.prod(shape[1:]), form.width_of(shape), device, columns, places, number)
 
     def nbytes(self, loaded: Loaded, split: Ints) -> int:
         """Memory the batch will take, on the device."""
-        return len(split) * math.prod(self.width) * self.form.dtype_of(loaded).itemsize
+        return len(split) * math.prod(self.shape) * self.form.dtype_of(loaded).itemsize
 
-    def build(self, loaded: Loaded, split: Ints, run: RunTasks) -> Any:
-        """Gather the rows of one batch in pinned memory, ``run`` in pieces; the device does the rest."""
-        target = Target(self.form, self.form.dtype_of(loaded), math.prod(self.width), self.columns, self.places)
-        if self.is_sparse:
-            return self.device.densify(self._stage_sparse(loaded, split, run), target)
-        return self.device.finish(self._stage_dense(loaded, split, run), target)
-
-    def _stage_sparse(self, loaded: Loaded, split: Ints, run: RunTasks) -> CsrParts:
-        n_columns = self.width[0] if self.form.selection is None else len(self.form.selection.places)
-        indptr = self.device.empty(len(split) + 1, np.int64)
-        indptr[0] = 0
-        np.cumsum(loaded.lengths[split], out=indptr[1:])
-        nnz = int(indptr[-1])
-        blocks = [block for block in loaded.blocks if isinstance(block, SparseBlock)]
-        values = self.device.empty(nnz, _common([block.values for block in blocks]))
-        columns = self.device.empty(nnz, _common([block.columns for block in blocks]))
-        tasks: list[Task] = []
-        for block, places, starts, lengths in sparse_parts(
-            loaded, split, count_parts(self.n_parts, values.nbytes + columns.nbytes)
-        ):
-            dest = indptr[places]
-            tasks += [
-                partial(copy_rows, block.values, starts, lengths, values, dest),
-                partial(copy_rows, block.columns, starts, lengths, columns, dest),
-            ]
-        run(tasks)
-        return CsrParts(values, columns, indptr, (len(split), n_columns))
-
-    def _stage_dense(self, loaded: Loaded, split: Ints, run: RunTasks) -> Array:
-        blocks = [block for block in loaded.blocks if isinstance(block, DenseBlock)]
-        shape = blocks[0].values.shape[1:]
-        rows = self.device.empty((len(split), *shape), _common([block.values for block in blocks]))
-        run(list(_dense_tasks(loaded, split, rows, count_parts(self.n_parts, rows.nbytes))))
-        return rows
+    def build(self, loaded: Loaded, placed: Placed, batch: int) -> Any:
+        """Make the rows of one batch."""
+        dtype = self.form.dtype_of(loaded)
+        target = Target(self.form, dtype, self.n_columns, self.shape, self.columns, self.places, self.number)
+        return self.device.make(target, placed, batch)
 
 
-def _dense_tasks(loaded: Loaded, split: Ints, out: Array, n_parts: int) -> Iterator[Task]:
-    width = math.prod(out.shape[1:])
-    for number, places in row_parts(loaded, split, n_parts):
-        block = loaded.blocks[number]
-        assert isinstance(block, DenseBlock)  # noqa: S101
-        starts = block.positions[loaded.position[split[places]]] * width
-        lengths = np.full(len(places), width, np.int64)
-        yield partial(copy_rows, block.values.reshape(-1), starts, lengths, out.reshape(-1), places * width)
+def _launches(target: Target, placed: Placed, batch: int) -> Iterator[tuple[Piece, Group, tuple[int, int], int, int]]:
+    """Pieces of a batch, and for each its group, its grid, the columns of a tile, and bytes of shared memory."""
+    n_tiles, tile = gpu.tiles(target.width, target.sum_dtype.itemsize)
+    matrix = placed.matrices[target.number]
+    for piece in matrix.pieces[batch] if target.width else ():
+        group = matrix.table.groups[piece.group]
+        shared = 0 if group.columns is None else tile * target.sum_dtype.itemsize
+        yield piece, group, (piece.stop - piece.start, n_tiles), tile, shared
 
 
-def _common(arrays: list[Array]) -> np.dtype[Any]:
-    """A dtype that holds the stored values of all blocks, and that CUDA can read."""
-    common = np.result_type(*(array.dtype for array in arrays)).newbyteorder("=")
-    return np.dtype(np.float32) if common == np.float16 else common
+def _arguments(target: Target, placed: Placed, batch: int, piece: Piece, tile: int, out: Any) -> list[Any]:
+    """Arguments of the kernel of one piece. Where no columns are chosen, any array stands for them."""
+    matrix = placed.matrices[target.number]
+    is_sparse = matrix.table.groups[piece.group].columns is not None
+    chosen = target.places if is_sparse else target.columns
+    where = [matrix.rows, matrix.dest, piece.start, matrix.rows if chosen is None else chosen, int(chosen is not None)]
+    sizes = [target.n_columns, target.width, tile, float(target.form.target_sum or 0), out]
+    if not is_sparse:
+        return [placed.slab, matrix.value_at, *where, *sizes]
+    counter = batch * len(placed.matrices) + target.number
+    there = [placed.slab, matrix.value_at, matrix.column_at, matrix.lengths]
+    return [*there, *where, *sizes, placed.n_outside, counter]
 
 
 # ------------------------------------------------------------------------------------------------- torch
 
 
 class TorchDevice:
-    """Batches by operations of torch, delivered as tensors.
+    """Batches of tensors.
+
+    Their memory is torch's, of one stream: it is used again when the consumer's stream has done with it.
 
     Parameters
     ----------
@@ -231,84 +403,188 @@ class TorchDevice:
     def __init__(self, device: Any) -> None:
         import torch
 
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.device = device
+        self._is_cuda = device.type == "cuda"
+        # Before a consumer's kernels, where both could run: it waits for batches.
+        self.stream: Any = torch.cuda.Stream(device, priority=-1) if self._is_cuda else None
+        self._compiler = gpu.find_compiler("torch") if self._is_cuda else None
+        self._in_flight: deque[tuple[Any, Array]] = deque()
 
-    def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Array:
+    def allocate(self, nbytes: int) -> NDArray[np.uint8]:
         """Pinned memory."""
         import torch
 
-        kind = np.dtype(dtype)
-        shape = (shape,) if isinstance(shape, int) else shape
-        nbytes = math.prod(shape) * kind.itemsize
-        memory: Array = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._stream is not None).numpy()
-        return memory.view(kind).reshape(shape)
+        with torch.cuda.device(self.device) if self._is_cuda else nullcontext():
+            memory: NDArray[np.uint8] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._is_cuda).numpy()
+        return memory
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """On the side stream."""
+        if not self._is_cuda:
+            yield
+            return
+        import torch
+
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            yield
 
     def put(self, array: Array) -> Any:
         """A tensor."""
         import torch
 
-        return torch.tensor(array, device=self._device)
+        with self.entered():
+            return torch.tensor(array, device=self.device)
 
-    def densify(self, staged: CsrParts, target: Target) -> Any:
-        """Sparse rows as a dense tensor."""
-        n_columns = staged.shape[1]
-        with self._aside():
-            rows, n_outside = tensors.densify(
-                tuple(self._copy(part) for part in (staged.values, staged.columns, staged.indptr)),
-                n_columns,
-                target.width,
-                _torch_dtype(target.sum_dtype),
-                places=target.places,
-                target_sum=target.form.target_sum,
-            )
-            rows = rows.to(_delivered_dtype(target))
-        check_columns(int(n_outside), n_columns)
-        return self._handed_over(rows)
-
-    def finish(self, staged: Array, target: Target) -> Any:
-        """Dense rows as a tensor."""
-        with self._aside():
-            rows = self._copy(staged)
-            if target.form.target_sum is not None:
-                rows = tensors.normalized(rows, target.form.target_sum)
-            if target.columns is not None:
-                rows = rows.to(_torch_dtype(target.sum_dtype)).index_select(1, target.columns)
-            rows = rows.to(_delivered_dtype(target))
-        return self._handed_over(rows)
-
-    def _copy(self, array: Array) -> Any:
+    def upload(self, memory: NDArray[np.uint8]) -> Any:
+        """A tensor of bytes."""
         import torch
 
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        if not self._is_cuda:
+            return torch.from_numpy(memory.copy())
+        there = torch.empty(len(memory), dtype=torch.uint8, device=self.device)
+        there.copy_(torch.from_numpy(memory), non_blocking=True)
+        self._keep(memory)
+        return there
 
-    @contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Work on the side stream, all done at the end."""
-        if self._stream is None:
-            yield
-            return
+    def _keep(self, memory: Array) -> None:
+        """Keep host memory from being used again until it was copied, and let go of what was."""
+        self._in_flight.append((self.stream.record_event(), memory))
+        while True:
+            try:
+                copied, kept = self._in_flight.popleft()
+            except IndexError:
+                return
+            if not copied.query():
+                self._in_flight.appendleft((copied, kept))
+                return
+
+    def view(self, uploaded: Any, offset: int, array: Array) -> Any:
+        """A tensor on the same memory."""
+        return uploaded[offset : offset + array.nbytes].view(_torch_dtype(array.dtype)).view(array.shape)
+
+    def counts(self, n: int) -> Any:
+        """A tensor of int64."""
         import torch
 
-        try:
-            with torch.cuda.stream(self._stream):
-                yield
-        finally:
-            self._stream.synchronize()
+        return torch.zeros(n, dtype=torch.int64, device=self.device)
 
-    def _handed_over(self, rows: Any) -> Any:
-        """Keep memory of the side stream from being used again before the consumer's kernels have read it."""
-        if self._stream is not None:
+    def make(self, target: Target, placed: Placed, batch: int) -> Any:
+        """A tensor."""
+        import torch
+
+        n_rows = placed.bounds[batch + 1] - placed.bounds[batch]
+        if self._compiler is None:
+            return self._make_plainly(target, placed, batch, n_rows)
+        rows = torch.empty((n_rows, target.width), dtype=_delivered_dtype(target), device=self.device)
+        for piece, group, grid, tile, shared in _launches(target, placed, batch):
+            kernel = gpu.compiled(target.kernel(group), self._compiler, self.device.index)
+            kernel(grid, shared, _arguments(target, placed, batch, piece, tile, rows), self.stream)
+        return rows.view(n_rows, *target.shape)
+
+    def _make_plainly(self, target: Target, placed: Placed, batch: int, n_rows: int) -> Any:
+        """By operations of torch alone."""
+        import torch
+
+        matrix = placed.matrices[target.number]
+        made, dest = [], []
+        for piece in matrix.pieces[batch]:
+            rows = matrix.rows[piece.start : piece.stop].long()
+            dest.append(matrix.dest[piece.start : piece.stop].long())
+            if matrix.table.groups[piece.group].columns is None:
+                made.append(self._picked(target, placed, piece, rows))
+                continue
+            dense, n_outside = self._densified(target, placed, piece, rows)
+            placed.n_outside[batch * len(placed.matrices) + target.number] += n_outside
+            made.append(dense)
+        if not made:
+            return torch.empty((n_rows, *target.shape), dtype=_delivered_dtype(target), device=self.device)
+        whole = made[0] if len(made) == 1 else torch.cat(made)[torch.cat(dest).argsort()]
+        return whole.to(_delivered_dtype(target)).view(n_rows, *target.shape)
+
+    def _densified(self, target: Target, placed: Placed, piece: Piece, rows: Any) -> tuple[Any, Any]:
+        matrix = placed.matrices[target.number]
+        group, lengths = matrix.table.groups[piece.group], matrix.lengths[rows].long()
+        values = tensors.gather(placed.slab, matrix.value_at[rows], lengths, _torch_dtype(group.values))
+        columns = tensors.gather(placed.slab, matrix.column_at[rows], lengths, _torch_dtype(group.columns))
+        return tensors.densify(
+            (values, columns, lengths),
+            target.n_columns,
+            target.width,
+            _torch_dtype(target.sum_dtype),
+            places=target.places,
+            target_sum=target.form.target_sum,
+        )
+
+    def _picked(self, target: Target, placed: Placed, piece: Piece, rows: Any) -> Any:
+        matrix = placed.matrices[target.number]
+        group, lengths = matrix.table.groups[piece.group], rows.new_full((len(rows),), target.n_columns)
+        flat = tensors.gather(placed.slab, matrix.value_at[rows], lengths, _torch_dtype(group.values))
+        dense = flat.view(len(rows), target.n_columns)
+        if target.form.target_sum is not None:
+            dense = tensors.normalized(dense, target.form.target_sum)
+        dense = dense.to(_torch_dtype(target.sum_dtype))
+        return dense if target.columns is None else dense.index_select(1, target.columns)
+
+    def deliver(self, built: CsrParts | Array, *, bfloat16: bool) -> Any:
+        """Tensors, copied from pinned memory; a sparse one for CSR."""
+        on_host = make_deliver("torch", on_gpu=False, bfloat16=bfloat16)(built)
+        there = on_host.to(self.device, non_blocking=True)
+        if self._is_cuda:
+            for array in (built.values, built.columns, built.indptr) if isinstance(built, CsrParts) else (built,):
+                self._keep(array)
+        return there
+
+    def hand_over(self, placed: Placed | None, batch: int) -> Handover | None:
+        """To the stream of whoever takes it."""
+        if not self._is_cuda:
+            if placed is not None:
+                placed.check(placed.n_outside[placed.counters(batch)].tolist())
+            return None
+        counted = None
+        if placed is not None:
             import torch
 
-            rows.record_stream(torch.cuda.default_stream(self._device))
-        return rows
+            part = placed.n_outside[placed.counters(batch)]
+            counted = torch.empty(len(part), dtype=torch.int64, pin_memory=True)
+            counted.copy_(part, non_blocking=True)
+        return _TorchHandover(self.device, self.stream.record_event(), placed, counted)
 
 
-def _torch_dtype(dtype: np.dtype[Any]) -> Any:
+@dataclass(frozen=True)
+class _TorchHandover:
+    """A batch on the side stream, made when the event is there."""
+
+    device: Any
+    made: Any
+    placed: Placed | None
+    counted: Any
+
+    def take(self, batch: Any) -> None:
+        """The current stream waits; memory of the batch is not used again before what it then does with it is done."""
+        import torch
+
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(self.made)
+        for tensor in tensors_of(batch):
+            if tensor.is_cuda:
+                tensor.record_stream(stream)
+
+    def check(self, *, wait: bool) -> bool:
+        """Look at the counters, once they are there."""
+        if wait:
+            self.made.synchronize()
+        elif not self.made.query():
+            return False
+        if self.placed is not None:
+            self.placed.check(self.counted.tolist())
+        return True
+
+
+def _torch_dtype(dtype: np.dtype[Any] | None) -> Any:
     import torch
 
-    return getattr(torch, dtype.name)
+    return getattr(torch, np.dtype(dtype).name)
 
 
 def _delivered_dtype(target: Target) -> Any:
@@ -321,36 +597,40 @@ def _delivered_dtype(target: Target) -> Any:
 
 
 class CupyDevice:
-    """Batches by one kernel each; delivered as cupy arrays, or torch's or jax's over the same memory.
+    """Batches of cupy's arrays, or of jax's over the same memory.
 
-    A batch belongs to the default stream, as the consumer's work does. Its memory may be what a kernel queued there
-    still reads, so the side stream waits for that before it writes.
+    A batch is finished before it is handed over, and belongs to the default stream. Its memory may be what a kernel
+    queued there still reads, so the side stream waits for that before it writes.
 
     Parameters
     ----------
+    index
+        Of the device.
     to
         What batches are delivered as.
     """
 
-    def __init__(self, to: Framework | None) -> None:
+    def __init__(self, index: int, to: Framework | None) -> None:
         import cupy
 
-        index = cupy.cuda.runtime.getDevice()
-        if to == "torch":
-            import torch
-
-            index = torch.cuda.current_device()
         self._device = cupy.cuda.Device(index)
         self._to = to
         with self._device:
-            self._stream = cupy.cuda.Stream(non_blocking=True)
+            self.stream = cupy.cuda.Stream(non_blocking=True)
 
-    def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Array:
+    def allocate(self, nbytes: int) -> NDArray[np.uint8]:
         """Pinned memory."""
         import cupyx
 
-        memory: Array = cupyx.empty_pinned(shape, dtype)
+        with self._device:
+            memory: NDArray[np.uint8] = cupyx.empty_pinned(nbytes, np.uint8)
         return memory
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """On the device. Arrays that are delivered are the default stream's, so it stays the current one."""
+        with self._device:
+            yield
 
     def put(self, array: Array) -> Any:
         """An array of cupy's."""
@@ -359,68 +639,54 @@ class CupyDevice:
         with self._device:
             return cupy.asarray(array)
 
-    def densify(self, staged: CsrParts, target: Target) -> Any:
-        """Sparse rows as a dense array."""
+    def upload(self, memory: NDArray[np.uint8]) -> Any:
+        """An array of bytes, of the side stream."""
         import cupy
 
-        n_columns = staged.shape[1]
-        with self._device:
-            rows = cupy.empty((staged.shape[0], target.width), target.sum_dtype)
-            with self._aside() as is_free:
-                values, columns, indptr = (
-                    self._copy(part, cupy.empty(part.shape, part.dtype))
-                    for part in (staged.values, staged.columns, staged.indptr)
-                )
-                self._stream.wait_event(is_free)
-                n_outside = gpu.densify(
-                    (values, columns, indptr),
-                    n_columns,
-                    rows,
-                    places=target.places,
-                    target_sum=target.form.target_sum,
-                )
-            check_columns(int(n_outside[0]), n_columns)
-            return self._delivered(rows, target)
+        with self.stream:
+            there = cupy.empty(len(memory), np.uint8)
+            there.set(memory, stream=self.stream)
+            self.stream.synchronize()
+        return there
 
-    def finish(self, staged: Array, target: Target) -> Any:
-        """Dense rows as an array."""
+    def view(self, uploaded: Any, offset: int, array: Array) -> Any:
+        """An array on the same memory."""
+        return uploaded[offset : offset + array.nbytes].view(array.dtype).reshape(array.shape)
+
+    def counts(self, n: int) -> Any:
+        """An array of int64."""
         import cupy
 
-        with self._device:
-            rows = cupy.empty(staged.shape, staged.dtype)
-            with self._aside() as is_free:
-                self._stream.wait_event(is_free)
-                self._copy(staged, rows)
-            if target.form.target_sum is not None:
-                rows = gpu.normalized(rows, target.form.target_sum)
-            if target.columns is not None:
-                rows = rows.astype(target.sum_dtype, copy=False)[:, target.columns]
-            return self._delivered(rows, target)
+        with self.stream:
+            return cupy.zeros(n, np.int64)
 
-    def _copy(self, array: Array, dest: Any) -> Any:
-        dest.set(np.ascontiguousarray(array), stream=self._stream)
-        return dest
-
-    @contextmanager
-    def _aside(self) -> Iterator[Any]:
-        """Work on the side stream, all done at the end; yields when the default stream is done with what it has now."""
+    def make(self, target: Target, placed: Placed, batch: int) -> Any:
+        """An array, queued on the side stream."""
         import cupy
 
-        is_free = cupy.cuda.get_current_stream().record()
-        with self._stream:
-            try:
-                yield is_free
-            finally:
-                self._stream.synchronize()
-
-    def _delivered(self, rows: Any, target: Target) -> Any:
-        if self._to == "torch":
-            import torch
-
-            return torch.from_dlpack(rows).to(_delivered_dtype(target))
-        rows = rows.astype(target.dtype, copy=False)
+        n_rows = placed.bounds[batch + 1] - placed.bounds[batch]
+        rows = cupy.empty((n_rows, target.width), target.dtype)
+        self.stream.wait_event(cupy.cuda.get_current_stream().record())
+        for piece, group, grid, tile, shared in _launches(target, placed, batch):
+            kernel = gpu.compiled(target.kernel(group), "cupy", self._device.id)
+            kernel(grid, shared, _arguments(target, placed, batch, piece, tile, rows), self.stream)
+        rows = rows.reshape(n_rows, *target.shape)
         if self._to == "jax":
             import jax
 
+            self.stream.synchronize()
             return jax.dlpack.from_dlpack(rows)
         return rows
+
+    def deliver(self, built: CsrParts | Array, *, bfloat16: bool) -> Any:
+        """By copies that are finished."""
+        return make_deliver(self._to, on_gpu=True, bfloat16=bfloat16)(built)
+
+    def hand_over(self, placed: Placed | None, batch: int) -> Handover | None:
+        """Finished."""
+        if placed is not None:
+            with self.stream:
+                counted = placed.n_outside[placed.counters(batch)].get()
+            self.stream.synchronize()
+            placed.check(counted.tolist())
+        return None

@@ -14,22 +14,25 @@ Whoever drops an iteration only leaves marks in its queues: see :mod:`annbatch_d
 
 from __future__ import annotations
 
+import math
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from annbatch_dask.loader.batch import BatchBuilder
 from annbatch_dask.loader.contents import Contents, Matrix
-from annbatch_dask.loader.device import DeviceBuilder
+from annbatch_dask.loader.device import DeviceBuilder, Handover, Placed, place
 from annbatch_dask.loader.helpers import Closed, Helpers, LoaderThread
 from annbatch_dask.loader.pool import BufferPool
 from annbatch_dask.loader.requests import Assignment, Loaded, Window, assign, resolve_rows, resolve_splits
+from annbatch_dask.loader.slab import Slab, room_for, room_of, stage
 from annbatch_dask.loader.sources import Located
 from annbatch_dask.storage.ranges import Task, deal
 from annbatch_dask.types import LoaderOutput, LoadRequest
@@ -41,6 +44,7 @@ T = TypeVar("T")
 _N_REMOTE_THREADS = 32  # requests under way to an object store; a window has more
 _WINDOW_SHARE = 0.75
 _PARTS_PER_THREAD = 3  # of a window's reading: threads that are held up do less of it
+_N_AHEAD_ON_DEVICE = 2
 
 
 class End:
@@ -51,17 +55,18 @@ END = End()
 
 
 class Budget:
-    """Bytes that may exist at a time, as one thread reserves them. Whatever its size, one reservation is granted."""
+    """Bytes that may exist at a time, as one thread reserves them; a few reservations are granted whatever they ask."""
 
-    def __init__(self, limit_nbytes: int) -> None:
+    def __init__(self, limit_nbytes: int, n_granted: int = 1) -> None:
         self._limit = limit_nbytes
+        self._n_granted = n_granted
         self._used = 0
         self._n_held = 0
         self._returned: SimpleQueue[int | End] = SimpleQueue()
 
     def reserve(self, nbytes: int) -> None:
         """Wait until ``nbytes`` more fit; raises Closed when the iteration ends meanwhile."""
-        while not self._returned.empty() or (self._n_held and self._used + nbytes > self._limit):
+        while not self._returned.empty() or (self._n_held >= self._n_granted and self._used + nbytes > self._limit):
             returned = self._returned.get()
             if isinstance(returned, End):
                 raise Closed
@@ -88,6 +93,7 @@ class _Failure:
 class _Ready(Generic[T]):
     value: T
     nbytes: int
+    handover: Handover | None
 
 
 @dataclass(frozen=True)
@@ -123,11 +129,21 @@ class Pipeline:
         self._contents = contents
         self._at_end = at_end
         self._bounds = np.cumsum([0, *(source.n_obs for source in contents.matrices[0].sources)]).astype(np.int64)
-        self._pool = BufferPool()
-        self._builders = [_make_builder(matrix, self._pool, 4 * options.n_threads) for matrix in contents.matrices]
+        device = contents.device
+        self._pool = BufferPool(None if device is None else device.allocate)
+        self._builders, self._device_builders = [], []
+        if device is not None and contents.is_made_there:
+            self._device_builders = [
+                DeviceBuilder.of(matrix.form, matrix.shape, device, number)
+                for number, matrix in enumerate(contents.matrices)
+            ]
+        else:
+            self._builders = [_make_builder(matrix, self._pool, 4 * options.n_threads) for matrix in contents.matrices]
         window_nbytes = int(options.prefetch_nbytes * _WINDOW_SHARE)
         self._window_budget = Budget(window_nbytes)
-        self._batch_budget = Budget(options.prefetch_nbytes - window_nbytes)
+        # Batches on a device take none of the host's memory; the next one is begun while one lies ready.
+        n_granted = 1 if device is None else _N_AHEAD_ON_DEVICE
+        self._batch_budget = Budget(options.prefetch_nbytes - window_nbytes, n_granted)
 
         self._requests: SimpleQueue[LoadRequest | _Failure | End] = SimpleQueue()
         self._windows: SimpleQueue[Window | _Failure | End] = SimpleQueue()
@@ -141,6 +157,7 @@ class Pipeline:
             LoaderThread("fetch", self._fetch_all, self.stop),
             LoaderThread("assemble", self._assemble_all, self.stop),
         ]
+        self._unchecked: deque[Handover] = deque()
         self._is_stopped = False
         try:
             for thread in self._threads:
@@ -168,16 +185,26 @@ class Pipeline:
         if self._is_stopped and self._batches.empty():
             msg = "the threads of this iterator have ended, as the interpreter does; load what is needed before"
             raise RuntimeError(msg)
+        self._check_taken(wait=False)
         item = self._batches.get()
         if isinstance(item, _Ready):
+            if item.handover is not None:
+                item.handover.take(item.value)
+                self._unchecked.append(item.handover)
             self._batch_budget.release(item.nbytes)
             return item.value
+        self._check_taken(wait=True)
         if isinstance(item, _Failure):
             try:
                 raise item.error
             finally:
                 del item  # refers to this frame
         return item
+
+    def _check_taken(self, *, wait: bool) -> None:
+        """Find out whether batches that the consumer has are sound; a device says so later."""
+        while self._unchecked and self._unchecked[0].check(wait=wait):
+            self._unchecked.popleft()
 
     def stop(self) -> None:
         """Let all threads end soon, and their memory with them. Takes no lock, waits for nothing."""
@@ -223,8 +250,7 @@ class Pipeline:
         splits = resolve_splits(request, len(rows))
         assignments = assign(rows, self._bounds)
         located = [self._locate(matrix, assignments) for matrix in self._contents.matrices]
-        nbytes = sum(part.nbytes for parts in located for part in parts)
-        self._window_budget.reserve(nbytes)
+        slab, nbytes = self._reserve(located, assignments)
 
         block, position = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
         for number, assignment in enumerate(assignments):
@@ -235,7 +261,10 @@ class Pipeline:
         for matrix, parts in zip(self._contents.matrices, located, strict=True):
             blocks, lengths = [], np.empty(len(rows), np.int64)
             for assignment, part in zip(assignments, parts, strict=True):
-                opened, its_tasks = matrix.sources[assignment.dataset].open(part, self._pool)
+                opened, its_tasks = matrix.sources[assignment.dataset].open(part, slab or self._pool)
+                if slab is not None:
+                    opened, copies = stage(opened, slab)
+                    its_tasks = [*its_tasks, *copies]
                 blocks.append(opened)
                 tasks.extend(its_tasks)
                 lengths[assignment.places] = part.lengths
@@ -245,7 +274,26 @@ class Pipeline:
         taken = None if obs is None else obs.take(assignments, len(rows))
         codes = {} if labels is None else labels.take(assignments, len(rows))
         reading.wait()
-        return Window(rows, splits, matrices, taken, codes, nbytes)
+        return Window(rows, splits, matrices, taken, codes, nbytes, slab)
+
+    def _reserve(
+        self, located: Sequence[Sequence[Located]], assignments: Sequence[Assignment]
+    ) -> tuple[Slab | None, int]:
+        """Wait for room for a window; in one piece where it goes to a device."""
+        if not self._contents.is_made_there:
+            nbytes = sum(part.nbytes for parts in located for part in parts)
+            self._window_budget.reserve(nbytes)
+            return None, nbytes
+        nbytes = room_of(
+            1
+            + sum(
+                room_for(matrix.sources[a.dataset], part)
+                for matrix, parts in zip(self._contents.matrices, located, strict=True)
+                for a, part in zip(assignments, parts, strict=True)
+            )
+        )
+        self._window_budget.reserve(nbytes)
+        return Slab(self._pool.empty(nbytes, np.uint8)), nbytes
 
     def _locate(self, matrix: Matrix, assignments: Sequence[Assignment]) -> list[Located]:
         """Find the rows and their chunks; for the first ones, files are read."""
@@ -258,34 +306,59 @@ class Pipeline:
     # --- assembling
 
     def _assemble_all(self) -> None:
+        device = self._contents.device
         try:
-            while not isinstance(item := self._windows.get(), End):
-                if isinstance(item, _Failure):
-                    self._batches.put(item)
-                    return
-                for split in item.splits:
-                    self._batches.put(self._assemble(item, split))
-                self._window_budget.release(item.nbytes)
-                # Frees the window's buffers for the next one before waiting for it.
-                del item
-            if not self._is_stopped:  # else there may be more to come
-                self._batches.put(END)
+            with nullcontext() if device is None else device.entered():
+                self._assemble_until_end()
         except Closed:
             pass
         except BaseException as error:  # noqa: BLE001
             self._batches.put(_Failure(error))
 
-    def _assemble(self, window: Window, split: NDArray[np.int64]) -> _Ready[LoaderOutput]:
-        parts = list(zip(self._builders, window.matrices, strict=True))
-        nbytes = sum(builder.nbytes(loaded, split) for builder, loaded in parts)
-        self._batch_budget.reserve(nbytes)
-        built = [builder.build(loaded, split, self._assemblers.run) for builder, loaded in parts]
-        return _Ready(self._contents.batch(window, split, built), nbytes)
+    def _assemble_until_end(self) -> None:
+        while not isinstance(item := self._windows.get(), End):
+            if isinstance(item, _Failure):
+                self._batches.put(item)
+                return
+            window, placed = self._place(item)
+            del item
+            for number in range(len(window.splits)):
+                self._batches.put(self._assemble(window, number, placed))
+            if placed is None:
+                self._window_budget.release(window.nbytes)
+            # Frees the window's buffers for the next one before waiting for it.
+            del window, placed
+        if not self._is_stopped:  # else there may be more to come
+            self._batches.put(END)
+
+    def _place(self, window: Window) -> tuple[Window, Placed | None]:
+        """Begin to bring a window to the device, if it is to go there; then the host is done with its bytes."""
+        device = self._contents.device
+        if window.slab is None or device is None:
+            return window, None
+        n_columns = [math.prod(matrix.shape[1:]) for matrix in self._contents.matrices]
+        placed = place(window, window.slab, n_columns, device, self._pool)
+        self._window_budget.release(window.nbytes)
+        return window.without_blocks(), placed
+
+    def _assemble(self, window: Window, number: int, placed: Placed | None) -> _Ready[LoaderOutput]:
+        split, contents = window.splits[number], self._contents
+        if placed is not None:
+            on_device = list(zip(self._device_builders, window.matrices, strict=True))
+            nbytes = sum(builder.nbytes(loaded, split) for builder, loaded in on_device)
+            self._batch_budget.reserve(nbytes)
+            built = [builder.build(loaded, placed, number) for builder, loaded in on_device]
+        else:
+            on_host = list(zip(self._builders, window.matrices, strict=True))
+            nbytes = sum(builder.nbytes(loaded, split) for builder, loaded in on_host)
+            self._batch_budget.reserve(nbytes)
+            parts = [builder.build(loaded, split, self._assemblers.run) for builder, loaded in on_host]
+            built = [m.deliver(part) for m, part in zip(contents.matrices, parts, strict=True)]
+        batch = contents.batch(window, number, built, placed)
+        handover = None if contents.device is None else contents.device.hand_over(placed, number)
+        return _Ready(batch, nbytes, handover)
 
 
-def _make_builder(matrix: Matrix, pool: BufferPool, n_parts: int) -> BatchBuilder | DeviceBuilder:
-    form, first = matrix.form, matrix.sources[0]
-    width = form.width_of(first.shape)
-    if matrix.device is None:
-        return BatchBuilder(form, width, first.is_sparse, pool, n_parts)
-    return DeviceBuilder.of(form, width, matrix.device, is_sparse=first.is_sparse, n_parts=n_parts)
+def _make_builder(matrix: Matrix, pool: BufferPool, n_parts: int) -> BatchBuilder:
+    form = matrix.form
+    return BatchBuilder(form, form.width_of(matrix.shape), matrix.sources[0].is_sparse, pool, n_parts)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from annbatch_dask.loader.batch import CsrParts
 
-__all__ = ["Framework", "check_framework", "deliver_as", "make_deliver"]
+__all__ = ["Framework", "check_framework", "deliver_as", "make_deliver", "tensors_of"]
 
 Framework = Literal["torch", "jax"]
 Array = NDArray[Any]
@@ -28,9 +29,14 @@ def check_framework(to: Framework | None, *, preload_to_gpu: bool) -> None:
     if to is not None and find_spec(to) is None:
         msg = f"Could not find {to}, which to={to!r} needs; install it, for example with `pip install {to}`"
         raise ImportError(msg)
-    if preload_to_gpu and find_spec("cupy") is None:
+    if preload_to_gpu and find_spec("cupy") is None and not _has_cuda(to):
         msg = "Could not find cupy, which preload_to_gpu=True needs; see https://docs.cupy.dev/en/stable/install.html"
         raise ImportError(msg)
+
+
+def _has_cuda(to: Framework | None) -> bool:
+    """Whether torch alone delivers on a GPU."""
+    return to == "torch" and bool(_import_torch().cuda.is_available())
 
 
 def make_deliver(to: Framework | None, *, on_gpu: bool, bfloat16: bool = False) -> Callable[[CsrParts | Array], Any]:
@@ -53,6 +59,35 @@ def deliver_as(matrix: Any, to: Framework, *, on_gpu: bool) -> Any:
         msg = f"Cannot convert {type(matrix)} to {to}; give a csr_matrix or a numpy array"
         raise TypeError(msg)
     return make_deliver(to, on_gpu=on_gpu)(matrix)
+
+
+def tensors_of(value: Any, depth: int = 6) -> Iterator[Any]:
+    """The strided tensors of torch in a batch, whatever a transform made of it: in mappings, sequences, attributes."""
+    torch: Any = _import_torch()
+    if isinstance(value, torch.Tensor):
+        if value.layout is torch.strided:
+            yield value
+        else:
+            yield from _parts_of(value)
+    elif depth and isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors_of(part, depth - 1)
+    elif depth and isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors_of(part, depth - 1)
+    elif depth and hasattr(value, "__dict__") and not isinstance(value, pd.DataFrame | type):
+        yield from tensors_of(vars(value), depth - 1)
+
+
+def _parts_of(sparse: Any) -> Iterator[Any]:
+    """What a sparse tensor consists of."""
+    torch: Any = _import_torch()
+    if sparse.layout is torch.sparse_coo:
+        yield from (sparse._indices(), sparse._values())
+    elif sparse.layout in (torch.sparse_csr, torch.sparse_bsr):
+        yield from (sparse.crow_indices(), sparse.col_indices(), sparse.values())
+    elif sparse.layout in (torch.sparse_csc, torch.sparse_bsc):
+        yield from (sparse.ccol_indices(), sparse.row_indices(), sparse.values())
 
 
 def _to_scipy(batch: CsrParts | Array) -> Any:

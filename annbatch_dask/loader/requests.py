@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from annbatch_dask.types import LoadRequest
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from annbatch_dask.loader.slab import Slab
 
 __all__ = ["Assignment", "Loaded", "Window", "assign", "resolve_rows", "resolve_splits"]
 
@@ -59,6 +61,8 @@ class Window:
         The codes of each label column.
     nbytes
         Memory reserved for the blocks.
+    slab
+        Where all blocks lie, if they are to be copied at once.
     """
 
     rows: Ints
@@ -67,6 +71,11 @@ class Window:
     obs: pd.DataFrame | None
     codes: dict[str, Ints]
     nbytes: int
+    slab: Slab | None = None
+
+    def without_blocks(self) -> Window:
+        """All but the bytes that were loaded."""
+        return replace(self, matrices=[replace(loaded, blocks=[]) for loaded in self.matrices], slab=None)
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,16 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import scipy.sparse as sp
 import zarr
 from anndata.abc import CSRDataset
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from annbatch_dask.errors import SourceError
 from annbatch_dask.kernels.values import range_of
-from annbatch_dask.loader.pool import BufferPool
 from annbatch_dask.storage.range_cache import RangeCache
 from annbatch_dask.storage.ranges import RangeReader, Task
 from annbatch_dask.storage.versions import Listing
@@ -104,6 +103,13 @@ class Values(NamedTuple):
         return cls(low, high, whole)
 
 
+class Arrays(Protocol):
+    """Where arrays for what is loaded come from."""
+
+    def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Array:
+        """An uninitialised array, C-contiguous."""
+
+
 class Source(ABC):
     """Rows of one dataset.
 
@@ -147,7 +153,7 @@ class Source(ABC):
         return []
 
     @abstractmethod
-    def open(self, located: Located, pool: BufferPool) -> tuple[Block, list[Task]]:
+    def open(self, located: Located, pool: Arrays) -> tuple[Block, list[Task]]:
         """The block, complete once every task has run; row ``i`` is the ``i``-th row located."""
 
     def close(self) -> None:  # noqa: B027 - most hold none
@@ -266,7 +272,7 @@ class ZarrCsrSource(Source):
         nbytes = int(n_entries.sum()) * (self._values.dtype.itemsize + self._columns.dtype.itemsize)
         return Located(nbytes, spans, starts, indptr[rows + 1] - indptr[rows])
 
-    def open(self, located: Located, pool: BufferPool) -> tuple[Block, list[Task]]:
+    def open(self, located: Located, pool: Arrays) -> tuple[Block, list[Task]]:
         """Values and columns, each in one buffer."""
         n_entries = int((located.spans[:, 1] - located.spans[:, 0]).sum())
         values = pool.empty(n_entries, self._values.dtype)
@@ -329,7 +335,7 @@ class ZarrArraySource(Source):
         nbytes = n_rows * math.prod(self.shape[1:]) * self._reader.dtype.itemsize
         return Located(nbytes, spans, positions, np.zeros(len(rows), np.int64))
 
-    def open(self, located: Located, pool: BufferPool) -> tuple[Block, list[Task]]:
+    def open(self, located: Located, pool: Arrays) -> tuple[Block, list[Task]]:
         """All rows in one buffer."""
         n_rows = int((located.spans[:, 1] - located.spans[:, 0]).sum())
         values = pool.empty((n_rows, *self.shape[1:]), self._reader.dtype)
@@ -365,7 +371,7 @@ class CsrSource(Source):
         starts = self._indptr[rows]
         return Located(0, np.zeros((0, 2), np.int64), starts, self._indptr[rows + 1] - starts)
 
-    def open(self, located: Located, pool: BufferPool) -> tuple[Block, list[Task]]:  # noqa: ARG002
+    def open(self, located: Located, pool: Arrays) -> tuple[Block, list[Task]]:  # noqa: ARG002
         """The matrix itself."""
         return SparseBlock(self._values, self._columns, located.starts, located.lengths), []
 
@@ -393,7 +399,7 @@ class ArraySource(Source):
         nbytes = 0 if self._is_direct else len(rows) * math.prod(self.shape[1:]) * self.dtype.itemsize
         return Located(nbytes, np.zeros((0, 2), np.int64), rows, np.zeros(len(rows), np.int64))
 
-    def open(self, located: Located, pool: BufferPool) -> tuple[Block, list[Task]]:
+    def open(self, located: Located, pool: Arrays) -> tuple[Block, list[Task]]:
         """The array itself, or a contiguous copy of the rows."""
         if self._is_direct:
             return DenseBlock(self._array, located.starts), []

@@ -1,6 +1,6 @@
-"""The CUDA kernel's source, compiled as C++ and run by one thread: the result of its twin on the CPU.
+"""The CUDA kernels' source, compiled as C++ and run by threads as on a GPU: the results of their twins on the CPU.
 
-This checks its arithmetic where no GPU is; tests/gpu runs the kernel itself.
+This checks arithmetic and index maps where no GPU is; tests/gpu runs the kernels themselves.
 """
 
 from __future__ import annotations
@@ -13,97 +13,276 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from annbatch_dask.kernels.assemble import SparseRows, normalize_rows, scatter_rows
-from annbatch_dask.kernels.gpu import SOURCE
+from annbatch_dask.kernels.assemble import SparseRows, half_bits, normalize_rows, scatter_rows, take_columns
+from annbatch_dask.kernels.gpu import N_THREADS, SOURCE, kernel_name, tiles
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
 CUDA = r"""
+#include <atomic>
+#include <barrier>
 #include <cmath>
+#include <thread>
+#include <vector>
 #define __global__
 #define __device__
 #define __shared__ static
-struct Place { unsigned x; };
-static Place blockIdx{0}, threadIdx{0}, blockDim{1};
-template <typename Sum> void atomicAdd(Sum* sum, Sum value) { *sum += value; }
-void __syncthreads() {}
+struct Place { unsigned x, y; };
+static Place blockIdx, blockDim;
+static thread_local Place threadIdx;
+static std::barrier<>* barrier;
+double shared[5 * 1024];
+template <typename Sum> void atomicAdd(Sum* sum, Sum value) { std::atomic_ref<Sum>(*sum).fetch_add(value); }
+void __syncthreads() { barrier->arrive_and_wait(); }
 """
-RUN = r"""
-extern "C" void run_NUMBER(long long n_rows, const VALUE* values, const COLUMN* columns, const long long* indptr,
-                           const int* places, long long n_columns, double target_sum, SUM* out, long long width,
-                           unsigned long long* n_outside)
+LAUNCH = r"""
+template <typename Block> void launch(int n_threads, int n_rows, int n_tiles, Block block)
 {
-    for (blockIdx.x = 0; blockIdx.x < n_rows; blockIdx.x++)
-        densify<VALUE, COLUMN, SUM>(values, columns, indptr, places, n_columns, target_sum, out, width, n_outside);
+    std::barrier<> all(n_threads);
+    barrier = &all;
+    blockDim = {(unsigned)n_threads, 1};
+    std::vector<std::thread> threads;
+    for (int t = 0; t < n_threads; t++) threads.emplace_back([=, &all] {
+        threadIdx = {(unsigned)t, 0};
+        for (int b = 0; b < n_rows * n_tiles; b++) {
+            if (t == 0) blockIdx = {(unsigned)(b / n_tiles), (unsigned)(b % n_tiles)};
+            all.arrive_and_wait();
+            block();
+            all.arrive_and_wait();
+        }
+    });
+    for (auto& thread : threads) thread.join();
 }
+typedef const unsigned char* Slab; typedef const long long* At; typedef const int* Ints;
 """
-# Dtypes of values, columns and sums; and the C types of all three.
-TYPES = [
-    ("uint16", "uint16", "float32", "unsigned short", "unsigned short", "float"),
-    ("float32", "int32", "float64", "float", "int", "double"),
-    ("int8", "uint16", "int64", "signed char", "unsigned short", "unsigned long long"),
-    ("float32", "int64", "int32", "float", "long long", "int"),
+RUN = {
+    "densify": r"""
+extern "C" void run_NUMBER(int n_threads, int n_rows, int n_tiles, Slab slab, At value_at, At column_at, Ints lengths,
+                           Ints rows, Ints dest, int first, Ints places, int is_chosen, int n_columns, int width,
+                           int tile, double target_sum, void* out, unsigned long long* n_outside, int batch)
+{
+    launch(n_threads, n_rows, n_tiles, [=] {
+        KERNEL(slab, value_at, column_at, lengths, rows, dest, first, places, is_chosen, n_columns, width, tile,
+               target_sum, (OUT*)out, n_outside, batch);
+    });
+}
+""",
+    "pick": r"""
+extern "C" void run_NUMBER(int n_threads, int n_rows, int n_tiles, Slab slab, At value_at, Ints rows, Ints dest,
+                           int first, Ints columns, int is_chosen, int n_columns, int width, int tile,
+                           double target_sum, void* out)
+{
+    launch(n_threads, n_rows, n_tiles, [=] {
+        KERNEL(slab, value_at, rows, dest, first, columns, is_chosen, n_columns, width, tile, target_sum, (OUT*)out);
+    });
+}
+""",
+}
+# Values, columns, sums, and what is delivered; the last word may be bfloat16.
+SPARSE = [
+    ("uint16", "uint16", "float32", "float32"),
+    ("uint16", "uint16", "float32", "bfloat16"),
+    ("float32", "int32", "float32", "float16"),
+    ("float32", "int32", "float64", "float64"),
+    ("float16", "uint16", "float32", "float32"),
+    ("int8", "uint16", "int32", "int8"),
+    ("uint64", "int64", "int64", "uint64"),
+    ("bool", "int64", "int32", "bool"),
 ]
+DENSE = [(value, total, out) for value, _, total, out in SPARSE]
+
+
+def name_of(kernel, types):
+    *dtypes, out = types
+    is_bfloat16 = out == "bfloat16"
+    return kernel_name(kernel, *dtypes, "uint16" if is_bfloat16 else out, bfloat16=is_bfloat16)
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kernel")
     runs = []
-    for number, types in enumerate(TYPES):
-        run = RUN.replace("NUMBER", str(number))
-        for word, name in zip(("VALUE", "COLUMN", "SUM"), types[3:], strict=True):
-            run = run.replace(word, name)
-        runs.append(run)
-    (folder / "kernel.cpp").write_text(CUDA + SOURCE + "".join(runs))
-    command = ["g++", "-std=c++17", "-shared", "-fPIC", "-w", "-o", "kernel.so", "kernel.cpp"]
+    for number, (kernel, types) in enumerate([*(("densify", t) for t in SPARSE), *(("pick", t) for t in DENSE)]):
+        name = name_of(kernel, types)
+        out = name[:-1].rsplit(", ", 1)[1]
+        runs.append(RUN[kernel].replace("NUMBER", str(number)).replace("KERNEL", name).replace("OUT", out))
+    (folder / "kernel.cpp").write_text(
+        CUDA + SOURCE.replace("extern __shared__ double shared[];", "") + LAUNCH + "".join(runs)
+    )
+    command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w", "-o", "kernel.so", "kernel.cpp"]
     subprocess.run(command, cwd=folder, check=True)
     return ctypes.CDLL(str(folder / "kernel.so"))
 
 
-def run(library, number, sparse, n_columns, width, *, places=None, target_sum=0.0):
-    values, columns, indptr = sparse
-    out, n_outside = np.full((len(indptr) - 1, width), 77, TYPES[number][2]), np.zeros(1, np.uint64)
-    values, columns, indptr, out_at, n_at = (ctypes.c_void_p(a.ctypes.data) for a in (*sparse, out, n_outside))
-    chosen = ctypes.c_void_p(None if places is None else places.ctypes.data)
-    numbers = ctypes.c_longlong(n_columns), ctypes.c_double(target_sum)
-    n_rows = ctypes.c_longlong(len(out))
-    library[f"run_{number}"](n_rows, values, columns, indptr, chosen, *numbers, out_at, ctypes.c_longlong(width), n_at)
-    return out, int(n_outside[0])
+def call(library, number, n_threads, n_rows, n_tiles, *arguments):
+    """Arrays as pointers, ints and floats as they are."""
+    kept = [np.ascontiguousarray(a) if isinstance(a, np.ndarray) else a for a in arguments]
+    passed = [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else a for a in kept]
+    passed = [
+        ctypes.c_double(a) if isinstance(a, float) else ctypes.c_int(a) if isinstance(a, int) else a for a in passed
+    ]
+    library[f"run_{number}"](ctypes.c_int(n_threads), ctypes.c_int(n_rows), ctypes.c_int(n_tiles), *passed)
 
 
-@pytest.mark.parametrize("number", range(len(TYPES)))
+def stored(rng, shape, value):
+    """Small numbers of a dtype, some of them 0."""
+    x = rng.integers(0 if value[0] in "ub" else -100, 100, shape) * (rng.random(shape) < 0.4)
+    return (x / 8 if value.startswith("float") else x).astype(value)
+
+
+def half_as_stored(rows, out):
+    """Rows as they are delivered: half precision as its bits."""
+    if out in ("float16", "bfloat16"):
+        return half_bits(rows, bfloat16=out == "bfloat16")
+    return rows.astype(out)
+
+
+def bits_of(out, shape):
+    return np.full(shape, 77, "uint16" if out in ("float16", "bfloat16") else out)
+
+
+def equal(found, expected, out, *, is_computed):
+    if not is_computed:
+        np.testing.assert_array_equal(found, expected)
+        return
+    if out == "float16":
+        found, expected = found.view(np.float16), expected.view(np.float16)
+    if out == "bfloat16":
+        found, expected = ((bits.astype(np.uint32) << 16).view(np.float32) for bits in (found, expected))
+    rtol = {"float16": 1e-3, "bfloat16": 1e-2, "float32": 1e-6, "float64": 1e-12}[out]
+    np.testing.assert_allclose(found.astype(float), expected.astype(float), rtol=rtol)
+
+
+SHAPES = [(7, 29, 32), (3, 100, 32), (5, 1, 32), (4, 64, 32)]
+"""Rows, columns, and the columns of a tile."""
+
+
+@pytest.mark.parametrize("number", range(len(SPARSE)))
 @pytest.mark.parametrize("is_chosen", [False, True])
 @pytest.mark.parametrize("target_sum", [None, 1e4])
-def test_the_kernel_makes_what_its_twin_makes(library, number, is_chosen, target_sum):
-    value, column, total, *_ = TYPES[number]
+def test_densify_makes_what_its_twin_makes(library, number, is_chosen, target_sum):
+    value, column, total, out = SPARSE[number]
     if target_sum is not None and total.startswith("int"):
         pytest.skip("normalised values are floats")
     rng = np.random.default_rng(number)
-    x = rng.integers(-100 if value != "uint16" else 0, 100, (17, 29)) * (rng.random((17, 29)) < 0.4)
-    x[3] = 0
-    csr = sp.csr_matrix(np.abs(x) if target_sum else x)
-    sparse = csr.data.astype(value), csr.indices.astype(column), csr.indptr.astype(np.int64)
-    places = None
-    if is_chosen:
-        places = np.full(29, -1, np.int32)
-        places[[7, 0, 28, 11]] = range(4)
-    width = 29 if places is None else 4
-    found, n_outside = run(library, number, sparse, 29, width, places=places, target_sum=target_sum or 0)
+    for (n_rows, n_columns, tile), n_threads in zip(SHAPES, (8, 3, 1, 32), strict=True):
+        x = stored(rng, (n_rows, n_columns), value)
+        x = np.abs(x) if target_sum else x
+        x[n_rows // 2] = 0
+        csr = sp.csr_matrix(x.astype(np.float64))
+        # Rows lie one behind the other, but begin anywhere, in an order of their own; other rows' bytes between them.
+        order = rng.permutation(n_rows)
+        slab, value_at, column_at = np.zeros(n_rows * n_columns * 32 + 4096, np.uint8), np.zeros(n_rows, np.int64), None
+        column_at, at = np.zeros(n_rows, np.int64), 64
+        lengths = np.diff(csr.indptr)
+        for row in order:
+            part = slice(csr.indptr[row], csr.indptr[row + 1])
+            for places, flat in (
+                (value_at, csr.data[part].astype(value)),
+                (column_at, csr.indices[part].astype(column)),
+            ):
+                at += -at % flat.itemsize
+                places[row] = at
+                slab[at : at + flat.nbytes] = flat.view(np.uint8)
+                at += flat.nbytes + 3
+        rows, dest = rng.permutation(n_rows), rng.permutation(n_rows)
+        chosen = rng.permutation(n_columns)[: max(1, n_columns // 3)]
+        places = np.full(n_columns, -1, np.int32)
+        places[chosen] = np.arange(len(chosen))
+        width = len(chosen) if is_chosen else n_columns
+        # The batch is the second one: what comes before it in the tables is another's.
+        table = [np.concatenate([[0, 0], a]).astype(np.int32) for a in (rows, dest)]
+        found, counted = bits_of(out, (n_rows, width)), np.zeros(3, np.uint64)
+        n_tiles = max(1, -(-width // tile))
+        where = slab, value_at, column_at, lengths.astype(np.int32), *table, 2
+        sizes = int(is_chosen), n_columns, width, tile, float(target_sum or 0)
+        call(library, number, n_threads, n_rows, n_tiles, *where, places, *sizes, found, counted, 1)
 
-    values, columns, indptr = sparse
-    starts, lengths = indptr[:-1], np.diff(indptr)
-    if target_sum is not None:
-        values = np.empty(len(values), total)
-        normalize_rows(sparse[0], starts, lengths, values, starts, target_sum=target_sum)
-    expected = np.empty((17, width), total)
-    scatter_rows(SparseRows(values, columns), starts, lengths, expected, np.arange(17), places)
-    np.testing.assert_allclose(found, expected, rtol=0 if target_sum is None else 1e-6)
-    assert n_outside == 0
+        starts, sparse = csr.indptr[:-1].astype(np.int64), csr.data.astype(value)
+        if value == "float16":
+            sparse = sparse.astype(np.float32)
+        if target_sum is not None:
+            normalized = np.empty(len(sparse), np.float64)
+            normalize_rows(sparse, starts, lengths.astype(np.int64), normalized, starts, target_sum=target_sum)
+            sparse = normalized
+        made = np.empty((n_rows, width), total)
+        at = SparseRows(sparse, csr.indices.astype(column))
+        scatter_rows(at, starts[rows], lengths[rows].astype(np.int64), made, dest, places if is_chosen else None)
+        equal(found, half_as_stored(made, out), out, is_computed=target_sum is not None)
+        assert counted.tolist() == [0, 0, 0]
 
 
-def test_the_kernel_adds_up_and_counts_what_lies_outside(library):
-    sparse = np.array([1, 2, 4, 8], np.float32), np.array([1, 1, -1, 3], np.int32), np.array([0, 2, 2, 4])
-    found, n_outside = run(library, 1, sparse, 3, 3)
-    assert found.tolist() == [[0, 3, 0], [0, 0, 0], [0, 0, 0]]
-    assert n_outside == 2
+@pytest.mark.parametrize("number", range(len(DENSE)))
+@pytest.mark.parametrize("is_chosen", [False, True])
+@pytest.mark.parametrize("target_sum", [None, 1e4])
+def test_pick_makes_what_its_twin_makes(library, number, is_chosen, target_sum):
+    value, total, out = DENSE[number]
+    if target_sum is not None and total.startswith("int"):
+        pytest.skip("normalised values are floats")
+    rng = np.random.default_rng(number)
+    for (n_rows, n_columns, tile), n_threads in zip(SHAPES, (8, 3, 1, 32), strict=True):
+        x = stored(rng, (n_rows, n_columns), value)
+        x = np.abs(x) if target_sum else x
+        x[n_rows // 2] = 0
+        value_at = np.arange(n_rows) * n_columns * x.itemsize
+        rows, dest = rng.permutation(n_rows), rng.permutation(n_rows)
+        chosen = rng.permutation(n_columns)[: max(1, n_columns // 3)] if is_chosen else np.arange(n_columns)
+        found = bits_of(out, (n_rows, len(chosen)))
+        table = [np.concatenate([[0], a]).astype(np.int32) for a in (rows, dest)]
+        sizes = int(is_chosen), n_columns, len(chosen), tile, float(target_sum or 0)
+        n_tiles = max(1, -(-len(chosen) // tile))
+        columns = chosen.astype(np.int32)
+        call(library, len(SPARSE) + number, n_threads, n_rows, n_tiles, x, value_at, *table, 1, columns, *sizes, found)
+
+        made = (x.astype(np.float32) if value == "float16" else x).reshape(-1)
+        starts = np.arange(n_rows) * n_columns
+        if target_sum is not None:
+            normalized = np.empty(made.size, np.float64)
+            normalize_rows(made, starts, np.full(n_rows, n_columns), normalized, starts, target_sum=target_sum)
+            made = normalized
+        expected = np.empty((n_rows, len(chosen)), total)
+        take_columns(made, starts[rows], chosen, expected, dest)
+        equal(found, half_as_stored(expected, out), out, is_computed=target_sum is not None)
+
+
+def test_densify_adds_up_and_counts_what_lies_outside(library):
+    values, columns = np.array([1, 2, 4, 8], np.float32), np.array([1, 1, -1, 3], np.int32)
+    slab = np.concatenate([values.view(np.uint8), columns.view(np.uint8)])
+    found, counted = np.full((3, 40), 7.0), np.zeros(2, np.uint64)
+    where = slab, np.array([0, 8, 8]), np.array([16, 24, 24]), *np.array([[2, 0, 2], [0, 1, 2], [0, 1, 2]], np.int32), 0
+    call(library, 3, 4, 3, 2, *where, np.zeros(1, np.int32), 0, 3, 40, 32, 0.0, found, counted, 1)
+    assert found[0, :3].tolist() == [0, 3, 0]
+    assert not found[1:].any()
+    assert not found[0, 3:].any()
+    assert counted.tolist() == [0, 2], "once, though two tiles look at each entry"
+
+
+def test_half_precision_is_rounded_as_numpy_does(library):
+    every = np.arange(2**16, dtype=np.uint16)
+    near = every.astype(np.uint32) << 16  # float32 with any sign, exponent and first digits
+    floats = np.concatenate(
+        [every.view(np.float16).astype(np.float32), near.view(np.float32), (near | 0x8000).view(np.float32)]
+    )
+    bits = floats.view(np.uint32)
+    floats = np.concatenate([bits, bits + 1, bits - 1]).view(np.float32)  # and their neighbours
+    rows, width = len(floats) // 256, 256
+    picked = {}
+    for number, (value, _, out) in enumerate(DENSE):
+        if (value, out) == ("float32", "float16"):
+            picked[out] = len(SPARSE) + number
+    found = np.zeros((rows, width), np.uint16)
+    where = floats, np.arange(rows) * width * 4, *np.tile(np.arange(rows, dtype=np.int32), (2, 1)), 0
+    call(library, picked["float16"], 4, rows, 1, *where, np.zeros(1, np.int32), 0, width, width, width, 0.0, found)
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = floats.astype(np.float16)
+    is_nan = np.isnan(expected)
+    np.testing.assert_array_equal(found.reshape(-1)[~is_nan], expected.view(np.uint16)[~is_nan])
+    assert np.isnan(found.view(np.float16).reshape(-1)[is_nan]).all()
+
+
+@pytest.mark.parametrize("width", [0, 1, 31, 32, 2000, 10_240, 10_241, 37_900])
+@pytest.mark.parametrize("itemsize", [4, 8])
+def test_tiles_cover_a_row_and_fit_in_shared_memory(width, itemsize):
+    n_tiles, tile = tiles(width, itemsize)
+    assert (n_tiles - 1) * tile < max(width, 1) <= n_tiles * tile
+    assert tile * itemsize + 8 * N_THREADS <= 48 * 1024
