@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# On the GPU machine, in the project's root, with .gpu (collect.sh): the tests of tests/gpu, then what a loader does there.
+#     SCALE=0.5 STEPS="tests sanitizer kernels bench train profile" check.sh      some of the steps; all by default
+set -uo pipefail
+exec > >(tee "${OUT:-/tmp}/log") 2>&1
+out=${OUT:-/tmp} steps=" ${STEPS:-tests sanitizer kernels bench train profile} " begun=$(date +%s)
+wants() { [[ $steps == *" $1 "* ]]; }
+said() { echo "== $1: after $(($(date +%s) - begun)) s"; }
+nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
+nproc
+python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .gpu/whl/*.whl || exit 1
+export PYTHONPATH=/tmp/site:$PWD PYTHONUNBUFFERED=1 NUMBA_CACHE_DIR=/tmp/numba
+pytest=(python3 -m pytest -q --timeout 120 -o addopts= -p no:cacheprovider --import-mode=importlib -W ignore)
+atlas=
+if [[ $steps =~ bench|train|profile ]] && [ ! -e /tmp/atlas/part_2.h5ad ]; then
+  python3 .gpu/make_atlas.py /tmp/atlas --scale "${SCALE:-0.5}" >"$out/atlas" 2>&1 & atlas=$!
+fi
+if wants tests; then timeout 150 "${pytest[@]}" tests/gpu 2>&1 | tail -60; said tests; fi
+if wants sanitizer; then
+  timeout 100 compute-sanitizer --tool memcheck --error-exitcode 9 "${pytest[@]}" tests/gpu -k "normalises and csr and torch or damaged" 2>&1 | tail -15
+  said sanitizer
+fi
+[ -z "$atlas" ] || { wait $atlas; said atlas; }
+if wants kernels; then timeout 60 python3 benchmarks/gpu/kernels.py; said kernels; fi
+if wants bench; then timeout 150 python3 benchmarks/gpu/loaders.py /tmp/atlas; said bench; fi
+if wants train; then timeout 60 python3 benchmarks/gpu/train.py /tmp/atlas; said train; fi
+if wants profile; then
+  python3 benchmarks/gpu/loaders.py /tmp/atlas --only ours --seconds 14 & busy=$!
+  sleep 5  # imports and first compilations are not what is looked for
+  timeout 20 /tmp/site/bin/py-spy record --gil -t -r 400 -d 4 -f raw -o "$out/gil.txt" --pid $busy
+  timeout 20 /tmp/site/bin/py-spy record -t -r 200 -d 3 -f raw -o "$out/all.txt" --pid $busy
+  wait $busy; said profile
+fi

@@ -1,0 +1,181 @@
+"""Dense batches on a GPU, ours beside annbatch's, in turn: batch 4096, chunk 512, 32 chunks preloaded, as its tutorial has it.
+
+    loaders.py ATLAS_DIR [--device cuda|cpu] [--epochs 4] [--only ours] [--seconds N]
+
+Every epoch adds up each batch on the device, so the batch was really there; the sums of both must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import pathlib
+import sys
+import time
+import warnings
+
+warnings.filterwarnings("ignore")
+import anndata as ad  # noqa: E402
+import numpy as np  # noqa: E402
+
+SIZES = {"batch_size": 4096, "chunk_size": 512, "preload_nchunks": 32, "shuffle": True}
+N_GENES = 2000
+
+
+def say(**facts):
+    print(json.dumps(facts), flush=True)
+
+
+def lazy(path):
+    a = ad.experimental.read_lazy(path)
+    return ad.AnnData(X=a.X, obs=a.obs[["cell_type"]].to_memory(), var=a.var.to_memory())
+
+
+def backed(group):
+    a = ad.experimental.read_lazy(group)
+    return ad.AnnData(X=ad.io.sparse_dataset(group["X"]), obs=a.obs[["cell_type"]].to_memory(), var=a.var.to_memory())
+
+
+def build(folder, names):
+    """The collections, each written by its own package."""
+    import annbatch_dask
+
+    inputs = sorted(str(p) for p in pathlib.Path(folder).glob("*.h5ad"))
+    for name in names:
+        out = f"{folder}/{name}.zarr"
+        if pathlib.Path(out, "zarr.json").exists():
+            continue
+        package, more = annbatch_dask, {"seed": 0, "progress": False}
+        if name == "annbatch":
+            import annbatch as package
+            import zarr
+
+            zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
+            more = {"load_adata": lazy}
+        start = time.perf_counter()
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            package.DatasetCollection(out).add_adatas(inputs, shuffle=True, dataset_size=50_000, **more)
+        say(what="build", of=name, seconds=round(time.perf_counter() - start, 1))
+
+
+def ours(folder, device, genes=None, **more):
+    import annbatch_dask as m
+
+    more = {"dense": "gpu" if device == "cuda" else "cpu", "obs_columns": ["cell_type"]} | more
+    if genes is not None:
+        more["var_names"] = genes
+    loader = m.Loader(**SIZES, to="torch", preload_to_gpu=device == "cuda", **more)
+    return loader.use_collection(m.DatasetCollection(f"{folder}/ours.zarr", mode="r")), lambda x: x
+
+
+def theirs(folder, device, genes=None):
+    import annbatch as m
+    import torch
+
+    loader = m.Loader(**SIZES, preload_to_gpu=device == "cuda", to="torch")
+    loader = loader.use_collection(m.DatasetCollection(f"{folder}/annbatch.zarr", mode="r"), load_adata=backed)
+    where = None if genes is None else torch.as_tensor(backed_var(folder).get_indexer(genes), device=device)
+
+    def dense(x):
+        x = x.to(device).to_dense()
+        return x if where is None else x.index_select(1, where)
+
+    return loader, dense
+
+
+def backed_var(folder):
+    import annbatch as m
+
+    return backed(next(iter(m.DatasetCollection(f"{folder}/annbatch.zarr", mode="r")))).var.index
+
+
+def epoch(loader, dense, device):
+    """Cells, seconds and the sum of all values of one pass."""
+    import torch
+
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    start, n = time.perf_counter(), 0
+    for batch in loader:
+        x = dense(batch["X"])
+        total += x.sum(dtype=torch.float64)
+        n += x.shape[0]
+    total = float(total)  # waits for the device
+    return n, time.perf_counter() - start, total
+
+
+def main():
+    p = argparse.ArgumentParser()
+    p.add_argument("atlas")
+    p.add_argument("--device", default="cuda")
+    p.add_argument("--epochs", type=int, default=4)
+    p.add_argument("--only", choices=["ours"])
+    p.add_argument("--seconds", type=float)
+    a = p.parse_args()
+    makers = {"ours": ours} if a.only else {"annbatch": theirs, "ours": ours}
+    build(a.atlas, makers)
+    import annbatch_dask as m
+
+    if a.seconds:
+        return keep_on(a)
+    names = m.DatasetCollection(f"{a.atlas}/ours.zarr", mode="r").var.index
+    chosen = list(np.random.default_rng(0).choice(names, N_GENES, replace=False))
+    ok = True
+    for label, genes in (("all genes", None), (f"{N_GENES:,} genes", chosen)):
+        made = {}
+        for name, make in makers.items():
+            start = time.perf_counter()
+            made[name] = make(a.atlas, a.device, genes)
+            say(what=label, of=name, opened_s=round(time.perf_counter() - start, 3))
+        rates, sums = {}, {}
+        for k in range(a.epochs):
+            for name in made if k % 2 else reversed(made):
+                n, seconds, total = epoch(*made[name], a.device)
+                say(what=label, of=name, epoch=k, cells_per_s=round(n / seconds), sum=total)
+                if k:
+                    rates.setdefault(name, []).append(n / seconds)
+                sums[name] = total
+        mid = {k: float(np.median(v)) for k, v in rates.items()}
+        if len(made) > 1:
+            agree = abs(sums["ours"] - sums["annbatch"]) <= 1e-6 * abs(sums["annbatch"])
+            ok &= agree
+            say(what=label, median=mid, times=round(mid["ours"] / mid["annbatch"], 2), sums_agree=agree)
+        else:
+            say(what=label, median=mid)
+    if a.device == "cuda":
+        for form in ({"dtype": "bfloat16"}, {"dense": False}):
+            made = ours(a.atlas, a.device, None, **form)
+            rates = [n / s for n, s, _ in (epoch(made[0], as_values, a.device) for _ in range(a.epochs))][1:]
+            say(what=str(form), of="ours", cells_per_s=round(float(np.median(rates))))
+    return 0 if ok else 1
+
+
+def as_values(x):
+    """Something that can be added up, and has a row for each cell."""
+    return x if not x.is_sparse_csr else Rows(x)
+
+
+class Rows:
+    """A sparse batch, its values alone."""
+
+    def __init__(self, x):
+        self.shape, self._values = x.shape, x.values()
+
+    def sum(self, dtype):
+        return self._values.sum(dtype=dtype)
+
+
+def keep_on(a):
+    """Epochs of ours for some seconds, to be looked at from outside."""
+    until, n = time.perf_counter() + a.seconds, 0
+    loader, dense = ours(a.atlas, a.device)
+    begun = time.perf_counter()
+    while time.perf_counter() < until:
+        n += epoch(loader, dense, a.device)[0]
+    say(what="watched", of="ours", cells_per_s=round(n / (time.perf_counter() - begun)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
