@@ -216,14 +216,24 @@ def compiled(name: str, compiler: Literal["cupy", "torch"], device: int) -> Kern
 def _compiled_by_cupy(name: str) -> Kernel:
     import cupy
 
+    stream_class = cupy.cuda.Stream
+    from_torch = stream_class.from_external if hasattr(stream_class, "from_external") else _external_stream
+
     kernel = cupy.RawModule(code=SOURCE, options=("-std=c++17",), name_expressions=[name]).get_function(name)
 
     def launch(grid: tuple[int, int], shared_nbytes: int, arguments: list[Any], stream: Any) -> None:
         raw = tuple(_raw_argument(argument) for argument in arguments)
-        with cupy.cuda.ExternalStream(stream.cuda_stream if hasattr(stream, "cuda_stream") else stream.ptr):
+        with stream if isinstance(stream, cupy.cuda.Stream) else from_torch(stream):
             kernel(grid, (N_THREADS,), raw, shared_mem=shared_nbytes)
 
     return launch
+
+
+def _external_stream(stream: Any) -> Any:
+    """As cupy before 14 has it."""
+    import cupy
+
+    return cupy.cuda.ExternalStream(stream.cuda_stream)
 
 
 def _raw_argument(argument: Any) -> Any:

@@ -11,10 +11,12 @@ torch's device may be a CPU: the same code, without streams, in tests.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -46,6 +48,8 @@ __all__ = [
     "has_device",
     "place",
 ]
+
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -414,7 +418,7 @@ class TorchDevice:
         """Pinned memory."""
         import torch
 
-        with torch.cuda.device(self.device) if self._is_cuda else nullcontext():
+        with self.entered():
             memory: NDArray[np.uint8] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._is_cuda).numpy()
         return memory
 
@@ -426,7 +430,7 @@ class TorchDevice:
             return
         import torch
 
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream), _unaffected_by_captures():
             yield
 
     def put(self, array: Array) -> Any:
@@ -579,6 +583,27 @@ class _TorchHandover:
         if self.placed is not None:
             self.placed.check(self.counted.tolist())
         return True
+
+
+@contextmanager
+def _unaffected_by_captures() -> Iterator[None]:
+    """In the calling thread, allow what CUDA forbids all threads while one of them captures a graph.
+
+    Capturing threads forbid it as nobody could know that it has nothing to do with the graph; this thread's work has
+    not. See cuThreadExchangeStreamCaptureMode of CUDA's driver interface.
+    """
+    exchange = _driver().cuThreadExchangeStreamCaptureMode
+    mode = ctypes.c_int(_RELAXED)
+    exchange(ctypes.byref(mode))  # the mode before
+    try:
+        yield
+    finally:
+        exchange(ctypes.byref(mode))
+
+
+@cache
+def _driver() -> Any:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
 def _torch_dtype(dtype: np.dtype[Any] | None) -> Any:

@@ -25,9 +25,9 @@ if wants kernels; then timeout 60 python3 benchmarks/gpu/kernels.py; said kernel
 if wants bench; then timeout 150 python3 benchmarks/gpu/loaders.py /tmp/atlas; said bench; fi
 if wants train; then timeout 60 python3 benchmarks/gpu/train.py /tmp/atlas; said train; fi
 if wants profile; then
-  python3 benchmarks/gpu/loaders.py /tmp/atlas --only ours --seconds 14 & busy=$!
-  sleep 5  # imports and first compilations are not what is looked for
+  python3 benchmarks/gpu/loaders.py /tmp/atlas --only ours --seconds 9 >"$out/watched" & busy=$!
+  until grep -q now "$out/watched" || ! kill -0 $busy 2>/dev/null; do sleep 0.2; done  # imports and compilations are over
   timeout 20 /tmp/site/bin/py-spy record --gil -t -r 400 -d 4 -f raw -o "$out/gil.txt" --pid $busy
   timeout 20 /tmp/site/bin/py-spy record -t -r 200 -d 3 -f raw -o "$out/all.txt" --pid $busy
-  wait $busy; said profile
+  wait $busy; cat "$out/watched"; said profile
 fi

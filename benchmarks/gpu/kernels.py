@@ -85,8 +85,12 @@ def main():
                     )
 
                 took = timed(work)
-                say(what="densify", dtype=dtype, width=width, log1p=bool(target_sum), compiler=compiler, tile_kib=kib,
-                    ms=round(took, 3), zeroing_ms=round(floor, 3), million_cells_per_s=round(N_ROWS / took / 1e3, 1))  # fmt: skip
+                what = (
+                    f"densify to {dtype}, {width} wide{', log1p' * bool(target_sum)}, by {compiler}, tiles of {kib} KiB"
+                )
+                say(
+                    what=what, ms=round(took, 3), zeroing_ms=round(floor, 3), million_cells_per_s=round(4.096 / took, 1)
+                )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Dense batches on a GPU, ours beside annbatch's, in turn: batch 4096, chunk 512, 32 chunks preloaded, as its tutorial has it.
+"""Dense batches on a GPU, ours beside annbatch's, in turn: batch 4096, chunk 512, 32 chunks, as in annbatch's tutorial.
 
     loaders.py ATLAS_DIR [--device cuda|cpu] [--epochs 4] [--only ours] [--seconds N]
 
@@ -163,13 +163,17 @@ class Rows:
         self.shape, self._values = x.shape, x.values()
 
     def sum(self, dtype):
+        """Of all values."""
         return self._values.sum(dtype=dtype)
 
 
 def keep_on(a):
     """Epochs of ours for some seconds, to be looked at from outside."""
-    until, n = time.perf_counter() + a.seconds, 0
+    n = 0
     loader, dense = ours(a.atlas, a.device)
+    epoch(loader, dense, a.device)
+    until = time.perf_counter() + a.seconds
+    say(what="now", of="ours")
     begun = time.perf_counter()
     while time.perf_counter() < until:
         n += epoch(loader, dense, a.device)[0]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 
 import torch
 from loaders import ours, say
 
-WIDTH, N_EPOCHS = 1024, 4
+WIDTH, N_TYPES, N_EPOCHS = 1024, 20, 4
 
 
 def main(folder):
@@ -16,9 +17,11 @@ def main(folder):
     loader, _ = ours(folder, "cuda", None, dtype="bfloat16", obs_codes=["cell_type"])
     first = next(iter(loader))
     n_genes = first["X"].shape[1]
-    model = torch.nn.Sequential(
-        torch.nn.Linear(n_genes, WIDTH), torch.nn.ReLU(), torch.nn.Linear(WIDTH, WIDTH), torch.nn.ReLU(), torch.nn.Linear(WIDTH, 20)
-    ).to("cuda", torch.bfloat16)  # fmt: skip
+    widths = [n_genes, WIDTH, WIDTH, N_TYPES]
+    layers = [torch.nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
+    model = torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1], torch.nn.ReLU(), layers[2]).to(
+        "cuda", torch.bfloat16
+    )
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step(batch):

@@ -117,7 +117,9 @@ def test_a_consumer_may_work_on_a_stream_of_its_own(to):
     if to != "torch":
         pytest.skip("batches of cupy and jax belong to the default stream")
     parts, whole = many()
-    loader = Loader(batch_size=64, rng=5, shuffle=True, return_index=True, dense="gpu", to=to, preload_to_gpu=False, dtype="float32")
+    loader = Loader(
+        batch_size=64, rng=5, shuffle=True, return_index=True, dense="gpu", to=to, preload_to_gpu=False, dtype="float32"
+    )
     loader.add_datasets(parts)
     own = torch.cuda.Stream()
     found = []
@@ -162,14 +164,24 @@ def test_what_a_transform_makes_is_not_used_again_too_early(form):
 def test_a_batch_outlives_its_iterator():
     parts, whole = many()
     for _ in range(30):
-        loader = Loader(batch_size=512, shuffle=True, return_index=True, dense="gpu", to="torch", preload_to_gpu=False, dtype="float32")
+        loader = Loader(
+            batch_size=512,
+            shuffle=True,
+            return_index=True,
+            dense="gpu",
+            to="torch",
+            preload_to_gpu=False,
+            dtype="float32",
+        )
         batch = next(iter(loader.add_datasets(parts)))
         np.testing.assert_array_equal(batch["X"].cpu().numpy(), whole[batch["index"]])
 
 
 def test_a_thousand_passes_take_no_more_memory_than_a_few():
     parts = datasets("csr", ("uint16",) * 3)
-    loader = Loader(batch_size=16, shuffle=True, dense="gpu", to="torch", preload_to_gpu=False, dtype="float32").add_datasets(parts)
+    loader = Loader(
+        batch_size=16, shuffle=True, dense="gpu", to="torch", preload_to_gpu=False, dtype="float32"
+    ).add_datasets(parts)
     reserved = []
     for number in range(1000):
         for batch in loader:
@@ -183,7 +195,9 @@ def test_a_thousand_passes_take_no_more_memory_than_a_few():
 
 def test_a_graph_is_captured_while_a_loader_works():
     parts, _ = many()
-    loader = Loader(batch_size=64, shuffle=True, dense="gpu", to="torch", preload_to_gpu=False, dtype="float32").add_datasets(parts)
+    loader = Loader(
+        batch_size=64, shuffle=True, dense="gpu", to="torch", preload_to_gpu=False, dtype="float32"
+    ).add_datasets(parts)
     still = torch.ones(64, device="cuda")
     for batch in loader:  # memory of all sizes is there
         batch["X"].sum()
@@ -200,9 +214,11 @@ def test_a_graph_is_captured_while_a_loader_works():
 
 
 def test_a_damaged_column_is_noticed(to):
-    x = sp.csr_matrix(np.eye(300, 7))
-    x.indices[150] = 9
-    loader = Loader(batch_size=100, chunk_size=100, preload_nchunks=1, dense="gpu", to=to, preload_to_gpu=False, dtype="float32")
+    x = sp.csr_matrix(np.ones((300, 7)))
+    x.indices[7 * 150] = 9
+    loader = Loader(
+        batch_size=100, chunk_size=100, preload_nchunks=1, dense="gpu", to=to, preload_to_gpu=False, dtype="float32"
+    )
     loader.add_dataset(x)
     found = []
     with pytest.raises(IntegrityError, match="1 entries name a column beyond the 7"):
@@ -212,7 +228,9 @@ def test_a_damaged_column_is_noticed(to):
 
 def test_csr_batches_are_copied_from_pinned_memory():
     parts, whole = many()
-    loader = Loader(batch_size=64, rng=5, shuffle=True, return_index=True, to="torch", preload_to_gpu=True, dtype="float32")
+    loader = Loader(
+        batch_size=64, rng=5, shuffle=True, return_index=True, to="torch", preload_to_gpu=True, dtype="float32"
+    )
     for batch in loader.add_datasets(parts):
         assert batch["X"].layout is torch.sparse_csr
         np.testing.assert_array_equal(batch["X"].to_dense().cpu().numpy(), whole[batch["index"]])
