@@ -249,7 +249,7 @@ def place(window: Window, slab: Slab, n_columns: Sequence[int], device: Device, 
         for table, n, (_, _, pieces) in zip(tables, n_columns, deals, strict=True)
     ]
     counters = device.counts(len(window.splits) * len(tables))
-    return Placed(device.upload(slab.memory), matrices, bounds, codes, counters)
+    return Placed(device.upload(slab.used), matrices, bounds, codes, counters)
 
 
 def _uploaded(arrays: Sequence[Array], device: Device, pool: BufferPool) -> list[Any]:
@@ -260,7 +260,7 @@ def _uploaded(arrays: Sequence[Array], device: Device, pool: BufferPool) -> list
         copy = beside.empty(array.shape, array.dtype)
         copy[...] = array
         copies.append(copy)
-    there = device.upload(beside.memory)
+    there = device.upload(beside.used)
     return [device.view(there, beside.offset(copy) or 0, copy) for copy in copies]
 
 

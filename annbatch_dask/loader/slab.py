@@ -45,12 +45,17 @@ class Slab:
         kind = np.dtype(dtype)
         shape = (shape,) if isinstance(shape, int) else shape
         nbytes = math.prod(shape) * kind.itemsize
-        if self._used + nbytes > len(self.memory):
+        if self._used + room_of(nbytes) > len(self.memory):
             msg = f"a slab of {len(self.memory)} bytes has no room for {nbytes} more beside {self._used}"
             raise MemoryError(msg)
         part = self.memory[self._used : self._used + nbytes]
         self._used += room_of(nbytes)
         return part.view(kind).reshape(shape)
+
+    @property
+    def used(self) -> NDArray[np.uint8]:
+        """The part that was handed out."""
+        return self.memory[: self._used]
 
     def offset(self, array: Array) -> int | None:
         """Where an array begins in the slab; None if it lies elsewhere."""
@@ -64,12 +69,14 @@ def room_of(nbytes: int) -> int:
 
 
 def room_for(source: Source, located: Located) -> int:
-    """Bytes that the rows take in a slab at most, however they are brought there."""
-    if source.is_sparse:
-        loaded = int(located.lengths.sum()) * (source.stored_dtype.itemsize + _MAX_COLUMN_NBYTES)
+    """Bytes that the rows take in a slab at most: those that are read, or copies of rows that are in memory."""
+    if located.nbytes:
+        nbytes = located.nbytes
+    elif source.is_sparse:
+        nbytes = int(located.lengths.sum()) * (source.stored_dtype.itemsize + _MAX_COLUMN_NBYTES)
     else:
-        loaded = len(located.starts) * math.prod(source.shape[1:]) * source.stored_dtype.itemsize
-    return max(located.nbytes, loaded) + 2 * _ALIGNMENT  # values and columns
+        nbytes = len(located.starts) * math.prod(source.shape[1:]) * source.stored_dtype.itemsize
+    return nbytes + 2 * _ALIGNMENT  # values and columns
 
 
 def stage(block: Block, slab: Slab) -> tuple[Block, list[Task]]:
