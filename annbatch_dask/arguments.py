@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
+import cloudpickle
 import numpy as np
 import zarr
 from humanfriendly import InvalidSize, parse_size
@@ -23,7 +25,15 @@ from annbatch_dask.storage.sources import SourceRef
 if TYPE_CHECKING:
     import anndata as ad
 
-__all__ = ["absolute", "folder_at", "groupby_columns", "references", "resolve_options", "resolve_seed"]
+__all__ = [
+    "absolute",
+    "check_portable",
+    "folder_at",
+    "groupby_columns",
+    "references",
+    "resolve_options",
+    "resolve_seed",
+]
 
 
 def folder_at(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> Folder:
@@ -91,15 +101,43 @@ def _reference(item: Any, load_adata: Callable[[Any], ad.AnnData] | None, option
             return SourceRef(path, os.path.abspath(folder.path), load_adata)
         return SourceRef(shown(path), path, load_adata, options=options)
     if isinstance(item, zarr.Group) and load_adata is None:
-        folder = folder_of(item)
+        try:
+            folder = folder_of(item)
+        except CollectionError:  # its store alone knows its files: in memory, in a zip file, of obstore or icechunk
+            return SourceRef(_name_of(item), item)
         return SourceRef(without_secrets(str(item)), folder.url, options=folder.options)
     if load_adata is not None:
-        return SourceRef(without_secrets(str(item)), item, load_adata)
+        return SourceRef(_name_of(item), item, load_adata)
     if _is_lazy(item):
         own = item.copy() if item.is_view else item
         return SourceRef(_label(own), own, _given)
     msg = f"an input is a path, a URL, a zarr.Group or a lazy AnnData, not {type(item).__name__}; write it to a file"
     raise TypeError(msg)
+
+
+def check_portable(refs: Iterable[SourceRef]) -> None:
+    """Refuse groups that no other process can open, which a build's workers would have to.
+
+    Raises
+    ------
+    SourceError
+        With the first of them.
+    """
+    for ref in refs:
+        if isinstance(ref.item, zarr.Group):
+            try:
+                cloudpickle.dumps(ref.item)
+            except Exception as e:  # a store's, of any kind
+                msg = f"{ref.label} cannot be sent to workers ({e}); give its path or URL, or write it to a file"
+                raise SourceError(msg) from e
+
+
+def _name_of(item: Any) -> str:
+    """What an input that is no path calls itself, without its address in memory, which says nothing tomorrow."""
+    return _ADDRESS.sub("", without_secrets(str(item)))
+
+
+_ADDRESS = re.compile(r" object at 0x[0-9a-f]+|(?<=memory://)\d+/?")
 
 
 def _is_lazy(item: Any) -> bool:

@@ -20,7 +20,15 @@ import pandas as pd
 import zarr
 import zarr.codecs
 
-from annbatch_dask.arguments import absolute, folder_at, groupby_columns, references, resolve_options, resolve_seed
+from annbatch_dask.arguments import (
+    absolute,
+    check_portable,
+    folder_at,
+    groupby_columns,
+    references,
+    resolve_options,
+    resolve_seed,
+)
 from annbatch_dask.errors import CollectionBusyError, CollectionChangedError, CollectionError
 from annbatch_dask.etl.frames import try_frames
 from annbatch_dask.etl.inputs import Input, known_inputs
@@ -93,7 +101,8 @@ class DatasetCollection:
     Parameters
     ----------
     group
-        Path, URL or zarr group of the collection. Nothing is written until :meth:`add_adatas` commits.
+        Path, URL or zarr group of the collection; a group of any store is read, and builds need one with a path or URL.
+        Nothing is written until :meth:`add_adatas` commits.
     mode
         As zarr's: ``"a"`` (default) opens or will create, ``"r"`` needs an existing collection, ``"w"`` shows an
         existing one as empty, and replaces it when :meth:`add_adatas` commits: until then it stays as it is, for ever
@@ -163,17 +172,18 @@ class DatasetCollection:
         assert self._group is not None  # set at construction, or _folder is
         return folder_of(self._group)
 
-    @property
-    def _is_in_memory(self) -> bool:
-        return isinstance(self._group, zarr.Group) and isinstance(self._group.store, zarr.storage.MemoryStore)
+    @cached_property
+    def _has_folder(self) -> bool:
+        """Whether it lies at a path or URL; else its group's store alone knows its files: one in memory, say."""
+        try:
+            return bool(self._folder.url)
+        except CollectionError:
+            return False
 
     @property
     def path(self) -> str:
         """Path or URL of the collection."""
-        try:
-            return self._folder.url
-        except CollectionError:
-            return str(self._group)
+        return self._folder.url if self._has_folder else str(self._group)
 
     @property
     def is_empty(self) -> bool:
@@ -193,13 +203,9 @@ class DatasetCollection:
 
     def _keys(self, group: zarr.Group) -> Iterable[str]:
         """Names in the root; zarr would warn of other files where the root does not say (annbatch wrote it)."""
-        try:
-            folder = folder_of(group)
-        except CollectionError:  # a store of this process alone, with no files of ours
+        if not self._has_folder or group.metadata.consolidated_metadata is not None:
             return group.group_keys()
-        if group.metadata.consolidated_metadata is not None:
-            return group.group_keys()
-        return (name for name in folder.names() if DATASET_NAME.fullmatch(name) and name in group)
+        return (name for name in self._folder.names() if DATASET_NAME.fullmatch(name) and name in group)
 
     def __len__(self) -> int:
         """Number of datasets."""
@@ -217,7 +223,7 @@ class DatasetCollection:
 
     def groups(self) -> list[zarr.Group]:
         """The same as a list, many opened at a time: in a large collection, each is a request to a store."""
-        if self.is_empty or self._group is None or self._is_in_memory or self._folder.is_local:
+        if self.is_empty or self._group is None or not self._has_folder or self._folder.is_local:
             return list(self)
         with ThreadPoolExecutor(_N_THREADS, thread_name_prefix="open") as pool:
             return list(pool.map(self._group.__getitem__, self._names()))  # type: ignore[arg-type]
@@ -270,7 +276,7 @@ class DatasetCollection:
         CollectionError
             If the collection was changed since it was opened.
         """
-        if self._is_in_memory:
+        if not self._has_folder:
             return Lease(None)
         lease = Lease(self._folder)
         self._check_as_opened(lease.document() or None)
@@ -284,13 +290,10 @@ class DatasetCollection:
         CollectionChangedError
             If a dataset was replaced or removed since.
         """
-        if self._group is None or self._is_in_memory:
+        if self._group is None or not self._has_folder:
             return
         if document is None:
-            try:
-                document = self._folder.find(METADATA)
-            except CollectionError:  # a store that this process alone has
-                return
+            document = self._folder.find(METADATA)
         if gone := self._replaced(document):
             msg = (
                 f"{self.path} was changed since it was opened: {len(gone):,} of its {len(self._names()):,} datasets, "
@@ -382,7 +385,7 @@ class DatasetCollection:
             msg = f"{self.path} holds no zarr datasets to report on; build it with add_adatas"
             raise CollectionError(msg)
         with self._as_opened():
-            return make_report(self.path, list(self), self.manifest, None if self._is_in_memory else self._target)
+            return make_report(self.path, list(self), self.manifest, self._target if self._has_folder else None)
 
     def to_lazy(self, *, load_annotation_index: bool = True) -> ad.AnnData:
         """All datasets as one AnnData to look at: X, layers and raw are dask arrays, columns of obs are read when used.
@@ -516,6 +519,7 @@ class DatasetCollection:
         The plan; its repr says tasks, bytes and peak memory.
         """
         refs = references(adata_paths, load_adata, storage_options, counts)
+        check_portable(refs)
         options = resolve_options(
             var_subset,
             n_obs_per_chunk,
@@ -578,8 +582,9 @@ class DatasetCollection:
         Parameters
         ----------
         adata_paths
-            Paths or URLs of ``.h5ad`` files and ``.zarr`` stores, zarr groups in files, or AnnData whose X is a dask
-            array, such as :func:`annbatch_dask.concat_lazy` returns: each task computes the blocks of its own rows.
+            Paths or URLs of ``.h5ad`` files and ``.zarr`` stores, zarr groups on any store that can be sent to workers
+            (obstore's, icechunk's, a zip file), or AnnData whose X is a dask array, such as
+            :func:`annbatch_dask.concat_lazy` returns: each task computes the blocks of its own rows.
         load_adata
             ``path -> AnnData`` instead of the default, which reads all elements from the file. What it
             returns may be in memory, backed or lazy; it is called on the workers, several times for an input. An
@@ -670,6 +675,7 @@ class DatasetCollection:
         _warn_unused(shuffle_chunk_size=shuffle_chunk_size, h5ad_compressor=h5ad_compressor)
         self._check_target()
         refs = references(adata_paths, load_adata, storage_options, counts)
+        check_portable(refs)
         options = resolve_options(
             var_subset,
             n_obs_per_chunk,
@@ -783,7 +789,9 @@ class DatasetCollection:
         return Extension(mode, len(self), last + 1, union=genes == "union")
 
     def _dataset_refs(self) -> list[SourceRef]:
-        """The datasets as inputs of a build that extends them."""
+        """The datasets as inputs of a build that extends them, or of a view."""
+        if not self._has_folder:
+            return [SourceRef(name, group, tagged=True) for name, group in zip(self._names(), self, strict=True)]
         folder, manifest = self._target, self.manifest
         recorded = {} if manifest is None else {d.name: f"{d.fingerprint}/{d.metadata}" for d in manifest.datasets}
         return [
@@ -990,7 +998,7 @@ class DatasetCollection:
             With the name of a file that is not as it was written.
         """
         manifest = self.manifest
-        if manifest is not None and not self._is_in_memory:
+        if manifest is not None and self._has_folder:
             check_readable(self._target, manifest, None if obs_columns is None else self._reads(obs_columns))
 
     def _reads(self, obs_columns: Sequence[str]) -> Callable[[str], bool]:

@@ -42,6 +42,7 @@ __all__ = [
     "Job",
     "JobFile",
     "forget_inputs",
+    "forget_job",
     "load_job",
     "owner_of",
     "save_job",
@@ -228,6 +229,12 @@ def load_job(file: JobFile) -> Job:
     if last is None or last[0] != file:
         last = _last = file, _read(file)
     return last[1]
+
+
+def forget_job() -> None:
+    """Let go of the job whose tasks ran last in this process, and of what it keeps open: groups in zip files, say."""
+    global _last  # noqa: PLW0603 - see load_job
+    _last = None
 
 
 def _read(file: JobFile) -> Job:

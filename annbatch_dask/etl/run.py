@@ -39,7 +39,7 @@ from annbatch_dask.etl.commit import commit, make_manifest, merged_range, source
 from annbatch_dask.etl.gather import GatherTask, gather
 from annbatch_dask.etl.group import count_groups, with_groups
 from annbatch_dask.etl.inputs import forget_inputs_of
-from annbatch_dask.etl.job import Job, save_job
+from annbatch_dask.etl.job import Job, forget_job, save_job
 from annbatch_dask.etl.scatter import forget_task, scatter
 from annbatch_dask.etl.sweep import clean_up, withdraw
 from annbatch_dask.etl.totals import Totals
@@ -554,6 +554,7 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
     else:
         return manifest
     finally:
+        forget_job()
         callback.on_build_end(BuildEnd(error))
 
 

@@ -66,7 +66,7 @@ def concat_lazy(
     Parameters
     ----------
     paths
-        Paths or URLs of ``.h5ad`` files and ``.zarr`` stores.
+        Paths or URLs of ``.h5ad`` files and ``.zarr`` stores, or zarr groups of any store.
     join
         ``"outer"`` (default) has the genes of any file, ``"inner"`` those of all.
     merge

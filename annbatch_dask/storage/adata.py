@@ -20,7 +20,7 @@ from dask.local import get_sync
 from dask.optimization import cull
 from numpy.typing import NDArray
 
-from annbatch_dask.errors import SchemaError
+from annbatch_dask.errors import SchemaError, SourceError
 from annbatch_dask.plan.schema import OBS, ColumnSchema, Genes, MatrixSchema, SourceSchema
 from annbatch_dask.storage.columns import ColumnRows, check_text, describe_series, mean_width, series_rows
 from annbatch_dask.storage.groups import GENE_WISE, PAIRED, no_cells
@@ -120,7 +120,10 @@ class AnnDataSource:
 
     def matrix(self, matrix: MatrixSchema, start: int, stop: int) -> CsrRows | NDArray:
         """Rows [start, stop) of a matrix: dense ones as an array."""
-        values = _unwrap(next(v for name, _, v in self._matrix_values() if name == matrix.source_name))
+        values = _unwrap(next((v for name, _, v in self._matrix_values() if name == matrix.source_name), None))
+        if values is None:
+            msg = f"{self._label} had {matrix.source_name} when it was looked at first, and has it no more; call again"
+            raise SourceError(msg)
         if not isinstance(values, da.Array):
             return matrix_rows(values, matrix, start, stop)
         if matrix.source_name not in self._blocks:

@@ -647,6 +647,6 @@ def folder_of(group: zarr.Group | zarr.Array[Any]) -> Folder:
         options = {k: v for k, v in fs.storage_options.items() if k not in ("asynchronous", "loop")}
         folder = Folder(fs.unstrip_protocol(store.path), StorageOptions(options))
     else:
-        msg = f"a build needs a path or URL that workers can open, and {type(store).__name__} has none; give a path"
+        msg = f"builds, verify and gc need a path or URL that workers can open, and {type(store).__name__} has none"
         raise CollectionError(msg)
     return folder / path if path else folder

@@ -110,7 +110,7 @@ def _opened(ref: SourceRef) -> Iterator[Source]:
         else:
             from annbatch_dask.storage.adata import AnnDataSource, read_legacy  # imports anndata
 
-            if not ref.folder.is_local:
+            if not isinstance(ref.item, zarr.Group | h5py.Group) and not ref.folder.is_local:
                 msg = f"{ref.label} is of a format before anndata 0.7, read from local disks only; copy it there"
                 raise SourceError(msg)
             yield AnnDataSource(ref.label, read_legacy(ref.item))
