@@ -66,7 +66,9 @@ def matrix(tmp_path_factory):
     [
         pytest.param("{}", 8 * N_PER_ROW, id="csr"),
         pytest.param("{'dense': True}", 4 * N_VAR, id="dense"),
-        pytest.param("{'dense': True, 'dtype': 'float16', 'casting': 'unsafe'}", 2 * N_VAR, id="half", marks=pytest.mark.chaos),
+        pytest.param(
+            "{'dense': True, 'dtype': 'float16', 'casting': 'unsafe'}", 2 * N_VAR, id="half", marks=pytest.mark.chaos
+        ),
     ],
 )
 def test_peak_memory_is_the_read_ahead_and_a_constant(matrix, form, row_nbytes):

@@ -1,0 +1,488 @@
+"""Integers in few bits: blocks of 1,024 values, each packed in as many bits as most of them need.
+
+Within a block, value ``i`` lies in lane ``i % L`` of ``L`` lanes, so that one step of a loop moves 1,024 bits of
+neighbours, which compilers make vector instructions of (the vertical layout of D. Lemire and L. Boytsov, "Decoding
+billions of integers per second through vectorization", 2015, and of A. Afroozeh and P. Boncz, "The FastLanes
+Compression Layout", 2023). The few values that need more bits are patched (M. Zukowski et al., "Super-Scalar RAM-CPU
+Cache Compression", 2006). :class:`annbatch_dask.storage.packed.PackedCodec` describes every byte.
+
+Vectors are written out in LLVM's own terms, since numba widens integers of 8 and 16 bits to 64, and whether loops
+become vectors then varies with its release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from annbatch_dask.kernels.compiled import compiled
+
+__all__ = ["BLOCK_VALUES", "DAMAGED", "MAGIC", "VERSION", "bound_nbytes", "pack", "unpack"]
+
+MAGIC = b"ABPK"
+VERSION = 1
+BLOCK_VALUES = 1024
+HEADER_NBYTES = 16
+TAIL_NBYTES = 8
+"""Zeros behind the last block: whoever reads eight bytes at a time reads no further."""
+_PATCH_COST = 4
+"""Bits that a patch is taken to cost beside its own: at less than 1 % more bytes a third fewer of them."""
+
+DAMAGED = {
+    1: "it is shorter than its header and block table",
+    2: "it does not begin as a packed chunk does, or a later release wrote it",
+    3: "its integers have another size",
+    4: "it holds another number of values",
+    5: "a block lies beyond its end",
+    6: "a block has a width that its integers have not",
+}
+"""What each status of :func:`unpack` but 0 says of a chunk."""
+
+_U64, _I32 = ir.IntType(64), ir.IntType(32)
+_ROW_NBITS, _SUM_NBITS, _SHUFFLE_NBITS = 1024, 512, 128
+_magic = int.from_bytes(MAGIC, "little")
+
+
+# ---------------------------------------------------------------------------------------- in LLVM's terms
+
+
+def _bits(_typing: Any, array: Any) -> Any:
+    """Bits of an item of the array, which is known when the function is compiled."""
+
+    def generate(_context: Any, _builder: Any, signature: Any, _args: Any) -> Any:
+        return _U64(signature.args[0].dtype.bitwidth)
+
+    return numba.uint64(array), generate
+
+
+def _narrow(operation: str) -> Callable[..., Any]:
+    """A shift of an integer that keeps its size; by fewer bits than it has."""
+
+    def shift(_typing: Any, value: Any, by: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return getattr(builder, operation)(args[0], context.cast(builder, args[1], by, signature.args[0]))
+
+        return value(value, by), generate
+
+    return shift
+
+
+def _length(_typing: Any, value: Any) -> Any:
+    """Bits of an integer up to its highest set one; 0 of 0."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        zeros = builder.ctlz(args[0], ir.IntType(1)(0))
+        n_bits = args[0].type.width
+        length = builder.sub(zeros.type(n_bits), zeros)
+        return builder.zext(length, _U64) if n_bits < _U64.width else length
+
+    return numba.uint64(value), generate
+
+
+def _pointer(builder: Any, context: Any, kind: Any, array: Any, at: Any, vector: Any) -> Any:
+    """Where ``array[at]`` lies, to read or write a vector there."""
+    data = context.make_array(kind)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [at]), vector.as_pointer())
+
+
+def _spread(builder: Any, value: Any, vector: Any) -> Any:
+    """The value in every lane."""
+    nothing = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(nothing, value, _I32(0))
+    return builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(_I32, vector.count), None))
+
+
+def _take_row(_typing: Any, raw: Any, at: Any, next_at: Any, shift: Any, mask: Any, out: Any, to: Any) -> Any:
+    """One value of every lane: bits from ``shift`` on of the words at byte ``at``, and from 0 on of those at ``next_at``.
+
+    The values have no bits of the second words where these are the first.
+    """  # noqa: E501
+    lane = ir.IntType(out.dtype.bitwidth)
+    vector = ir.VectorType(lane, _ROW_NBITS // lane.width)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+        def words(k: int) -> Any:
+            return builder.load(_pointer(builder, context, raw, args[0], args[k], vector), align=1)
+
+        by = context.cast(builder, args[3], shift, out.dtype)
+        low = builder.lshr(words(1), _spread(builder, by, vector))
+        # shifted twice, as one shift by all bits of a lane means nothing
+        left = _spread(builder, builder.sub(lane(lane.width - 1), by), vector)
+        high = builder.shl(builder.shl(words(2), left), _spread(builder, lane(1), vector))
+        is_split = builder.icmp_unsigned("!=", args[1], args[2])
+        row = builder.select(is_split, builder.or_(low, high), low)
+        row = builder.and_(row, _spread(builder, args[4], vector))
+        builder.store(row, _pointer(builder, context, out, args[5], args[6], vector), align=lane.width // 8)
+
+    return numba.void(raw, at, next_at, shift, mask, out, to), generate
+
+
+def _sum_steps(n: int, n_near: int) -> Iterator[list[int]]:
+    """What to add to each of n lanes, step by step, so that all hold running sums; lane ``n`` is a zero.
+
+    At first within ``n_near`` lanes, which processors move with less effort, then the last of them to those behind.
+    """
+    step = 1
+    while step < n_near:
+        yield [i - step if i % n_near >= step else n for i in range(n)]
+        step *= 2
+    while step < n:
+        yield [i // step * step - 1 if i // step % 2 else n for i in range(n)]
+        step *= 2
+
+
+def _add_up(_typing: Any, src: Any, src_at: Any, before: Any, out: Any, out_at: Any) -> Any:
+    """``out[k]`` = the running sum of ``src[k] + 1`` after ``before``, for the lanes of a vector; returns the last."""
+    lane = ir.IntType(src.dtype.bitwidth)
+    n = _SUM_NBITS // lane.width
+    vector, places = ir.VectorType(lane, n), ir.VectorType(_I32, n)
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        sums = builder.load(_pointer(builder, context, src, args[0], args[1], vector), align=lane.width // 8)
+        for moved in _sum_steps(n, _SHUFFLE_NBITS // lane.width):
+            others = builder.shuffle_vector(sums, ir.Constant(vector, None), ir.Constant(places, moved))
+            sums = builder.add(sums, others)
+        sums = builder.add(sums, ir.Constant(vector, list(range(1, n + 1))))
+        last = builder.extract_element(sums, _I32(n - 1))  # before the sum is added: the next vector waits for less
+        sums = builder.add(sums, _spread(builder, args[2], vector))
+        builder.store(sums, _pointer(builder, context, out, args[3], args[4], vector), align=lane.width // 8)
+        return builder.add(args[2], last)
+
+    return src.dtype(src, src_at, before, out, out_at), generate
+
+
+bits_of: Any = intrinsic(_bits)
+shift_left: Any = intrinsic(_narrow("shl"))
+shift_right: Any = intrinsic(_narrow("lshr"))
+length_of: Any = intrinsic(_length)
+take_row: Any = intrinsic(_take_row)
+add_up: Any = intrinsic(_add_up)
+
+
+# ------------------------------------------------------------------------------------------------ layout
+
+_U = np.uint64  # an index of this type is not looked at for a sign
+
+
+@compiled
+def _entry_nbytes(n_bits):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Of a block in the table: 12, 16 or 20, of which the last bytes are the base."""
+    return (_U(10) + n_bits // _U(8) + _U(3)) & ~_U(3)
+
+
+@compiled
+def _read(raw, at, n):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """A little-endian number of n bytes."""
+    value = _U(0)
+    for k in range(n):
+        value |= _U(raw[at + _U(k)]) << _U(8 * k)
+    return value
+
+
+@compiled
+def _write(raw, at, n, value):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """The same, written."""
+    for k in range(n):
+        raw[at + _U(k)] = np.uint8((_U(value) >> _U(8 * k)) & _U(255))
+
+
+def bound_nbytes(n_values: int, dtype: np.dtype) -> int:
+    """Bytes that :func:`pack` may need."""
+    n_blocks = -(-n_values // BLOCK_VALUES)
+    return HEADER_NBYTES + TAIL_NBYTES + n_blocks * (24 + BLOCK_VALUES * dtype.itemsize)
+
+
+# ------------------------------------------------------------------------------------------------- unpack
+
+
+@compiled
+def _unpack_words(raw, at, width, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """The packed part of a block, whose words begin at byte ``at``."""
+    ty = out.dtype.type
+    n_bits = bits_of(out)
+    n_lanes = _U(BLOCK_VALUES) // n_bits
+    if width == _U(0):
+        for k in range(_U(BLOCK_VALUES)):
+            out[k] = ty(0)
+        return
+    mask = ty(shift_right(ty(-1), n_bits - width))
+    bit = _U(0)
+    for row in range(n_bits):
+        word = at + bit // n_bits * _U(128)
+        shift = bit % n_bits
+        next_word = word if shift + width <= n_bits else word + _U(128)
+        take_row(raw, word, next_word, shift, mask, out, _U(row) * n_lanes)
+        bit += width
+
+
+@compiled
+def _patch(raw, at, counts, width, high, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913, PLR0917
+    """Put the bits above ``width`` into the values that have some; ``at`` is the first of their places."""
+    ty = out.dtype.type
+    n = _U(0)
+    for quarter in range(4):
+        n += (counts >> _U(8 * quarter)) & _U(255)
+    highs, bit, k = at + n, _U(0), at
+    mask = ~_U(0) >> (_U(64) - high)
+    for quarter in range(4):
+        first, end = _U(256 * quarter), k + ((counts >> _U(8 * quarter)) & _U(255))
+        while k < end:
+            place = first + _U(raw[k])
+            found = (_read(raw, highs + (bit >> _U(3)), 8) >> (bit & _U(7))) & mask
+            out[place] = out[place] | ty(shift_left(ty(found), width))
+            bit += high
+            k += _U(1)
+
+
+@compiled
+def _finish(values, base, differences, out, to):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """The values of a block from what was packed of them."""
+    ty = values.dtype.type
+    if differences:
+        last = base
+        for k in range(_U(0), _U(BLOCK_VALUES), _U(_SUM_NBITS) // bits_of(values)):
+            last = add_up(values, k, last, out, to + k)
+    else:
+        for k in range(_U(BLOCK_VALUES)):
+            out[to + k] = ty(values[k] + base)
+
+
+@compiled
+def unpack(raw, n_values, start, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """Decode values [start, start + len(out)) of a packed chunk into ``out``; returns 0, or a key of ``DAMAGED``.
+
+    Whatever the bytes are, nothing is read or written outside the two arrays. Where it is not 0, ``out`` holds
+    anything. Blocks that hold none of the values are not looked at.
+
+    Parameters
+    ----------
+    raw
+        1-D contiguous uint8: the chunk, and nothing behind it.
+    n_values
+        How many values it has to hold.
+    start
+        The first one wanted.
+    out
+        1-D contiguous, of the unsigned dtype that is as large as that of the values.
+    """
+    n_bits = bits_of(out)
+    nbytes = _U(raw.shape[0])
+    n_blocks = (_U(n_values) + _U(BLOCK_VALUES - 1)) // _U(BLOCK_VALUES)
+    entry_nbytes = _entry_nbytes(n_bits)
+    if nbytes < _U(HEADER_NBYTES + TAIL_NBYTES):
+        return 1
+    if _read(raw, _U(0), 4) != _U(_magic) or raw[_U(4)] != VERSION or raw[_U(6)] > 1 or raw[_U(7)] != 0:
+        return 2
+    if _U(raw[_U(5)]) != n_bits:
+        return 3
+    if _read(raw, _U(8), 8) != _U(n_values) or start < 0 or start > n_values or out.shape[0] > n_values - start:
+        return 4
+    if (nbytes - _U(HEADER_NBYTES)) // entry_nbytes < n_blocks:
+        return 1
+    differences = raw[_U(6)] == 1
+    first, stop = _U(start), _U(start + out.shape[0])
+    values, spare = np.empty(BLOCK_VALUES, out.dtype), np.empty(BLOCK_VALUES, out.dtype)
+    at = first
+    while at < stop:
+        block = at // _U(BLOCK_VALUES)
+        entry = _U(HEADER_NBYTES) + block * entry_nbytes
+        place = _read(raw, entry, 4) * _U(4)
+        counts = _read(raw, entry + _U(4), 4)
+        width, high = _U(raw[entry + _U(8)]), _U(raw[entry + _U(9)])
+        base = out.dtype.type(_read(raw, entry + entry_nbytes - n_bits // _U(8), bits_of(out) // _U(8)))
+        n_patches = (counts & _U(255)) + (counts >> _U(8) & _U(255)) + (counts >> _U(16) & _U(255)) + (counts >> _U(24))
+        if width + high > n_bits or _U(56) < high < _U(64) or (n_patches > _U(0) and high == _U(0)):
+            return 6
+        used = _U(128) * width + n_patches + (n_patches * high + _U(7)) // _U(8)
+        if place + (used + _U(3) & ~_U(3)) + _U(TAIL_NBYTES) > nbytes:
+            return 5
+        _unpack_words(raw, place, width, values)
+        if n_patches > _U(0):
+            _patch(raw, place + _U(128) * width, counts, width, high, values)
+        block_start = block * _U(BLOCK_VALUES)
+        end = min(block_start + _U(BLOCK_VALUES), stop)
+        if end - at == _U(BLOCK_VALUES):
+            _finish(values, base, differences, out, at - first)
+        else:
+            _finish(values, base, differences, spare, _U(0))
+            for k in range(end - at):
+                out[at - first + _U(k)] = spare[at - block_start + _U(k)]
+        at = end
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------- pack
+
+
+@compiled
+def _choose_width(values, lengths):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """(width, high) of fewest bits: what all values are packed in, and what is stored of each that needs more."""
+    n_bits = bits_of(values)
+    for quarter in range(4):
+        for k in range(65):
+            lengths[quarter, k] = 0
+    for k in range(_U(256)):  # the quarters in turn: a count that was just raised is not there yet to be raised again
+        lengths[_U(0), length_of(values[k])] += 1
+        lengths[_U(1), length_of(values[_U(256) + k])] += 1
+        lengths[_U(2), length_of(values[_U(512) + k])] += 1
+        lengths[_U(3), length_of(values[_U(768) + k])] += 1
+    longest = n_bits
+    while longest > _U(0) and not (
+        lengths[0, longest] or lengths[1, longest] or lengths[2, longest] or lengths[3, longest]
+    ):
+        longest -= _U(1)
+    width, fewest = longest, _U(BLOCK_VALUES) * longest
+    best = width
+    longer = np.zeros(4, np.int64)
+    while width > _U(0):
+        n, most = 0, 0
+        for quarter in range(4):
+            longer[quarter] += lengths[quarter, width]
+            n += longer[quarter]
+            most = max(most, longer[quarter])
+        width -= _U(1)
+        high = longest - width
+        if most > 255:
+            break
+        if high > _U(56) and (width > _U(0) or n_bits < _U(64)):
+            continue
+        high = _U(64) if high > _U(56) else high
+        cost = _U(BLOCK_VALUES) * width + _U(n) * (_U(8 + _PATCH_COST) + high)
+        if cost < fewest:
+            best, fewest = width, cost
+    high = longest - best
+    return best, _U(64) if high > _U(56) else high
+
+
+@compiled
+def _pack_words(values, width, words):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """The low bits of a block's values; ``words`` has room for all bits, and is zero."""
+    ty = values.dtype.type
+    n_bits = bits_of(values)
+    n_lanes = _U(BLOCK_VALUES) // n_bits
+    mask = ty(shift_right(ty(-1), n_bits - width))
+    bit = _U(0)
+    for row in range(n_bits):
+        word, shift, first = bit // n_bits * n_lanes, bit % n_bits, _U(row) * n_lanes
+        for k in range(n_lanes):
+            words[word + _U(k)] |= shift_left(values[first + _U(k)] & mask, shift)
+        if shift + width > n_bits:
+            for k in range(n_lanes):
+                words[word + n_lanes + _U(k)] |= shift_right(values[first + _U(k)] & mask, n_bits - shift)
+        bit += width
+
+
+@compiled
+def _pack_patches(values, width, high, raw, at, counts):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913, PLR0917
+    """Places and high bits of the values that need more than ``width`` bits; returns where they end."""
+    ty = values.dtype.type
+    highs, limit = at, ty(shift_left(ty(1), width) - ty(1))
+    for quarter in range(4):
+        first = highs
+        for k in range(_U(256)):
+            raw[highs] = np.uint8(k)
+            highs += _U(values[_U(256) * _U(quarter) + k] > limit)
+        counts[quarter] = highs - first
+    waiting, n_waiting = _U(0), _U(0)
+    end, k = highs, at
+    for quarter in range(4):
+        for _ in range(counts[quarter]):
+            value = values[_U(256) * _U(quarter) + _U(raw[k])]
+            k += _U(1)
+            waiting |= _U(shift_right(value, width)) << n_waiting
+            n_waiting += high
+            while n_waiting >= _U(8):
+                raw[end] = np.uint8(waiting & _U(255))
+                waiting, n_waiting = waiting >> _U(8), n_waiting - _U(8)
+                end += _U(1)
+    if n_waiting > _U(0):
+        raw[end] = np.uint8(waiting)
+        end += _U(1)
+    return end
+
+
+@compiled
+def _subtract(values, first, n, differences, sign, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913, PLR0917
+    """What is packed of ``values[first:][:n]``, and the base; zeros behind."""
+    ty = values.dtype.type
+    if differences:
+        base = ty(values[first] - ty(1))
+        out[0] = 0
+        for k in range(_U(1), n):
+            out[k] = ty(values[first + k] - values[first + k - _U(1)] - ty(1))
+    else:
+        least = ty(-1)
+        for k in range(n):
+            least = min(least, ty(values[first + _U(k)] ^ sign))
+        base = ty(least ^ sign)
+        for k in range(n):
+            out[_U(k)] = ty(values[first + _U(k)] - base)
+    for k in range(n, _U(BLOCK_VALUES)):
+        out[k] = 0
+    return base
+
+
+@compiled
+def _pack(values, differences, sign, raw):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    n_bits, n_values = bits_of(values), _U(values.shape[0])
+    n_blocks, entry_nbytes = (n_values + _U(BLOCK_VALUES - 1)) // _U(BLOCK_VALUES), _entry_nbytes(n_bits)
+    _write(raw, _U(0), 4, _magic)
+    _write(raw, _U(4), 4, _U(VERSION) | n_bits << _U(8) | _U(differences) << _U(16))
+    _write(raw, _U(8), 8, n_values)
+    rest, words = np.empty(BLOCK_VALUES, values.dtype), np.empty(BLOCK_VALUES, values.dtype)
+    lengths, counts = np.empty((4, 65), np.int64), np.empty(4, np.int64)
+    at = _U(HEADER_NBYTES) + n_blocks * entry_nbytes
+    for block in range(n_blocks):
+        first = _U(block) * _U(BLOCK_VALUES)
+        base = _subtract(values, first, min(_U(BLOCK_VALUES), n_values - first), differences, sign, rest)
+        width, high = _choose_width(rest, lengths)
+        entry = _U(HEADER_NBYTES) + _U(block) * entry_nbytes
+        for k in range(entry_nbytes):
+            raw[entry + _U(k)] = 0
+        _write(raw, entry, 4, at // _U(4))
+        if width > _U(0):
+            words[:] = 0
+            _pack_words(rest, width, words)
+            packed = words.view(np.uint8)
+            for k in range(_U(128) * width):
+                raw[at + _U(k)] = packed[_U(k)]
+            at += _U(128) * width
+        counts[:] = 0
+        if high > _U(0):
+            at = _pack_patches(rest, width, high, raw, at, counts)
+        for quarter in range(4):
+            raw[entry + _U(4 + quarter)] = np.uint8(counts[quarter])
+        raw[entry + _U(8)], raw[entry + _U(9)] = np.uint8(width), np.uint8(high)
+        _write(raw, entry + entry_nbytes - n_bits // _U(8), n_bits // _U(8), base)
+        while at & _U(3):
+            raw[at] = 0
+            at += _U(1)
+    for k in range(TAIL_NBYTES):
+        raw[at + _U(k)] = 0
+    return at + _U(TAIL_NBYTES)
+
+
+def pack(values: NDArray, *, differences: bool) -> NDArray[np.uint8]:
+    """Pack integers; the same ones become the same bytes on every machine.
+
+    Parameters
+    ----------
+    values
+        1-D contiguous, of any integer dtype, in this machine's byte order.
+    differences
+        Store each value less the one before it, which makes small numbers of ascending ones; any order may follow.
+
+    Returns
+    -------
+    The chunk, for :func:`unpack`.
+    """
+    raw = np.empty(bound_nbytes(len(values), values.dtype), np.uint8)
+    unsigned = values.view(f"u{values.dtype.itemsize}")
+    sign = unsigned.dtype.type(2 ** (8 * values.dtype.itemsize - 1) if values.dtype.kind == "i" else 0)
+    return raw[: _pack(unsigned, differences, sign, raw)]
