@@ -272,7 +272,7 @@ class TestTargets:
 
     def test_memory_store(self, h5ad_pair):
         group = zarr.open_group(zarr.storage.MemoryStore(), mode="w")
-        with pytest.raises(CollectionError, match="needs a path or URL that workers can open"):
+        with pytest.raises(CollectionError, match="need a path or URL that workers can open"):
             DatasetCollection(group).add_adatas(h5ad_pair)
 
     def test_other_types(self):
