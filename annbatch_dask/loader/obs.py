@@ -196,6 +196,8 @@ class ObsTable:
 
     def _index(self, assignments: Sequence[Assignment], n_rows: int) -> pd.Index:
         indexes = [self.indexes[a.dataset] for a in assignments]
+        if len(indexes) == 1 and isinstance(indexes[0], pd.Index):
+            return indexes[0].take(assignments[0].rows)  # all in request order
         if any(isinstance(index, pd.Index) or index is None for index in indexes):
             parts = [_plain(index).take(a.rows) for index, a in zip(indexes, assignments, strict=True)]
             order = np.empty(n_rows, np.int64)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from annbatch_dask.kernels.row_runs import deal_rows
 from annbatch_dask.loader.sources import Block
 from annbatch_dask.order.planned import expand
 from annbatch_dask.types import LoadRequest
@@ -116,9 +118,6 @@ def resolve_splits(request: LoadRequest, n_rows: int) -> list[Ints]:
 
 def assign(rows: Ints, bounds: Ints) -> list[Assignment]:
     """Deal rows out to the datasets that hold them; dataset ``d`` has rows ``bounds[d]:bounds[d + 1]``."""
-    dataset = np.searchsorted(bounds, rows, side="right") - 1
-    return [
-        Assignment(d, places, rows[places] - bounds[d])
-        for d in np.unique(dataset).tolist()
-        for places in (np.flatnonzero(dataset == d),)
-    ]
+    firsts, places, local = deal_rows(rows, bounds)
+    pairs = enumerate(pairwise(firsts.tolist()))
+    return [Assignment(d, places[first:stop], local[first:stop]) for d, (first, stop) in pairs if first < stop]

@@ -20,6 +20,7 @@ from anndata.abc import CSRDataset
 from numpy.typing import DTypeLike, NDArray
 
 from annbatch_dask.errors import SourceError
+from annbatch_dask.kernels.row_runs import find_runs, place_entries
 from annbatch_dask.kernels.values import range_of
 from annbatch_dask.storage.range_cache import RangeCache
 from annbatch_dask.storage.ranges import RangeReader, Task
@@ -177,22 +178,6 @@ def make_source(
     return CsrSource(dataset)
 
 
-def _runs(rows: Ints) -> tuple[Ints, Ints, Ints]:
-    """Ascending runs of consecutive rows that cover ``rows``, and the run and rank of each row.
-
-    Returns (n, 2) spans; (n_rows,) span of each row; (n_rows,) position of each row in the rows read.
-    """
-    if len(rows) > 1 and (np.diff(rows) > 0).all():
-        wanted, inverse = rows, np.arange(len(rows))
-    else:
-        wanted, inverse = np.unique(rows, return_inverse=True)
-    is_first = np.diff(wanted, prepend=-2) != 1
-    firsts = np.flatnonzero(is_first)
-    lasts = np.append(firsts[1:], len(wanted)) - 1 if len(firsts) else firsts
-    spans = np.stack([wanted[firsts], wanted[lasts] + 1], axis=1) if len(firsts) else np.zeros((0, 2), np.int64)
-    return spans, (np.cumsum(is_first) - 1)[inverse], inverse
-
-
 class ZarrCsrSource(Source):
     """A CSR group in a zarr store. Row pointers are kept in memory from the first use on."""
 
@@ -264,13 +249,11 @@ class ZarrCsrSource(Source):
     def locate(self, rows: Ints) -> Located:
         """Find the rows' entries."""
         indptr = self.indptr
-        row_spans, span, _ = _runs(rows)
-        spans = indptr[row_spans]
-        n_entries = spans[:, 1] - spans[:, 0]
-        offsets = np.cumsum(n_entries) - n_entries
-        starts = offsets[span] + indptr[rows] - spans[span, 0]
-        nbytes = int(n_entries.sum()) * (self._values.dtype.itemsize + self._columns.dtype.itemsize)
-        return Located(nbytes, spans, starts, indptr[rows + 1] - indptr[rows])
+        row_spans, span, _ = find_runs(rows)
+        spans, starts, lengths = place_entries(indptr, rows, row_spans, span)
+        n_entries = int((spans[:, 1] - spans[:, 0]).sum())
+        nbytes = n_entries * (self._values.dtype.itemsize + self._columns.dtype.itemsize)
+        return Located(nbytes, spans, starts, lengths)
 
     def open(self, located: Located, pool: Arrays) -> tuple[Block, list[Task]]:
         """Values and columns, each in one buffer."""
@@ -330,7 +313,7 @@ class ZarrArraySource(Source):
 
     def locate(self, rows: Ints) -> Located:
         """Find the rows."""
-        spans, _, positions = _runs(rows)
+        spans, _, positions = find_runs(rows)
         n_rows = int((spans[:, 1] - spans[:, 0]).sum())
         nbytes = n_rows * math.prod(self.shape[1:]) * self._reader.dtype.itemsize
         return Located(nbytes, spans, positions, np.zeros(len(rows), np.int64))

@@ -1,0 +1,116 @@
+"""Rows in any order as runs to read, and where each row is in what was read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from annbatch_dask.kernels.compiled import compiled
+
+__all__ = ["deal_rows", "find_runs", "place_entries"]
+
+
+@compiled
+def find_runs(rows: Any) -> Any:
+    """Ascending runs of consecutive rows that cover all of some.
+
+    Parameters
+    ----------
+    rows
+        (n,) in any order, repeats allowed.
+
+    Returns
+    -------
+    spans
+        (n_spans, 2) half-open, ascending, apart from each other.
+    span
+        (n,) of each row.
+    position
+        (n,) of each row in the rows of all spans.
+    """
+    n_rows, n_runs = len(rows), 0
+    firsts = np.empty(n_rows + 1, np.int64)
+    for i in range(n_rows):
+        if i == 0 or rows[i] != rows[i - 1] + 1:
+            firsts[n_runs] = i
+            n_runs += 1
+    firsts[n_runs] = n_rows
+    starts = rows[firsts[:n_runs]]
+    spans, offsets, found = np.empty((n_runs, 2), np.int64), np.zeros(n_runs + 1, np.int64), np.empty(n_runs, np.int64)
+    n_spans = 0
+    for run in np.argsort(starts):
+        start, stop = starts[run], starts[run] + firsts[run + 1] - firsts[run]
+        if n_spans == 0 or start > spans[n_spans - 1, 1]:
+            spans[n_spans, 0], spans[n_spans, 1] = start, stop
+            n_spans += 1
+        else:
+            spans[n_spans - 1, 1] = max(spans[n_spans - 1, 1], stop)
+        found[run] = n_spans - 1
+        offsets[n_spans] = offsets[n_spans - 1] + spans[n_spans - 1, 1] - spans[n_spans - 1, 0]
+    span, position = np.empty(n_rows, np.int64), np.empty(n_rows, np.int64)
+    for run in range(n_runs):
+        k = found[run]
+        first = offsets[k] + starts[run] - spans[k, 0]
+        for i in range(firsts[run], firsts[run + 1]):
+            span[i], position[i] = k, first + i - firsts[run]
+    return spans[:n_spans], span, position
+
+
+@compiled
+def place_entries(indptr: Any, rows: Any, row_spans: Any, span: Any) -> Any:
+    """The runs of entries of a CSR matrix that hold some rows.
+
+    Parameters
+    ----------
+    indptr
+        (n_rows + 1,) of the matrix.
+    rows, row_spans, span
+        See :func:`find_runs`.
+
+    Returns
+    -------
+    spans
+        (n_spans, 2) half-open runs of entries.
+    starts, lengths
+        (n,) where each row begins in the entries of all spans, and how many it has.
+    """
+    spans, shifts = np.empty((len(row_spans), 2), np.int64), np.empty(len(row_spans), np.int64)
+    offset = 0
+    for k in range(len(row_spans)):
+        spans[k, 0], spans[k, 1] = indptr[row_spans[k, 0]], indptr[row_spans[k, 1]]
+        shifts[k] = offset - spans[k, 0]
+        offset += spans[k, 1] - spans[k, 0]
+    starts, lengths = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
+    for i in range(len(rows)):
+        start = indptr[rows[i]]
+        starts[i], lengths[i] = start + shifts[span[i]], indptr[rows[i] + 1] - start
+    return spans, starts, lengths
+
+
+@compiled
+def deal_rows(rows: Any, bounds: Any) -> Any:
+    """Rows by the part that holds them; part ``k`` has rows ``bounds[k]:bounds[k + 1]``.
+
+    Returns
+    -------
+    firsts
+        (n_parts + 1,) the rows of part ``k`` are ``firsts[k]:firsts[k + 1]`` of both arrays that follow.
+    places, local
+        (n,) where each stood in ``rows``, ascending within a part, and which of the part's rows it is.
+    """
+    n_rows, n_parts = len(rows), len(bounds) - 1
+    part, firsts = np.empty(n_rows, np.int64), np.zeros(n_parts + 1, np.int64)
+    k = 0
+    for i in range(n_rows):
+        if not bounds[k] <= rows[i] < bounds[k + 1]:
+            k = np.searchsorted(bounds, rows[i], "right") - 1
+        part[i] = k
+        firsts[k + 1] += 1
+    firsts = np.cumsum(firsts)
+    after, places, local = firsts.copy(), np.empty(n_rows, np.int64), np.empty(n_rows, np.int64)
+    for i in range(n_rows):
+        k = part[i]
+        places[after[k]], local[after[k]] = i, rows[i] - bounds[k]
+        after[k] += 1
+    return firsts, places, local

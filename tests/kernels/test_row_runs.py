@@ -1,0 +1,51 @@
+"""Runs and places of rows are what numpy finds in more steps."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from annbatch_dask.kernels.row_runs import deal_rows, find_runs, place_entries
+
+N_ROWS = 60
+parts = st.tuples(st.integers(0, N_ROWS - 1), st.integers(1, 12), st.sampled_from([1, 1, 1, 2]))
+
+
+def rows_of(drawn):
+    """Slices of rows one after the other: in any order, that overlap, touch or repeat."""
+    made = [np.arange(start, min(start + n * step, N_ROWS), step) for start, n, step in drawn]
+    return np.concatenate(made) if made else np.zeros(0, np.int64)
+
+
+@given(st.lists(parts, max_size=8))
+def test_runs_cover_the_rows_and_no_others(drawn):
+    rows = rows_of(drawn)
+    spans, span, position = find_runs(rows)
+    read = np.concatenate([np.arange(a, b) for a, b in spans] or [np.zeros(0, np.int64)])
+    np.testing.assert_array_equal(read, np.unique(rows))
+    assert (spans[1:, 0] > spans[:-1, 1]).all()
+    np.testing.assert_array_equal(read[position], rows)
+    assert ((spans[span, 0] <= rows) & (rows < spans[span, 1])).all()
+
+
+@given(st.lists(parts, max_size=8), st.integers(0, 2**32 - 1))
+def test_entries_are_those_of_the_rows(drawn, seed):
+    rows = rows_of(drawn)
+    indptr = np.concatenate([[0], np.cumsum(np.random.default_rng(seed).integers(0, 5, N_ROWS))])
+    row_spans, span, _ = find_runs(rows)
+    spans, starts, lengths = place_entries(indptr, rows, row_spans, span)
+    read = np.concatenate([np.arange(a, b) for a, b in spans] or [np.zeros(0, np.int64)])
+    for row, start, length in zip(rows, starts, lengths, strict=True):
+        np.testing.assert_array_equal(read[start : start + length], np.arange(indptr[row], indptr[row + 1]))
+
+
+@given(st.lists(parts, max_size=8), st.lists(st.integers(0, N_ROWS), max_size=5))
+def test_rows_are_dealt_to_the_parts_that_hold_them(drawn, cuts):
+    rows, bounds = rows_of(drawn), np.array([0, *sorted(cuts), N_ROWS])
+    firsts, places, local = deal_rows(rows, bounds)
+    part = np.searchsorted(bounds, rows, side="right") - 1
+    for k in range(len(bounds) - 1):
+        own = slice(firsts[k], firsts[k + 1])
+        np.testing.assert_array_equal(places[own], np.flatnonzero(part == k))
+        np.testing.assert_array_equal(local[own] + bounds[k], rows[part == k])
