@@ -5,10 +5,10 @@
 # make notebooks                              runs the notebooks and keeps what they show; NOTEBOOKS=notebooks/lazy.ipynb for one
 # make chaos                                  what is too slow for make test: builds killed at every moment
 # make bench ANNBATCH_PYTHON=path/to/python   the figures of README.md, beside annbatch where that Python has it
-# make venv PYTHON=python3.12                 another interpreter (make clean first)
+# make test PYTHON=python3.13                 another interpreter, whose packages go into .venv-313
 
 PYTHON ?= python3
-VENV   ?= .venv
+VENV   ?= .venv$(patsubst python3.%,-3%,$(filter python3.%,$(notdir $(PYTHON))))
 FILES  ?=
 NOTEBOOKS ?=
 TESTS  ?= tests
@@ -70,4 +70,4 @@ bench: $(STAMP)
 		--annbatch-python "$(ANNBATCH_PYTHON)" $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) demo_data site .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* demo_data site .mypy_cache .pytest_cache .ruff_cache
