@@ -9,7 +9,7 @@ also C++, and the tests run it as such.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike
 
-__all__ = ["N_THREADS", "SOURCE", "Kernel", "compiled", "find_compiler", "kernel_name", "tiles"]
+__all__ = ["N_THREADS", "SOURCE", "Kernel", "compiled", "find_compiler", "kernel_name", "knows", "tiles"]
 
 Kernel = Callable[[tuple[int, int], int, list[Any], Any], None]
 """Launches: grid, bytes of shared memory, arguments, stream. Arguments are arrays, ints (32 bits) and floats (64)."""
@@ -101,6 +101,9 @@ template <> struct Write<Half> {
     }
 };
 
+// Four values that are written at once.
+template <typename Out> struct alignas(4 * sizeof(Out)) Four { Out of[4]; };
+
 // The sum of a row, the same whatever block asks for it.
 template <typename Value> __device__ double sum_of(const Value* values, int length)
 {
@@ -129,7 +132,7 @@ __global__ void densify(const unsigned char* slab, const long long* value_at, co
     const Value* values = (const Value*)(slab + value_at[row]);
     const Column* columns = (const Column*)(slab + column_at[row]);
 
-    for (int j = threadIdx.x; j < size; j += blockDim.x) sums[j] = 0;
+    for (int j = 2 * threadIdx.x; j < tile; j += 2 * blockDim.x) sums[j] = sums[j + 1] = 0;  // tiles are even
     double scale = 1;
     if (target_sum > 0) {
         const double total = sum_of(values, length);
@@ -150,7 +153,39 @@ __global__ void densify(const unsigned char* slab, const long long* value_at, co
     }
     __syncthreads();
     Out* to = out + (long long)dest[first + blockIdx.x] * width + begin;
-    for (int j = threadIdx.x; j < size; j += blockDim.x) to[j] = Write<Out>::of(sums[j]);
+    if (width % 4 == 0 && sizeof(Out) <= 4) {  // so are begin and size
+        for (int j = 4 * threadIdx.x; j < size; j += 4 * blockDim.x) {
+            Four<Out> four;
+            for (int k = 0; k < 4; k++) four.of[k] = Write<Out>::of(sums[j + k]);
+            *(Four<Out>*)(to + j) = four;
+        }
+    } else {
+        for (int j = threadIdx.x; j < size; j += blockDim.x) to[j] = Write<Out>::of(sums[j]);
+    }
+}
+
+template <typename Value, typename Column, typename Sum, typename Out, typename Index>
+__global__ void gather(const unsigned char* slab, const long long* value_at, const long long* column_at,
+                       const int* lengths, const int* rows, const int* dest, int first, const long long* starts,
+                       double target_sum, Out* out, Index* out_columns)
+{
+    const int row = rows[first + blockIdx.x], length = lengths[row];
+    const long long start = starts[dest[first + blockIdx.x]];
+    const Value* values = (const Value*)(slab + value_at[row]);
+    const Column* columns = (const Column*)(slab + column_at[row]);
+    double scale = 1;
+    if (target_sum > 0) {
+        const double total = sum_of(values, length);
+        if (total != 0) scale = target_sum / total;
+    }
+    for (int j = threadIdx.x; j < length; j += blockDim.x) {
+        if (target_sum > 0) {
+            out[start + j] = Write<Out>::of(Cast<Sum>::of(log1p((double)Read<Value>::of(values[j]) * scale)));
+        } else {
+            out[start + j] = Write<Out>::of(Cast<Sum>::of(Read<Value>::of(values[j])));
+        }
+        out_columns[start + j] = columns[j];
+    }
 }
 
 template <typename Value, typename Sum, typename Out>
@@ -182,15 +217,45 @@ def tiles(width: int, itemsize: int) -> tuple[int, int]:
     return n_tiles, max(32, -(-tile // 32) * 32)
 
 
-def kernel_name(kernel: Literal["densify", "pick"], *dtypes: DTypeLike, bfloat16: bool = False) -> str:
-    """A kernel for these dtypes: of values, of columns where rows are sparse, of sums, of what is delivered.
+def kernel_name(
+    kernel: Literal["densify", "gather", "pick"],
+    stored: Sequence[DTypeLike],
+    total: DTypeLike,
+    delivered: DTypeLike | None,
+    index: DTypeLike | None = None,
+) -> str:
+    """A kernel for some dtypes.
 
-    Sums are in float32, float64, int32 or int64. With ``bfloat16`` that is delivered, and the last dtype is passed
-    over. KeyError for a dtype that CUDA does not know.
+    Parameters
+    ----------
+    kernel
+        Makes dense rows of sparse ones, sparse ones of sparse ones, or dense ones of dense ones.
+    stored
+        Of values, and of columns where rows are sparse.
+    total
+        Of sums: float32, float64, int32 or int64.
+    delivered
+        Of what is written; None for bfloat16.
+    index
+        Of columns that are written, for ``"gather"``.
+
+    Raises
+    ------
+    KeyError
+        If CUDA does not know a dtype.
     """
-    *names, last = (_NAMES[np.dtype(dtype).str[1:]] for dtype in dtypes)
-    names[-1] = {"long long": "unsigned long long"}.get(names[-1], names[-1])
-    return f"{kernel}<{', '.join([*names, 'BFloat' if bfloat16 else last])}>"
+    added = {"long long": "unsigned long long"}.get(_name(total), _name(total))
+    names = [*map(_name, stored), added, "BFloat" if delivered is None else _name(delivered)]
+    return f"{kernel}<{', '.join(names if index is None else [*names, _name(index)])}>"
+
+
+def knows(dtype: DTypeLike) -> bool:
+    """Whether kernels read and write a dtype."""
+    return np.dtype(dtype).isnative and np.dtype(dtype).str[1:] in _NAMES
+
+
+def _name(dtype: DTypeLike) -> str:
+    return _NAMES[np.dtype(dtype).str[1:]]
 
 
 def find_compiler(library: Literal["cupy", "torch"]) -> Literal["cupy", "torch"] | None:

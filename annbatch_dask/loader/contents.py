@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import DTypeLike, NDArray
 
+from annbatch_dask.kernels.gpu import knows
 from annbatch_dask.loader.batch import Form, Selection
 from annbatch_dask.loader.casts import check_cast
 from annbatch_dask.loader.device import Device, Placed, check_device, find_device, has_device
@@ -253,8 +254,8 @@ class Wanted:
         chosen = self.select(var)
         selection = None if chosen is None else Selection.of(chosen, sources[X][0].shape[1])
         has_names = table is not None and all(index is not None for index in table.indexes)
-        is_made_there = self.dense == "gpu"
-        device = find_device(self.to) if is_made_there or (self.on_gpu and has_device(self.to)) else None
+        device = find_device(self.to) if self.dense == "gpu" or (self.on_gpu and has_device(self.to)) else None
+        is_made_there = self.dense == "gpu" or self._makes_csr(device, sources)
         matrices = []
         for key, parts in sources.items():
             form = Form(dense=self.dense is not None, selection=None if key.kind == "obsm" else selection)
@@ -273,6 +274,14 @@ class Wanted:
             device,
             is_made_there,
         )
+
+    def _makes_csr(self, device: Device | None, sources: Mapping[Key, tuple[Source, ...]]) -> bool:
+        """Whether sparse batches are made on the device: not of chosen genes, whose entries it would have to count."""
+        if device is None or not device.makes_csr or self.dense is not None or self.var_names is not None:
+            return False
+        asked = () if self.dtype in (None, STORED, "bfloat16") else (self.dtype,)
+        there = {dtype for parts in sources.values() for s in parts for dtype in (s.dtype, s.stored_dtype)}
+        return all(map(knows, (*there, *asked)))
 
     def _deliver(
         self, device: Device | None, *, is_made_there: bool = False, bfloat16: bool = False

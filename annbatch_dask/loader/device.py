@@ -20,18 +20,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from annbatch_dask.errors import DeviceError
 from annbatch_dask.kernels import gpu, tensors
 from annbatch_dask.loader.batch import CsrParts, Form, check_columns
-from annbatch_dask.loader.output import Framework, make_deliver, tensors_of
+from annbatch_dask.loader.output import Framework, csr_tensor, make_deliver, tensors_of
 from annbatch_dask.loader.pool import BufferPool
 from annbatch_dask.loader.requests import Loaded, Window
 from annbatch_dask.loader.slab import Group, Piece, RowTable, Slab, deal, room_of, tabulate
+from annbatch_dask.loader.sources import Source
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -49,6 +50,7 @@ __all__ = [
     "place",
 ]
 
+_MAX_INT32 = np.iinfo(np.int32).max
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 Array = NDArray[Any]
@@ -86,8 +88,15 @@ class Device(Protocol):
     def counts(self, n: int) -> Any:
         """That many counters, all 0."""
 
+    @property
+    def makes_csr(self) -> bool:
+        """Whether it makes sparse batches."""
+
     def make(self, target: Target, placed: Placed, batch: int) -> Any:
         """The rows of one batch, as they are delivered."""
+
+    def make_csr(self, target: Target, placed: Placed, batch: int) -> Any:
+        """The same, as a sparse matrix."""
 
     def deliver(self, built: CsrParts | Array, *, bfloat16: bool) -> Any:
         """What was built on the host."""
@@ -179,6 +188,9 @@ class PlacedMatrix:
         On the device: of all batches one behind the other, rows of the window and their places in the batch.
     pieces
         Of each batch.
+    starts, ends
+        Of sparse batches, on the device: where each row begins in its batch, and behind the last one where that ends;
+        of all batches one behind the other. On the host: where each batch ends.
     """
 
     table: RowTable
@@ -189,6 +201,8 @@ class PlacedMatrix:
     rows: Any
     dest: Any
     pieces: list[list[Piece]]
+    starts: Any
+    ends: list[int]
 
 
 @dataclass(frozen=True)
@@ -230,26 +244,37 @@ class Placed:
             check_columns(int(n_outside), matrix.n_columns)
 
 
-def place(window: Window, slab: Slab, n_columns: Sequence[int], device: Device, pool: BufferPool) -> Placed:
+def place(window: Window, slab: Slab, builders: Sequence[DeviceBuilder], device: Device, pool: BufferPool) -> Placed:
     """Begin to bring a window to a device: its slab, and tables of where the rows of each batch lie in it.
 
-    ``n_columns`` are those of each matrix.
+    There is a builder for each matrix.
     """
     bounds = [0, *np.cumsum([len(split) for split in window.splits]).tolist()]
     taken = np.concatenate(window.splits) if window.splits else np.zeros(0, np.int64)
     tables = [tabulate(loaded, slab) for loaded in window.matrices]
     deals = [deal(window.splits, table.group, len(table.groups)) for table in tables]
     arrays: list[Array] = [codes[taken] for codes in window.codes.values()]
-    for table, (rows, dest, _) in zip(tables, deals, strict=True):
-        arrays += [table.value_at, table.column_at, table.lengths, rows, dest]
+    starts = [_starts(table, window.splits if b.is_csr else ()) for table, b in zip(tables, builders, strict=True)]
+    for table, (rows, dest, _), its_starts in zip(tables, deals, starts, strict=True):
+        arrays += [table.value_at, table.column_at, table.lengths, rows, dest, np.concatenate([[0], *its_starts])]
     there = iter(_uploaded(arrays, device, pool))
     codes = {name: next(there) for name in window.codes}
-    matrices = [
-        PlacedMatrix(table, n, next(there), next(there), next(there), next(there), next(there), pieces)
-        for table, n, (_, _, pieces) in zip(tables, n_columns, deals, strict=True)
-    ]
+    matrices = []
+    for table, builder, (_, _, pieces), its_starts in zip(tables, builders, deals, starts, strict=True):
+        value_at, column_at, lengths, rows, dest, starts_there = (next(there) for _ in range(6))
+        ends = [int(part[-1]) for part in its_starts]
+        matrices.append(
+            PlacedMatrix(
+                table, builder.n_columns, value_at, column_at, lengths, rows, dest, pieces, starts_there[1:], ends
+            )
+        )
     counters = device.counts(len(window.splits) * len(tables))
     return Placed(device.upload(slab.used), matrices, bounds, codes, counters)
+
+
+def _starts(table: RowTable, splits: Sequence[Ints]) -> list[Ints]:
+    """Where each row of each batch begins, and where the last one ends."""
+    return [np.concatenate([[0], np.cumsum(table.lengths[split], dtype=np.int64)]) for split in splits]
 
 
 def _uploaded(arrays: Sequence[Array], device: Device, pool: BufferPool) -> list[Any]:
@@ -312,17 +337,18 @@ class Target:
         msg = f"dense='gpu' makes no rows of {self.dtype}; pass dtype='float32' to the Loader, or dense='cpu'"
         raise TypeError(msg)
 
-    def kernel(self, group: Group) -> str:
-        """The kernel that makes them of rows of a group."""
-        form, dtypes = self.form, [group.values, self.sum_dtype, self.dtype]
-        if group.columns is not None:
-            dtypes.insert(1, group.columns)
-        return gpu.kernel_name("pick" if group.columns is None else "densify", *dtypes, bfloat16=form.is_bfloat16)
+    def kernel(self, group: Group, index: DTypeLike | None = None) -> str:
+        """The kernel that makes them of rows of a group; sparse ones with columns of an index dtype."""
+        delivered = None if self.form.is_bfloat16 else self.dtype
+        if group.columns is None:
+            return gpu.kernel_name("pick", [group.values], self.sum_dtype, delivered)
+        kernel: Literal["densify", "gather"] = "densify" if index is None else "gather"
+        return gpu.kernel_name(kernel, [group.values, group.columns], self.sum_dtype, delivered, index)
 
 
 @dataclass(frozen=True)
 class DeviceBuilder:
-    """Makes dense batches of one matrix on a device; what :class:`annbatch_dask.loader.batch.BatchBuilder` is on a CPU.
+    """Makes batches of one matrix on a device; what :class:`annbatch_dask.loader.batch.BatchBuilder` is on a CPU.
 
     Attributes
     ----------
@@ -330,6 +356,8 @@ class DeviceBuilder:
         What rows are delivered as.
     n_columns, shape
         Columns of the data, and shape of a delivered row.
+    is_csr
+        Whether sparse rows stay sparse.
     device
         Where batches are made.
     columns, places
@@ -341,29 +369,33 @@ class DeviceBuilder:
     form: Form
     n_columns: int
     shape: tuple[int, ...]
+    is_csr: bool
     device: Device
     columns: Any | None
     places: Any | None
     number: int
 
     @classmethod
-    def of(cls, form: Form, shape: tuple[int, ...], device: Device, number: int) -> DeviceBuilder:
-        """Bring the selection to the device; ``shape`` is that of the data."""
+    def of(cls, form: Form, source: Source, device: Device, number: int) -> DeviceBuilder:
+        """Bring the selection to the device; the source is one of the data."""
         chosen = form.selection
         columns, places = None, None
         if chosen is not None:
             columns, places = device.put(chosen.columns.astype(np.int32)), device.put(chosen.places)
-        return cls(form, math.prod(shape[1:]), form.width_of(shape), device, columns, places, number)
+        is_csr, shape = source.is_sparse and not form.dense, source.shape
+        return cls(form, math.prod(shape[1:]), form.width_of(shape), is_csr, device, columns, places, number)
 
     def nbytes(self, loaded: Loaded, split: Ints) -> int:
         """Memory the batch will take, on the device."""
+        if self.is_csr:
+            return int(loaded.lengths[split].sum()) * (self.form.dtype_of(loaded).itemsize + 4) + 4 * len(split)
         return len(split) * math.prod(self.shape) * self.form.dtype_of(loaded).itemsize
 
     def build(self, loaded: Loaded, placed: Placed, batch: int) -> Any:
         """Make the rows of one batch."""
         dtype = self.form.dtype_of(loaded)
         target = Target(self.form, dtype, self.n_columns, self.shape, self.columns, self.places, self.number)
-        return self.device.make(target, placed, batch)
+        return self.device.make_csr(target, placed, batch) if self.is_csr else self.device.make(target, placed, batch)
 
 
 def _launches(target: Target, placed: Placed, batch: int) -> Iterator[tuple[Piece, Group, tuple[int, int], int, int]]:
@@ -485,6 +517,29 @@ class TorchDevice:
             kernel = gpu.compiled(target.kernel(group), self._compiler, self.device.index)
             kernel(grid, shared, _arguments(target, placed, batch, piece, tile, rows), self.stream)
         return rows.view(n_rows, *target.shape)
+
+    @property
+    def makes_csr(self) -> bool:
+        """Where there are kernels."""
+        return self._compiler is not None
+
+    def make_csr(self, target: Target, placed: Placed, batch: int) -> Any:
+        """A tensor in CSR format."""
+        import torch
+
+        matrix, n_rows = placed.matrices[target.number], placed.bounds[batch + 1] - placed.bounds[batch]
+        first, n_entries = placed.bounds[batch] + batch, matrix.ends[batch]
+        starts = matrix.starts[first : first + n_rows + 1]
+        index = np.dtype(np.int32 if max(n_entries, target.n_columns) <= _MAX_INT32 else np.int64)
+        values = torch.empty(n_entries, dtype=_delivered_dtype(target), device=self.device)
+        columns = torch.empty(n_entries, dtype=_torch_dtype(index), device=self.device)
+        for piece in matrix.pieces[batch] if n_entries else ():
+            group = matrix.table.groups[piece.group]
+            kernel = gpu.compiled(target.kernel(group, index), self._compiler or "torch", self.device.index)
+            where = [placed.slab, matrix.value_at, matrix.column_at, matrix.lengths, matrix.rows, matrix.dest]
+            arguments = [*where, piece.start, starts, float(target.form.target_sum or 0), values, columns]
+            kernel((piece.stop - piece.start, 1), 0, arguments, self.stream)
+        return csr_tensor(starts.to(columns.dtype), columns, values, (n_rows, target.n_columns))
 
     def _make_plainly(self, target: Target, placed: Placed, batch: int, n_rows: int) -> Any:
         """By operations of torch alone."""
@@ -702,6 +757,15 @@ class CupyDevice:
             self.stream.synchronize()
             return jax.dlpack.from_dlpack(rows)
         return rows
+
+    @property
+    def makes_csr(self) -> bool:
+        """No: matrices of cupy's are made on the host, and copied."""
+        return False
+
+    def make_csr(self, target: Target, placed: Placed, batch: int) -> Any:
+        """Not here."""
+        raise NotImplementedError
 
     def deliver(self, built: CsrParts | Array, *, bfloat16: bool) -> Any:
         """By copies that are finished."""

@@ -14,7 +14,6 @@ Whoever drops an iteration only leaves marks in its queues: see :mod:`annbatch_d
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -134,7 +133,7 @@ class Pipeline:
         self._builders, self._device_builders = [], []
         if device is not None and contents.is_made_there:
             self._device_builders = [
-                DeviceBuilder.of(matrix.form, matrix.shape, device, number)
+                DeviceBuilder.of(matrix.form, matrix.sources[0], device, number)
                 for number, matrix in enumerate(contents.matrices)
             ]
         else:
@@ -336,8 +335,7 @@ class Pipeline:
         device = self._contents.device
         if window.slab is None or device is None:
             return window, None
-        n_columns = [math.prod(matrix.shape[1:]) for matrix in self._contents.matrices]
-        placed = place(window, window.slab, n_columns, device, self._pool)
+        placed = place(window, window.slab, self._device_builders, device, self._pool)
         self._window_budget.release(window.nbytes)
         return window.without_blocks(), placed
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.loader.batch import CsrParts
 
-__all__ = ["Framework", "check_framework", "deliver_as", "make_deliver", "tensors_of"]
+__all__ = ["Framework", "check_framework", "csr_tensor", "deliver_as", "make_deliver", "tensors_of"]
 
 Framework = Literal["torch", "jax"]
 Array = NDArray[Any]
@@ -99,16 +99,21 @@ def _to_scipy(batch: CsrParts | Array) -> Any:
 def _to_torch(batch: CsrParts | Array) -> Any:
     torch: Any = _import_torch()
     if isinstance(batch, CsrParts):
-        parts = [torch.from_numpy(part) for part in (batch.indptr, batch.columns, batch.values)]
-        return torch.sparse_csr_tensor(*parts, size=batch.shape)
+        indptr, columns, values = (torch.from_numpy(part) for part in (batch.indptr, batch.columns, batch.values))
+        return csr_tensor(indptr, columns, values, batch.shape)
     return torch.from_numpy(batch)
+
+
+def csr_tensor(starts: Any, columns: Any, values: Any, shape: tuple[int, int]) -> Any:
+    """A sparse tensor of its parts, which are not looked at."""
+    return _import_torch().sparse_csr_tensor(starts, columns, values, size=shape, check_invariants=False)
 
 
 def _to_torch_bfloat16(batch: CsrParts | Array) -> Any:
     torch: Any = _import_torch()
     if isinstance(batch, CsrParts):
         indptr, columns, bits = (torch.from_numpy(part) for part in (batch.indptr, batch.columns, batch.values))
-        return torch.sparse_csr_tensor(indptr, columns, bits.view(torch.bfloat16), size=batch.shape)
+        return csr_tensor(indptr, columns, bits.view(torch.bfloat16), batch.shape)
     return torch.from_numpy(batch).view(torch.bfloat16)
 
 

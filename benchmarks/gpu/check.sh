@@ -15,7 +15,7 @@ atlas=
 if [[ $steps =~ bench|train|profile ]] && [ ! -e /tmp/atlas/part_2.h5ad ]; then
   python3 .gpu/make_atlas.py /tmp/atlas --scale "${SCALE:-0.5}" >"$out/atlas" 2>&1 & atlas=$!
 fi
-if wants tests; then timeout 150 "${pytest[@]}" tests/gpu 2>&1 | tail -60; said tests; fi
+if wants tests; then timeout 150 "${pytest[@]}" tests/gpu ${TESTS:-} 2>&1 | tail -60; said tests; fi
 if wants sanitizer; then
   timeout 100 compute-sanitizer --tool memcheck --error-exitcode 9 "${pytest[@]}" tests/gpu -k "normalises and csr and torch or damaged" 2>&1 | tail -15
   said sanitizer

@@ -60,14 +60,8 @@ def main():
     ):  # fmt: skip
         out = torch.empty((N_ROWS, width), dtype=names[dtype], device="cuda")
         floor = timed(out.zero_)
-        name = gpu.kernel_name(
-            "densify",
-            "uint16",
-            "uint16",
-            "float32",
-            "uint16" if dtype == "bfloat16" else dtype,
-            bfloat16=dtype == "bfloat16",
-        )
+        delivered = None if dtype == "bfloat16" else dtype
+        name = gpu.kernel_name("densify", ["uint16", "uint16"], "float32", delivered)
         for compiler in ("cupy", "torch"):
             kernel = gpu.compiled(name, compiler, 0)
             for kib in (16, 24, 40) if compiler == "cupy" and width > 2000 else (40,):

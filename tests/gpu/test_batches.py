@@ -226,6 +226,29 @@ def test_a_damaged_column_is_noticed(to):
     assert len(found) <= 3
 
 
+@pytest.mark.parametrize("dtypes", STORED)
+@pytest.mark.parametrize("more", [{}, {"transform": NormalizeLog1p(50), "dtype": "float32"}], ids=["", "log1p"])
+def test_sparse_batches_are_those_of_the_host(to, dtypes, more):
+    if to != "torch":
+        pytest.skip("for cupy and jax they are made on the host")
+    parts = datasets("csr", dtypes)
+    for asked in (None, "float32", "bfloat16", "stored"):
+        form = {"dtype": asked, "to": "torch"} | more
+        expected = batches(parts, preload_to_gpu=False, **form)
+        for one, other in zip(batches(parts, preload_to_gpu=True, **form), expected, strict=True):
+            found, wanted = one["X"], other["X"]
+            assert found.layout is torch.sparse_csr
+            assert (found.is_cuda, found.dtype, found.shape) == (True, wanted.dtype, wanted.shape)
+            assert torch.equal(found.crow_indices().cpu(), wanted.crow_indices())
+            assert torch.equal(found.col_indices().cpu(), wanted.col_indices())
+            torch.testing.assert_close(
+                found.values().cpu().double(),
+                wanted.values().double(),
+                rtol=1e-2 if asked == "bfloat16" else 1e-6,
+                atol=0,
+            )
+
+
 def test_csr_batches_are_copied_from_pinned_memory():
     parts, whole = many()
     loader = Loader(

@@ -77,6 +77,15 @@ extern "C" void run_NUMBER(int n_threads, int n_rows, int n_tiles, Slab slab, At
     });
 }
 """,
+    "gather": r"""
+extern "C" void run_NUMBER(int n_threads, int n_rows, int n_tiles, Slab slab, At value_at, At column_at, Ints lengths,
+                           Ints rows, Ints dest, int first, At starts, double target_sum, void* out, int* out_columns)
+{
+    launch(n_threads, n_rows, n_tiles, [=] {
+        KERNEL(slab, value_at, column_at, lengths, rows, dest, first, starts, target_sum, (OUT*)out, out_columns);
+    });
+}
+""",
 }
 # Values, columns, sums, and what is delivered; the last word may be bfloat16.
 SPARSE = [
@@ -90,21 +99,23 @@ SPARSE = [
     ("bool", "int64", "int32", "bool"),
 ]
 DENSE = [(value, total, out) for value, _, total, out in SPARSE]
+KERNELS = [(kernel, t) for kernel, types in (("densify", SPARSE), ("pick", DENSE), ("gather", SPARSE)) for t in types]
 
 
 def name_of(kernel, types):
-    *dtypes, out = types
-    is_bfloat16 = out == "bfloat16"
-    return kernel_name(kernel, *dtypes, "uint16" if is_bfloat16 else out, bfloat16=is_bfloat16)
+    *stored, total, out = types
+    return kernel_name(
+        kernel, stored, total, None if out == "bfloat16" else out, "int32" if kernel == "gather" else None
+    )
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kernel")
     runs = []
-    for number, (kernel, types) in enumerate([*(("densify", t) for t in SPARSE), *(("pick", t) for t in DENSE)]):
+    for number, (kernel, types) in enumerate(KERNELS):
         name = name_of(kernel, types)
-        out = name[:-1].rsplit(", ", 1)[1]
+        out = name[:-1].split(", ")[-2 if kernel == "gather" else -1]
         runs.append(RUN[kernel].replace("NUMBER", str(number)).replace("KERNEL", name).replace("OUT", out))
     (folder / "kernel.cpp").write_text(
         CUDA + SOURCE.replace("extern __shared__ double shared[];", "") + LAUNCH + "".join(runs)
@@ -210,6 +221,21 @@ def test_densify_makes_what_its_twin_makes(library, number, is_chosen, target_su
         scatter_rows(at, starts[rows], lengths[rows].astype(np.int64), made, dest, places if is_chosen else None)
         equal(found, half_as_stored(made, out), out, is_computed=target_sum is not None)
         assert counted.tolist() == [0, 0, 0]
+        if is_chosen:
+            continue
+
+        n_each = np.zeros(n_rows, np.int64)
+        n_each[dest] = lengths[rows]
+        ends = np.cumsum(n_each)
+        kept, kept_columns = bits_of(out, csr.nnz), np.full(csr.nnz, -1, np.int32)
+        starts_of = np.concatenate([[0], ends])
+        gathered = len(SPARSE) + len(DENSE) + number
+        call(library, gathered, n_threads, n_rows, 1, *where, starts_of, float(target_sum or 0), kept, kept_columns)
+        order = np.empty(n_rows, np.int64)
+        order[dest] = rows
+        expected = sp.csr_matrix((sparse, csr.indices, csr.indptr), csr.shape)[order]
+        np.testing.assert_array_equal(kept_columns, expected.indices)
+        equal(kept, half_as_stored(expected.data.astype(total), out), out, is_computed=target_sum is not None)
 
 
 @pytest.mark.parametrize("number", range(len(DENSE)))
