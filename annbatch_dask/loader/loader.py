@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -135,8 +136,9 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         order. Functions are called one batch at a time, in order, in a background thread.
     layers, obsm
         Names of the matrices that batches carry beside ``X``, under ``batch["layers"]`` and ``batch["obsm"]``. They
-        follow ``dense`` and ``to``, layers ``var_names`` as well; their dtype is that of the source. By default
-        none, with a warning that names them; an empty list leaves them out on purpose.
+        follow ``dense`` and ``to``, layers ``var_names`` as well; their dtype is that of the source. ``"all"`` is every
+        array and CSR matrix, which all datasets must then have alike: what annbatch has announced to do by default. By
+        default none, with a FutureWarning that names them; an empty list leaves them out on purpose.
     obs_columns
         Columns of ``obs`` that batches carry; only these are read. By default all. From a collection an empty list
         leaves out ``obs``, whose names are not read either.
@@ -170,11 +172,15 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
     cache_bytes
         Room on the disk that the folder may take, such as ``"500GB"``. Once it is full, the rest is read from the
         store each time. Beyond the first process, each may pass it by 64 MiB.
+    to_torch
+        An older name: True is ``to="torch"``, False the default.
 
     Raises
     ------
     ImportError
         If ``to``, ``preload_to_gpu`` or ``dense`` need what is not installed.
+    ValueError
+        If both ``to`` and ``to_torch`` are given, or a ``batch_sampler`` and what it decides.
     DeviceError
         If dense batches are to be made on a GPU, and there is none.
     StorageError
@@ -212,8 +218,8 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         casting: Casting | None = None,
         var_names: Sequence[str] | None = None,
         transform: Transform | Sequence[Transform] | None = None,
-        layers: Sequence[str] | None = None,
-        obsm: Sequence[str] | None = None,
+        layers: Sequence[str] | Literal["all"] | None = None,
+        obsm: Sequence[str] | Literal["all"] | None = None,
         obs_columns: Sequence[str] | None = None,
         obs_codes: Codes | None = None,
         where: Where | None = None,
@@ -223,7 +229,10 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         prefetch_bytes: int = _PREFETCH_NBYTES,
         cache_dir: str | os.PathLike[str] | None = None,
         cache_bytes: int | str = "64GB",
+        to_torch: bool | None = None,
     ) -> None:
+        if to_torch is not None:
+            to = _older_to(to, to_torch=to_torch)
         given = {
             "chunk_size": chunk_size,
             "preload_nchunks": preload_nchunks,
@@ -251,11 +260,12 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
             casting=casting,
             var_names=var_names,
             transform=transform,
-            layers=layers,
-            obsm=obsm,
+            layers=None if layers == "all" else layers,
+            obsm=None if obsm == "all" else obsm,
             obs_columns=obs_columns,
             obs_codes=obs_codes,
         )
+        self._all_of = {kind for kind, names in (("layers", layers), ("obsm", obsm)) if names == "all"}
         size = global_batch_size or batch_size or 1
         self._batch_sampler: Sampler = batch_sampler or _default_sampler(
             chunk_size, preload_nchunks, size, shuffle=bool(shuffle), drop_last=bool(drop_last), rng=rng
@@ -278,6 +288,7 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         # Replaced, never changed in place: a shallow copy keeps what it was copied with.
         self._sources: tuple[Source, ...] = ()
         self._beside: dict[Key, tuple[Source, ...]] = {}
+        self._named: frozenset[str] = frozenset()  # what was said to be left out
         self._dataset_type: type[Any] | None = None
         self._tables: tuple[ObsTable, ...] | None = None
         self._labels: Labels | None = None
@@ -445,12 +456,38 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         if not isinstance(adata.X, _ACCEPTED):
             msg = f"Cannot add an AnnData with X of type {type(adata.X)}; use one of {_names(_ACCEPTED)}"
             raise TypeError(msg)
-        _warn_left_out(adata, self._wanted)
+        for kind in self._all_of:
+            self._want_all(kind, adata)
+        self._say_what_is_left_out(_left_out(adata, self._wanted))
         obs = adata.obs if adata.obs is not None and len(adata.obs.columns) else None
         beside = {key: _element(adata, key) for key in self._wanted.keys}
         has_names = not isinstance(adata, Backed) or adata.has_names
         table = self._compact(obs, has_names=has_names) if is_ours and obs is not None else None
         self._add(adata.X, obs, adata.var, beside, listing, values_of(adata.X, recorded), table)
+
+    def _want_all(self, kind: str, adata: ad.AnnData | Backed) -> None:
+        """Ask for everything of ``layers`` or ``obsm`` that the first AnnData has; the others must have the same."""
+        there = tuple(sorted(k for k, v in getattr(adata, kind).items() if k is not None and isinstance(v, _ACCEPTED)))
+        if not self._sources:
+            self._wanted = replace(self._wanted, **{kind: there})
+        elif there != (asked := getattr(self._wanted, kind)):
+            msg = (
+                f"{kind}='all' needs the same {kind} in all datasets: the first has {list(asked)}, the new one "
+                f"{list(there)}; name those to carry, {kind}=[...]"
+            )
+            raise ValueError(msg)
+
+    def _say_what_is_left_out(self, names: frozenset[str]) -> None:
+        """A warning that names what nobody asked for, each name once."""
+        for name in sorted(names - self._named):
+            kind, _, key = name.partition("/")
+            msg = (
+                f"Batches do not carry {name}. As annbatch has announced, a coming release carries what all AnnData "
+                f"have alike; pass {kind}=[{key!r}] to the Loader to have it now, or {kind}=[] to do without"
+            )
+            # stacklevel: user -> add_adata(s) or use_collection -> _add_adata -> here
+            warnings.warn(msg, FutureWarning, stacklevel=4)
+        self._named |= names
 
     def add_datasets(
         self,
@@ -575,6 +612,16 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         return Pipeline(contents, options, partial(_let_go, read, self._cache))
 
 
+def _older_to(to: Framework | None, *, to_torch: bool) -> Framework | None:
+    """What ``to_torch`` means, annbatch's name for it before 0.3; scvi-tools 1.5 uses it."""
+    if to is not None:
+        msg = f"Cannot specify to={to!r} and to_torch={to_torch}; give to alone"
+        raise ValueError(msg)
+    # stacklevel: user -> __init__ -> here
+    warnings.warn("to_torch is an older name, pass to='torch' (or None) to the Loader", FutureWarning, stacklevel=3)
+    return "torch" if to_torch else None
+
+
 def _let_go(sources: Iterable[Source], cache: RangeCache | None) -> None:
     """What is done when a pass reads nothing more."""
     for source in sources:
@@ -677,13 +724,12 @@ def _check_alike(old: Mapping[Key, tuple[Source, ...]], new: Mapping[Key, Source
             raise ValueError(msg)
 
 
-def _warn_left_out(adata: ad.AnnData | Backed, wanted: Wanted) -> None:
-    """Say by name what batches will not carry because nobody asked for it, nor left it out on purpose."""
-    for kind, asked in (("layers", wanted.layers), ("obsm", wanted.obsm)):
-        keys = sorted(k for k in getattr(adata, kind) if k is not None)  # anndata 0.13 lists X as layer None
-        if keys and asked is None:
-            msg = (
-                f"Batches do not carry {kind}: {', '.join(keys)}; pass {kind}=[...] to the Loader, or [] to do without"
-            )
-            # stacklevel: user -> add_adata(s) or use_collection -> _add_adata -> here
-            warnings.warn(msg, FutureWarning, stacklevel=4)
+def _left_out(adata: ad.AnnData | Backed, wanted: Wanted) -> frozenset[str]:
+    """What batches will not carry because nobody asked for it, nor left it out on purpose."""
+    return frozenset(
+        f"{kind}/{key}"
+        for kind, asked in (("layers", wanted.layers), ("obsm", wanted.obsm))
+        if asked is None
+        for key in getattr(adata, kind)
+        if key is not None  # anndata 0.13 lists X as layer None
+    )

@@ -228,13 +228,38 @@ def test_obs_without_columns_counts_as_none():
 def test_what_is_left_out_is_named():
     adata = ad.AnnData(csr(), layers={"raw": csr()}, obsm={"pca": np.zeros((20, 2))})
     with pytest.warns(FutureWarning) as caught:
-        Loader(batch_size=5, **SMALL).add_adata(adata)
-    assert [str(w.message).split("; ")[0] for w in caught] == [
-        "Batches do not carry layers: raw",
-        "Batches do not carry obsm: pca",
+        Loader(batch_size=5, **SMALL).add_adatas([adata, adata])
+    assert [str(w.message).split(". ")[0] for w in caught] == [
+        "Batches do not carry layers/raw",
+        "Batches do not carry obsm/pca",
     ]
     assert {w.filename for w in caught} == {__file__}
     Loader(batch_size=5, **SMALL, layers=[], obsm=[]).add_adata(adata)  # on purpose: no warning
+
+
+def test_all_of_layers_and_obsm_is_carried_where_all_datasets_have_it():
+    adata = ad.AnnData(csr(), layers={"raw": csr()}, obsm={"pca": np.arange(40.0).reshape(20, 2)})
+    adata.obsm["frame"] = pd.DataFrame({"a": range(20)}, index=adata.obs_names)  # no array: never carried
+    loader = Loader(batch_size=5, **SMALL, layers="all", obsm="all").add_adatas([adata, adata])
+    batch = next(iter(loader))
+    assert (list(batch["layers"]), list(batch["obsm"])) == (["raw"], ["pca"])
+    np.testing.assert_array_equal(batch["obsm"]["pca"], adata.obsm["pca"][batch["index"]])
+    np.testing.assert_array_equal(dense(batch["layers"]["raw"]), dense(batch["X"]))
+    del adata.layers["raw"]
+    with pytest.raises(ValueError, match=r"layers='all' .* \['raw'\], the new one \[\]"):
+        loader.add_adata(adata)
+
+
+def test_to_torch_is_an_older_name():
+    pytest.importorskip("torch")
+    with pytest.warns(FutureWarning, match="to='torch'") as caught:
+        loader = Loader(batch_size=5, **SMALL, to_torch=True)
+    assert caught[0].filename == __file__
+    assert type(next(iter(loader.add_dataset(csr())))["X"]).__module__ == "torch"
+    with pytest.warns(FutureWarning):
+        assert sp.issparse(next(iter(Loader(batch_size=5, **SMALL, to_torch=False).add_dataset(csr())))["X"])
+    with pytest.raises(ValueError, match="give to alone"):
+        Loader(to="torch", to_torch=True)
 
 
 def test_obs_of_different_datasets_is_united():
