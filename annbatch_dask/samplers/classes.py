@@ -50,21 +50,27 @@ class _ClassRuns:
         """(n,) drawable classes."""
         return np.searchsorted(self.class_bounds[1:-1], rng.random(n), side="right")
 
-    def draw_runs(self, rng: np.random.Generator, classes: Ints) -> tuple[Ints, Ints, Ints]:
-        """For each class a uniformly drawn row of it, and the run this lies in: row, start, stop."""
+    def draw_chunks(self, rng: np.random.Generator, classes: Ints, chunk_size: int) -> Ints:
+        """For each class the first row of a chunk in one of its runs, the runs in proportion to their rows.
+
+        A run is laid out with as many chunks as it has room for, and the rows that are left over between any two of
+        them, before or behind all. No other way to draw whole chunks comes as close to drawing all rows alike.
+        """
         n_rows = self.first_row[classes + 1] - self.first_row[classes]
         place = self.first_row[classes] + rng.integers(n_rows)
         run = np.searchsorted(self.row_bounds, place, side="right") - 1
-        start = self.starts[run]
-        return start + place - self.row_bounds[run], start, start + np.diff(self.row_bounds)[run]
+        n_chunks, n_over = np.divmod(np.diff(self.row_bounds)[run], chunk_size)
+        chunk, gap = rng.integers(n_chunks), rng.integers(n_chunks + 1)
+        return self.starts[run] + chunk * chunk_size + np.where(chunk >= gap, n_over, 0)
 
 
 class ClassSampler(RunSampler):
     """Batches of one class each, the classes drawn by their weights.
 
-    A class is drawn for every ``lcm(chunk_size, batch_size)`` rows. Its chunks begin at a uniformly drawn row of
-    the class, lie in one run of it, and go on at the start of the run after its end: all rows of a class are drawn
-    equally often on average.
+    A class is drawn for every ``lcm(chunk_size, batch_size)`` rows. Each of its chunks lies in one run of it and has
+    ``chunk_size`` rows, but for the last of a pass. All rows of a class are drawn equally often on average where its
+    runs are whole numbers of chunks; in one of ``q`` chunks and some rows over, these are ``q / (q + 1)`` times as
+    often drawn as the others, which is as even as whole chunks can be.
 
     Parameters
     ----------
@@ -258,13 +264,14 @@ def _draw_chunks(  # noqa: PLR0913
     n_rows = stop - start
     rng = generator(key, DRAW, k)
     classes = runs.draw_classes(rng, -(-n_rows // n_rows_of_a_draw))
-    chunks = np.repeat(classes, n_rows_of_a_draw // chunk_size)[: -(-n_rows // chunk_size)]
-    drawn = zip(*(part.tolist() for part in runs.draw_runs(rng, chunks)), strict=True)
-    return [
-        part
-        for i, (first, low, high) in enumerate(drawn)
-        for part in cyclic_run(first, min(chunk_size, n_rows - i * chunk_size), low, high)
-    ]
+    n_chunks, n_last = divmod(n_rows, chunk_size)
+    chunks = np.repeat(classes, n_rows_of_a_draw // chunk_size)[: n_chunks + bool(n_last)]
+    firsts = runs.draw_chunks(rng, chunks, chunk_size).tolist()
+    found = [slice(first, first + chunk_size) for first in firsts[:n_chunks]]
+    if n_last:  # any rows of a chunk, not always its first
+        begin = firsts[-1] + int(rng.integers(chunk_size))
+        found += cyclic_run(begin, n_last, firsts[-1], firsts[-1] + chunk_size)
+    return found
 
 
 def _bounds(sizes: NDArray[Any]) -> NDArray[Any]:

@@ -50,6 +50,15 @@ def share_of_class(codes):
     return 1 / np.bincount(codes)[codes]
 
 
+def share_in_chunks():
+    """How often each row is drawn where chunks are whole: in a run of q and some rows over, these are rarer."""
+    found = []
+    for n_rows in RUNS:
+        n_chunks, n_over = divmod(n_rows, CHUNK)
+        found += [1 / (n_chunks + (place % CHUNK < n_over)) * n_rows / CHUNK for place in range(n_rows)]
+    return np.array(found) * share_of_class(CODES)
+
+
 def in_subset(weights):
     found = np.zeros(N_CLASSED)
     found[SUBSET] = weights
@@ -58,8 +67,8 @@ def in_subset(weights):
 
 # A sampler, how often each row should be drawn in proportion, and how many neighbours are drawn together.
 DRAWS = {
-    "classes": lambda: (by_class(ClassSampler), WEIGHTS[CODES] * share_of_class(CODES), 20),
-    "mixed classes": lambda: (by_class(WeightedClassSampler), WEIGHTS[CODES] * share_of_class(CODES), CHUNK),
+    "classes": lambda: (by_class(ClassSampler), WEIGHTS[CODES] * share_in_chunks(), 20),
+    "mixed classes": lambda: (by_class(WeightedClassSampler), WEIGHTS[CODES] * share_in_chunks(), CHUNK),
     "weights of a subset": lambda: (
         of_strategy(BlockWeightedSampling(4, indices=SUBSET, weights=SUBSET + 1.0, total_size=2000)),
         in_subset(SUBSET + 1.0),

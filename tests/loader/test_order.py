@@ -77,6 +77,34 @@ ALL = {
 }
 
 
+@pytest.mark.parametrize("kind", [ClassSampler, WeightedClassSampler])
+def test_chunks_of_a_class_lie_in_one_run_and_are_whole(kind):
+    """What wraps annbatch's samplers reads start and stop of each slice, and takes it for a chunk."""
+    codes = np.asarray(classes_in_runs(RUNS).codes)
+    run = np.cumsum(np.diff(codes, prepend=-1) != 0)
+    found = [part for k in range(20) for r in of_classes(kind, seed=k).sample(N_CLASSED) for part in r["requests"]]
+    assert {part.stop - part.start for part in found} == {5}
+    assert all(run[part.start] == run[part.stop - 1] for part in found)
+    assert len({run[part.start] for part in found}) == len(RUNS)
+    for request in of_classes(kind, num_samples=238).sample(N_CLASSED):  # the last one is cut
+        rows = expand(request["requests"])
+        assert all(len(set(run[rows[i : i + 5]])) == 1 for i in range(0, len(rows), 5))
+
+
+@pytest.mark.parametrize("kind", [ClassSampler, WeightedClassSampler])
+def test_weights_are_those_of_the_classes_within_the_mask(kind):
+    codes = np.asarray(classes_in_runs(RUNS).codes)  # A: rows 105 to 194, B: 195 to 215
+    counts = np.zeros(3)
+    for seed in range(40):
+        sampler = of_classes(kind, num_samples=2000, weights=np.array([1.0, 5.0, 3.0]), seed=seed)
+        sampler.mask = slice(105, 195 + 21)
+        for request in sampler.sample(N_CLASSED):
+            counts += np.bincount(codes[expand(request["requests"])], minlength=3)
+    n_draws = counts.sum() / 20
+    assert counts[2] == 0
+    assert abs(counts[1] / counts.sum() - 5 / 6) < 4 * np.sqrt(5 / 36 / n_draws)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 1000])
 def test_a_shuffled_order_is_a_permutation_looked_up_anywhere(n):
     order = Shuffled(n, (3, 1))
