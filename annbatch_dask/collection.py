@@ -550,7 +550,7 @@ class DatasetCollection:
         shuffle: bool = True,
         merge: str | None = None,
         groupby: str | Iterable[str] | None = None,
-        shuffle_chunk_size: int | None = None,
+        shuffle_chunk_size: int | None = None,  # noqa: ARG002 - see the docstring
         h5ad_compressor: str | None = None,
         elements: Iterable[str] | None = None,
         counts: str | Mapping[str, str] = "X",
@@ -610,9 +610,10 @@ class DatasetCollection:
             Columns of obs by which the rows of each dataset are sorted: by category in the collection's order of
             categories, by value where numbers or strings, missing ones last; rows of one group stand in the order of
             the shuffle. Categories may differ between inputs. An extension sorts what it rewrites only if it says so.
-        shuffle_chunk_size, h5ad_compressor
-            Arguments of annbatch's. They have no effect, which a warning says: rows are shuffled one by one, and h5ad
-            is not written.
+        shuffle_chunk_size
+            annbatch's, taken and not needed: rows are shuffled one by one, which mixes no less than any of its values.
+        h5ad_compressor
+            annbatch's. It has no effect, which a warning says: h5ad is not written.
         elements
             What to carry: names such as ``"layers"``, ``"layers/counts"``, ``"obsm/X_pca"``, ``"obs"``, ``"raw"``,
             ``"uns"``, beside X and the obs names. Names with a leading ``-`` say what not to carry. None carries
@@ -672,7 +673,7 @@ class DatasetCollection:
         IntegrityError
             If what was written is not what was read; nothing is published.
         """
-        _warn_unused(shuffle_chunk_size=shuffle_chunk_size, h5ad_compressor=h5ad_compressor)
+        _warn_unused(h5ad_compressor=h5ad_compressor)
         self._check_target()
         refs = references(adata_paths, load_adata, storage_options, counts)
         check_portable(refs)

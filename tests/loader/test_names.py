@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+import warnings
 
 import anndata as ad
 import dask
@@ -189,10 +190,20 @@ def test_arguments_of_a_build_that_have_no_effect_here(tmp_path, h5ad_pair):
     collection = annbatch_dask.DatasetCollection(tmp_path / "o.zarr")
     with (
         dask.config.set(scheduler="synchronous"),
-        pytest.warns(UserWarning, match="shuffle_chunk_size, h5ad_compressor"),
+        pytest.warns(UserWarning, match="h5ad_compressor of annbatch's") as caught,
     ):
         collection.add_adatas(h5ad_pair, seed=0, shuffle_chunk_size=100, h5ad_compressor="gzip")
+    assert len(caught) == 1  # rows are mixed no less than in blocks of any size: nothing to warn of
     assert collection.n_obs == 500
+
+
+def test_write_sharded_warns_of_nothing(tmp_path, adata):
+    """anndata before 0.13 announces its own changes where its settings are not made: warnings are errors here."""
+    group = zarr.open_group(tmp_path / "w.zarr", mode="w", zarr_format=3, use_consolidated=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Consolidated metadata is")  # zarr's own, of every store
+        annbatch_dask.write_sharded(group, adata)
 
 
 def test_the_older_loader_yields_tuples(adata):
