@@ -112,10 +112,8 @@ def write_sharded(  # noqa: PLR0913 - annbatch's arguments
             options |= grid(name, element, n_obs_per_chunk, shard_size) | {"compressors": codecs}
         writer(store, name, element, dataset_kwargs=options)
 
-    # The last two are anndata's own from 0.13 on; before, it warns or writes zarr v2.
-    with ad.settings.override(
-        write_csr_csc_indices_with_min_possible_dtype=True, auto_shard_zarr_v3=True, zarr_write_format=3
-    ):
+    # The last is anndata's own from 0.13 on; before, it warns where neither is said.
+    with ad.settings.override(write_csr_csc_indices_with_min_possible_dtype=True, auto_shard_zarr_v3=True):
         ad.experimental.write_dispatched(group, key or "/", adata, callback=write)
     zarr.consolidate_metadata(group.store)
 

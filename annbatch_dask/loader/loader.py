@@ -469,7 +469,8 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         """Ask for everything of ``layers`` or ``obsm`` that the first AnnData has; the others must have the same."""
         there = tuple(sorted(k for k, v in getattr(adata, kind).items() if k is not None and isinstance(v, _ACCEPTED)))
         if not self._sources:
-            self._wanted = replace(self._wanted, **{kind: there})
+            only: dict[str, Any] = {kind: there}
+            self._wanted = replace(self._wanted, **only)
         elif there != (asked := getattr(self._wanted, kind)):
             msg = (
                 f"{kind}='all' needs the same {kind} in all datasets: the first has {list(asked)}, the new one "
