@@ -582,9 +582,10 @@ class DatasetCollection:
         Parameters
         ----------
         adata_paths
-            Paths or URLs of ``.h5ad`` files and ``.zarr`` stores, zarr groups on any store that can be sent to workers
-            (obstore's, icechunk's, a zip file), or AnnData whose X is a dask array, such as
-            :func:`annbatch_dask.concat_lazy` returns: each task computes the blocks of its own rows.
+            Paths or URLs of ``.h5ad`` files and ``.zarr`` stores, paths of 10x Genomics' ``.h5`` files and folders with
+            a ``matrix.mtx`` (scanpy reads them, into memory: gene expression, symbols made unique), zarr groups on any
+            store that can be sent to workers (obstore's, icechunk's, a zip file), or AnnData whose X is a dask array,
+            such as :func:`annbatch_dask.concat_lazy` returns: each task computes the blocks of its own rows.
         load_adata
             ``path -> AnnData`` instead of the default, which reads all elements from the file. What it
             returns may be in memory, backed or lazy; it is called on the workers, several times for an input. An

@@ -22,6 +22,7 @@ from annbatch_dask.storage.groups import GroupSource, is_current
 from annbatch_dask.storage.matrices import CsrRows
 from annbatch_dask.storage.metadata import METADATA
 from annbatch_dask.storage.publish import Folder, StorageOptions, hiding_secrets
+from annbatch_dask.storage.tenx import is_tenx_file, is_tenx_folder, read_tenx
 from annbatch_dask.storage.transient import is_transient
 
 if TYPE_CHECKING:
@@ -100,9 +101,15 @@ def _opened(ref: SourceRef) -> Iterator[Source]:
 
         yield AnnDataSource(ref.label, ref.load_adata(ref.item))
         return
+    if _is_tenx_folder(ref):
+        yield _tenx_source(ref)
+        return
     with contextlib.ExitStack() as files:
         group = _open_group(ref, files)
         if "obs" not in group or "var" not in group:
+            if isinstance(group, h5py.Group) and is_tenx_file(group):
+                yield _tenx_source(ref)
+                return
             msg = f"{ref.label} has no obs and var, so it is not an AnnData file; it holds {sorted(group)[:5]}"
             raise SourceError(msg)
         if is_current(group):
@@ -114,6 +121,19 @@ def _opened(ref: SourceRef) -> Iterator[Source]:
                 msg = f"{ref.label} is of a format before anndata 0.7, read from local disks only; copy it there"
                 raise SourceError(msg)
             yield AnnDataSource(ref.label, read_legacy(ref.item))
+
+
+def _is_tenx_folder(ref: SourceRef) -> bool:
+    return isinstance(ref.item, str | os.PathLike) and ref.folder.is_local and is_tenx_folder(ref.folder.path)
+
+
+def _tenx_source(ref: SourceRef) -> Source:
+    from annbatch_dask.storage.adata import AnnDataSource  # imports anndata
+
+    if not isinstance(ref.item, str | os.PathLike) or not ref.folder.is_local:
+        msg = f"{ref.label} is 10x Genomics' output, read from local disks only; copy it, or read it in load_adata"
+        raise SourceError(msg)
+    return AnnDataSource(ref.label, read_tenx(ref.folder.path))
 
 
 def _open_group(ref: SourceRef, files: contextlib.ExitStack) -> Any:
@@ -135,7 +155,10 @@ def _open_group(ref: SourceRef, files: contextlib.ExitStack) -> Any:
     try:
         return zarr.open_group(folder.zarr_store(read_only=True), mode="r")
     except (FileNotFoundError, ValueError) as e:
-        msg = f"{ref.label} is no HDF5 file and not a zarr AnnData store ({e}); give an .h5ad file or a .zarr store"
+        msg = (
+            f"{ref.label} is no HDF5 file and not a zarr AnnData store ({e}); give an .h5ad file, a .zarr store, or "
+            "10x Genomics' .h5 file or folder"
+        )
         raise SourceError(msg) from e
 
 
