@@ -113,13 +113,14 @@ def by_rank(stream: Iterable[Planned], rank: int, world_size: int, *, even: Even
     yield from _collect(left)
 
 
-def slice_batches(stream: Iterable[Planned], rank: int, world_size: int, *, even: Even | None) -> Iterator[Planned]:
+def slice_batches(
+    stream: Iterable[Planned], rank: int, world_size: int, *, even: Even | None, first: Planned | None = None
+) -> Iterator[Planned]:
     """The rank's slice of every batch; all ranks together have the batches of the stream, whatever their number.
 
     A batch that ``world_size`` does not divide, the last one, is left out, filled up or cut unevenly: see ``even``
-    of :func:`by_rank`.
+    of :func:`by_rank`. It is filled up with rows of ``first``, by default the stream's first request.
     """
-    first: Planned | None = None
     for item in stream:
         first = first or item
         whole = [b for b, size in enumerate(item.sizes) if size % world_size == 0]

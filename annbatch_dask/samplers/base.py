@@ -114,6 +114,11 @@ class RunSampler(SeededSampler):
         return self._batch_size
 
     @property
+    def preload_nchunks(self) -> int:
+        """Runs loaded together."""
+        return self._preload_nchunks
+
+    @property
     def window(self) -> int:
         """Rows loaded together."""
         return self._chunk_size * self._preload_nchunks

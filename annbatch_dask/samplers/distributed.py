@@ -15,9 +15,11 @@ import numpy as np
 
 from annbatch_dask.abc import Sampler, caller_stacklevel
 from annbatch_dask.errors import RankError
+from annbatch_dask.order.lanes import by_lane, count_lanes
 from annbatch_dask.order.planned import Planned
 from annbatch_dask.order.share import Even, by_rank, slice_batches
 from annbatch_dask.samplers.base import SeededSampler
+from annbatch_dask.samplers.runs import RandomSampler
 from annbatch_dask.types import LoadRequest
 
 __all__ = ["DistInfo", "DistributedSampler"]
@@ -47,9 +49,10 @@ class DistributedSampler(Sampler):
         out. ``"pad"``: they are filled up with rows from the start of the epoch instead. None: every row once; the
         last batches differ.
     global_batches
-        The sampler's batches are those of all ranks together, and each rank yields its slice of every one. They
-        are then the same on any number of ranks, and a saved state goes on on any number. Each rank decodes the
-        chunks of all.
+        The sampler's batches are those of all ranks together, and each rank yields its part of every one. They
+        are then the same on any number of ranks, and a saved state goes on on any number. Batches of a RandomSampler
+        take as many rows of each of up to 64 lanes, and a rank reads its lanes alone, if the number of ranks divides
+        theirs (:attr:`n_lanes`); else, and with other samplers, each rank reads what all of them do.
 
     Raises
     ------
@@ -127,6 +130,14 @@ class DistributedSampler(Sampler):
         return self._sampler
 
     @property
+    def n_lanes(self) -> int | None:
+        """Into how many parts global batches are dealt; None where each rank reads all of a batch to yield its part."""
+        size = self._sampler.batch_size
+        if not self._global_batches or not isinstance(self._sampler, RandomSampler) or size is None:
+            return None
+        return count_lanes(size)
+
+    @property
     def is_elastic(self) -> bool:
         """Whether a saved state goes on on another number of ranks."""
         return self._global_batches
@@ -155,13 +166,18 @@ class DistributedSampler(Sampler):
     def state_identity(self) -> tuple[object, ...]:
         """What a saved state must have in common with the sampler that goes on from it."""
         # Not the rank: all ranks are equally far, and one of them may save for all.
-        where = () if self._global_batches else (self._world_size,)
+        where = (self.n_lanes,) if self._global_batches else (self._world_size,)
         return (*self._sampler.state_identity(), self._even, self._global_batches, *where)
 
     def plan_requests(self, n_obs: int, epoch: int) -> Iterator[Planned]:
         """The rank's load requests of one epoch."""
-        share = slice_batches if self._global_batches else by_rank
-        return share(self._sampler.plan_requests(n_obs, epoch), self._rank, self._world_size, even=self._even)
+        stream, where = self._sampler.plan_requests(n_obs, epoch), (self._rank, self._world_size)
+        if not self._global_batches:
+            return by_rank(stream, *where, even=self._even)
+        if self.n_lanes is None or not isinstance(self._sampler, RandomSampler):
+            return slice_batches(stream, *where, even=self._even)
+        n_together = -(-self.n_lanes // self._sampler.preload_nchunks)  # a chunk for each lane, or more
+        return by_lane(stream, self._sampler.batch_size, n_together, *where, even=self._even)
 
     def _sample(self, n_obs: int) -> Iterator[LoadRequest]:
         for planned in self.plan_requests(n_obs, self.epoch_counter.start(None)):
