@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.kernels.compiled import compiled
+from annbatch_dask.kernels.rows import order_row
 
 __all__ = ["find_shards", "plan_chunks"]
 
@@ -75,15 +76,32 @@ def _look_up(rows: Any, firsts: Any, grid: Any, offsets: Any, sizes: Any) -> Any
         chunks[n_chunks, 0], chunks[n_chunks, 1] = offsets[shard, inner], sizes[shard, inner]
         chunks[n_chunks, 2], chunks[n_chunks, 3], chunks[n_chunks, 4] = firsts[k], firsts[k + 1], shard
         n_chunks += 1
-    first = 0
-    for k in range(1, n_chunks + 1):
-        if k < n_chunks and chunks[k, 4] == chunks[first, 4]:
-            continue
-        part = chunks[first:k]
-        if (part[1:, 0] < part[:-1, 0]).any():
-            part[:] = part[np.argsort(part[:, 0])]
-        first = k
+    _order_by_offset(chunks[:n_chunks])
     return chunks[:n_chunks], missing[:n_missing]
+
+
+@compiled
+def _order_by_offset(chunks: Any) -> None:
+    """Put the chunks of each shard, which stand together, into the order of the file.
+
+    By loops: numba takes seconds to compile numpy's own sorting and assigning of rows.
+    """
+    n, first = len(chunks), 0
+    order, spare, keys = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
+    moved = np.empty((n, 5), np.int64)
+    for k in range(1, n + 1):
+        if k < n and chunks[k, 4] == chunks[first, 4]:
+            continue
+        for i in range(first, k):
+            keys[i] = chunks[i, 0]
+        order_row(keys[first:k], order[first:k], spare)
+        for i in range(first, k):
+            for column in range(5):
+                moved[i, column] = chunks[first + order[i], column]
+        first = k
+    for i in range(n):
+        for column in range(5):
+            chunks[i, column] = moved[i, column]
 
 
 @compiled

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from annbatch_dask.kernels.compiled import compiled
+from annbatch_dask.kernels.rows import order_row
 
 __all__ = ["deal_rows", "find_runs", "place_entries"]
 
@@ -36,10 +37,14 @@ def find_runs(rows: Any) -> Any:
             firsts[n_runs] = i
             n_runs += 1
     firsts[n_runs] = n_rows
-    starts = rows[firsts[:n_runs]]
+    starts, order, spare = np.empty(n_runs, np.int64), np.empty(n_runs, np.int64), np.empty(n_runs, np.int64)
+    for run in range(n_runs):
+        starts[run] = rows[firsts[run]]
+    order_row(starts, order, spare)
     spans, offsets, found = np.empty((n_runs, 2), np.int64), np.zeros(n_runs + 1, np.int64), np.empty(n_runs, np.int64)
     n_spans = 0
-    for run in np.argsort(starts):
+    for i in range(n_runs):
+        run = order[i]
         start, stop = starts[run], starts[run] + firsts[run + 1] - firsts[run]
         if n_spans == 0 or start > spans[n_spans - 1, 1]:
             spans[n_spans, 0], spans[n_spans, 1] = start, stop
@@ -89,6 +94,19 @@ def place_entries(indptr: Any, rows: Any, row_spans: Any, span: Any) -> Any:
 
 
 @compiled
+def _last_at_most(bounds: Any, row: int) -> Any:
+    """The last of ascending bounds that is at most ``row``."""
+    low, high = 0, len(bounds)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if bounds[middle] <= row:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@compiled
 def deal_rows(rows: Any, bounds: Any) -> Any:
     """Rows by the part that holds them; part ``k`` has rows ``bounds[k]:bounds[k + 1]``.
 
@@ -104,10 +122,11 @@ def deal_rows(rows: Any, bounds: Any) -> Any:
     k = 0
     for i in range(n_rows):
         if not bounds[k] <= rows[i] < bounds[k + 1]:
-            k = np.searchsorted(bounds, rows[i], "right") - 1
+            k = _last_at_most(bounds, rows[i])
         part[i] = k
         firsts[k + 1] += 1
-    firsts = np.cumsum(firsts)
+    for k in range(n_parts):
+        firsts[k + 1] += firsts[k]
     after, places, local = firsts.copy(), np.empty(n_rows, np.int64), np.empty(n_rows, np.int64)
     for i in range(n_rows):
         k = part[i]
