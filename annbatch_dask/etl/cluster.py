@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -129,6 +130,7 @@ def local_client(*, n_workers: int, threads_per_worker: int, memory_limit: int) 
         Client(cluster, set_as_default=False) as client,
     ):
         _add_dashboard(cluster)
+        importlib.import_module("cryptography.hazmat.primitives.ciphers.aead")  # for later, while workers start
         try:
             client.wait_for_workers(n_workers, timeout=START_TIMEOUT_S)
         except TimeoutError as e:

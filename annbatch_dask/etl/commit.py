@@ -74,13 +74,16 @@ def commit(job: Job, manifest: Manifest, written: Mapping[str, str]) -> None:
     check_unchanged(target, job.base_version)
     _put_in_place(job, written)
     with ThreadPoolExecutor(_N_THREADS) as pool:  # each asks an object store twice
+        names = pool.submit(_sync_names, target)
         found = list(pool.map(partial(_finished_nodes, target), manifest.datasets))
-    nodes = {path: node for nodes in found for path, node in nodes.items()}
-    together = nodes if len(json.dumps(nodes)) <= MAX_CONSOLIDATED_NBYTES else None
-    manifest = replace(manifest, metadata="" if together is None else nodes_checksum(together))
-    keep_generation(target)
-    root = group_document(dict(job.attributes) | ANNBATCH_ENCODING | {MANIFEST_KEY: manifest.to_json()}, together)
-    record_inputs(target, manifest, _inputs(job))
+        nodes = {path: node for nodes in found for path, node in nodes.items()}
+        together = nodes if len(json.dumps(nodes)) <= MAX_CONSOLIDATED_NBYTES else None
+        manifest = replace(manifest, metadata="" if together is None else nodes_checksum(together))
+        inputs = pool.submit(record_inputs, target, manifest, _inputs(job))
+        root = group_document(dict(job.attributes) | ANNBATCH_ENCODING | {MANIFEST_KEY: manifest.to_json()}, together)
+        keep_generation(target)
+        for done in (names, inputs):
+            done.result()
     target.replace(METADATA, root, version=job.base_version)
 
 
@@ -93,7 +96,9 @@ def _inputs(job: Job) -> list[Input]:
 
 def _finished_nodes(target: Folder, record: DatasetRecord) -> dict[str, Any]:
     """Metadata of a dataset's groups and arrays, by path within the collection; all its files must be there."""
-    sizes, files = (target / record.name).sizes(), recorded_files(target, record)
+    folder = target / record.name
+    sizes, document = folder.sizes(), folder.find(METADATA)
+    files = recorded_files(target, record, document)
     if files and sizes != {name: size for name, (size, _) in files.items()}:
         msg = (
             f"{target.url}/{record.name} has {len(sizes):,} files, {sum(sizes.values()):,} bytes, and "
@@ -101,7 +106,13 @@ def _finished_nodes(target: Folder, record: DatasetRecord) -> dict[str, Any]:
             "let nobody remove files while a build runs, and call again"
         )
         raise IntegrityError(msg)
-    return consolidated(target / record.name, record.name) or metadata_below(target / record.name, record.name)
+    return (consolidated(document, record.name) if document else {}) or metadata_below(folder, record.name)
+
+
+def _sync_names(target: Folder) -> None:
+    """Make the names of datasets outlast a power cut, before the root document that names them is there."""
+    if target.is_local:
+        sync_path(target.path)
 
 
 def _put_in_place(job: Job, written: Mapping[str, str]) -> None:
@@ -111,8 +122,6 @@ def _put_in_place(job: Job, written: Mapping[str, str]) -> None:
     for name, folder in moved.items():
         remove_dataset(target, name, [job.plan.fingerprint, *_plans(job)])
         os.rename(f"{target.path}/{folder}", f"{target.path}/{name}")
-    if moved:
-        sync_path(target.path)
 
 
 def _plans(job: Job) -> list[str]:

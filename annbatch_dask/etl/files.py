@@ -14,8 +14,13 @@ from annbatch_dask.storage.publish import Folder
 __all__ = ["recorded_files"]
 
 
-def recorded_files(target: Folder, record: DatasetRecord) -> FileSums:
+def recorded_files(target: Folder, record: DatasetRecord, document: bytes | None = None) -> FileSums:
     """Bytes and crc32c of each file of a dataset as it was written; empty where the build did not record them.
+
+    Parameters
+    ----------
+    document
+        The dataset's group document, where it was read already.
 
     Raises
     ------
@@ -24,8 +29,7 @@ def recorded_files(target: Folder, record: DatasetRecord) -> FileSums:
     """
     if record.metadata is None:
         return record.files
-    document = (target / record.name).find(METADATA)
-    if document is None:
+    if document is None and (document := (target / record.name).find(METADATA)) is None:
         msg = f"{record.name}/{METADATA}: is missing"
         raise IntegrityError(msg)
     if (found := checksum_of(document)) != record.metadata:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ from annbatch_dask.storage.columns import check_text, to_pandas
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["annotation_frames", "make_frames", "try_frames", "write_frames"]
+__all__ = ["annotation_frames", "is_plain", "make_frames", "try_frames", "write_frames"]
 
 Rows = tuple[NDArray, NDArray[np.bool_] | None]
 _settings_lock = threading.Lock()
@@ -85,6 +86,8 @@ def try_frames(plan: Plan, annotations: AnnData | None) -> None:
         With the element's name.
     """
     for name, value in _pieces(plan, annotations):
+        if is_plain(value):
+            continue
         try:
             _write(zarr.create_group(zarr.storage.MemoryStore()), {name.partition("/")[2] or name: value})
         except Exception as e:  # anndata's and zarr's, of any kind
@@ -110,6 +113,22 @@ def _pieces(plan: Plan, annotations: AnnData | None) -> Iterator[tuple[str, Any]
                 yield f"{name}/{key}", _slight(inner)
         else:
             yield name, value
+
+
+_PLAIN = re.compile("[A-Za-z0-9][A-Za-z0-9_ -]*")
+"""Names that any store takes; others are tried."""
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a frame can be stored for sure, as nearly all can. To try it takes a part of a small build's time."""
+    if not isinstance(value, pd.DataFrame) or value.index.name in value.columns:
+        return False
+    names = [*value.columns, *([] if value.index.name is None else [value.index.name])]
+    return (
+        all(isinstance(name, str) and _PLAIN.fullmatch(name) for name in names)
+        and all(isinstance(d, np.dtype) and d.kind in "biuf" and d.isnative and d.itemsize <= 8 for d in value.dtypes)  # noqa: PLR2004
+        and all(isinstance(row, str) and row.isascii() for row in value.index)
+    )
 
 
 def _slight(value: Any) -> Any:

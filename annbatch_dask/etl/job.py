@@ -157,9 +157,8 @@ def save_job(job: Job) -> JobFile:
 
     file = JobFile(job.scratch)
     job.scratch.write(OWNER, json.dumps({"annbatch_dask": "scratch", "collection": job.target.url}).encode())
-    job.scratch.write(
-        file.name, AESGCM(file.key).encrypt(_NONCE, cloudpickle.dumps(replace(job, plan=_for_tasks(job.plan))), None)
-    )
+    sealed = AESGCM(file.key).encrypt(_NONCE, cloudpickle.dumps(replace(job, plan=_for_tasks(job.plan))), None)
+    job.scratch.write(file.name, sealed, durable=False)  # who comes after a power cut has another key, and file
     if job.scratch.is_local:  # of calls before this one: two at a time are possible on object stores alone
         old = [name for name in job.scratch.names() if name.startswith(_PREFIX) and name != file.name]
         job.scratch.remove_files(old)

@@ -4,8 +4,10 @@ import ctypes
 import importlib
 import threading
 
+import cryptography.hazmat.primitives.ciphers.aead  # noqa: F401 - so that no task waits for imports
+
 import annbatch_dask.etl.gather
-import annbatch_dask.etl.scatter  # noqa: F401 - so that no task waits for imports
+import annbatch_dask.etl.scatter  # noqa: F401
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of glibc's mallopt(3)."""

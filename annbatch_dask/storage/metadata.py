@@ -39,15 +39,15 @@ def metadata_below(folder: Folder, prefix: str = "") -> dict[str, Any]:
     return nodes_of(dict(zip(paths.values(), documents, strict=True)), prefix)
 
 
-def consolidated(folder: Folder, prefix: str) -> dict[str, Any]:
+def consolidated(document: bytes, prefix: str) -> dict[str, Any]:
     """The same from the folder's own document alone; empty where that does not hold it."""
-    root, below = _group(folder)
+    root, below = _group(document)
     return {prefix: root} | {f"{prefix}/{path}": node for path, node in below.items()} if below else {}
 
 
-def _group(folder: Folder) -> tuple[dict[str, Any], dict[str, Any]]:
+def _group(document: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """A folder's group document, and the nodes below by their paths, as that has them."""
-    root = json.loads(folder.read(METADATA))
+    root = json.loads(document)
     below = (root.get("consolidated_metadata") or {}).get("metadata", {})
     return _node(root), below
 
@@ -81,7 +81,7 @@ def group_document(attributes: Mapping[str, Any], nodes: Mapping[str, Any] | Non
 
 def consolidated_below(folder: Folder) -> dict[str, Any]:
     """What a folder's group document says of the nodes below it, as :func:`group_document` made it."""
-    return _group(folder)[1]
+    return _group(folder.read(METADATA))[1]
 
 
 def nodes_checksum(nodes: Mapping[str, Any]) -> str:

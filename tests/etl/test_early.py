@@ -5,9 +5,13 @@ import dask
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import LayoutError, SchemaError
+from annbatch_dask.etl.frames import is_plain, write_frames
 from tests.conftest import make_adata
 
 GENES = [f"g{i}" for i in range(12)]
@@ -66,6 +70,14 @@ def a_time(a):
     a.var["day"] = pd.Timestamp(0)
 
 
+def reserved(a):
+    a.var["_index"] = 1.0
+
+
+def surrogate_gene(a):
+    a.var_names = [f"\ud800{i}" for i in range(a.n_vars)]
+
+
 def surrogate(a):
     a.obs["text"] = pd.Series(["\ud800"] * a.n_obs, index=a.obs_names, dtype=object)
 
@@ -87,6 +99,8 @@ def surrogate_name(a):
         (an_object, "uns/model cannot be stored"),
         (nested_object, "uns/deep cannot be stored"),
         (a_time, "var cannot be stored"),
+        (reserved, "var cannot be stored"),
+        (surrogate_gene, "var cannot be stored"),
         (surrogate, "obs column 'text': '.ud800' is no Unicode text"),
         (surrogate_category, "categories of obs/text: '.ud800' is no Unicode text"),
         (surrogate_name, "obs names: '.ud8000' is no Unicode text"),
@@ -95,6 +109,20 @@ def surrogate_name(a):
 )
 def test_what_no_store_holds_is_refused_by_the_plan(tmp_path, path, change, words):
     refused(tmp_path, [path], SchemaError, words, load_adata=loader(change))
+
+
+@settings(max_examples=25)
+@given(
+    st.dictionaries(st.text("ab_ -./\0é", max_size=3), st.sampled_from(["b1", "i4", "u8", "f2", "f8"])),
+    st.none() | st.text("ab_ -./é", max_size=3),
+)
+def test_a_frame_that_is_not_tried_can_be_stored(columns, name):
+    index = pd.Index(GENES, dtype=object, name=name)
+    frame = pd.DataFrame({k: np.zeros(len(GENES), dtype) for k, dtype in columns.items()}, index=index)
+    if is_plain(frame):
+        group = zarr.create_group({})
+        write_frames(group, {"var": frame})
+        pd.testing.assert_frame_equal(ad.io.read_elem(group["var"]), frame, check_names=False)
 
 
 def test_what_is_left_out_is_not_refused(tmp_path, path):
