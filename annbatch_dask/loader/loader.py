@@ -145,7 +145,8 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
     obs_codes
         Columns of ``obs`` to deliver as integers, under ``batch["obs_codes"]``: (n,) int64, -1 where a value is
         missing. ``loader.obs_categories[column]`` says what the codes mean, alike in all datasets. Codes of
-        unordered categories stay the same when a collection is extended. A mapping fixes them:
+        unordered categories stay the same when a collection is extended; text and numbers have their rank among the
+        values there are, which an extension may shift: of a collection, a warning says so. A mapping fixes them:
         ``{"cell_type": ["B", "T"]}`` gives B the code 0 and T the code 1, and refuses another value in a row that
         takes part (see ``where``); with None at the end of the list, all other values have code -1.
     where
@@ -378,8 +379,8 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
     def obs_categories(self) -> dict[str, pd.Index[Any]]:
         """What the codes of each column of ``obs_codes`` stand for; grows when datasets are added.
 
-        Those that were given; else the categories of all datasets in order of first appearance, or the sorted
-        distinct values of a column that is not categorical.
+        Those that were given; else the categories of all datasets in order of first appearance, False and True, or
+        the sorted distinct values of any other column that is not categorical.
         """
         labels = self._label()
         return {} if labels is None else labels.categories
@@ -430,6 +431,7 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
                 self._tables = tuple(table.packed() for table in self._tables)
         self._collection_added = True
         self._collection_digest = "" if manifest is None else manifest.identity
+        _warn_of_ranks(self._tables or (), [name for name, given in self._wanted.obs_codes.items() if given is None])
         return self
 
     def _columns_to_read(self) -> tuple[str, ...] | None:
@@ -723,6 +725,18 @@ def _check_alike(old: Mapping[Key, tuple[Source, ...]], new: Mapping[Key, Source
             ]
             msg = f"{key} must be alike in all datasets: it was {kinds[0]}, and is {kinds[1]} in the new one"
             raise ValueError(msg)
+
+
+def _warn_of_ranks(tables: Sequence[ObsTable], names: Sequence[str]) -> None:
+    """Say which codes would mean something else after the collection was extended."""
+    some = [name for name in names if any(name in table.columns and table.shifts(name) for table in tables)]
+    if some:
+        msg = (
+            f"obs_codes of {', '.join(map(repr, some))} are ranks of the values there are, and may mean others when "
+            f"the collection is extended: fix them with obs_codes={{{some[0]!r}: [...]}}, or make the column "
+            "categorical before it is built"
+        )
+        warnings.warn(msg, UserWarning, stacklevel=3)
 
 
 def _left_out(adata: ad.AnnData | Backed, wanted: Wanted) -> frozenset[str]:

@@ -147,6 +147,11 @@ class ObsTable:
         """The obs names of all rows."""
         return pd.concat([pd.Series(_whole(index)) for index in self.indexes], ignore_index=True)
 
+    def shifts(self, name: Any) -> bool:
+        """Whether the codes of a column are ranks of its values, which other values that come later would shift."""
+        dtype = self.columns[name].dtype
+        return not isinstance(dtype, pd.CategoricalDtype) and not pd.api.types.is_bool_dtype(dtype)
+
     @property
     def index_names(self) -> set[str]:
         """What the datasets call their obs names."""
@@ -215,8 +220,8 @@ class ObsTable:
 class Labels:
     """Columns of ``obs`` as integer codes, in one code space for all datasets.
 
-    The categories of a column are those given; else those of all datasets in order of first appearance, or the sorted
-    distinct values where the column is not categorical. A missing value has code -1.
+    The categories of a column are those given; else those of all datasets in order of first appearance, False and True,
+    or the sorted distinct values of any other column that is not categorical. A missing value has code -1.
 
     Parameters
     ----------
@@ -257,7 +262,8 @@ def _encoded(column: pd.Series) -> tuple[pd.Index, Codes]:
     """The categories of a column, and its codes in the fewest bytes."""
     if isinstance(column.dtype, pd.CategoricalDtype):
         return column.cat.categories, column.cat.codes.to_numpy()
-    categories = pd.Index(sorted(set(column.dropna().unique())))
+    is_flag = pd.api.types.is_bool_dtype(column.dtype)
+    categories = pd.Index([False, True] if is_flag else sorted(set(column.dropna().unique())))
     return categories, pd.Categorical(column, categories=categories).codes
 
 

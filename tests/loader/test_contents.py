@@ -123,6 +123,7 @@ def test_chosen_columns_of_obs(adatas, stored, where):
     assert next(iter(bare))["obs"].columns.tolist() == []
 
 
+@pytest.mark.filterwarnings("ignore:obs_codes of 'donor' are ranks")
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_codes_mean_the_same_in_every_dataset(adatas, stored, where):
     loader = Loader(**SMALL, **PLAIN, shuffle=True, obs_columns=["row"], obs_codes=["kind", "donor"])

@@ -137,6 +137,21 @@ def test_labels_are_made_once(monkeypatch):
     assert len(loader.obs_categories["text"]) == 40
 
 
+def test_codes_that_an_extension_would_shift_are_warned_of(collection):
+    with pytest.warns(UserWarning, match=r"obs_codes of 'text', 'row' are ranks .* obs_codes=\{'text': \[...\]\}"):
+        make(collection, obs_codes=["text", "kind", "row"])
+    make(collection, obs_codes={"text": ["t1", None], "kind": None})
+
+
+@pytest.mark.parametrize("dtype", ["bool", "boolean"])
+@pytest.mark.parametrize("flags", [[True, True], [False], [True, False]])
+def test_flags_have_the_same_codes_whichever_there_are(flags, dtype):
+    obs = pd.DataFrame({"flag": pd.array(flags, dtype=dtype)}, index=[f"c{k}" for k in range(len(flags))])
+    loader = Loader(batch_size=len(flags), **SMALL, obs_codes=["flag"]).add_dataset(csr()[: len(flags)], obs=obs)
+    assert [batch["obs_codes"]["flag"].tolist() for batch in loader] == [list(map(int, flags))]
+    assert loader.obs_categories["flag"].tolist() == [False, True]
+
+
 # --- categories that the user gives
 
 
