@@ -4,8 +4,9 @@
 
 Each arrow is a queue. Requests are handed in by the consumer's own thread, so the order of batches, and the
 state of the sampler at each of them, is the same whatever the threads do. The fetching thread reserves a
-window's bytes, then lets its helpers read and decode; the assembling thread does the same for batches. The
-two budgets make up ``prefetch_bytes``; one window and one batch are always allowed, so nothing can get stuck.
+window's bytes, then lets its helpers read and decode; where there is room it begins the next one before they are
+done. The assembling thread does the same for batches, one at a time. The two budgets make up ``prefetch_bytes``; one
+window and one batch are always allowed, so nothing can get stuck.
 
 An error travels down the queues in its place: batches before it are delivered, then the consumer gets it.
 
@@ -28,7 +29,7 @@ import numpy as np
 from annbatch_dask.loader.batch import BatchBuilder
 from annbatch_dask.loader.contents import Contents, Matrix
 from annbatch_dask.loader.device import DeviceBuilder, Handover, Placed, place
-from annbatch_dask.loader.helpers import Closed, Helpers, LoaderThread
+from annbatch_dask.loader.helpers import Closed, Helpers, Job, LoaderThread
 from annbatch_dask.loader.pool import BufferPool
 from annbatch_dask.loader.requests import Assignment, Loaded, Window, assign, resolve_rows, resolve_splits
 from annbatch_dask.loader.slab import Slab, room_for, room_of, stage
@@ -44,6 +45,7 @@ _N_REMOTE_THREADS = 32  # requests under way to an object store; a window has mo
 _WINDOW_SHARE = 0.75
 _PARTS_PER_THREAD = 3  # of a window's reading: threads that are held up do less of it
 _N_AHEAD_ON_DEVICE = 2
+_N_WINDOWS = 2  # under way at a time
 
 
 class End:
@@ -65,14 +67,23 @@ class Budget:
 
     def reserve(self, nbytes: int) -> None:
         """Wait until ``nbytes`` more fit; raises Closed when the iteration ends meanwhile."""
-        while not self._returned.empty() or (self._n_held >= self._n_granted and self._used + nbytes > self._limit):
-            returned = self._returned.get()
-            if isinstance(returned, End):
-                raise Closed
-            self._used -= returned
-            self._n_held -= 1
+        while not self.has_room(nbytes):
+            self._take_back()
         self._used += nbytes
         self._n_held += 1
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether ``nbytes`` more fit now; raises Closed when the iteration ends."""
+        while not self._returned.empty():
+            self._take_back()
+        return self._n_held < self._n_granted or self._used + nbytes <= self._limit
+
+    def _take_back(self) -> None:
+        returned = self._returned.get()
+        if isinstance(returned, End):
+            raise Closed
+        self._used -= returned
+        self._n_held -= 1
 
     def release(self, nbytes: int) -> None:
         """Give back a reservation, in any thread."""
@@ -86,6 +97,14 @@ class Budget:
 @dataclass(frozen=True)
 class _Failure:
     error: BaseException
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A window that is whole once its reading has ended."""
+
+    window: Window
+    reading: Job[object]
 
 
 @dataclass(frozen=True)
@@ -151,6 +170,7 @@ class Pipeline:
         n_fetching = max(options.n_threads, _N_REMOTE_THREADS) if is_remote else options.n_threads
         self._n_threads = options.n_threads
         self._fetchers = Helpers("fetch", n_fetching)
+        self._locators = Helpers("locate", n_fetching)
         self._assemblers = Helpers("assemble", options.n_threads)
         self._threads = [
             LoaderThread("fetch", self._fetch_all, self.stop),
@@ -209,6 +229,7 @@ class Pipeline:
         """Let all threads end soon, and their memory with them. Takes no lock, waits for nothing."""
         self._is_stopped = True
         self._fetchers.stop()
+        self._locators.stop()
         self._assemblers.stop()
         self._window_budget.close()
         self._batch_budget.close()
@@ -223,6 +244,7 @@ class Pipeline:
             if thread is not threading.current_thread():
                 thread.join()
         self._fetchers.join()
+        self._locators.join()
         self._assemblers.join()
 
     # --- fetching
@@ -240,16 +262,45 @@ class Pipeline:
             self._windows.put(_Failure(error))
 
     def _fetch_until_end(self) -> _Failure | End:
-        while not isinstance(item := self._requests.get(), _Failure | End):
-            self._windows.put(self._fetch(item))
-        return item
+        begun: deque[_Begun] = deque()
+        try:
+            while not isinstance(item := self._next_request(begun), _Failure | End):
+                begun.append(self._begin(item, begun))
+                if len(begun) == _N_WINDOWS:
+                    self._end(begun)
+            return item
+        finally:  # an error has its turn after them
+            while begun:
+                self._end(begun)
 
-    def _fetch(self, request: LoadRequest) -> Window:
+    def _next_request(self, begun: deque[_Begun]) -> LoadRequest | _Failure | End:
+        """The next request; what was begun does not wait for one."""
+        while begun and self._requests.empty():
+            self._end(begun)
+        return self._requests.get()
+
+    def _end(self, begun: deque[_Begun]) -> None:
+        """Hand on the first window that was begun; if it fails, none follows."""
+        first = begun.popleft()
+        try:
+            first.reading.wait()
+        except BaseException:
+            while begun:
+                begun.popleft().reading.settle()
+            raise
+        self._windows.put(first.window)
+
+    def _begin(self, request: LoadRequest, begun: deque[_Begun]) -> _Begun:
+        """Let helpers read a window, in its turn where there is no room beside those before."""
         rows = resolve_rows(request, int(self._bounds[-1]))
         splits = resolve_splits(request, len(rows))
         assignments = assign(rows, self._bounds)
         located = [self._locate(matrix, assignments) for matrix in self._contents.matrices]
-        slab, nbytes = self._reserve(located, assignments)
+        nbytes = self._room_of(located, assignments)
+        while begun and not self._window_budget.has_room(nbytes):
+            self._end(begun)
+        self._window_budget.reserve(nbytes)
+        slab = Slab(self._pool.empty(nbytes, np.uint8)) if self._contents.is_made_there else None
 
         block, position = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
         for number, assignment in enumerate(assignments):
@@ -270,20 +321,19 @@ class Pipeline:
             matrices.append(Loaded(blocks, block, position, lengths, matrix.dtype))
         reading = self._fetchers.start(deal(tasks, _PARTS_PER_THREAD * self._n_threads))
         obs, labels = self._contents.obs, self._contents.labels
-        taken = None if obs is None else obs.take(assignments, len(rows))
-        codes = {} if labels is None else labels.take(assignments, len(rows))
-        reading.wait()
-        return Window(rows, splits, matrices, taken, codes, nbytes, slab)
+        try:
+            taken = None if obs is None else obs.take(assignments, len(rows))
+            codes = {} if labels is None else labels.take(assignments, len(rows))
+        except BaseException:
+            reading.settle()
+            raise
+        return _Begun(Window(rows, splits, matrices, taken, codes, nbytes, slab), reading)
 
-    def _reserve(
-        self, located: Sequence[Sequence[Located]], assignments: Sequence[Assignment]
-    ) -> tuple[Slab | None, int]:
-        """Wait for room for a window; in one piece where it goes to a device."""
+    def _room_of(self, located: Sequence[Sequence[Located]], assignments: Sequence[Assignment]) -> int:
+        """Bytes of a window; in one piece where it goes to a device."""
         if not self._contents.is_made_there:
-            nbytes = sum(part.nbytes for parts in located for part in parts)
-            self._window_budget.reserve(nbytes)
-            return None, nbytes
-        nbytes = room_of(
+            return sum(part.nbytes for parts in located for part in parts)
+        return room_of(
             1
             + sum(
                 room_for(matrix.sources[a.dataset], part)
@@ -291,15 +341,13 @@ class Pipeline:
                 for a, part in zip(assignments, parts, strict=True)
             )
         )
-        self._window_budget.reserve(nbytes)
-        return Slab(self._pool.empty(nbytes, np.uint8)), nbytes
 
     def _locate(self, matrix: Matrix, assignments: Sequence[Assignment]) -> list[Located]:
         """Find the rows and their chunks; for the first ones, files are read."""
         sources = [matrix.sources[a.dataset] for a in assignments]
-        run = self._fetchers.run
+        run = _run if all(source.is_ready for source in sources) else self._locators.run
         found = run([partial(s.locate, a.rows) for s, a in zip(sources, assignments, strict=True)])
-        run([task for s, part in zip(sources, found, strict=True) for task in s.prepare(part)])
+        self._locators.run([task for s, part in zip(sources, found, strict=True) for task in s.prepare(part)])
         return found
 
     # --- assembling
@@ -355,6 +403,10 @@ class Pipeline:
         batch = contents.batch(window, number, built, placed)
         handover = None if contents.device is None else contents.device.hand_over(placed, number)
         return _Ready(batch, nbytes, handover)
+
+
+def _run(tasks: Sequence[Callable[[], T]]) -> list[T]:
+    return [task() for task in tasks]
 
 
 def _make_builder(matrix: Matrix, pool: BufferPool, n_parts: int) -> BatchBuilder:

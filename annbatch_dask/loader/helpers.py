@@ -111,10 +111,7 @@ class Job(Generic[T]):
 
         All of them, even after a failure: a task still running writes into buffers of this window.
         """
-        if self._is_stopped():
-            self.work()  # helpers may have left before it came
-        if self._results:
-            self._all_ended.get()
+        self.settle()
         results, self._results = self._results, []
         errors, self._errors = self._errors, []
         if errors:
@@ -123,6 +120,13 @@ class Job(Generic[T]):
             finally:
                 del errors  # refers to this frame, and with it to all buffers
         return results
+
+    def settle(self) -> None:
+        """Wait until all have ended, well or not; once, and not before :meth:`wait`."""
+        if self._is_stopped():
+            self.work()  # helpers may have left before it came
+        if self._results:
+            self._all_ended.get()
 
 
 class Helpers:

@@ -137,6 +137,11 @@ class Source(ABC):
         return False
 
     @property
+    def is_ready(self) -> bool:
+        """Whether :meth:`locate` reads no file."""
+        return True
+
+    @property
     def n_obs(self) -> int:
         """Number of rows."""
         return self.shape[0]
@@ -222,6 +227,11 @@ class ZarrCsrSource(Source):
     def is_remote(self) -> bool:
         """Whether it lies in an object store."""
         return self._values.is_remote
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the row pointers are there."""
+        return self._indptr is not None
 
     def values(self) -> Values | None:
         """What was recorded."""

@@ -37,10 +37,12 @@ def hook(frame, event, arg):
             gc.collect()
             state["done"] = True
 
+CALLS = {"annbatch-dask-fetch": 3, "annbatch-dask-assemble": 2}  # after the first batch: two windows are begun before it
+
 def gate(stage, method):
-    def second(self, *args):
+    def later(self, *args):
         state["calls"] += state["stage"] == stage
-        if state["calls"] != 2 or state["stage"] != stage:
+        if state["calls"] != CALLS[stage] or state["stage"] != stage:
             return method(self, *args)
         dropped.wait(30)
         state["armed"] = True
@@ -49,9 +51,9 @@ def gate(stage, method):
         finally:
             state["armed"] = False
             passed.set()
-    return second
+    return later
 
-STAGES = {"annbatch-dask-fetch": "_fetch", "annbatch-dask-assemble": "_assemble"}
+STAGES = {"annbatch-dask-fetch": "_begin", "annbatch-dask-assemble": "_assemble"}
 for stage, name in STAGES.items():
     setattr(fetch.Pipeline, name, gate(stage, getattr(fetch.Pipeline, name)))
 threading.setprofile(hook)

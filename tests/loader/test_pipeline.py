@@ -24,7 +24,7 @@ from annbatch_dask.loader import Loader, helpers
 from annbatch_dask.loader import fetch as fetch_module
 from annbatch_dask.loader.fetch import Budget
 from annbatch_dask.loader.helpers import Closed
-from annbatch_dask.loader.sources import ZarrCsrSource
+from annbatch_dask.loader.sources import ArraySource, ZarrCsrSource
 from annbatch_dask.storage.ranges import RangeReader
 from tests.leaks import lasting_threads, loader_threads, open_files
 from tests.loader.data import dense, matrix, quiet, write_collection
@@ -112,15 +112,15 @@ def test_any_prefetch_budget_works(collection, prefetch_bytes):
 
 def test_loading_runs_ahead_but_not_beyond_the_budget(collection, monkeypatch):
     fetched = []
-    original = fetch_module.Pipeline._fetch
+    original = fetch_module.Pipeline._begin
 
-    def fetch(self, request):
-        window = original(self, request)
-        fetched.append(len(window.rows))
+    def fetch(self, request, begun):
+        one = original(self, request, begun)
+        fetched.append(len(one.window.rows))
         seen.set() if len(fetched) >= 3 else None
-        return window
+        return one
 
-    monkeypatch.setattr(fetch_module.Pipeline, "_fetch", fetch)
+    monkeypatch.setattr(fetch_module.Pipeline, "_begin", fetch)
     seen = threading.Event()
     iterator = iter(make(collection))
     next(iterator)
@@ -188,6 +188,75 @@ def test_errors_of_a_task_reach_the_consumer(collection, monkeypatch):
     with pytest.raises(OSError, match="disk on fire"):
         list(make(collection))
     assert clean(collection)
+
+
+class Windows:
+    """Reading of a matrix in memory, window by window of ten rows, as the test has it."""
+
+    def __init__(self, monkeypatch, tasks, **kwargs):
+        original = ArraySource.open
+        self.begun = []
+
+        def opened(source, located, pool):
+            block, _ = original(source, located, pool)
+            self.begun.append(len(self.begun))
+            return block, [partial(tasks, self.begun[-1]), int]  # a second one, so that a second thread helps
+
+        monkeypatch.setattr(ArraySource, "open", opened)
+        monkeypatch.setattr("annbatch_dask.loader.loader.count_threads", lambda: 2)
+        loader = Loader(
+            batch_size=5, chunk_size=10, preload_nchunks=1, preload_to_gpu=False, return_index=True, **kwargs
+        )
+        self.iterator = iter(loader.add_dataset(matrix(60)))
+
+    def first_rows(self):
+        """Of the batches to come, up to an error or the end."""
+        for batch in self.iterator:
+            yield int(batch["index"][0])
+
+
+def test_the_next_window_is_begun_before_one_is_whole(monkeypatch):
+    begun = [threading.Event() for _ in range(6)]
+
+    def task(number):
+        begun[number].set()
+        assert number > 1 or begun[number + 1].wait(30)
+
+    assert list(Windows(monkeypatch, task).first_rows()) == list(range(0, 60, 5))
+
+
+def test_without_room_windows_are_read_one_by_one(monkeypatch):
+    under_way = []
+
+    def task(number):
+        under_way.append(number)
+        assert under_way == [number]
+        under_way.remove(number)
+
+    monkeypatch.setattr(ArraySource, "_is_direct", False)  # it takes memory
+    assert list(Windows(monkeypatch, task, prefetch_bytes=1).first_rows()) == list(range(0, 60, 5))
+
+
+@pytest.mark.parametrize("failing", [(1,), (1, 2), (0, 1), (5,)])
+def test_of_two_windows_that_fail_the_first_has_its_say(monkeypatch, failing):
+    """Whichever fails first; those before are delivered, none after."""
+    ended = [threading.Event() for _ in range(8)]
+    ended[6].set()
+
+    def task(number):
+        try:
+            if number in failing:
+                if number + 1 in failing:
+                    ended[number + 1].wait(30)  # the one behind has failed by now
+                message = f"window {number}"
+                raise OSError(message)
+        finally:
+            ended[number].set()
+
+    rows = Windows(monkeypatch, task).first_rows()
+    assert [next(rows) for _ in range(2 * failing[0])] == list(range(0, 10 * failing[0], 5))
+    with pytest.raises(OSError, match=f"window {failing[0]}"):
+        next(rows)
 
 
 def test_errors_of_a_sampler_come_after_its_batches():
@@ -458,7 +527,7 @@ def test_a_loader_goes_on_with_the_threads_it_gets(collection, monkeypatch, capl
     start = threading.Thread.start
 
     def limited(thread):
-        if thread.name.endswith("fetch-helper_1"):
+        if thread.name.endswith("-helper_1"):
             message = "can't start new thread"
             raise RuntimeError(message)
         start(thread)
