@@ -138,6 +138,10 @@ class BuildRecord:
         frequent masks, all others together under "".
     request
         Identity of the call: of its arguments, but not of what the inputs held; "" where not recorded.
+    layout
+        How it stored sparse matrices: ``"open"`` or ``"packed"``.
+    gene_order
+        In which order the collection's genes are: ``"names"`` or ``"abundance"``.
     """
 
     mode: str
@@ -149,6 +153,13 @@ class BuildRecord:
     groupby: tuple[str, ...] = ()
     genes: Mapping[str, int] = field(default_factory=dict, repr=False)
     request: str = field(default="", repr=False)
+    layout: str = "open"
+    gene_order: str = "names"
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; what is as releases before had it, which know no other, is left out."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {k: v for k, v in values.items() if (k, v) not in (("layout", "open"), ("gene_order", "names"))}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> BuildRecord:
@@ -218,13 +229,23 @@ class Manifest:
         """Seed of the last build."""
         return self.builds[-1].seed
 
+    @property
+    def layout(self) -> str:
+        """How sparse matrices are stored, which every build keeps: ``"open"`` or ``"packed"``."""
+        return self.builds[-1].layout if self.builds else "open"
+
+    @property
+    def gene_order(self) -> str:
+        """In which order genes are, which every build keeps: ``"names"`` or ``"abundance"``."""
+        return self.builds[-1].gene_order if self.builds else "names"
+
     def to_json(self) -> dict[str, Any]:
         """As JSON values, with a checksum of themselves."""
         values = asdict(self) | {
             "datasets": [d.to_json() for d in self.datasets],
             "sources": [asdict(s) for s in self.sources],
             "inherited": list(self.inherited),
-            "builds": [{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(b).items()} for b in self.builds],
+            "builds": [b.to_json() for b in self.builds],
         }
         return values | {"crc32c": _checksum(values)}
 

@@ -32,6 +32,7 @@ from annbatch_dask.plan.dtypes import ValueRange, merge_ranges
 from annbatch_dask.storage.identity import where_of
 from annbatch_dask.storage.lock import check_unchanged, keep_generation
 from annbatch_dask.storage.metadata import METADATA, consolidated, group_document, metadata_below, nodes_checksum
+from annbatch_dask.storage.packed import packs
 from annbatch_dask.storage.publish import Folder, sync_path
 
 __all__ = [
@@ -147,6 +148,8 @@ def make_manifest(
         groupby=plan.options.groupby,
         genes=_gene_overlaps(plan),
         request=job.request,
+        layout=plan.options.layout,
+        gene_order=plan.options.gene_order,
     )
     written = tuple(map(_record, gathered))
     sources = _sources(plan, scattered)
@@ -243,9 +246,12 @@ def _matrices(plan: Plan, scattered: Sequence[Receipt], tasks: Sequence[GatherTa
         found = merged_range(scattered, m.name)
         if found.n_nan or found.n_inf:
             logger.warning("%s: %d NaN and %d infinite values, kept as they are", m.name, found.n_nan, found.n_inf)
+        dtype = tasks[0].dtypes[m.name]
+        if plan.options.layout == "packed" and not (m.kind == "csr" and packs(np.dtype(dtype))):
+            logger.info("%s: %s %s values are not packed, but stored as in layout 'open'", m.name, m.kind, dtype)
         out[m.name] = {
             "kind": m.kind,
-            "dtype": tasks[0].dtypes[m.name],
+            "dtype": dtype,
             "source_dtype": m.source_dtype,
             "n_nan": found.n_nan,
             "n_inf": found.n_inf,

@@ -32,6 +32,7 @@ from annbatch_dask.storage.checksums import FileSums, checksum, checksum_of
 from annbatch_dask.storage.columns import to_pandas
 from annbatch_dask.storage.lock import is_held
 from annbatch_dask.storage.metadata import FILES, METADATA, group_document, is_metadata, nodes_of
+from annbatch_dask.storage.packed import PackedCodec, packs
 from annbatch_dask.storage.publish import Folder, name_errors
 from annbatch_dask.storage.shards import ShardWriter
 from annbatch_dask.storage.spill import SpillError, SpillReader, check_scratch, find_receipt, write_receipt
@@ -392,6 +393,7 @@ class _SparseWriter(contextlib.ExitStack):
                     shard_rows=_shard_rows(options, row_nbytes, chunk, length, scale=max(1, nnz) / n_obs),
                     compressor=options.compressor,
                     attributes={},
+                    packing=_packing(name, dtype) if options.layout == "packed" else None,
                 )
             )
             for name, (length, dtype) in arrays.items()
@@ -412,6 +414,11 @@ class _SparseWriter(contextlib.ExitStack):
         self._writers["indptr"].append(bounds[1:] + self._at)
         self._at += int(bounds[-1])
         return int(indices.nbytes + values.nbytes + bounds.nbytes)
+
+
+def _packing(array: str, dtype: np.dtype) -> PackedCodec | None:
+    """How one of a sparse matrix's arrays is packed; not at all where it is small, or holds no integers."""
+    return None if array == "indptr" or not packs(dtype) else PackedCodec(differences=array == "indices")
 
 
 class _DenseWriter(contextlib.ExitStack):

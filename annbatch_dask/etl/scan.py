@@ -24,6 +24,8 @@ from annbatch_dask.storage.sources import Source, SourceRef, open_source
 __all__ = ["Scanned", "look", "merge_annotations", "scan", "with_ranges"]
 
 _READ_NBYTES = 2**26
+_SAMPLE_RUNS, _SAMPLE_ROWS = 16, 64
+"""Runs of cells, and cells in each, that are looked at for which genes many cells have."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,12 @@ def scan(  # a task's arguments are positional
     want_annotations: bool,  # noqa: FBT001
     read_values: bool = False,  # noqa: FBT001, FBT002
     metadata_only: bool = False,  # noqa: FBT001, FBT002
+    sample_genes: bool = False,  # noqa: FBT001, FBT002
 ) -> Scanned:
     """Look at one input.
 
     ``read_values`` reads every value of its matrices, which is as much work as a scatter; ``metadata_only`` none at
-    all, so that the stored values of each row are guessed.
+    all, so that the stored values of each row are guessed; ``sample_genes`` some cells, for how many have each gene.
 
     Raises
     ------
@@ -60,6 +63,8 @@ def scan(  # a task's arguments are positional
             if read_values:
                 found = tuple(replace(m, values=_range_of_matrix(source, schema, m)) for m in schema.matrices)
                 schema = replace(schema, matrices=found)
+            if sample_genes:
+                schema = replace(schema, abundance=_abundance(source, schema))
             annotations = _annotations(source, ref.counts) if want_annotations else None
         return Scanned(replace(schema, identity=identity), annotations)
     except Exception as e:
@@ -95,6 +100,38 @@ def _range_of_matrix(source: Source, schema: SourceSchema, matrix: MatrixSchema)
         else:
             visit(0, rows)
     return merge_ranges(ranges)
+
+
+def _abundance(source: Source, schema: SourceSchema) -> NDArray[np.float64]:
+    """About how many cells of an input have a value of each gene of X: of all, what a sample spread over it has."""
+    runs = _sample_runs(schema)
+    found = [np.zeros(schema.x.n_cols, np.int64)]
+
+    def visit(_: int, piece: NDArray) -> None:  # in any thread
+        found.append(np.bincount(piece.astype(np.int64), minlength=schema.x.n_cols)[: schema.x.n_cols])
+
+    for start, stop in runs:
+        rows = source.matrix(schema.x, start, stop)
+        if isinstance(rows, CsrRows):
+            rows.indices(visit)
+        else:
+            found.append((rows != 0).sum(0, dtype=np.int64))
+    share = schema.n_obs / max(1, sum(stop - start for start, stop in runs))
+    counts: NDArray[np.float64] = np.sum(found, axis=0) * share
+    return counts
+
+
+def _sample_runs(schema: SourceSchema) -> list[tuple[int, int]]:
+    """Runs of cells from the first to the last, at steps; as few as possible where each means reading everything."""
+    n_runs, n_rows = (1, _SAMPLE_RUNS * _SAMPLE_ROWS) if schema.x.kind == "csc" else (_SAMPLE_RUNS, _SAMPLE_ROWS)
+    if schema.cuts is not None:  # its blocks are computed whole
+        cuts = schema.cuts.tolist()
+        blocks = sorted({0, (len(cuts) - 1) // 2, len(cuts) - 2} if len(cuts) > 1 else set())
+        return [(cuts[k], cuts[k + 1]) for k in blocks if cuts[k] < cuts[k + 1]]
+    if schema.n_obs <= n_runs * n_rows:
+        return [(0, schema.n_obs)] if schema.n_obs else []
+    starts = np.linspace(0, schema.n_obs - n_rows, n_runs).astype(int).tolist()
+    return [(start, start + n_rows) for start in starts]
 
 
 def look(ref: SourceRef, schema: SourceSchema, names: frozenset[str]) -> dict[str, ValueRange]:

@@ -30,7 +30,7 @@ from annbatch_dask.plan.costs import (
 )
 from annbatch_dask.plan.dtypes import ValueRange, common_dtype, index_dtype, merge_ranges, smallest_dtype
 from annbatch_dask.plan.elements import Elements, check_counts
-from annbatch_dask.plan.genes import GeneSpace, check_unique, join_genes
+from annbatch_dask.plan.genes import GeneSpace, check_unique, join_genes, order_genes
 from annbatch_dask.plan.grouping import Groups
 from annbatch_dask.plan.layout import Block, Layout, Room, cut_blocks
 from annbatch_dask.plan.memory import (
@@ -88,6 +88,11 @@ class Options:
         Which elements to carry.
     allow_mixed_counts
         Do not mind where some inputs have whole numbers in X and others have not.
+    layout
+        How sparse matrices are stored: ``"open"``, by the compressor, or ``"packed"``, integers by our own codec.
+    gene_order
+        Of a new collection's genes: ``"names"``, as anndata joins them, or ``"abundance"``, those that most cells have
+        first.
     """
 
     seed: int
@@ -102,6 +107,8 @@ class Options:
     groupby: tuple[str, ...] = ()
     elements: Elements = Elements()
     allow_mixed_counts: bool = False
+    layout: str = "open"
+    gene_order: str = "names"
 
     def request(self, inputs: Sequence[tuple[str, str]], mode: str, genes: str, merge: str | None) -> str:
         """Identity of a call: everything that a user asks for, 32 hex digits. What the inputs hold is not in it.
@@ -311,6 +318,7 @@ class Plan:
                 f"{format_nbytes(self.budget.task_nbytes)} available to each",
             ),
             *self._stored(),
+            *self._chosen(),
         ]
 
     def summary(self) -> str:
@@ -336,6 +344,14 @@ class Plan:
             )
             for m, v in found
             if v is not None
+        ]
+
+    def _chosen(self) -> list[tuple[str, str]]:
+        """How matrices will be laid out, where that is not the default."""
+        layout = "packed: columns and whole numbers in as few bits as most need; annbatch_dask reads them"
+        return [
+            *([("layout", layout)] if self.options.layout == "packed" else []),
+            *([("genes", "in the order of how many cells have them")] if self.options.gene_order != "names" else []),
         ]
 
     def _texts(self) -> list[str]:
@@ -532,7 +548,7 @@ def _keep(source: SourceSchema, common: set[str]) -> SourceSchema:
     matrices = tuple(m for m in source.matrices if m.name in common)
     columns = tuple(c for c in source.columns if c.frame in common)
     none = np.zeros(0, object)  # the gene maps say what tasks need of the names
-    return replace(source, matrices=matrices, columns=columns, var_names=none, raw_names=None)
+    return replace(source, matrices=matrices, columns=columns, var_names=none, raw_names=None, abundance=None)
 
 
 def _left_out(sources: Sequence[SourceSchema], common: set[str], annotated: frozenset[str]) -> dict[str, list[str]]:
@@ -564,6 +580,8 @@ def _gene_spaces(
         found = [next(m for m in s.matrices if m.name == name) for s in sources]
         listed = [s.genes_of(m) for s, m in zip(sources, found, strict=True)]
         genes = _join(listed, options.var_subset if name == "X" else None, extension)
+        if name == "X" and options.gene_order == "abundance" and extension is None:
+            genes = order_genes(genes, listed, [s.abundance for s in sources if s.abundance is not None])
         space = "var" if name == "X" else "raw"
         used: dict[tuple[int, str], NDArray[np.object_]] = {
             (k, m.genes): s.genes_of(m)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import SchemaError
 from annbatch_dask.plan.schema import SourceSchema
 
-__all__ = ["GeneSpace", "check_unique", "join_genes", "unite_names"]
+__all__ = ["GeneSpace", "check_unique", "join_genes", "order_genes", "unite_names"]
 
 
 def check_unique(source: SourceSchema) -> None:
@@ -75,6 +75,23 @@ def join_genes(names: Sequence[NDArray[np.object_]], subset: Sequence[str] | Non
         )
         raise SchemaError(msg)
     return kept
+
+
+def order_genes(genes: pd.Index, names: Sequence[NDArray[np.object_]], abundance: Sequence[NDArray]) -> pd.Index:
+    """The same genes, those that most cells have first; equal ones stay in their order.
+
+    Parameters
+    ----------
+    genes
+        (n_vars,) names.
+    names, abundance
+        Of each source: its genes, and about how many of its cells have each.
+    """
+    total = np.zeros(len(genes))
+    for listed, found in zip(names, abundance, strict=True):
+        at = genes.get_indexer(pd.Index(listed, dtype=object))
+        np.add.at(total, at[at >= 0], found[at >= 0])
+    return genes[np.argsort(-total, kind="stable")]
 
 
 @dataclass(frozen=True)

@@ -196,6 +196,8 @@ class SourceSchema:
         Bytes of an obs name, as far as a sample tells.
     resident_nbytes
         What it holds in memory as long as it is open: all of it, where ``load_adata`` loads it or its format is old.
+    abundance
+        (n_genes,) float64, about how many cells have a value of each gene of X; None where nobody asked.
     """
 
     path: str
@@ -212,6 +214,7 @@ class SourceSchema:
     cuts: np.ndarray | None = field(default=None, compare=False, repr=False)
     name_width: int = field(default=0, compare=False, repr=False)
     resident_nbytes: int = field(default=0, compare=False, repr=False)
+    abundance: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What a worker sends brings strings of its own."""

@@ -22,6 +22,7 @@ import zarr
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import LayoutError
+from annbatch_dask.storage.packed import PackedCodec
 from annbatch_dask.storage.publish import Folder, name_errors
 from annbatch_dask.storage.ranges import ALL_WRITTEN
 from annbatch_dask.storage.threads import MAX_THREADS, map_ordered
@@ -102,6 +103,8 @@ class ShardWriter:
         As :func:`compressor_json` gives it.
     attributes
         The array's attributes.
+    packing
+        Pack the values, of an integer dtype, by this codec, in the place of the compressor.
 
     Attributes
     ----------
@@ -121,6 +124,7 @@ class ShardWriter:
         shard_rows: int,
         compressor: str | None,
         attributes: dict[str, Any],
+        packing: PackedCodec | None = None,
     ) -> None:
         rest = tuple(max(1, n) for n in shape[1:])
         self._array = zarr.create_array(
@@ -130,12 +134,13 @@ class ShardWriter:
             dtype=dtype,
             chunks=(chunk_rows, *rest),
             shards=(shard_rows, *rest),
-            compressors=_zarr_codecs(compressor, dtype),
+            serializer="auto" if packing is None else packing,
+            compressors=_zarr_codecs(None if packing else compressor, dtype),
             fill_value=False if dtype.kind == "b" else 0,
             attributes=attributes | {ALL_WRITTEN: True},
         )
         self._folder, self._key = folder, key
-        self._codec = _numcodec(compressor)
+        self._codec, self._packing = _numcodec(compressor), packing
         self._chunk_shape, self._shard_chunks = (chunk_rows, *rest), shard_rows // chunk_rows
         self._dtype, self._rows, self._n_dims = dtype, shape[0], len(shape)
         nbytes = chunk_rows * prod(rest) * dtype.itemsize
@@ -197,6 +202,9 @@ class ShardWriter:
 
     def _encode(self, chunk: NDArray) -> bytes:
         chunk = np.ascontiguousarray(chunk)
+        if self._packing is not None:
+            packed = self._packing.encode_values(chunk)
+            return packed.tobytes() + _crc_bytes(packed)
         encoded: bytes = chunk.tobytes() if self._codec is None else self._codec.encode(chunk)
         return encoded + _crc_bytes(encoded)
 
@@ -212,7 +220,7 @@ class ShardWriter:
             self._shard = None
 
 
-def _crc_bytes(payload: bytes) -> bytes:
+def _crc_bytes(payload: bytes | NDArray[np.uint8]) -> bytes:
     crc: int = google_crc32c.value(payload)
     return crc.to_bytes(4, "little")
 
