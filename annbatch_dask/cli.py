@@ -283,7 +283,8 @@ def _facts(collection: DatasetCollection) -> Iterator[tuple[str, object]]:
         return
     for build in manifest.builds:
         order = "{name}, version {version}".format(**build.permutation)
-        yield "build", f"{build.mode}, {len(build.sources)} sources, {order}, seed {build.seed}, layout {build.layout}"
+        layout = "" if build.layout == "open" else f", layout {build.layout}"
+        yield "build", f"{build.mode}, {len(build.sources)} sources, {order}, seed {build.seed}{layout}"
     for source in manifest.sources:
         yield "source", f"{source.path} ({source.n_obs:,} cells)"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numba
 
-__all__ = ["compiled"]
+__all__ = ["compiled", "compiled_for_c"]
 
 logger = logging.getLogger(__name__)
 
@@ -20,12 +20,21 @@ def compiled(fn: Callable[..., Any]) -> Any:
     What was compiled is kept in ``NUMBA_CACHE_DIR`` where that is set, else beside the package, else in the user's
     cache folder. In a container that another user runs none of them may be writable: then each process compiles anew.
     """
+    return _kept(lambda cache: numba.njit(nogil=True, cache=cache)(fn))
+
+
+def compiled_for_c(signature: Any, fn: Callable[..., Any]) -> Any:
+    """The same, compiled at once for one combination of dtypes, to be called as C does at its ``address``."""
+    return _kept(lambda cache: numba.cfunc(signature, nopython=True, cache=cache)(fn))
+
+
+def _kept(compile_it: Callable[[bool], Any]) -> Any:
     try:
-        return numba.njit(nogil=True, cache=True)(fn)
+        return compile_it(True)  # noqa: FBT003 - numba's own
     except RuntimeError as e:  # numba looks for a folder here, and has no other word for finding none
         _say_once()
         logger.debug("%s", e)
-        return numba.njit(nogil=True)(fn)
+        return compile_it(False)  # noqa: FBT003
 
 
 @lru_cache(1)

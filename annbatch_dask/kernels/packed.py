@@ -13,6 +13,7 @@ become vectors then varies with its release.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numba
@@ -21,9 +22,9 @@ from llvmlite import ir
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from annbatch_dask.kernels.compiled import compiled
+from annbatch_dask.kernels.compiled import compiled, compiled_for_c
 
-__all__ = ["BLOCK_VALUES", "DAMAGED", "MAGIC", "VERSION", "bound_nbytes", "pack", "unpack"]
+__all__ = ["BLOCK_VALUES", "DAMAGED", "MAGIC", "VERSION", "bound_nbytes", "pack", "unpack", "unpacker"]
 
 MAGIC = b"ABPK"
 VERSION = 1
@@ -315,6 +316,22 @@ def unpack(raw, n_values, start, out):  # type: ignore[no-untyped-def]  # noqa: 
                 out[at - first + _U(k)] = spare[at - block_start + _U(k)]
         at = end
     return 0
+
+
+def _unpack_at(raw, nbytes, n_values, start, out, n):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913, PLR0917
+    return unpack(numba.carray(raw, (nbytes,)), n_values, start, numba.carray(out, (n,)))
+
+
+@cache
+def unpacker(itemsize: int) -> Any:
+    """:func:`unpack` for integers of so many bytes, to be called as C does at its ``address``.
+
+    It takes the address of the chunk, its bytes, the number of its values, the first one wanted, the address of where
+    they go and how many are wanted, all as integers of 64 bits, and returns one.
+    """
+    number, out = numba.int64, numba.types.CPointer(getattr(numba, f"uint{8 * itemsize}"))
+    raw = numba.types.CPointer(numba.uint8)
+    return compiled_for_c(number(raw, number, number, number, out, number), _unpack_at)
 
 
 # --------------------------------------------------------------------------------------------------- pack

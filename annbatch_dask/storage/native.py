@@ -25,6 +25,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from annbatch_dask.kernels.compiled import compiled
+from annbatch_dask.kernels.packed import BLOCK_VALUES
 
 __all__ = ["BLOSC", "IN_MEMORY", "PLAIN", "can_fill", "fill", "functions"]
 
@@ -33,7 +34,8 @@ logger = logging.getLogger(__name__)
 Ints = NDArray[np.int64]
 
 PLAIN, BLOSC = 0, 1
-"""What the bytes of a chunk are: its values, or those packed by blosc."""
+"""What the bytes of a chunk are: its values, or those compressed by blosc; any other number is the address of
+:func:`annbatch_dask.kernels.packed.unpacker`'s function for them."""
 
 IN_MEMORY = -1
 """In the place of a file: the bytes were read before."""
@@ -115,6 +117,7 @@ _statx = _c_function(32, 32, 64, 32, 32, 64)
 _memcpy = _c_function(64, 64, 64, 64)
 _crc32c = _c_function(32, 64, 64)
 _blosc = _c_function(32, 64, 64, 64, 32)
+_unpack = _c_function(64, 64, 64, 64, 64, 64, 64)
 
 
 @compiled
@@ -140,6 +143,36 @@ def _read(file: Any, offset: int, nbytes: int, c: Any, raw: Any, found: Any) -> 
 
 
 @compiled
+def _are_few(pieces: Any, n_values: int) -> bool:
+    """Whether to unpack the blocks of each piece of a chunk is no more work than to unpack all of the chunk."""
+    n_blocks = 0
+    for p in range(len(pieces)):
+        n_blocks += (pieces[p, 1] - 1) // BLOCK_VALUES - pieces[p, 0] // BLOCK_VALUES + 1
+    return n_blocks <= (n_values + BLOCK_VALUES - 1) // BLOCK_VALUES
+
+
+@compiled
+def _unpack_pieces(source: int, size: int, how: Any, pieces: Any) -> Any:
+    """Unpack each piece of a chunk to where it belongs; 0 if the chunk is sound, as far as it was looked at."""
+    status = 0
+    for p in range(len(pieces)):
+        start, target = pieces[p, 0], how[5] + pieces[p, 2] * how[6]
+        status |= _unpack(how[0], (source, size, how[2], start, target, pieces[p, 1] - start))
+    return status
+
+
+@compiled
+def _decode(raw: Any, at: int, size: int, how: Any, c: Any, target: int) -> bool:
+    """Decode the whole chunk ``raw[at:at + size]``, which is not plain; whether it is sound."""
+    source, nbytes = np.int64(raw.ctypes.data) + at, how[2] * how[3]
+    if how[0] != BLOSC:
+        return bool(_unpack(how[0], (source, size, how[2], 0, target, how[2])) == 0)
+    if size < _BLOSC_HEADER_NBYTES or _number(raw, at + 4) != nbytes or _number(raw, at + 12) != size:
+        return False
+    return bool(_blosc(c[_BLOSC], (source, target, nbytes, 1)) == nbytes)
+
+
+@compiled
 def _place(raw: Any, at: int, size: int, how: Any, pieces: Any, c: Any, spare: Any) -> bool:
     """Check and decode the chunk ``raw[at:at + size]`` to where its pieces belong; whether it is sound."""
     source = np.int64(raw.ctypes.data) + at
@@ -153,11 +186,11 @@ def _place(raw: Any, at: int, size: int, how: Any, pieces: Any, c: Any, spare: A
     if how[0] == PLAIN:
         if size != nbytes:
             return False
+    elif how[0] != BLOSC and _are_few(pieces, n_rows):
+        return bool(_unpack_pieces(source, size, how, pieces) == 0)
     else:
-        if size < _BLOSC_HEADER_NBYTES or _number(raw, at + 4) != nbytes or _number(raw, at + 12) != size:
-            return False
         target = dest + pieces[0, 2] * stride if is_whole else np.int64(spare.ctypes.data)
-        if _blosc(c[_BLOSC], (source, target, nbytes, 1)) != nbytes:
+        if not _decode(raw, at, size, how, c, target):
             return False
         if is_whole:
             return True
@@ -189,8 +222,9 @@ def fill(  # noqa: PLR0913, PLR0917 - a kernel
     pieces
         (n, 3) rows ``[start, stop)`` of the chunk, and the row of the output where they go.
     hows
-        (n, 9) ``PLAIN`` or ``BLOSC``; whether a crc32c follows; rows of a chunk, bytes of each, and how many of these
-        are wanted; address of the output's first row, bytes from one to the next; base of the chunks and of the pieces.
+        (n, 9) ``PLAIN``, ``BLOSC``, or what unpacks arrays of one dimension; whether a crc32c follows; rows of a chunk,
+        bytes of each, and how many of these are wanted; address of the output's first row, bytes from one to the next;
+        base of the chunks and of the pieces.
     first, stop
         The reads to do.
     c

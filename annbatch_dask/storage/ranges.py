@@ -1,9 +1,10 @@
 """Runs of rows of a zarr array, straight from the shard files into a given buffer.
 
 zarr reads chunk by chunk through its codec pipeline. For the arrays that matter here (zarr v3 arrays,
-sharded or not, whose chunks are plain little-endian bytes under at most one common compressor) it is enough
-to know where the chunks lie: the shard's index is read once, the bytes of neighbouring chunks come in one
-``pread``, and every chunk that is wanted whole is decompressed to where it belongs, with no copy in between.
+sharded or not, whose chunks are plain little-endian bytes under at most one common compressor, or integers packed by
+this package's codec) it is enough to know where the chunks lie: the shard's index is read once, the bytes of
+neighbouring chunks come in one ``pread``, and every chunk that is wanted whole is decompressed to where it belongs,
+with no copy in between.
 What lies in local files is read and decoded by :mod:`annbatch_dask.storage.native`, many chunks in a call without the
 GIL; :func:`deal` makes the calls about equal. What it does not place is read again one by one, by numcodecs, which
 also handles other codecs; that way says what is wrong.
@@ -40,8 +41,10 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.kernels.chunk_plan import find_shards, plan_chunks
+from annbatch_dask.kernels.packed import unpacker
 from annbatch_dask.storage import native
 from annbatch_dask.storage.chunk_files import ChunkFiles, Held, chunk_files, scratch
+from annbatch_dask.storage.packed import PACKED, packs, unpack_chunk
 from annbatch_dask.storage.range_cache import RangeCache
 from annbatch_dask.storage.versions import Listing
 
@@ -194,7 +197,7 @@ def _read_plain(array: zarr.Array[Any], files: ChunkFiles | None, start: int, st
 
 @dataclass(frozen=True)
 class _Codec:
-    """What was done to the bytes of a chunk: one compressor or none, then a checksum or none."""
+    """What became of the values of a chunk: bytes, by one compressor or none, or packed; a checksum follows or none."""
 
     name: str | None
     has_crc: bool
@@ -340,8 +343,10 @@ def _find_packing(
 
 
 def _find_codec(codecs: Sequence[Mapping[str, Any]], dtype: np.dtype[Any]) -> _Codec | None:
-    """The codec where the chain is bytes, at most one compressor, at most one checksum; else None."""
+    """The codec where the chain is bytes, at most one compressor, at most one checksum, or is packed; else None."""
     names = [codec["name"] for codec in codecs]
+    if names in ([PACKED], [PACKED, "crc32c"]) and packs(dtype):
+        return _Codec(PACKED, len(names) > 1)
     if not names or names[0] != "bytes":
         return None
     endian = (codecs[0].get("configuration") or {}).get("endian")
@@ -470,7 +475,7 @@ class _Plan:
 def _how(layout: _Layout, column: _Column, out: Array) -> list[int] | None:
     """A row of :func:`annbatch_dask.storage.native.fill`'s ``hows``, without bases; None where it does not know how."""
     name, has_crc = layout.codec.name, layout.codec.has_crc
-    if name not in (None, "blosc") or not out.flags.c_contiguous:
+    if name not in (None, "blosc", PACKED) or not out.flags.c_contiguous or (name == PACKED and out.ndim != 1):
         return None
     if not native.can_fill(is_blosc=name == "blosc", has_crc=has_crc, from_files=not layout.files.is_remote):
         return None
@@ -480,7 +485,7 @@ def _how(layout: _Layout, column: _Column, out: Array) -> list[int] | None:
             return None
         itemsize, (wanted,) = layout.dtype.itemsize, column.rows_out
         start, width, stride = wanted.start * itemsize, (wanted.stop - wanted.start) * itemsize, out.strides[0]
-    kind = native.PLAIN if name is None else native.BLOSC
+    kind = unpacker(layout.dtype.itemsize).address if name == PACKED else native.PLAIN if name is None else native.BLOSC
     return [kind, has_crc, layout.chunk_shape[0], layout.row_nbytes, width, out.ctypes.data + start, stride]
 
 
@@ -650,6 +655,9 @@ def _decode(layout: _Layout, raw: memoryview, dest: Array) -> None:
             msg = f"a chunk has {len(raw)} bytes, its header says {said}"
             raise IntegrityError(msg)
         numcodecs.blosc.decompress(raw, dest)
+        return
+    if layout.codec.name == PACKED:
+        unpack_chunk(raw, dest.reshape(-1))
         return
     plain: Any = raw
     if layout.codec.name == "zstd":

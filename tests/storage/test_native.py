@@ -15,6 +15,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec
 
 from annbatch_dask.errors import CollectionChangedError, IntegrityError
 from annbatch_dask.storage import native, ranges
+from annbatch_dask.storage.packed import PackedCodec
 from annbatch_dask.storage.ranges import RangeReader, deal
 
 CODECS = {
@@ -24,7 +25,10 @@ CODECS = {
     "none": None,
     "crc": [Crc32cCodec()],
     "gzip": [GzipCodec(level=1)],
+    "packed": None,
+    "packed-crc": [Crc32cCodec()],
 }
+SERIALIZERS = {"packed": PackedCodec(differences=True), "packed-crc": PackedCodec()}
 NATIVE = [name for name in CODECS if name != "gzip"]
 N_CANARY = 64
 
@@ -79,15 +83,16 @@ def arrays(draw):
     shape = tuple(draw(st.integers(1, 40 if k == 0 else 7)) for k in range(n_dim))
     chunks = tuple(draw(st.integers(1, n)) for n in shape)
     shards = tuple(c * draw(st.integers(1, 3)) for c in chunks) if draw(st.booleans()) else None
-    dtype = draw(st.sampled_from(["uint8", "uint16", "int32", "float64", "bool", "complex64"]))
+    codec = draw(st.sampled_from(sorted(CODECS)))
+    dtypes = ["uint8", "uint16", "int32", "uint64", *([] if codec in SERIALIZERS else ["float64", "bool", "complex64"])]
     cuts = sorted(draw(st.sets(st.integers(0, shape[0]), max_size=8)))
     written = draw(st.one_of(st.just((0, shape[0])), st.tuples(st.integers(0, shape[0]), st.integers(0, shape[0]))))
     return SimpleNamespace(
         shape=shape,
         chunks=chunks,
         shards=shards,
-        dtype=dtype,
-        codec=draw(st.sampled_from(sorted(CODECS))),
+        dtype=draw(st.sampled_from(dtypes)),
+        codec=codec,
         written=slice(*sorted(written)),
         spans=list(zip(cuts[::2], cuts[1::2], strict=False)),
     )
@@ -101,6 +106,7 @@ def write(path, made):
         shards=made.shards,
         dtype=made.dtype,
         compressors=CODECS[made.codec],
+        serializer=SERIALIZERS.get(made.codec, "auto"),
         fill_value=1,
         overwrite=True,
     )
@@ -117,9 +123,23 @@ def test_any_array_is_as_zarr_and_the_plain_way_have_it(tmp_path_factory, made, 
     with plainly():
         assert outcome(array, made.spans, n_parts) == expected
     assert outcome(array, made.spans, n_parts) == expected
-    if made.codec in NATIVE and len(made.shape) < 3:
+    if made.codec in NATIVE and len(made.shape) < (2 if made.codec in SERIALIZERS else 3):
         with natively():
             assert outcome(array, made.spans, n_parts) == expected
+
+
+@pytest.mark.parametrize("codec", SERIALIZERS)
+@pytest.mark.parametrize("length", [3, 700, 4000])
+def test_of_packed_chunks_the_blocks_that_are_wanted(tmp_path, codec, length):
+    """Of chunks of five blocks: a piece at a time, or the whole chunk where its pieces are many."""
+    made = SimpleNamespace(
+        shape=(30_000,), chunks=(5000,), shards=(10_000,), dtype="uint16", codec=codec, written=slice(None)
+    )
+    array, rng = write(tmp_path / "a", made), np.random.default_rng(0)
+    starts = np.arange(0, 30_000 - length, length + 50)
+    spans = [(a, a + int(rng.integers(1, length + 1))) for a in starts.tolist()]
+    with natively():
+        assert outcome(array, spans) == np.concatenate([array[a:b] for a, b in spans]).tobytes()
 
 
 def simple(codec, shards=(120,)):
