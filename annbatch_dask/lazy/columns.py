@@ -6,10 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
+from uuid import uuid4
 
+import dask.array as da
 import numpy as np
 import pandas as pd
 import xarray as xr
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
 from numpy.typing import NDArray
 from xarray.backends import BackendArray
 from xarray.core.extension_array import PandasExtensionArray
@@ -58,6 +62,27 @@ class SourceRows:
         """
         return self._variable(spec, _read_stored, dim, keep_unused=keep_unused)
 
+    def numbers(self, spec: ColumnSpec, dim: str) -> xr.Variable:
+        """A column of numbers none of which is missing, as a dask array: what is worked out of it is lazy, too.
+
+        Parameters are those of :meth:`column`. There is a task for each source that has rows.
+        """
+        name = f"{spec.path.replace('/', '-')}-{self._token}"
+        starts = np.unique(self.starts).tolist()
+        pieces = list(zip(starts[:-1], starts[1:], strict=True))
+        tasks: dict[Any, Any] = {(name, k): (_read_numbers, name, spec, a, b) for k, (a, b) in enumerate(pieces)}
+        graph = HighLevelGraph.from_collections(name, tasks | {name: self})
+        chunks = (tuple(b - a for a, b in pieces) or (0,),)
+        if not pieces:
+            return xr.Variable((dim,), da.zeros(0, spec.dtype))
+        return xr.Variable((dim,), da.Array(graph, name, chunks, dtype=spec.dtype))
+
+    @cached_property
+    def _token(self) -> str:
+        """The same for the same sources, where it can be known that they are the same."""
+        known = all(self.identities)
+        return str(tokenize([s.path for s in self.sources], self.identities) if known else uuid4().hex)
+
     def names(self, dim: str) -> xr.Variable:
         """The obs names, likewise."""
         return self._variable(_NAMES, _read_names, dim)
@@ -85,6 +110,10 @@ class SourceRows:
             return ColumnRows(values)
         masks = [np.zeros(len(f.values), bool) if f.mask is None else f.mask for f in found]
         return ColumnRows(values, np.concatenate(masks))
+
+
+def _read_numbers(rows: SourceRows, spec: ColumnSpec, start: int, stop: int) -> NDArray:
+    return rows.read(spec, _read_stored, start, stop).values
 
 
 _NAMES = ColumnSpec("", "string")

@@ -58,9 +58,11 @@ def concat_lazy(
 ) -> ad.AnnData:
     """Join files as :func:`anndata.concat` does, without reading their matrices.
 
-    X, layers, obsm and raw are dask arrays, of CSR blocks where any file is sparse, with one task for about 128 MiB of
-    a file. Columns of obs are read when they are used; those that are categorical in all files stay so, with the
-    categories of all. Rows are in the order of the files, genes as :func:`anndata.concat` has them. Matrices that not
+    X, layers, obsm and raw are dask arrays, of CSR blocks where any file is sparse, with one task for about 128 MiB
+    of a file. Columns of obs are read when they are used; numbers are dask arrays, with a task for each file, and
+    columns that are categorical in all files stay so, with the categories of all. ``view.obs = view.obs.to_memory()``
+    puts obs into memory beside a lazy X, for functions that need it as a data frame, such as scanpy's
+    ``get.aggregate``. Rows are in the order of the files, genes as :func:`anndata.concat` has them. Matrices that not
     all files have, and ``obsp``, are left out.
 
     Parameters
@@ -199,8 +201,11 @@ class View:
         coord = pd.Index(names.to_numpy() if load_annotation_index else np.arange(rows.n_obs).astype(str))
         frames: dict[str, dict[str, xr.Variable]] = {OBS: {}}
         for spec in self.columns:
-            frames.setdefault(spec.frame, {})[spec.name] = rows.column(
-                spec, dim, keep_unused=not ad.settings.remove_unused_categories
+            is_plain = spec.kind == "numeric" and not spec.nullable
+            frames.setdefault(spec.frame, {})[spec.name] = (
+                rows.numbers(spec, dim)
+                if is_plain
+                else rows.column(spec, dim, keep_unused=not ad.settings.remove_unused_categories)
             )
         if label is not None:
             frames[OBS][label] = rows.labels(self.plan.source_column, dim)

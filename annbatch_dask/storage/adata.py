@@ -163,7 +163,7 @@ def _in_memory(value: Any) -> Any:
     """What may be lazy, stored, or a mapping of such values, in memory; a frame with its columns in their order."""
     if isinstance(value, Dataset2D):
         columns = _LazyFrame(value).columns
-        return value.to_memory()[columns]
+        return Dataset2D(value.ds.compute(scheduler="synchronous")).to_memory()[columns]
     if isinstance(value, da.Array):
         return value.compute(scheduler="synchronous")
     if isinstance(value, zarr.Array | h5py.Dataset):
@@ -207,7 +207,7 @@ class _LazyFrame:
 
     def rows(self, name: Any, start: int, stop: int) -> pd.Series:
         found = self._frame.ds[[name]].isel({self._frame.index_dim: slice(start, stop)})
-        series: pd.Series = found.to_dataframe()[name]
+        series: pd.Series = found.compute(scheduler="synchronous").to_dataframe()[name]  # this thread does the work
         return series.astype("string") if found[name].attrs.get("is_nullable_string") else series
 
     def names(self, start: int, stop: int) -> pd.Index:

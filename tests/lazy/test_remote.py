@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import zarr
 
 from annbatch_dask import concat_lazy, read_lazy
 from annbatch_dask.storage import publish
-from tests.lazy.files import assert_equal, read, write
+from tests.lazy.files import assert_equal, make, read, write
 from tests.s3.server import S3Server
 from tests.s3.test_other_stores import RangeHandler
 
@@ -79,6 +80,23 @@ def test_a_view_over_http_equals_the_local_one(folder, web, kind):
         assert not keys_of_x(name for name, _ in web.sent)
     expected = ad.concat([read(folder / f"part_{k}.{kind}") for k in range(3)], join="outer")
     assert_equal(found.to_memory(), expected[expected.obs["cell_type"] == "T"].copy())
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata", "ignore:zarr v3 autosharding", "ignore:Writing zarr v2")
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_anndatas_tutorial_on_lazy_data(folder, web, zarr_format):
+    """A store of either version at a URL: X lazy and obs in memory, and the same by way of ours."""
+    expected = make(0)
+    group = zarr.open_group(folder / f"v{zarr_format}.zarr", mode="w", zarr_format=zarr_format)
+    ad.io.write_elem(group, "/", expected)
+    zarr.consolidate_metadata(group.store, zarr_format=zarr_format)
+    wanted = expected[expected.obs["cell_type"] == "T"].X.toarray()
+    url = f"http://127.0.0.1:{web.server_port}/v{zarr_format}.zarr"
+    for group in (zarr.open_group(url, mode="r"), zarr.open_group(fsspec.get_mapper(url), mode="r")):
+        obs, var = ad.io.read_elem(group["obs"]), ad.io.read_elem(group["var"])
+        theirs = ad.AnnData(X=ad.experimental.read_elem_lazy(group["X"]), obs=obs, var=var)
+        for adata in (theirs, read_lazy(group), read_lazy(url)):
+            np.testing.assert_array_equal(adata[adata.obs["cell_type"] == "T", :].X.compute().toarray(), wanted)
 
 
 @pytest.mark.s3

@@ -2,12 +2,14 @@
 
 import pickle
 import shutil
+from importlib.metadata import version
 
 import anndata as ad
 import dask.array as da
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 from fast_array_utils import stats
 
 from annbatch_dask import concat_lazy, read_lazy
@@ -58,6 +60,45 @@ def test_sums_means_and_counts_by_group(paths):
     np.testing.assert_allclose(stats.mean(view.X, axis=0).compute(), expected.X.mean(0).A1, rtol=1e-6)
     counts = view.obs.ds.groupby("cell_type").count()["score"].to_series()
     assert counts.to_dict() == expected.obs["cell_type"].value_counts().to_dict()
+
+
+def test_numbers_of_obs_stay_lazy(paths):
+    """They are dask arrays, as those of anndata's own lazy views: what is worked out of them reads nothing yet."""
+    view, expected = concat_lazy(paths), ad.concat([read(p) for p in paths], join="outer")
+    score = view.obs["score"]
+    assert isinstance(score.variable._data, da.Array)
+    assert score.chunks == ((40, 40, 40),)
+    large = (score * 2).astype("bool") & (score > 0.5)
+    assert isinstance(large.variable._data, da.Array)
+    np.testing.assert_array_equal(large.to_numpy(), expected.obs["score"] > 0.5)
+    assert_equal(view[large].to_memory(), expected[expected.obs["score"] > 0.5].copy())
+    again = concat_lazy(paths).obs["score"]
+    assert again.variable._data.name == score.variable._data.name
+    means = view.obs.ds[["cell_type", "score"]].groupby("cell_type").mean()["score"].to_series()
+    wanted = expected.obs.groupby("cell_type", observed=True)["score"].mean()
+    assert means.to_dict() == pytest.approx(wanted.to_dict())
+
+
+def test_a_selection_on_obs_of_a_lazy_x(paths):
+    """anndata's tutorial: X lazy and obs in memory, of one file, and of ours."""
+    expected = read(paths[0])
+    wanted = expected[expected.obs["cell_type"] == "T"].X.toarray()
+    view = read_lazy(paths[0])
+    np.testing.assert_array_equal(view[view.obs["cell_type"] == "T", :].X.compute().toarray(), wanted)
+    view.obs = view.obs.to_memory()
+    assert isinstance(view.obs, pd.DataFrame)
+    assert isinstance(view.X, da.Array)
+    np.testing.assert_array_equal(view[view.obs["cell_type"] == "T", :].X.compute().toarray(), wanted)
+
+
+@pytest.mark.skipif(version("scanpy") < "1.12", reason="scanpy aggregates no dask arrays before 1.12")
+def test_scanpy_aggregates_a_view(paths):
+    view, expected = concat_lazy(paths), ad.concat([read(p) for p in paths], join="outer")
+    view.obs = view.obs.to_memory()
+    found = sc.get.aggregate(view, by="cell_type", func="mean")
+    wanted = sc.get.aggregate(expected, by="cell_type", func="mean")
+    assert found.obs_names.tolist() == wanted.obs_names.tolist()
+    np.testing.assert_allclose(dense(found.layers["mean"].compute()), dense(wanted.layers["mean"]), rtol=1e-6)
 
 
 def test_a_view_and_its_graph_are_small(paths):
