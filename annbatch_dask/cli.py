@@ -67,6 +67,13 @@ example:
 One file that a browser opens without a network: sources, shared genes, cells per category, values per cell, sizes,
 mixing, and the builds with their timings.
 """,
+    "repack": """\
+examples:
+  annbatch-dask repack atlas.zarr -o atlas-packed.zarr --layout packed
+
+Reads every dataset back and compares its rows before the new collection is there. Interrupted, it goes on when it is
+called again.
+""",
     "verify": """\
 examples:
   annbatch-dask verify atlas.zarr
@@ -168,6 +175,14 @@ def _verify(args: argparse.Namespace) -> None:
     size = f"{found.n_obs:,} cells in {_datasets(found.n_datasets)}, {format_bytes(found.n_bytes)}"
     proof = f"; they are the cells of {len(found.against)} files" if found.against else ""
     _say(f"{args.collection}: {size}: every file and every row is as it was written{proof}")
+
+
+def _repack(args: argparse.Namespace) -> None:
+    new = _open(args.collection).repack(args.output, args.layout)
+    manifest = new.manifest
+    assert manifest is not None  # it was just written
+    size = format_bytes(sum(d.n_bytes for d in manifest.datasets))
+    _say(f"{args.output}: {new.n_obs:,} cells in {_datasets(len(new))}, layout {args.layout}, {size}")
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -373,6 +388,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_report(commands)
     _add_verify(commands)
+    _add_repack(commands)
     _add_gc(commands)
     _add_stream(commands)
     _add_mixing(commands)
@@ -447,6 +463,13 @@ def _add_verify(commands: Any) -> None:
     parser.add_argument("--against", nargs="+", metavar="FILES", help="the files it was made of")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="run on this Dask cluster, e.g. tcp://head-node:8786")
     parser.set_defaults(n_workers=None)
+
+
+def _add_repack(commands: Any) -> None:
+    parser = _add_command(commands, "repack", _repack, "write a collection anew in the other layout, in the same order")
+    _add_collection(parser)
+    parser.add_argument("-o", "--output", required=True, metavar="NEW.zarr", help="the collection to write")
+    parser.add_argument("--layout", choices=("open", "packed"), required=True, help="of the new one")
 
 
 def _add_gc(commands: Any) -> None:

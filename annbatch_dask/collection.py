@@ -36,6 +36,7 @@ from annbatch_dask.etl.inputs import Input, known_inputs
 from annbatch_dask.etl.job import Job, say_what_is_lost, work_folder
 from annbatch_dask.etl.log import Recorder
 from annbatch_dask.etl.ours import Contents, Scratch, contents_of, default_scratch
+from annbatch_dask.etl.repack import repack
 from annbatch_dask.etl.run import Engine, EngineRoom, build, choose_engine, run_check, run_stage
 from annbatch_dask.etl.scan import look, merge_annotations, scan, with_ranges
 from annbatch_dask.etl.sweep import leftovers, sweep, sweep_idle
@@ -949,6 +950,55 @@ class DatasetCollection:
         """The root's attributes that others have put there."""
         known = {*ANNBATCH_ENCODING, MANIFEST_KEY}
         return {} if self._group is None else {k: v for k, v in self._group.attrs.items() if k not in known}
+
+    def repack(
+        self,
+        path: str | os.PathLike[str],
+        layout: MatrixLayout,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> DatasetCollection:
+        """Write the same cells in the same order, in the other layout, as a collection at another place.
+
+        What this one is stays as it is. Splits, and states of loaders, that were saved of one are good for both. Each
+        dataset is read back and compared before the new collection is there. A call that was interrupted goes on with
+        the dataset at which it stopped.
+
+        Parameters
+        ----------
+        path, storage_options
+            Where to, as for the class. Nothing may be there yet.
+        layout
+            ``"packed"`` or ``"open"``, see :meth:`add_adatas`.
+
+        Returns
+        -------
+        The new collection.
+
+        Raises
+        ------
+        CollectionError
+            If this one is empty, has that layout already, or was not written by this package alone, or if something
+            else is at the path.
+        IntegrityError
+            If something was damaged.
+
+        Examples
+        --------
+        >>> collection.repack("atlas-packed.zarr", "packed").manifest.layout
+        'packed'
+        """
+        if layout not in get_args(MatrixLayout):
+            msg = f"layout is {layout!r}; give 'open' or 'packed'"
+            raise LayoutError(msg)
+        manifest, target = self.manifest, absolute(folder_at(path, storage_options))
+        if manifest is None or manifest.layout == layout:
+            why = "has no manifest" if manifest is None else f"has layout {layout!r} already"
+            msg = f"{self.path} {why}; there is nothing to repack"
+            raise CollectionError(msg)
+        with self._as_opened(), exclusive(target):
+            repack(self._target, manifest, target, layout, self._other_attributes())
+        return DatasetCollection(path, storage_options=storage_options)
 
     # --- checking ----------------------------------------------------------------------------------------------
 

@@ -119,7 +119,7 @@ class DatasetRecord:
 
 @dataclass(frozen=True)
 class BuildRecord:
-    """One build: ``"create"``, ``"extend"``, ``"append"`` or ``"reshuffle"``.
+    """One build: ``"create"``, ``"extend"``, ``"append"`` or ``"reshuffle"``; or a ``"repack"``, which has no inputs.
 
     Attributes
     ----------

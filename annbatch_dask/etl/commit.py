@@ -39,7 +39,9 @@ __all__ = [
     "commit",
     "make_manifest",
     "merged_range",
+    "record_of",
     "source_fingerprints",
+    "write_root",
 ]
 
 logger = logging.getLogger(__name__)
@@ -71,21 +73,30 @@ def commit(job: Job, manifest: Manifest, written: Mapping[str, str]) -> None:
     IntegrityError
         If files of a dataset were removed since they were written.
     """
-    target = job.target
-    check_unchanged(target, job.base_version)
+    check_unchanged(job.target, job.base_version)
     _put_in_place(job, written)
+    write_root(job.target, manifest, _inputs(job), dict(job.attributes), version=job.base_version)
+
+
+def write_root(
+    target: Folder, manifest: Manifest, inputs: Sequence[Input], attributes: dict[str, Any], *, version: str | None
+) -> None:
+    """Write the root document over finished datasets, in the place of a version of it.
+
+    ``inputs``: of the manifest's sources; ``attributes``: of others.
+    """
     with ThreadPoolExecutor(_N_THREADS) as pool:  # each asks an object store twice
         names = pool.submit(_sync_names, target)
         found = list(pool.map(partial(_finished_nodes, target), manifest.datasets))
         nodes = {path: node for nodes in found for path, node in nodes.items()}
         together = nodes if len(json.dumps(nodes)) <= MAX_CONSOLIDATED_NBYTES else None
         manifest = replace(manifest, metadata="" if together is None else nodes_checksum(together))
-        inputs = pool.submit(record_inputs, target, manifest, _inputs(job))
-        root = group_document(dict(job.attributes) | ANNBATCH_ENCODING | {MANIFEST_KEY: manifest.to_json()}, together)
+        recorded = pool.submit(record_inputs, target, manifest, inputs)
+        root = group_document(attributes | ANNBATCH_ENCODING | {MANIFEST_KEY: manifest.to_json()}, together)
         keep_generation(target)
-        for done in (names, inputs):
+        for done in (names, recorded):
             done.result()
-    target.replace(METADATA, root, version=job.base_version)
+    target.replace(METADATA, root, version=version)
 
 
 def _inputs(job: Job) -> list[Input]:
@@ -151,7 +162,7 @@ def make_manifest(
         layout=plan.options.layout,
         gene_order=plan.options.gene_order,
     )
-    written = tuple(map(_record, gathered))
+    written = tuple(map(record_of, gathered))
     sources = _sources(plan, scattered)
     matrices: dict[str, Mapping[str, Any]] = _matrices(plan, scattered, tasks)
     last = job.first_dataset + plan.n_datasets - 1
@@ -183,7 +194,8 @@ def make_manifest(
     )
 
 
-def _record(receipt: Receipt) -> DatasetRecord:
+def record_of(receipt: Receipt) -> DatasetRecord:
+    """What the manifest says of a dataset, from a receipt of gather."""
     files = receipt["files"]
     return DatasetRecord(
         receipt["name"],

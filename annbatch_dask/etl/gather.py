@@ -38,7 +38,7 @@ from annbatch_dask.storage.shards import ShardWriter
 from annbatch_dask.storage.spill import SpillError, SpillReader, check_scratch, find_receipt, write_receipt
 from annbatch_dask.storage.threads import one_ahead
 
-__all__ = ["GatherTask", "gather"]
+__all__ = ["GatherTask", "gather", "packing_of", "publish_dataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +218,7 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> d
     for name, values in obs.strings():
         write_frames(group, {name: values})
     shards = {name: found for w in writers for name, found in w.files.items()}
-    sums = _publish(folder, {name: content.to_bytes() for name, content in files.items()}, shards)
+    sums = publish_dataset(folder, {name: content.to_bytes() for name, content in files.items()}, shards)
     folder.sync()
     return {
         "name": dataset,
@@ -393,7 +393,7 @@ class _SparseWriter(contextlib.ExitStack):
                     shard_rows=_shard_rows(options, row_nbytes, chunk, length, scale=max(1, nnz) / n_obs),
                     compressor=options.compressor,
                     attributes={},
-                    packing=_packing(name, dtype) if options.layout == "packed" else None,
+                    packing=packing_of(name, dtype) if options.layout == "packed" else None,
                 )
             )
             for name, (length, dtype) in arrays.items()
@@ -416,7 +416,7 @@ class _SparseWriter(contextlib.ExitStack):
         return int(indices.nbytes + values.nbytes + bounds.nbytes)
 
 
-def _packing(array: str, dtype: np.dtype) -> PackedCodec | None:
+def packing_of(array: str, dtype: np.dtype) -> PackedCodec | None:
     """How one of a sparse matrix's arrays is packed; not at all where it is small, or holds no integers."""
     return None if array == "indptr" or not packs(dtype) else PackedCodec(differences=array == "indices")
 
@@ -522,7 +522,9 @@ class _ObsColumns:
                 yield c.path, to_pandas(c, self._pop_strings(c), mask)
 
 
-def _publish(folder: Folder, files: dict[str, bytes], shards: dict[str, tuple[int, str]]) -> dict[str, tuple[int, str]]:
+def publish_dataset(
+    folder: Folder, files: dict[str, bytes], shards: dict[str, tuple[int, str]]
+) -> dict[str, tuple[int, str]]:
     """Write a dataset's small files, its root with the metadata and checksums of all at last; returns all checksums."""
     nodes = nodes_of({name: content for name, content in files.items() if is_metadata(name)})
     below = {name: content for name, content in files.items() if name != METADATA}

@@ -1,0 +1,205 @@
+"""repack: the same cells in the same order, in the other layout, as a collection at another place."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+from zarr.core.buffer import default_buffer_prototype
+
+from annbatch_dask.errors import CollectionError, IntegrityError
+from annbatch_dask.etl.commit import record_of, write_root
+from annbatch_dask.etl.files import recorded_files
+from annbatch_dask.etl.gather import packing_of, publish_dataset
+from annbatch_dask.etl.inputs import known_inputs
+from annbatch_dask.etl.ours import dataset_attributes, first_document, is_dataset_of
+from annbatch_dask.etl.verify import check_dataset
+from annbatch_dask.manifest import MANIFEST_KEY, Manifest
+from annbatch_dask.storage.checksums import FileSums, checksum_of
+from annbatch_dask.storage.metadata import FILES, METADATA, group_document, is_metadata
+from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.ranges import RangeReader
+from annbatch_dask.storage.shards import ShardWriter
+
+__all__ = ["repack"]
+
+logger = logging.getLogger(__name__)
+
+_PIECE_NBYTES = 2**24
+_PARTS = ("data", "indices")
+
+Sums = dict[str, tuple[int, str]]
+
+
+def repack(source: Folder, manifest: Manifest, target: Folder, layout: str, attributes: dict[str, Any]) -> None:
+    """Write a collection anew in a layout; what an interrupted call has written is kept.
+
+    Each dataset is read back, and its rows have the fingerprint they had, before the collection is there.
+
+    Parameters
+    ----------
+    source, manifest
+        The collection.
+    target
+        Where nothing is yet, but perhaps what such a call left.
+    attributes
+        Of others, in the source's root.
+
+    Raises
+    ------
+    CollectionError
+        If something else is there, or annbatch wrote some of the collection.
+    IntegrityError
+        If what was read or written is not what the manifest says.
+    """
+    if any(d.metadata is None for d in manifest.datasets):
+        msg = f"{source.url} has datasets without checksums, of annbatch or of an earlier release; build it anew"
+        raise CollectionError(msg)
+    _check_target(target, manifest)
+    records = []
+    for record in manifest.datasets:
+        files = recorded_files(source, record)
+        about = _about((source / record.name).read(METADATA), record.fingerprint, layout)
+        written = _finished(target / record.name, about)
+        if written is None:
+            written = _write(source / record.name, target / record.name, files, about, manifest)
+        receipt = {"name": record.name, "n_rows": record.n_obs, "nnz": record.nnz, "fingerprint": record.fingerprint}
+        now = record_of(receipt | {"files": written})
+        if problems := check_dataset(target, now, manifest.n_vars)["problems"]:
+            (target / record.name).remove(last=METADATA)
+            msg = f"{target.url}/{problems[0]}; it was removed: check the disk, and call again"
+            raise IntegrityError(msg)
+        logger.info("%s is %s, %d bytes", now.name, layout, now.n_bytes)
+        records.append(now)
+    last = replace(manifest.builds[-1], mode="repack", sources=(), genes={}, request="", layout=layout)
+    repacked = replace(manifest, datasets=tuple(records), builds=(*manifest.builds, last))
+    write_root(target, repacked, known_inputs(source, manifest), attributes, version=None)
+
+
+def _check_target(target: Folder, manifest: Manifest) -> None:
+    """Refuse a place where something else is than what a repack of this collection left there."""
+    names = {d.name for d in manifest.datasets}
+    for name in target.names():
+        if name not in names or not is_dataset_of((target / name).find(METADATA), (), [manifest.id]):
+            msg = f"{target.url} exists, and {name} in it is not of a repack of this collection; give another path"
+            raise CollectionError(msg)
+
+
+def _about(document: bytes, fingerprint: str, layout: str) -> dict[str, Any]:
+    """What a dataset says of itself: whose it is, as that it is a copy of says, and of which rows in which layout."""
+    whose = json.loads(document)["attributes"][MANIFEST_KEY]
+    about = dataset_attributes(whose["plan"], whose["collection"])
+    about[MANIFEST_KEY]["repacked"] = [fingerprint, layout]
+    return about
+
+
+def _finished(folder: Folder, about: dict[str, Any]) -> Sums | None:
+    """The files of a dataset that is there, whole, and says this of itself; else it is removed."""
+    document = folder.find(METADATA)
+    if document is None:
+        return None
+    found = json.loads(document)["attributes"]
+    if FILES not in found or found[MANIFEST_KEY] != about[MANIFEST_KEY]:
+        folder.remove(last=METADATA)
+        return None
+    return {name: (size, crc) for name, (size, crc) in found[FILES].items()} | {METADATA: checksum_of(document)}
+
+
+def _write(source: Folder, folder: Folder, files: FileSums, about: dict[str, Any], manifest: Manifest) -> Sums:
+    """Write a dataset: matrices packed or not, all else as it is."""
+    folder.write(METADATA, first_document(about))
+    small = {name: _checked(source, name, files) for name in files if is_metadata(name)}
+    root = json.loads(small[METADATA])["attributes"] | about
+    del root[FILES]
+    small[METADATA] = group_document(root, None)
+    store, sums, left = zarr.storage.MemoryStore(), Sums(), dict(files)
+    for key in (f"{name}/{part}" for name, m in manifest.matrices.items() if m["kind"] == "csr" for part in _PARTS):
+        array: Any = zarr.open_array(source.zarr_store(read_only=True), path=key, mode="r")
+        packing = packing_of(key.rpartition("/")[2], array.dtype)
+        if packing is None:
+            continue
+        writer = ShardWriter(
+            folder,
+            store,
+            key,
+            shape=array.shape,
+            dtype=array.dtype,
+            chunk_rows=array.chunks[0],
+            shard_rows=(array.shards or array.chunks)[0],
+            compressor=_compressor_beside(small, key),
+            attributes={},
+            packing=packing if about[MANIFEST_KEY]["repacked"][1] == "packed" else None,
+        )
+        _copy_rows(array, writer)
+        sums |= writer.files
+        small[f"{key}/{METADATA}"] = _document(store, key)
+        left = {name: found for name, found in left.items() if not name.startswith(f"{key}/c/")}
+    for name in sorted(left.keys() - small.keys()):
+        sums[name] = _copy(source, folder, name, files)
+    written = publish_dataset(folder, small, sums)
+    folder.sync()
+    return written
+
+
+def _copy_rows(array: Any, writer: ShardWriter) -> None:
+    reader, chunk = RangeReader(array), array.chunks[0]
+    step = max(1, _PIECE_NBYTES // (chunk * array.dtype.itemsize)) * chunk
+    try:
+        with writer:
+            for start in range(0, array.shape[0], step):
+                stop = min(start + step, array.shape[0])
+                rows = np.empty(stop - start, reader.dtype)
+                reader.read(np.array([[start, stop]]), rows)
+                writer.append(rows)
+    finally:
+        reader.close()
+
+
+def _document(store: zarr.storage.MemoryStore, key: str) -> bytes:
+    """Metadata of a new array."""
+    found: Any = zarr.open_array(store, path=key, mode="r").metadata
+    content: bytes = found.to_buffer_dict(default_buffer_prototype())[METADATA].to_bytes()
+    return content
+
+
+def _compressor_beside(documents: Mapping[str, bytes], key: str) -> str | None:
+    """The compressor that the build of an array was given: the row pointers beside it have it in both layouts."""
+    described = json.loads(documents[f"{key.rpartition('/')[0]}/indptr/{METADATA}"])
+    codecs = described["codecs"][0]["configuration"]["codecs"]
+    found = [codec for codec in codecs if codec["name"] not in ("bytes", "crc32c")]
+    return json.dumps(found[0], sort_keys=True) if found else None
+
+
+def _checked(source: Folder, name: str, files: FileSums) -> bytes:
+    content = source.read(name)
+    _compare(source, name, files, checksum_of(content))
+    return content
+
+
+def _copy(source: Folder, folder: Folder, name: str, files: FileSums) -> tuple[int, str]:
+    """Copy a file, piece by piece."""
+    file, size, crc = source.ranges(name), 0, 0
+    buffer = memoryview(np.empty(_PIECE_NBYTES, np.uint8))
+    try:
+        with folder.create(name, durable=False) as out:
+            while n := file.read_into(size, buffer):
+                out.write(buffer[:n])
+                crc, size = google_crc32c.extend(crc, bytes(buffer[:n])), size + n
+    finally:
+        file.close()
+    _compare(source, name, files, (size, f"{crc:08x}"))
+    return size, f"{crc:08x}"
+
+
+def _compare(source: Folder, name: str, files: FileSums, found: tuple[int, str]) -> None:
+    if found != tuple(files[name]):
+        (size, crc), (wrote, written) = found, files[name]
+        here = f"{source.url}/{name}"
+        msg = f"{here} has {size:,} bytes, crc32c {crc}, and was written with {wrote:,}, {written}; restore it"
+        raise IntegrityError(msg)
