@@ -32,6 +32,7 @@ from annbatch_dask.arguments import (
 )
 from annbatch_dask.errors import CollectionBusyError, CollectionChangedError, CollectionError, LayoutError
 from annbatch_dask.etl.frames import try_frames
+from annbatch_dask.etl.h5ad import write_datasets
 from annbatch_dask.etl.inputs import Input, known_inputs
 from annbatch_dask.etl.job import Job, say_what_is_lost, work_folder
 from annbatch_dask.etl.log import Recorder
@@ -94,6 +95,8 @@ MatrixLayout = Literal["open", "packed"]
 GeneOrder = Literal["names", "abundance"]
 
 _N_THREADS = 16
+_HIDDEN = ".shuffled.zarr"
+"""In a folder of h5ad files, what they will be written from."""
 _DEFAULT_COMPRESSOR = (zarr.codecs.BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"),)
 """annbatch's codec at level 5 instead of 3, whose larger blocks of counts decode up to twice as fast and are a tenth
 smaller, at no cost in writing (measured on 20M uint16 values and their indices)."""
@@ -112,7 +115,7 @@ class DatasetCollection:
         existing one as empty, and replaces it when :meth:`add_adatas` commits: until then it stays as it is, for ever
         if no build follows, and who reads it ends the epoch as it began.
     is_collection_h5ad
-        A folder of ``dataset_<i>.h5ad``, of which only obs can be read.
+        A folder of ``dataset_<i>.h5ad``: builds shuffle into such files, and of these only obs can be read here.
     storage_options
         fsspec's, for a URL: credentials, endpoint and the like. They are written nowhere.
 
@@ -559,7 +562,7 @@ class DatasetCollection:
         merge: str | None = None,
         groupby: str | Iterable[str] | None = None,
         shuffle_chunk_size: int | None = None,  # noqa: ARG002 - see the docstring
-        h5ad_compressor: str | None = None,
+        h5ad_compressor: str | None = "gzip",
         elements: Iterable[str] | None = None,
         counts: str | Mapping[str, str] = "X",
         allow_mixed_counts: bool = False,
@@ -624,7 +627,8 @@ class DatasetCollection:
         shuffle_chunk_size
             annbatch's, taken and not needed: rows are shuffled one by one, which mixes no less than any of its values.
         h5ad_compressor
-            annbatch's. It has no effect, which a warning says: h5ad is not written.
+            Of a folder of h5ad files: ``"gzip"`` (default), ``"lzf"`` or None. On zarr it has no effect, and any other
+            than the default is warned of.
         elements
             What to carry: names such as ``"layers"``, ``"layers/counts"``, ``"obsm/X_pca"``, ``"obs"``, ``"raw"``,
             ``"uns"``, beside X and the obs names. Names with a leading ``-`` say what not to carry. None carries
@@ -693,7 +697,12 @@ class DatasetCollection:
         IntegrityError
             If what was written is not what was read; nothing is published.
         """
-        _warn_unused(h5ad_compressor=h5ad_compressor)
+        given = {k: v for k, v in locals().items() if k not in ("self", "h5ad_compressor")}
+        if self._h5ad:
+            return self._add_as_h5ad(given, h5ad_compressor)
+        if h5ad_compressor != "gzip":
+            msg = "h5ad_compressor of annbatch's add_adatas has no effect on zarr; leave it out"
+            warnings.warn(msg, UserWarning, stacklevel=2)
         self._check_target()
         refs = references(adata_paths, load_adata, storage_options, counts)
         check_portable(refs)
@@ -734,6 +743,28 @@ class DatasetCollection:
             with room.start(max(len(plan.blocks), plan.n_datasets)) as engine:
                 all_refs = (*([] if extension is None else self._dataset_refs()), *refs)
                 self._build(plan, all_refs, annotations, engine, callback, base, found, request)
+        return self
+
+    def _add_as_h5ad(self, arguments: dict[str, Any], compressor: str | None) -> DatasetCollection:
+        """Shuffle into a hidden zarr collection, then write its datasets as h5ad files and remove it."""
+        folder = self._target
+        if not folder.is_local:
+            msg = f"{folder.url} is no local folder, which h5ad files are written to; give a path, or build zarr"
+            raise CollectionError(msg)
+        old = [name for name in folder.names() if name.endswith(".h5ad")]
+        hidden = folder / _HIDDEN
+        if old and not self._replaces and hidden.version(METADATA) is None:
+            msg = (
+                f"{folder.url} holds {len(old):,} h5ad files, to which none can be added; give another folder, "
+                "mode='w' to replace them, or build zarr"
+            )
+            raise CollectionError(msg)
+        built = DatasetCollection(hidden.url, mode="w")  # what another call left is none of this one's
+        built.add_adatas(**arguments)
+        write_datasets(built, folder, compressor, old)
+        for name in (n for n in folder.names() if n.startswith(_HIDDEN)):  # its log, too
+            (folder / name).remove()
+        self._replaces = False
         return self
 
     def _refresh(self) -> None:
@@ -1167,17 +1198,7 @@ class DatasetCollection:
         )
 
     def _check_target(self) -> None:
-        if self._h5ad:
-            msg = "a folder of h5ad files cannot be built; give a path that ends in .zarr"
-            raise CollectionError(msg)
         self._folder  # noqa: B018 - raises for stores that workers cannot open
-
-
-def _warn_unused(**arguments: object) -> None:
-    names = [name for name, value in arguments.items() if value is not None]
-    if names:
-        msg = f"{', '.join(names)} of annbatch's add_adatas: no effect here; leave out"
-        warnings.warn(msg, UserWarning, stacklevel=3)
 
 
 def _open(folder: Folder, mode: str) -> zarr.Group | None:

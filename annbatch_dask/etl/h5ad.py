@@ -1,0 +1,63 @@
+"""Datasets of a collection as ``.h5ad`` files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import anndata as ad
+
+from annbatch_dask.manifest import DATASET_PREFIX
+from annbatch_dask.plan.schema import SOURCE_DTYPE
+from annbatch_dask.storage.publish import UNFINISHED, Folder, sync_path
+
+if TYPE_CHECKING:
+    import zarr
+    from anndata import AnnData
+
+__all__ = ["write_datasets"]
+
+
+def write_datasets(groups: Iterable[zarr.Group], folder: Folder, compressor: str | None, stale: Iterable[str]) -> None:
+    """Write each dataset as a file of its number, one in memory at a time; all appear at the end.
+
+    ``stale``: names of files that are removed before.
+    """
+    written = []
+    for number, group in enumerate(groups):
+        name = f"{DATASET_PREFIX}_{number}.h5ad"
+        unfinished = f"{folder.path}/.tmp-00000000-{name}"
+        assert UNFINISHED.fullmatch(os.path.basename(unfinished))  # noqa: S101 - gc knows it
+        adata = _as_given(group)
+        with ad.settings.override(allow_write_nullable_strings=True):
+            adata.write_h5ad(unfinished, compression=compressor)
+        sync_path(unfinished)
+        written.append((unfinished, f"{folder.path}/{name}"))
+    for name in stale:
+        folder.unlink(name)
+    for unfinished, path in written:
+        os.replace(unfinished, path)
+    sync_path(folder.path)
+
+
+def _as_given(group: zarr.Group) -> AnnData:
+    """A dataset in memory, its matrices in the dtypes that the inputs had."""
+    found = ad.io.read_zarr(group)
+    if found.X is not None:
+        found.X = _cast(found.X, group["X"])
+    for kind in ("layers", "obsm"):
+        mapping = getattr(found, kind)
+        for key in [k for k in mapping if k is not None]:  # anndata 0.13 lists X as layer None
+            elem = group[f"{kind}/{key}"]
+            if SOURCE_DTYPE in elem.attrs:  # a frame has none
+                mapping[key] = _cast(mapping[key], elem)
+    if found.raw is not None:
+        raw = found.raw.to_adata()
+        raw.X = _cast(raw.X, group["raw/X"])
+        found.raw = raw
+    return found
+
+
+def _cast(values: Any, elem: Any) -> Any:
+    return values.astype(str(elem.attrs.get(SOURCE_DTYPE, values.dtype)))

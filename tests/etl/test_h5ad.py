@@ -1,0 +1,71 @@
+"""A folder of ``dataset_<i>.h5ad``: the same shuffle as into zarr, in files that anndata reads."""
+
+import anndata as ad
+import dask
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+
+from annbatch_dask import DatasetCollection
+from annbatch_dask.errors import CollectionError
+from tests.etl.inputs import dense_x
+from tests.etl.test_elements import make, write
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Loading h5ad is currently not supported"),
+    pytest.mark.filterwarnings("ignore:left out"),
+]
+
+
+def build(path, paths, *, is_h5ad=True, mode="a", **options):
+    with dask.config.set(scheduler="synchronous"):
+        collection = DatasetCollection(path, is_collection_h5ad=is_h5ad, mode=mode)
+        return collection.add_adatas(paths, **{"seed": 3, "dataset_size": 20} | options)
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_the_same_cells_in_the_same_places_as_in_zarr(tmp_path):
+    paths = write(tmp_path, [make(0), make(1, n_obs=20)])
+    collection = build(tmp_path / "h5ad", paths)
+    zarr = build(tmp_path / "o.zarr", paths, is_h5ad=False)
+    assert names(tmp_path / "h5ad") == ["dataset_0.h5ad", "dataset_1.h5ad", "dataset_2.h5ad"]
+    for k, group in enumerate(zarr):
+        found, want = ad.read_h5ad(tmp_path / "h5ad" / f"dataset_{k}.h5ad"), ad.io.read_zarr(group)
+        pd.testing.assert_frame_equal(found.obs, want.obs)
+        np.testing.assert_array_equal(dense_x(found), dense_x(want))
+        np.testing.assert_array_equal(dense_x(found.raw), dense_x(want.raw))
+        np.testing.assert_array_equal(found.obsm["place"], want.obsm["place"])
+        dtypes = found.X.dtype, found.raw.X.dtype, found.layers["twice"].dtype, found.obsm["place"].dtype
+        assert dtypes == (np.float32, np.float32, np.float32, np.float64)  # as the inputs have them
+    pd.testing.assert_frame_equal(collection.obs(), zarr.obs())
+
+
+@pytest.mark.parametrize("compressor", ["gzip", "lzf", None])
+def test_the_compressor_has_its_effect(tmp_path, compressor):
+    build(tmp_path / "h5ad", write(tmp_path, [make(0)]), h5ad_compressor=compressor)
+    with h5py.File(tmp_path / "h5ad" / "dataset_0.h5ad") as f:
+        assert f["X/data"].compression == compressor
+
+
+def test_files_that_are_there_are_replaced_only_if_asked(tmp_path):
+    paths = write(tmp_path, [make(0), make(1, n_obs=20)])
+    build(tmp_path / "h5ad", paths)
+    with pytest.raises(CollectionError, match="holds 3 h5ad files, to which none can be added"):
+        build(tmp_path / "h5ad", paths[:1])
+    build(tmp_path / "h5ad", paths[:1], mode="w", dataset_size=100)
+    assert names(tmp_path / "h5ad") == ["dataset_0.h5ad"]
+
+
+def test_a_build_that_was_interrupted_goes_on(tmp_path, monkeypatch):
+    paths = write(tmp_path, [make(0), make(1, n_obs=20)])
+    monkeypatch.setattr(ad.AnnData, "write_h5ad", lambda *_, **__: (_ for _ in ()).throw(OSError("no room")))
+    with pytest.raises(OSError, match="no room"):
+        build(tmp_path / "h5ad", paths)
+    assert not [name for name in names(tmp_path / "h5ad") if name.startswith("dataset")]
+    monkeypatch.undo()
+    build(tmp_path / "h5ad", paths)
+    assert names(tmp_path / "h5ad") == ["dataset_0.h5ad", "dataset_1.h5ad", "dataset_2.h5ad"]
