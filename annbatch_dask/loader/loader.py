@@ -67,7 +67,7 @@ _PRELOAD_NCHUNKS = 32
 _MAX_DEFAULT_PRELOAD = 4 * _PRELOAD_NCHUNKS
 _PREFETCH_NBYTES = 1024**3
 _MAX_PLAIN_NAMES = 1_000_000
-"""Obs names of a collection of more rows are kept compressed, which takes a few milliseconds a window."""
+"""Obs names of a collection of more rows are kept compressed, which takes a millisecond of Python a window."""
 _ACCEPTED = (zarr.Array, CSRDataset, sp.csr_matrix, sp.csr_array, np.ndarray)
 
 

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import SelectionError
 from annbatch_dask.loader.requests import Assignment
+from annbatch_dask.storage import native
+from annbatch_dask.storage.chunk_files import scratch
 
 __all__ = ["Categories", "Labels", "Names", "ObsTable"]
 
@@ -36,6 +38,8 @@ class Names:
         Stands between two names of a block, and in none.
     packed, ends
         The compressed blocks one after the other, and where each ends.
+    largest
+        Bytes of the largest block and of the largest name, with a separator.
     dtype, name
         Of the index.
     """
@@ -43,6 +47,7 @@ class Names:
     separator: str
     packed: bytes = field(repr=False)
     ends: Ints = field(repr=False)
+    largest: tuple[int, int]
     n_rows: int
     dtype: Any
     name: Any
@@ -55,15 +60,45 @@ class Names:
         values = index.to_numpy(object)
         pieces = [values[k : k + _BLOCK] for k in range(0, len(values), _BLOCK)]
         separator = next(c for c in map(chr, range(0xD800)) if not any(c in "".join(piece) for piece in pieces))
-        blocks = [zlib.compress(separator.join(piece).encode("utf8", "surrogatepass"), 1) for piece in pieces]
+        texts = (separator.join(piece).encode("utf8", "surrogatepass") for piece in pieces)
+        blocks, n_block, n_name = [], 0, 0
+        for text in texts:
+            blocks.append(zlib.compress(text, 1))
+            n_block = max(n_block, len(text))
+            n_name = max(n_name, *map(len, text.split(separator.encode())))
         ends = np.cumsum([len(block) for block in blocks], dtype=np.int64)
-        return cls(separator, b"".join(blocks), ends, len(values), index.dtype, index.name)
+        largest = (n_block, n_name + len(separator.encode()))
+        return cls(separator, b"".join(blocks), ends, largest, len(values), index.dtype, index.name)
 
     def __len__(self) -> int:
         return self.n_rows
 
     def take(self, rows: Ints) -> NDArray[np.object_]:
         """The names of some rows."""
+        taken = np.empty(len(rows), object)
+        blocks = rows // _BLOCK
+        visits = blocks[np.flatnonzero(np.diff(blocks, prepend=-1))]
+        order = slice(None) if len(set(visits.tolist())) == len(visits) else np.argsort(rows)
+        names = self._pick(rows[order])
+        taken[order] = self._pick_plainly(rows[order]) if names is None else names
+        return taken
+
+    def _pick(self, rows: Ints) -> list[str] | None:
+        """Names, those of one block one after the other, in one call without the GIL; None where it has no way."""
+        if not native.can_inflate() or not len(rows):
+            return None
+        separator, (n_block, n_name) = self.separator.encode(), self.largest
+        out, given = np.empty(len(rows) * n_name, np.uint8), np.frombuffer(separator, np.uint8)
+        packed, functions = np.frombuffer(self.packed, np.uint8), native.functions()
+        spare = scratch("chunk", n_block)
+        n_bytes = native.inflate_names(rows, _BLOCK, packed, self.ends, given, functions, spare, out)
+        if n_bytes < 0:
+            return None
+        text = str(memoryview(out)[: n_bytes - len(separator)], "utf8", "surrogatepass")
+        return text.split(self.separator)
+
+    def _pick_plainly(self, rows: Ints) -> list[str]:
+        """The same, block by block."""
         blocks = rows // _BLOCK
         firsts = np.flatnonzero(np.diff(blocks, prepend=-1)).tolist()
         places = (rows - blocks * _BLOCK).tolist()
@@ -74,9 +109,7 @@ class Names:
             if block not in unpacked:
                 unpacked[block] = self._unpack(block)
             names += map(unpacked[block].__getitem__, places[first:stop])
-        taken = np.empty(len(rows), object)
-        taken[:] = names
-        return taken
+        return names
 
     def _unpack(self, block: int) -> list[str]:
         start = int(self.ends[block - 1]) if block else 0

@@ -1,9 +1,10 @@
 """Many chunks read, checked and decoded in one call that holds no lock of Python's.
 
-Each step is a C function that is in the process anyway: the C library's, blosc's of numcodecs, and crc32c's of
-google_crc32c. Their addresses are looked up by name and handed to a compiled kernel, which therefore is good for any
-process. Where one of them is missing, so is the step, and :mod:`annbatch_dask.storage.ranges` takes its plain way.
-That way also defines every error: a chunk that is not as it should be is only reported here, never explained.
+Each step is a C function that is in the process anyway: the C library's, blosc's of numcodecs, crc32c's of
+google_crc32c, and libdeflate's of deflate. Their addresses are looked up by name and handed to a compiled kernel, which
+therefore is good for any process. Where one of them is missing, so is the step, and what calls it takes its plain way,
+as :mod:`annbatch_dask.storage.ranges` does. That way also defines every error: a chunk that is not as it should be is
+only reported here, never explained.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from annbatch_dask.kernels.compiled import compiled
 from annbatch_dask.kernels.packed import BLOCK_VALUES
 
-__all__ = ["BLOSC", "IN_MEMORY", "PLAIN", "can_fill", "fill", "functions"]
+__all__ = ["BLOSC", "IN_MEMORY", "PLAIN", "can_fill", "can_inflate", "fill", "functions", "inflate_names"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ PLAIN, BLOSC = 0, 1
 IN_MEMORY = -1
 """In the place of a file: the bytes were read before."""
 
-_PREAD, _STATX, _MEMCPY, _CRC, _BLOSC = range(5)
+_PREAD, _STATX, _MEMCPY, _CRC, _BLOSC, _ALLOCATE, _INFLATE, _FREE = range(8)
 _AT_EMPTY_PATH, _BASIC_STATS = 0x1000, 0x7FF
 _BLOSC_HEADER_NBYTES = 16
 
@@ -48,7 +49,7 @@ _BLOSC_HEADER_NBYTES = 16
 @cache
 def functions() -> Ints:
     """Addresses of the C functions, 0 for those that are not there."""
-    found = np.zeros(5, np.int64)
+    found = np.zeros(8, np.int64)
     if sys.platform != "linux" or sys.byteorder != "little" or ctypes.sizeof(ctypes.c_void_p) != 8:  # noqa: PLR2004
         return found
     here = ctypes.CDLL(None)
@@ -59,8 +60,11 @@ def functions() -> Ints:
             found[place] = find()
         except (AttributeError, ImportError, OSError) as error:  # built in another way
             logger.debug("%s", error)
+    found[_ALLOCATE:] = _find_inflate()
     if not found.all():
-        logger.warning("chunks are decoded one by one: C functions are missing in libc, numcodecs or google_crc32c")
+        logger.warning(
+            "chunks or names are decoded one by one: functions of libc, numcodecs, google_crc32c or deflate are missing"
+        )
     return found
 
 
@@ -83,6 +87,23 @@ def _find_blosc() -> int:
     decompress.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     n = decompress(numcodecs.blosc.Blosc().encode(sample), out, len(sample), 1)
     return _address(library, "blosc_decompress_ctx") if n == len(sample) and out.raw == sample else 0
+
+
+def _find_inflate() -> list[int]:
+    try:
+        import deflate
+
+        library = ctypes.CDLL(sys.modules[f"{deflate.__name__}._deflate"].__file__)
+    except (ImportError, KeyError, OSError) as error:  # built in another way
+        logger.debug("%s", error)
+        return [0, 0, 0]
+    names = ("alloc_decompressor", "zlib_decompress", "free_decompressor")
+    return [_address(library, f"libdeflate_{name}") for name in names]
+
+
+def can_inflate() -> bool:
+    """Whether all functions are there that :func:`inflate_names` needs."""
+    return bool(functions()[[_MEMCPY, _ALLOCATE, _INFLATE, _FREE]].all())
 
 
 def can_fill(*, is_blosc: bool, has_crc: bool, from_files: bool) -> bool:
@@ -118,6 +139,9 @@ _memcpy = _c_function(64, 64, 64, 64)
 _crc32c = _c_function(32, 64, 64)
 _blosc = _c_function(32, 64, 64, 64, 32)
 _unpack = _c_function(64, 64, 64, 64, 64, 64, 64)
+_allocate = _c_function(64, 64)  # takes nothing, but a tuple here holds something
+_inflate = _c_function(32, 64, 64, 64, 64, 64, 64)
+_free = _c_function(64, 64)
 
 
 @compiled
@@ -249,3 +273,78 @@ def fill(  # noqa: PLR0913, PLR0917 - a kernel
             is_done[k] = is_read and _place(raw, chunk[0] - read[3], chunk[1], how, own, c, spare)
             n_left += not is_done[k]
     return n_left
+
+
+@compiled
+def inflate_names(  # noqa: PLR0913, PLR0917 - a kernel
+    rows: Any, n_each: int, packed: Any, ends: Any, separator: Any, c: Any, spare: Any, out: Any
+) -> int:
+    """Take some names out of compressed blocks of names.
+
+    Parameters
+    ----------
+    rows
+        (n,) which ones; those of one block are best one after the other.
+    n_each
+        Names of a block.
+    packed, ends
+        The blocks, in zlib's format, one after the other, and where each ends.
+    separator
+        The bytes between two names of a block.
+    c
+        :func:`functions`.
+    spare
+        Bytes for a block that was inflated.
+    out
+        Bytes for the names, each followed by the separator.
+
+    Returns
+    -------
+    n_bytes
+        How many of ``out``; -1 where a block is damaged, or too large for what was given.
+    """
+    inflated, last, n_bytes, n_out, width = np.zeros(1, np.int64), -1, 0, 0, len(separator)
+    firsts = np.zeros(n_each + 1, np.int64)
+    inflater = _allocate(c[_ALLOCATE], (0,))
+    if inflater == 0:
+        return -1
+    for i in range(len(rows)):
+        block = rows[i] // n_each
+        if block != last:
+            last, start = block, ends[block - 1] if block else 0
+            source, room = np.int64(packed.ctypes.data) + start, len(spare)
+            given = (inflater, source, ends[block] - start, np.int64(spare.ctypes.data), room)
+            if _inflate(c[_INFLATE], (*given, np.int64(inflated.ctypes.data))) != 0:
+                n_out = -1
+                break
+            n_bytes = inflated[0]
+            _find_names(spare, n_bytes, separator, firsts)
+        first, stop = firsts[rows[i] % n_each], firsts[rows[i] % n_each + 1]
+        n = stop - first  # the separator among them
+        if n < width or n_out + n > len(out):
+            n_out = -1
+            break
+        for k in range(first, stop - width):  # the last name of a block has no separator behind it
+            out[n_out] = spare[k]
+            n_out += 1
+        for k in range(width):
+            out[n_out] = separator[k]
+            n_out += 1
+    _free(c[_FREE], (inflater,))
+    return n_out
+
+
+@compiled
+def _find_names(text: Any, n_bytes: int, separator: Any, firsts: Any) -> None:
+    """Where each name of a block begins, as if a separator followed each; all the same behind the last."""
+    width, k, at = len(separator), 0, 0
+    firsts[:] = n_bytes + width
+    firsts[0] = 0
+    while at <= n_bytes - width and k + 1 < len(firsts):
+        n_alike = 0
+        while n_alike < width and text[at + n_alike] == separator[n_alike]:
+            n_alike += 1
+        if n_alike == width:
+            k += 1
+            firsts[k] = at + width
+        at += width if n_alike == width else 1

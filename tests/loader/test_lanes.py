@@ -88,7 +88,9 @@ def test_a_batch_has_rows_of_all_lanes_in_an_order_of_the_epochs():
     chunks = {row // 16 for row in found[0][0]}
     assert len(chunks) >= MAX_LANES
     # A row's place among the batches of its lane is uniform: the first 64 rows of a file come anywhere.
-    places = np.concatenate([[b for b, batch in enumerate(found[k]) if row in batch] for k in (0, 2) for row in range(64)])
+    places = np.concatenate(
+        [[b for b, batch in enumerate(found[k]) if row in batch] for k in (0, 2) for row in range(64)]
+    )
     assert len(np.unique(places)) > 20
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import zlib
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -33,7 +35,21 @@ def test_names_come_back_as_they_were(names, seed):
     rows = np.random.default_rng(seed).integers(0, len(names), 40)
     assert packed.take(rows).tolist() == index.take(rows).tolist()
     assert packed.take(rows[:0]).tolist() == []
+    for some in (rows, np.sort(rows), np.arange(len(names))):
+        assert packed._pick(some) == packed._pick_plainly(some)
     pd.testing.assert_index_equal(pickle.loads(pickle.dumps(packed)).whole(), index)
+
+
+def test_names_that_rot_in_memory_are_an_error():
+    packed = Names.of(pd.Index([f"cell_{k}" for k in range(300)]))
+    raw = bytearray(packed.packed)
+    raw[int(packed.ends[0]) - 2] ^= 1  # in the first block's checksum
+    rotten = replace(packed, packed=bytes(raw))
+    with pytest.raises(zlib.error, match="incorrect data check"):
+        rotten.take(np.array([3]))
+    assert rotten.take(np.array([200, 130])).tolist() == ["cell_200", "cell_130"]
+    short = replace(packed, largest=(50, 9))  # less than a block: never written beyond
+    assert short.take(np.arange(300)).tolist() == packed.take(np.arange(300)).tolist()
 
 
 @pytest.mark.parametrize("index", [pd.RangeIndex(3), pd.Index(["a", None, "c"]), pd.Index(["a", 1, "c"])])
