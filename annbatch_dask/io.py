@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anndata as ad
@@ -12,6 +13,7 @@ import zarr
 from humanfriendly import parse_size
 
 from annbatch_dask.collection import DatasetCollection
+from annbatch_dask.etl.ours import link_name
 from annbatch_dask.manifest import ANNBATCH_ENCODING as V1_ENCODING
 from annbatch_dask.manifest import DATASET_PREFIX
 
@@ -28,6 +30,9 @@ def create_anndata_collection(
     adata_paths: Iterable[Any], output_path: str | os.PathLike[str], **options: Any
 ) -> DatasetCollection:
     """A new collection of these files: the name annbatch had for it before :class:`DatasetCollection`.
+
+    In a local folder each dataset has a link ``dataset_<i>.zarr`` beside it, as it was called then. An extension
+    removes the links of the datasets that it replaces.
 
     Parameters
     ----------
@@ -50,7 +55,11 @@ def create_anndata_collection(
     if not collection.is_empty:
         msg = f"{output_path} is a collection already; extend it with DatasetCollection(path).add_adatas"
         raise FileExistsError(msg)
-    return collection.add_adatas(adata_paths, **options)
+    collection.add_adatas(adata_paths, **options)
+    if "://" not in collection.path:
+        for group in collection:
+            Path(collection.path, link_name(group.basename)).symlink_to(group.basename)
+    return collection
 
 
 def write_sharded(  # noqa: PLR0913 - annbatch's arguments

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from annbatch_dask.errors import CollectionBusyError, CollectionError
@@ -228,8 +229,13 @@ def contents_of(target: Folder) -> Contents:
     version, names = target.version(METADATA), target.names()
     root = _Root.of(target.find(METADATA))
     claims = find_claims(target, names)
-    generations = {n: _Root.of(target.find(n)) for n in names if target.is_local and GENERATION_NAME.fullmatch(n)}
-    held = {n: is_held(f"{target.path}/{n}") for n, found in generations.items() if found.is_collection}
+    replaced = {n: target.find(n) for n in names if target.is_local and GENERATION_NAME.fullmatch(n)}
+    generations = {n: _Root.of(document) for n, document in replaced.items()}
+    held = {
+        n: is_held(f"{target.path}/{n}")
+        for n, found in generations.items()
+        if found.is_collection or _is_plain_group(replaced[n])
+    }
     roots = [root, *generations.values()]
     plans = {p for r in roots for p in r.plans} | {w.plan for c in claims for w in c.works}
     ids = {i for r in roots for i in r.ids}
@@ -251,6 +257,8 @@ def contents_of(target: Folder) -> Contents:
                 named.add(name)  # of a collection of annbatch's, whose root names none
             else:
                 strangers.append(name)
+        elif link := _linked(target, name):
+            files += [] if link in kept else [name]
         elif name in held or (match := UNFINISHED.fullmatch(name)) and _is_our_file(match["name"]):
             files.append(name)
         elif name not in {c.name for c in claims}:
@@ -267,6 +275,27 @@ def contents_of(target: Folder) -> Contents:
         strangers=(*strangers, *sorted(n for n in root.names if not DATASET_NAME.fullmatch(n))),
         locks_work=target.is_local and None not in held.values(),
     )
+
+
+def _is_plain_group(document: bytes | None) -> bool:
+    """Whether a root document is that of an empty group, which ``zarr.open(path, mode="w")`` makes."""
+    try:
+        return json.loads(document or b"{}").get("node_type") == "group" and not _attributes(document)
+    except (ValueError, AttributeError):
+        return False
+
+
+def link_name(dataset: str) -> str:
+    """A second name of a dataset: what annbatch's first releases called it."""
+    return f"{dataset}.zarr"
+
+
+def _linked(target: Folder, name: str) -> str:
+    """The dataset that a name of this kind links to; empty where it is something else."""
+    dataset = name.removesuffix(".zarr")
+    path = Path(target.path, name)
+    is_link = target.is_local and name == link_name(dataset) and DATASET_NAME.fullmatch(dataset) and path.is_symlink()
+    return dataset if is_link and str(path.readlink()) == dataset else ""
 
 
 def added_files(target: Folder, name: str, document: bytes | None = None) -> list[str]:

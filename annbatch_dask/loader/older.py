@@ -73,16 +73,33 @@ class ZarrSparseDataset(Loader):
         layer_keys: Sequence[str | None] | str | None = None,
         obs_keys: Sequence[str | None] | str | None = None,
     ) -> Self:
-        """Add several; the keys are one for all or one for each, None for X and for no labels."""
-        layers, labels = (_one_each(keys, len(adatas)) for keys in (layer_keys, obs_keys))
+        """Add several, X or a layer of each.
+
+        Parameters
+        ----------
+        adatas
+            Any number.
+        layer_keys
+            The layer of all, or one for each; None is X.
+        obs_keys
+            The column of labels of all, or one for each; None is no labels. Different columns that all of them have
+            are several labels a row: batches then carry them as a frame.
+        """
+        several = _columns_of_all(obs_keys, adatas)
+        layers = _one_each(layer_keys, len(adatas))
+        labels = [several] * len(adatas) if several else _one_each(obs_keys, len(adatas))
         for adata, layer_key, obs_key in zip(adatas, layers, labels, strict=True):
             self.add_anndata(adata, layer_key, obs_key)
         return self
 
-    def add_anndata(self, adata: ad.AnnData, layer_key: str | None = None, obs_key: str | None = None) -> Self:
-        """Add ``X`` or a layer, and a column of ``obs`` as labels."""
+    def add_anndata(
+        self, adata: ad.AnnData, layer_key: str | None = None, obs_key: str | Sequence[str] | None = None
+    ) -> Self:
+        """Add ``X`` or a layer, and a column of ``obs`` as labels, or several."""
         matrix = adata.X if layer_key is None else adata.layers[layer_key]
-        return self.add_dataset(matrix, None if obs_key is None else adata.obs[obs_key].to_numpy())
+        if obs_key is None or isinstance(obs_key, str):
+            return self.add_dataset(matrix, None if obs_key is None else adata.obs[obs_key].to_numpy())
+        return super().add_dataset(matrix, adata.obs[list(obs_key)])
 
     def add_datasets(self, datasets: Sequence[Any], obs: Sequence[Labels] | None = None) -> Self:  # type: ignore[override]
         """Add several, each with its (n,) labels."""
@@ -98,9 +115,21 @@ class ZarrSparseDataset(Loader):
     def __iter__(self) -> Iterator[tuple[Any, ...]]:  # type: ignore[override]
         """One pass."""
         for batch in super().__iter__():
-            labels = None if batch["obs"] is None else batch["obs"][_LABEL].to_numpy()
+            obs = batch["obs"]
+            labels = obs[_LABEL].to_numpy() if obs is not None and obs.columns.tolist() == [_LABEL] else obs
             yield (batch["X"], labels) if batch["index"] is None else (batch["X"], labels, batch["index"])
 
 
+def _columns_of_all(keys: Sequence[str | None] | str | None, adatas: Sequence[ad.AnnData]) -> list[str]:
+    """Several columns that each of them has; empty where the keys mean something else."""
+    names = [] if keys is None or isinstance(keys, str) else [key for key in keys if key is not None]
+    different = len(names) > 1 and len(set(names)) == len(names) == len(keys or ())
+    return names if different and all(adata.obs.columns.isin(names).sum() == len(names) for adata in adatas) else []
+
+
 def _one_each(keys: Sequence[str | None] | str | None, n: int) -> list[str | None]:
+    """One key for each."""
+    if keys is not None and not isinstance(keys, str) and len(keys) != n:
+        msg = f"{list(keys)} are {len(keys)} keys for {n} AnnData; give one for all, one for each, or columns all have"
+        raise ValueError(msg)
     return [keys] * n if keys is None or isinstance(keys, str) else list(keys)
