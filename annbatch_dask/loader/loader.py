@@ -32,9 +32,8 @@ from annbatch_dask.loader.reading import Backed, Opening, load_dataset
 from annbatch_dask.loader.selection import Selected, Where, select
 from annbatch_dask.loader.sources import Source, Values, make_source
 from annbatch_dask.loader.state import Progress, Resumable, State, digest
-from annbatch_dask.order.share import Even
 from annbatch_dask.samplers import DistributedSampler, RandomSampler, SequentialSampler
-from annbatch_dask.samplers.distributed import DistInfo
+from annbatch_dask.samplers.distributed import DistInfo, EvenOrAuto, resolve_even
 from annbatch_dask.storage.range_cache import RangeCache
 from annbatch_dask.storage.versions import Listing
 from annbatch_dask.types import LoadRequest
@@ -158,7 +157,9 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         Share the batches among ranks: where the ranks come from, see
         :class:`annbatch_dask.samplers.DistributedSampler`. None reads everything.
     even
-        ``"drop"``, ``"pad"`` or None: how ranks come to equal numbers of batches, see there.
+        ``"drop"``, ``"pad"`` or None: how ranks come to equal numbers of batches, see there. By default None where
+        rows come in their order and none is to be dropped, as in validation and inference: every row once on all ranks
+        together, whose numbers of batches may differ by one. Shuffled passes have equal numbers, ``"drop"``.
     global_batch_size
         Instead of ``batch_size``: rows of the batches of all ranks together, which are then the same on any number
         of ranks.
@@ -225,7 +226,7 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         obs_codes: Codes | None = None,
         where: Where | None = None,
         dist_info: DistInfo | None = None,
-        even: Even | None = "drop",
+        even: EvenOrAuto = "auto",
         global_batch_size: int | None = None,
         prefetch_bytes: int = _PREFETCH_NBYTES,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -275,7 +276,7 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
             self._batch_sampler = DistributedSampler(
                 self._batch_sampler,
                 dist_info=dist_info or (0, 1),
-                even=even,
+                even=resolve_even(even, self._batch_sampler),
                 global_batches=global_batch_size is not None,
             )
         self._where = where

@@ -22,9 +22,19 @@ from annbatch_dask.samplers.base import SeededSampler
 from annbatch_dask.samplers.runs import RandomSampler
 from annbatch_dask.types import LoadRequest
 
-__all__ = ["DistInfo", "DistributedSampler"]
+__all__ = ["DistInfo", "DistributedSampler", "EvenOrAuto", "resolve_even"]
 
 DistInfo = Literal["torch", "jax", "env"] | tuple[int, int] | Callable[[], tuple[int, int]]
+
+
+EvenOrAuto = Even | Literal["auto"] | None
+
+
+def resolve_even(even: EvenOrAuto, sampler: Sampler) -> Even | None:
+    """What ``"auto"`` means for a sampler: every row once in a pass in order that drops nothing, else equal batches."""
+    if even != "auto":
+        return even
+    return None if sampler.shuffle is False and not getattr(sampler, "drops_last", False) else "drop"
 
 
 class DistributedSampler(Sampler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,8 +14,8 @@ from numpy.typing import NDArray
 
 from annbatch_dask.loader.state import Progress, Resumable, State, digest
 from annbatch_dask.order.planned import expand
-from annbatch_dask.order.share import Even, current_worker
-from annbatch_dask.samplers.distributed import DistributedSampler
+from annbatch_dask.order.share import current_worker
+from annbatch_dask.samplers.distributed import DistributedSampler, EvenOrAuto, resolve_even
 from annbatch_dask.scdataset.strategy import SamplingStrategy, StrategySampler, count_rows
 from annbatch_dask.types import LoadRequest
 
@@ -68,14 +69,16 @@ class scDataset(Resumable, _Base):  # noqa: N801 - scDataset's name
     seed
         Of the order; by default one is drawn from torch's generator and sent to all ranks.
     even
-        How ranks come to equal numbers of batches, see :class:`annbatch_dask.samplers.DistributedSampler`.
+        How ranks come to equal numbers of batches, see :class:`annbatch_dask.samplers.DistributedSampler`. By default
+        :class:`Streaming` without ``drop_last`` yields every row once, and the ranks' numbers may differ by one.
 
     Raises
     ------
     TypeError
         If ``strategy`` is none.
     ValueError
-        If a size is below 1, or the rank is none of ``world_size``.
+        If a size is below 1, the rank is none of ``world_size``, or ``indices``, weights or labels do not fit the
+        collection's length, where that is known.
     RuntimeError
         If there are several ranks, no seed, and no process group to agree on one.
 
@@ -103,7 +106,7 @@ class scDataset(Resumable, _Base):  # noqa: N801 - scDataset's name
         world_size: int | None = None,
         seed: int | None = None,
         *,
-        even: Even | None = "drop",
+        even: EvenOrAuto = "auto",
     ) -> None:
         if not isinstance(strategy, SamplingStrategy):
             msg = f"strategy must be a SamplingStrategy, got {type(strategy).__name__}"
@@ -112,6 +115,8 @@ class scDataset(Resumable, _Base):  # noqa: N801 - scDataset's name
             if value < 1:
                 msg = f"{name} must be 1 or more, got {value}"
                 raise ValueError(msg)
+        with contextlib.suppress(TypeError):  # its length is not known
+            strategy._check_range(count_rows(data_collection))  # noqa: SLF001
         self.collection = data_collection
         self.strategy = strategy
         self.batch_size = batch_size
@@ -127,7 +132,9 @@ class scDataset(Resumable, _Base):  # noqa: N801 - scDataset's name
         sampler = StrategySampler(strategy, batch_size, fetch_factor, drop_last=drop_last, rng=np.random.default_rng(0))
         sampler.seed = _agree_on_seed(self.world_size) if seed is None else int(seed)
         self._base_seed = sampler.seed
-        self._batch_sampler = DistributedSampler(sampler, dist_info=(self.rank, self.world_size), even=even)
+        self._batch_sampler = DistributedSampler(
+            sampler, dist_info=(self.rank, self.world_size), even=resolve_even(even, sampler)
+        )
         self._progress = Progress()
         self._resume_from: State | None = None
         self._pid = os.getpid()
@@ -221,7 +228,9 @@ def _reopened(collection: Any) -> Any:
 
 
 def take_rows(data: Any, rows: Ints) -> Any:
-    """Rows of data by ``[]``; of pandas objects by position; of a backed AnnData into memory."""
+    """Rows of data by ``[]``; of pandas objects by position, of lists one by one; of a backed AnnData into memory."""
+    if isinstance(data, list | tuple | range):
+        return [data[row] for row in rows.tolist()]
     taken = data.iloc[rows] if hasattr(data, "iloc") else data[rows]
     return taken.to_memory() if getattr(taken, "isbacked", False) else taken
 

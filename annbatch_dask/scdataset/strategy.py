@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cached_property, partial
 from hashlib import blake2b
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from annbatch_dask.abc import caller_stacklevel
 from annbatch_dask.order.epoch import Epoch
 from annbatch_dask.order.keys import Key
 from annbatch_dask.order.rows import Blocks, Given, InOrder, Order, Rounds, Weighted, WeightTable
@@ -40,7 +42,8 @@ class SamplingStrategy:
     Parameters
     ----------
     indices
-        The rows to draw from, in any order, repeats allowed, or a mask; by default all.
+        The rows to draw from, repeats allowed, or a mask; by default all. They are sorted, with a UserWarning where
+        they were not: the strategy decides the order. Weights and labels stay with their rows.
 
     Examples
     --------
@@ -59,6 +62,9 @@ class SamplingStrategy:
         if indices is not None:
             given = _check_indices(np.asarray(indices))
             order = np.argsort(given, kind="stable")
+            if len(given) and (given[1:] < given[:-1]).any():
+                msg = f"{len(given):,} indices were not sorted, and are now; the strategy decides the order of an epoch"
+                warnings.warn(msg, UserWarning, stacklevel=caller_stacklevel())
             self._indices, self._rank_of_given = given[order], order
 
     def get_indices(
@@ -95,7 +101,7 @@ class SamplingStrategy:
     def _indices_digest(self) -> str | None:
         return _digest(self._indices)
 
-    def _get_rng(self, seed: int | None, rng: np.random.Generator | None) -> np.random.Generator:
+    def _get_rng(self, seed: int | None = None, rng: np.random.Generator | None = None) -> np.random.Generator:
         return np.random.default_rng(seed) if rng is None else rng
 
     def _count(self, data_collection: Any) -> int:
@@ -134,7 +140,7 @@ class Streaming(SamplingStrategy):
 
     Examples
     --------
-    >>> batches = scdataset.scDataset(np.arange(100), scdataset.Streaming(indices=[3, 1, 2]), batch_size=2, seed=0)
+    >>> batches = scdataset.scDataset(np.arange(100), scdataset.Streaming(indices=[1, 2, 3]), batch_size=2, seed=0)
     >>> [batch.tolist() for batch in batches]
     [[1, 2], [3]]
     """
@@ -225,6 +231,7 @@ class BlockWeightedSampling(SamplingStrategy):
     """
 
     _shuffle_before_yield = True
+    _given = "weights"
 
     def __init__(  # noqa: PLR0913 - scDataset's interface
         self,
@@ -242,12 +249,12 @@ class BlockWeightedSampling(SamplingStrategy):
         self.replace = replace
         self.sampling_size = sampling_size
         self._table: tuple[int, WeightTable] | None = None
+        if self._weights is not None and self._indices is not None and len(self._indices):
+            self._check_number(max(len(self._weights), int(self._indices[-1]) + 1))
         if not replace and sampling_size is None:
             msg = "sampling_size, the rows of a round, is needed with replace=False"
             raise ValueError(msg)
         if replace and sampling_size is not None:
-            import warnings
-
             warnings.warn("sampling_size is ignored with replace=True", UserWarning, stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -284,9 +291,22 @@ class BlockWeightedSampling(SamplingStrategy):
     def _weights_digest(self) -> str | None:
         return _digest(self._weights)
 
+    def _check_range(self, n_obs: int) -> None:
+        super()._check_range(n_obs)
+        self._check_number(n_obs)
+
+    def _check_number(self, n_obs: int) -> None:
+        """ValueError unless there is a weight for each of ``n_obs`` rows, or for each of ``indices``."""
+        n_indices = n_obs if self._indices is None else len(self._indices)
+        if self._weights is not None and len(self._weights) not in (n_obs, n_indices):
+            of = "rows" if self._indices is None else f"rows and {n_indices} indices"
+            msg = f"there are {len(self._weights)} {self._given} for {n_obs} {of}; give one for each"
+            raise ValueError(msg)
+
     def _weigh(self, n_obs: int) -> WeightTable:
         """The weights of the rows to draw from, in ascending order of these rows."""
         if self._table is None or self._table[0] != n_obs:
+            self._check_number(n_obs)
             self._table = n_obs, WeightTable(self._align(n_obs))
         return self._table[1]
 
@@ -326,6 +346,8 @@ class ClassBalancedSampling(BlockWeightedSampling):
     >>> bool(400 < (rows < 10).sum() < 600)
     True
     """
+
+    _given = "labels"
 
     def __init__(  # noqa: PLR0913 - scDataset's interface
         self,

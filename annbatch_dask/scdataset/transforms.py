@@ -19,7 +19,7 @@ def adata_to_mindex(batch: Any, columns: Sequence[str] | None = None) -> MultiIn
     Parameters
     ----------
     batch
-        In memory or backed.
+        In memory, backed or lazy; anything with ``X`` and ``obs[column]`` does.
     columns
         Of ``obs``; they come out as arrays.
 
@@ -30,8 +30,20 @@ def adata_to_mindex(batch: Any, columns: Sequence[str] | None = None) -> MultiIn
     """
     # Not AnnCollection's to_adata(), which anndata 0.13 broke.
     read = batch.to_memory() if getattr(batch, "isbacked", False) else batch
-    X = read.X.toarray() if sp.issparse(read.X) else np.asarray(read.X)
-    return MultiIndexable({"X": X} | {name: np.asarray(read.obs[name]) for name in columns or ()})
+    return MultiIndexable({"X": _dense(read.X)} | {name: _column(read.obs[name]) for name in columns or ()})
+
+
+def _column(column: Any) -> Any:
+    """A column as an array, whatever holds its ``values``."""
+    return np.asarray(getattr(column, "values", column))
+
+
+def _dense(X: Any) -> Any:
+    """A matrix in memory, of one on disk, one that dask computes, or a sparse one."""
+    for read in ("to_memory", "compute"):
+        if hasattr(X, read):
+            X = getattr(X, read)()
+    return X.toarray() if sp.issparse(X) else np.asarray(X)
 
 
 def hf_tahoe_to_tensor(batch: Any, num_genes: int = 62713) -> Any:

@@ -27,7 +27,10 @@ from tests.loader.test_resume import SAMPLERS
 from tests.loader.test_resume import make as make_loader
 from tests.loader.test_samplers import rng
 
-pytestmark = pytest.mark.filterwarnings("ignore:rank . of . draws its seed from a generator:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:rank . of . draws its seed from a generator:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.* indices were not sorted:UserWarning"),
+]
 
 CODES = np.asarray(classes_in_runs(RUNS).codes)
 BORDERS = [47, 48, 200]  # of datasets, in the middle of runs

@@ -10,6 +10,8 @@ import sys
 import numpy as np
 import pytest
 
+from annbatch_dask import Loader
+
 pytest.importorskip("torch")
 
 pytestmark = pytest.mark.timeout(900)  # starts interpreters, twice
@@ -126,3 +128,29 @@ def test_three_ranks_train_and_stop_and_two_go_on(tmp_path):
         learnt = written("learnt", world_size)
         assert [len(one["losses"]) for one in learnt] == [16] * world_size
         assert all(one["weights"] == learnt[0]["weights"] for one in learnt)
+
+
+@pytest.mark.parametrize("options", [{}, {"global_batch_size": 48}])
+def test_ranks_that_read_in_order_have_every_row_once(options):
+    """Validation and inference count on it; passes that are shuffled, or drop their last batch, stay even."""
+    sizes = options or {"batch_size": 16}
+
+    def rows_of(rank, **more):
+        loader = Loader(
+            **sizes,
+            **more,
+            chunk_size=8,
+            preload_nchunks=12,
+            dist_info=(rank, 3),
+            return_index=True,
+            preload_to_gpu=False,
+        ).add_dataset(np.zeros((200, 3)))
+        found = [batch["index"].tolist() for batch in loader]
+        assert len(found) == len(loader)
+        return found
+
+    ranks = [rows_of(rank) for rank in range(3)]
+    assert sorted(row for rank in ranks for batch in rank for row in batch) == list(range(200))
+    for more in ({"shuffle": True, "rng": 0}, {"drop_last": True}, {"even": "drop"}):
+        ranks = [rows_of(rank, **more) for rank in range(3)]
+        assert {len(rank) for rank in ranks} == {4}

@@ -31,7 +31,7 @@ ALLOWED = {
     "samplers": {"abc", "errors", "order", "types"},
     "loader": {"abc", "errors", "kernels", "manifest", "order", "samplers", "storage", "transforms", "types", "where"},
     "lightning": {"loader"},
-    "scdataset": {"loader", "order", "samplers", "types"},
+    "scdataset": {"abc", "loader", "order", "samplers", "types"},
     "utils": {"loader", "order"},
     "lazy": {"arguments", "errors", "etl", "plan", "storage"},
     "etl": {"errors", "events", "kernels", "manifest", "plan", "storage"},

@@ -70,6 +70,7 @@ STRATEGIES = {
 # --- orders
 
 
+@pytest.mark.filterwarnings("ignore:.* indices were not sorted:UserWarning")
 @pytest.mark.parametrize("name", ["streaming", "streaming shuffled", "blocks", "full shuffle"])
 @pytest.mark.parametrize("indices", [None, np.array([7, 3, 3, 200, 50, 51, 52, 4]), ROWS % 3 == 0, np.zeros(0, int)])
 def test_an_epoch_has_every_row_of_the_subset_once(name, indices):
@@ -112,6 +113,7 @@ def test_dropping_works_with_repeated_indices():
     assert len(flat(epoch(BlockShuffling(4, indices=[1, 1, 1, 2, 2, 3], drop_last=True)))) == 4
 
 
+@pytest.mark.filterwarnings("ignore:.* indices were not sorted:UserWarning")
 @pytest.mark.parametrize("order", ["ascending", "shuffled", "descending"])
 @pytest.mark.parametrize("length", ["of the subset", "of all rows"])
 def test_weights_stay_with_their_rows_whatever_the_order_of_indices(order, length):
@@ -132,6 +134,7 @@ def test_weights_stay_with_their_rows_whatever_the_order_of_indices(order, lengt
     assert chisquare(counts[inside], expected).pvalue > 0.01
 
 
+@pytest.mark.filterwarnings("ignore:.* indices were not sorted:UserWarning")
 @pytest.mark.parametrize("subset", [False, True])
 def test_classes_are_balanced_with_unsorted_subset_labels(subset):
     labels = np.where(ROWS % 10 == 0, "rare", "common")
@@ -477,6 +480,7 @@ def test_copies(clone):
     assert [b.tolist() for b in clone(data)] == epoch(BlockShuffling(4))
 
 
+@pytest.mark.filterwarnings("ignore:.* indices were not sorted:UserWarning")
 def test_nothing_passed_in_is_changed():
     indices, weights = np.array([9, 3, 5]), np.array([1.0, 2.0, 3.0])
     epoch(BlockWeightedSampling(indices=indices, weights=weights))
@@ -584,3 +588,65 @@ def test_suggest_parameters(caplog):
     assert found["system_info"]["estimated_sample_size_bytes"] == 200
     memory = found["system_info"]["available_ram_gb"] * 1e9
     assert found["estimated_total_memory_mb"] * 1e6 <= 0.21 * memory
+
+
+# --- what the peer's users count on
+
+
+def test_indices_that_are_not_sorted_are_warned_of():
+    with pytest.warns(UserWarning, match="3 indices were not sorted") as caught:
+        Streaming(indices=[3, 1, 2])
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("make", "n_rows"),
+    [
+        (lambda: BlockWeightedSampling(weights=np.ones(40), indices=np.arange(60)), None),
+        (lambda: ClassBalancedSampling(np.zeros(40, int), indices=np.arange(60)), None),
+        (lambda: BlockWeightedSampling(weights=np.ones(40), indices=np.arange(30, 50)), None),
+        (lambda: BlockWeightedSampling(weights=np.ones(40)), 100),
+        (lambda: ClassBalancedSampling(np.zeros(140, int)), 100),
+        (lambda: BlockWeightedSampling(weights=np.ones(80), indices=np.arange(60)), 100),
+    ],
+)
+def test_weights_and_labels_of_a_wrong_length_are_refused_once_it_is_known(make, n_rows):
+    with pytest.raises(ValueError, match="weights|labels"):
+        scDataset(np.arange(n_rows or 100), make(), 8, seed=0) if n_rows else make()
+
+
+def test_ranks_that_read_in_order_have_every_row_once():
+    """Validation and inference: drop_last=False means that nothing is left out."""
+    found = [list(scDataset(np.arange(1000), Streaming(), 64, 4, rank=r, world_size=3, seed=0)) for r in range(3)]
+    assert sorted(np.concatenate([row for rank in found for row in rank])) == list(range(1000))
+    found = [list(scDataset(np.arange(1000), Streaming(), 64, 4, True, rank=r, world_size=3, seed=0)) for r in range(3)]
+    assert {len(batches) for batches in found} == {5}
+
+
+def _as_dask(x):
+    import dask.array as da
+
+    return da.from_array(sp.csr_matrix(x), chunks=(1, 3), asarray=False)
+
+
+class Duck:
+    """Anything with X and obs, and nothing else."""
+
+    def __init__(self, X):
+        self.X, self.obs, self.layers = X, {"kind": ["a", "b"]}, None
+
+
+@pytest.mark.parametrize("form", [np.asarray, sp.csr_matrix, sp.csc_array, lambda x: x.tolist(), _as_dask])
+def test_adata_to_mindex_takes_anything_with_x_and_obs(form):
+    x = np.arange(6.0).reshape(2, 3)
+    found = adata_to_mindex(Duck(form(x)), columns=["kind"])
+    np.testing.assert_array_equal(found["X"], x)
+    assert found["kind"].tolist() == ["a", "b"]
+
+
+def test_sizes_of_lists_and_of_what_has_no_layers():
+    assert estimate_sample_size([[1, 2], [3, 4]]) > 0
+    assert estimate_sample_size(["abc", "d"], n_samples=1) > 0
+    with_x = [Duck(np.zeros((1, 50)))]
+    assert estimate_sample_size(with_x, fetch_transform=lambda chunk: chunk[0]) >= 400
+    assert suggest_parameters([[1, 2]] * 50, 8, verbose=True)["num_workers"] >= 1

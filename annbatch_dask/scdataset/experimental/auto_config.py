@@ -138,8 +138,8 @@ def _nbytes(value: Any, seen: set[int]) -> int:
         return int(np.sum(value.memory_usage(deep=True)))
     if hasattr(value, "obs") and hasattr(value, "X"):  # AnnData: of the row alone, not of all genes' annotations
         # anndata 0.13 lists X among the layers, as None.
-        layers = [layer for name, layer in getattr(value, "layers", {}).items() if name is not None]
-        parts = [value.X, value.obs, *getattr(value, "obsm", {}).values(), *layers]
+        layers, obsm = (getattr(value, kind, None) or {} for kind in ("layers", "obsm"))
+        parts = [value.X, value.obs, *obsm.values(), *(layers[name] for name in layers if name is not None)]
         return sum(_nbytes(part, seen) for part in parts if part is not None)
     if isinstance(value, MultiIndexable):
         return sum(_nbytes(part, seen) for part in value)
