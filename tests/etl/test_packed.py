@@ -185,6 +185,13 @@ def test_every_row_is_there_once(inputs, gene_order, dataset_size, chunk):
         assert_holds(collection, files, inputs, names, on_genes(inputs, names))
 
 
+def test_groups_are_sorted_alike_in_both(paths, tmp_path):
+    options = {"groupby": ["cell_type"], "dataset_size": 240}
+    both = [build(tmp_path / f"{layout}.zarr", paths, layout=layout, **options) for layout in ("open", "packed")]
+    assert_same(*map(read, both))
+    assert read(both[1])[0].obs["cell_type"].cat.codes.is_monotonic_increasing
+
+
 class Interrupt(Callback):
     def on_task_end(self, event):
         if event.stage == "gather":

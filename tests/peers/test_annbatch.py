@@ -18,12 +18,12 @@ FIXTURE = Path(__file__).parent / "annbatch_collection.zip"
 SIZES = {"batch_size": 32, "chunk_size": 16, "preload_nchunks": 4}
 
 
-@pytest.fixture(scope="module")
-def ours(tmp_path_factory, h5ad_pair):
-    """A collection of ours, and its rows by name."""
+@pytest.fixture(scope="module", params=["open", "packed"])
+def ours(tmp_path_factory, h5ad_pair, request):
+    """A collection of ours in each layout, and its rows by name."""
     path = tmp_path_factory.mktemp("ours") / "ours.zarr"
     with dask.config.set(scheduler="synchronous"):
-        collection = DatasetCollection(path).add_adatas(h5ad_pair, seed=0, dataset_size=200)
+        collection = DatasetCollection(path).add_adatas(h5ad_pair, seed=0, dataset_size=200, layout=request.param)
     rows = ad.concat([ad.io.read_zarr(g) for g in collection])
     return path, pd.DataFrame(dense_x(rows), index=rows.obs_names, columns=rows.var_names)
 
