@@ -4,9 +4,9 @@
 
 Each arrow is a queue. Requests are handed in by the consumer's own thread, so the order of batches, and the
 state of the sampler at each of them, is the same whatever the threads do. The fetching thread reserves a
-window's bytes, then lets its helpers read and decode; where there is room it begins the next one before they are
-done. The assembling thread does the same for batches, one at a time. The two budgets make up ``prefetch_bytes``; one
-window and one batch are always allowed, so nothing can get stuck.
+window's bytes, then lets its helpers read and decode; where there are room and threads it begins the next one before
+they are done. The assembling thread does the same for batches, one at a time. The two budgets make up
+``prefetch_bytes``; one window and one batch are always allowed, so nothing can get stuck.
 
 An error travels down the queues in its place: batches before it are delivered, then the consumer gets it.
 
@@ -45,7 +45,8 @@ _N_REMOTE_THREADS = 32  # requests under way to an object store; a window has mo
 _WINDOW_SHARE = 0.75
 _PARTS_PER_THREAD = 3  # of a window's reading: threads that are held up do less of it
 _N_AHEAD_ON_DEVICE = 2
-_N_WINDOWS = 2  # under way at a time
+_N_WINDOWS = 2  # under way at a time, where threads would stand still at the end of one
+_MIN_IDLE_THREADS = 4  # fewer have enough to do: batches are put together on the same cores
 
 
 class End:
@@ -169,6 +170,7 @@ class Pipeline:
         is_remote = any(source.is_remote for matrix in contents.matrices for source in matrix.sources)
         n_fetching = max(options.n_threads, _N_REMOTE_THREADS) if is_remote else options.n_threads
         self._n_threads = options.n_threads
+        self._n_windows = _N_WINDOWS if n_fetching >= _MIN_IDLE_THREADS else 1
         self._fetchers = Helpers("fetch", n_fetching)
         self._locators = Helpers("locate", n_fetching)
         self._assemblers = Helpers("assemble", options.n_threads)
@@ -266,7 +268,7 @@ class Pipeline:
         try:
             while not isinstance(item := self._next_request(begun), _Failure | End):
                 begun.append(self._begin(item, begun))
-                if len(begun) == _N_WINDOWS:
+                if len(begun) == self._n_windows:
                     self._end(begun)
             return item
         finally:  # an error has its turn after them

@@ -194,16 +194,24 @@ class Windows:
     """Reading of a matrix in memory, window by window of ten rows, as the test has it."""
 
     def __init__(self, monkeypatch, tasks, **kwargs):
-        original = ArraySource.open
-        self.begun = []
+        original, submit = ArraySource.open, fetch_module.Pipeline.submit
+        self.begun, n_asked, are_asked = [], [], threading.Event()
+
+        def asked(pipeline, request):
+            submit(pipeline, request)
+            n_asked.append(request)
+            if len(n_asked) == 3:  # as many as are handed in before the first batch is waited for
+                are_asked.set()
 
         def opened(source, located, pool):
+            assert are_asked.wait(30)
             block, _ = original(source, located, pool)
             self.begun.append(len(self.begun))
             return block, [partial(tasks, self.begun[-1]), int]  # a second one, so that a second thread helps
 
+        monkeypatch.setattr(fetch_module.Pipeline, "submit", asked)
         monkeypatch.setattr(ArraySource, "open", opened)
-        monkeypatch.setattr("annbatch_dask.loader.loader.count_threads", lambda: 2)
+        monkeypatch.setattr("annbatch_dask.loader.loader.count_threads", lambda: 4)
         loader = Loader(
             batch_size=5, chunk_size=10, preload_nchunks=1, preload_to_gpu=False, return_index=True, **kwargs
         )
