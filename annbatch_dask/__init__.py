@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from annbatch_dask import abc, errors, events, io, samplers, scdataset, transforms, types, utils
+    from annbatch_dask.as_annbatch import install_as_annbatch
     from annbatch_dask.collection import DatasetCollection
     from annbatch_dask.io import create_anndata_collection, write_sharded
     from annbatch_dask.lazy import concat_lazy, read_lazy
@@ -26,6 +27,7 @@ __all__ = [
     "create_anndata_collection",
     "errors",
     "events",
+    "install_as_annbatch",
     "io",
     "read_lazy",
     "samplers",
@@ -44,6 +46,7 @@ _HOMES = {
     "ZarrSparseDataset": "annbatch_dask.loader.older",
     "concat_lazy": "annbatch_dask.lazy",
     "create_anndata_collection": "annbatch_dask.io",
+    "install_as_annbatch": "annbatch_dask.as_annbatch",
     "read_lazy": "annbatch_dask.lazy",
     "write_sharded": "annbatch_dask.io",
 }

@@ -1,0 +1,104 @@
+"""Run the peers' own tests on this package: downloads their sources, and says which tests fail that should not.
+
+    python tests/peers/upstream.py scvi-tools | annbatch [pytest's arguments]
+
+Run with an interpreter that has this project's test dependencies: for scvi-tools 3.11, whose torch is small.
+Everything is put below ``.peers``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / ".peers"
+VERSIONS = {"scvi-tools": "1.5.1", "annbatch": "0.3.1"}
+TESTS = {"scvi-tools": ["tests/dataloaders/test_annbatch.py", "--custom-dataloader-tests"], "annbatch": ["tests"]}
+# What scvi-tools needs beside what is installed for the tests, and has no other dependencies of its own.
+SCVI = (
+    "scvi-tools==1.5.1", "absl-py", "docrep", "grpcio", "ml-collections", "mudata<0.4", "opt-einsum", "protobuf", "pyro-api",
+    "pyro-ppl", "rich", "sparse", "tensorboard", "tensorboard-data-server",
+)  # fmt: skip
+
+DIFFERENT = {
+    # scvi-tools goes on reading a collection that it has built anew in the same place: refused here.
+    "test_annbatch_setup_scvi",
+    # Refusals of annbatch's that are lifted here: several workers with any sampler.
+    "test_multiple_workers_not_supported",
+    "test_sequential_with_multiple_workers_raises",
+    "test_replacement_with_multiple_workers_raises",
+    "test_drop_last_false_with_multiple_workers_raises",
+    # A rank gets whole load requests of one common order, not a range of rows. Ranks whose generators cannot be
+    # compared are warned of, and these tests make errors of warnings.
+    "test_distributed_ranks_draw_independently",
+    "test_distributed_does_not_mutate_the_sampler_it_wraps",
+    "test_distributed_queries_leave_the_shard_alone",
+    "test_batch_shuffle_is_reproducible_with_same_seed_rng",
+    "test_enforce_equal_batches_all_ranks_same_count",
+    "test_enforce_equal_batches_per_rank_count",
+    "test_n_batches_matches_actual_batch_count",
+    "test_shards_are_disjoint_and_cover_full_dataset",
+    "test_wraps_sequential_sampler",
+    # The short run at the end of the rows is not always the last of a pass: so each row is left out as often.
+    "test_batch_sizes_match_expected_pattern",
+    # Rows are drawn alike, not starts of chunks.
+    "test_runs_are_drawn_in_proportion_to_length",
+    # Names annbatch's warning by its words.
+    "test_add_adata_warns_about_additional_aligned_elems",
+    "test_use_collection_warns_about_additional_aligned_elems",
+    "test_add_adatas_warns_exactly_once_about_each_additional_aligned_elem",
+}
+
+
+def source(peer: str) -> Path:
+    """The peer's sdist, unpacked, without its package."""
+    FOLDER.mkdir(exist_ok=True)
+    name = f"{peer.replace('-', '_')}-{VERSIONS[peer]}"
+    if not (FOLDER / name).exists():
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--ignore-requires-python"]
+        subprocess.run([*pip, "--no-binary", ":all:", "--dest", FOLDER, f"{peer}=={VERSIONS[peer]}"], check=True)
+        with tarfile.open(FOLDER / f"{name}.tar.gz") as archive:
+            archive.extractall(FOLDER, filter="data")
+        shutil.rmtree(FOLDER / name / "src")
+        if peer == "annbatch" and sys.version_info < (3, 12):  # a warning that pandas 2 does not have
+            config = FOLDER / name / "pyproject.toml"
+            config.write_text(re.sub(r".*Pandas4Warning.*\n", "", config.read_text()))
+    return FOLDER / name
+
+
+def run(peer: str, arguments: list[str]) -> set[str]:
+    """The names of the tests that fail."""
+    paths = [ROOT / "tests/peers/alias", ROOT]
+    if peer == "scvi-tools":
+        site = FOLDER / "site"
+        if not site.exists():
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--ignore-requires-python"]
+            subprocess.run([*pip, "--target", site, *SCVI], check=True)
+        paths.append(site)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "DASK_SCHEDULER": "synchronous"}
+    if peer == "annbatch":
+        environment["ANNBATCH_INTERNALS"] = "1"
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--show-capture=no", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, *TESTS[peer], *arguments],
+        cwd=source(peer),
+        env=environment,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    print(done.stdout[-8000:], done.stderr[-4000:])
+    if done.returncode not in (0, 1):
+        sys.exit(f"pytest ended with {done.returncode}")
+    return {found.split("[")[0] for found in re.findall(r"^(?:FAILED|ERROR) \S*::(\S+)", done.stdout, re.MULTILINE)}
+
+
+if __name__ == "__main__":
+    unexpected = run(sys.argv[1], sys.argv[2:]) - DIFFERENT
+    sys.exit(f"tests that should pass: {sorted(unexpected)}" if unexpected else 0)
