@@ -48,9 +48,10 @@ def build(path, paths, **options):
 
 
 def write_store(path, seed, zarr_format=3):
-    with warnings.catch_warnings(), ad.settings.override(zarr_write_format=zarr_format, auto_shard_zarr_v3=False):
-        warnings.simplefilter("ignore")  # on consolidated metadata, and on the default format
-        small(seed=seed).write_zarr(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on consolidated metadata, the default format, and, by 0.13, its setting
+        with ad.settings.override(zarr_write_format=zarr_format, auto_shard_zarr_v3=False):
+            small(seed=seed).write_zarr(path)
 
 
 def times_in_place(path, factor):

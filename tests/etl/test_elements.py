@@ -174,7 +174,7 @@ def test_inputs_that_are_lazy_throughout_give_what_files_do(tmp_path, merge, loa
     one, two = (ad.io.read_zarr(next(iter(c))) for c in (found, want))
     assert one.obs.columns.tolist() == ["row", "zeta", "alpha", "src_path"]
     pd.testing.assert_frame_equal(one.obs, two.obs)
-    pd.testing.assert_frame_equal(one.var, two.var)
+    pd.testing.assert_frame_equal(one.var, two.var, check_dtype=False)  # strings that anndata read lazily may be missing
     pd.testing.assert_frame_equal(one.raw.var, two.raw.var)
     assert one.uns.keys() == two.uns.keys()
     for key in two.varm:
