@@ -87,10 +87,15 @@ class SeededSampler(Sampler):
 
     def plan_requests(self, n_obs: int, epoch: int) -> Iterator[Planned]:
         """The load requests of one epoch, all workers' together."""
+        if type(self)._sample is not SeededSampler._sample:  # somebody's own, derived from one of these
+            return super().plan_requests(n_obs, epoch)
         return self.epoch(n_obs, (self.seed, epoch)).planned()
 
     def _sample(self, n_obs: int) -> Iterator[LoadRequest]:
-        for planned in self.plan_requests(n_obs, self.epoch_counter.start(None)):
+        number = self.epoch_counter.start(None)
+        is_ours = type(self)._sample is SeededSampler._sample
+        stream = self.plan_requests(n_obs, number) if is_ours else self.epoch(n_obs, (self.seed, number)).planned()
+        for planned in stream:
             yield planned.make()
 
 

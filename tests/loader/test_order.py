@@ -77,6 +77,18 @@ ALL = {
 }
 
 
+@pytest.mark.parametrize("base", [SequentialSampler, RandomSampler])
+def test_a_sampler_derived_from_ours_yields_what_its_own_sample_does(base):
+    class Doubled(base):
+        def _sample(self, n_obs):
+            for request in super()._sample(n_obs):
+                yield request
+                yield {"requests": request["requests"], "splits": [np.arange(2)]}
+
+    found = list(Doubled(5, 2, 5).sample(40))
+    assert [len(request["splits"]) for request in found] == [2, 1] * 4
+
+
 @pytest.mark.parametrize("kind", [ClassSampler, WeightedClassSampler])
 def test_chunks_of_a_class_lie_in_one_run_and_are_whole(kind):
     """What wraps annbatch's samplers reads start and stop of each slice, and takes it for a chunk."""
