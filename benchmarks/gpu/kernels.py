@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+from functools import partial
 
 import numpy as np
 import torch
 
 from annbatch_dask.kernels import gpu
 
-N_ROWS, N_COLUMNS, N_ENTRIES = 4096, 37_900, 2150
+N_ROWS, N_COLUMNS, N_ENTRIES, N_CHOSEN = 4096, 37_900, 2150, 2000
 
 
 def say(**facts):
@@ -45,47 +47,73 @@ def rows_of_an_atlas():
     return [torch.from_numpy(a).cuda() for a in (slab, at, at + n_flat * 2, lengths, rows, dest)]
 
 
-def main():
-    """Print what each takes."""
-    slab, value_at, column_at, lengths, rows, dest = rows_of_an_atlas()
-    n_outside = torch.zeros(8, dtype=torch.int64, device="cuda")
-    stream = torch.cuda.current_stream()
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    chosen = np.full(N_COLUMNS, -1, np.int32)
-    chosen[np.random.default_rng(1).choice(N_COLUMNS, 2000, replace=False)] = np.arange(2000)
-    places = torch.from_numpy(chosen).cuda()
-    for dtype, width, target_sum in (
-        ("float32", N_COLUMNS, 0.0), ("bfloat16", N_COLUMNS, 0.0), ("float16", N_COLUMNS, 0.0),
-        ("float32", N_COLUMNS, 1e4), ("bfloat16", N_COLUMNS, 1e4), ("float32", 2000, 0.0), ("float32", 2000, 1e4),
-    ):  # fmt: skip
-        out = torch.empty((N_ROWS, width), dtype=names[dtype], device="cuda")
-        floor = timed(out.zero_)
+def launch_with(name, n_threads):
+    """The kernel in blocks of another size."""
+    import cupy
+
+    source = gpu.SOURCE.replace(f"partial[{gpu.N_THREADS}]", f"partial[{n_threads}]")
+    source = source.replace(f"int half = {gpu.N_THREADS} / 2", f"int half = {n_threads} / 2")
+    kernel = cupy.RawModule(code=source, options=("-std=c++17",), name_expressions=[name]).get_function(name)
+
+    def launch(grid, shared, arguments, stream):
+        with cupy.cuda.ExternalStream(stream.cuda_stream):
+            kernel(grid, (n_threads,), tuple(map(gpu._raw_argument, arguments)), shared_mem=shared)
+
+    return launch
+
+
+class Densify:
+    """Batches of one kind, one after the other, of rows that lie on the device."""
+
+    def __init__(self, dtype, width, target_sum):
+        self.tables = rows_of_an_atlas()
+        self.width, self.target_sum = width, target_sum
+        self.out = torch.empty((N_ROWS, width), dtype=getattr(torch, dtype), device="cuda")
+        self.n_outside = torch.zeros(8, dtype=torch.int64, device="cuda")
+        chosen = np.full(N_COLUMNS, -1, np.int32)
+        chosen[np.random.default_rng(1).choice(N_COLUMNS, N_CHOSEN, replace=False)] = np.arange(N_CHOSEN)
+        self.places = torch.from_numpy(chosen).cuda()
         delivered = None if dtype == "bfloat16" else dtype
-        name = gpu.kernel_name("densify", ["uint16", "uint16"], "float32", delivered)
-        for compiler in ("cupy", "torch"):
-            kernel = gpu.compiled(name, compiler, 0)
-            for kib in (16, 24, 40) if compiler == "cupy" and width > 2000 else (40,):
-                n_tiles = -(-width * 4 // (kib * 1024))
-                tile = (width + 32 * n_tiles - 1) // (32 * n_tiles) * 32
-                batch = iter(range(10**6))
+        self.name = gpu.kernel_name("densify", ["uint16", "uint16"], "float32", delivered)
+        self.n_made = 0
 
-                def work(
-                    kernel=kernel, n_tiles=n_tiles, tile=tile, batch=batch, out=out, width=width, target=target_sum
-                ):
-                    first = next(batch) % 4 * N_ROWS
-                    where = [slab, value_at, column_at, lengths, rows, dest, first, places, int(width == 2000)]
-                    kernel(
-                        (N_ROWS, n_tiles), tile * 4, [*where, N_COLUMNS, width, tile, target, out, n_outside, 0], stream
-                    )
+    def make(self, kernel, tile_nbytes):
+        """Queue one batch."""
+        n_tiles = -(-self.width * 4 // tile_nbytes)
+        tile = (self.width + 32 * n_tiles - 1) // (32 * n_tiles) * 32
+        first, self.n_made = self.n_made % 4 * N_ROWS, self.n_made + 1
+        arguments = [*self.tables, first, self.places, int(self.width == N_CHOSEN), N_COLUMNS, self.width, tile]
+        arguments += [self.target_sum, self.out, self.n_outside, 0]
+        kernel((N_ROWS, n_tiles), tile * 4, arguments, torch.cuda.current_stream())
 
-                took = timed(work)
-                what = (
-                    f"densify to {dtype}, {width} wide{', log1p' * bool(target_sum)}, by {compiler}, tiles of {kib} KiB"
-                )
-                say(
-                    what=what, ms=round(took, 3), zeroing_ms=round(floor, 3), million_cells_per_s=round(4.096 / took, 1)
-                )
+
+def main(*, only_first):
+    """Print what each takes."""
+    for dtype, width, target_sum in (
+        ("float32", N_COLUMNS, 0.0),
+        ("bfloat16", N_COLUMNS, 0.0),
+        ("float16", N_COLUMNS, 0.0),
+        ("float32", N_COLUMNS, 1e4),
+        ("float32", N_CHOSEN, 0.0),
+        ("float32", N_CHOSEN, 1e4),
+    ):
+        work = Densify(dtype, width, target_sum)
+        kernels = {"cupy": gpu.compiled(work.name, "cupy", 0)}
+        if only_first:
+            for _ in range(30):
+                work.make(kernels["cupy"], 40 * 1024)
+            torch.cuda.synchronize()
+            return
+        if (dtype, width, target_sum) == ("float32", N_COLUMNS, 0.0):
+            kernels |= {"torch": gpu.compiled(work.name, "torch", 0)}
+            kernels |= {f"{n} threads": launch_with(work.name, n) for n in (128, 512, 1024)}
+        floor = timed(work.out.zero_)
+        for kind, kernel in kernels.items():
+            for kib in (20, 40) if width == N_COLUMNS else (40,):
+                took = timed(partial(work.make, kernel, kib * 1024))
+                what = f"{dtype}, {width} wide{', log1p' * bool(target_sum)}; {kind}, tiles of {kib} KiB"
+                say(densify=what, ms=round(took, 3), zeroing_ms=round(floor, 3), Mcells_per_s=round(4.096 / took, 1))
 
 
 if __name__ == "__main__":
-    main()
+    main(only_first="--first" in sys.argv)

@@ -14,7 +14,7 @@ WIDTH, N_TYPES, N_EPOCHS = 1024, 20, 4
 
 def main(folder):
     """Rates of the loader alone, of the step alone, and of both."""
-    loader, _ = ours(folder, "cuda", None, dtype="bfloat16", obs_codes=["cell_type"])
+    loader, _ = ours(folder, "cuda", dtype="bfloat16", obs_codes=["cell_type"])
     first = next(iter(loader))
     n_genes = first["X"].shape[1]
     widths = [n_genes, WIDTH, WIDTH, N_TYPES]
