@@ -13,7 +13,9 @@ from annbatch_dask.types import LoaderOutput, LoadRequest
 
 __all__ = ["Iteration"]
 
-_REQUESTS_AHEAD = 2
+_REQUESTS_AHEAD = 6  # of the one whose batches are handed out; prefetch_bytes may allow fewer windows
+_FIRST_REQUESTS = 3  # which the first batch waits for the sampler to draw
+_MORE_REQUESTS = 2  # at each batch, until so many are ahead
 
 
 class Iteration(Iterator[LoaderOutput]):
@@ -90,7 +92,8 @@ class Iteration(Iterator[LoaderOutput]):
         if self._is_over:
             return END
         pipeline = self._find_pipeline()
-        while self._are_more and len(self._pending) <= _REQUESTS_AHEAD:
+        n_wanted = max(_FIRST_REQUESTS, min(len(self._pending) + _MORE_REQUESTS, _REQUESTS_AHEAD + 1))
+        while self._are_more and len(self._pending) < n_wanted:
             self._submit_next(pipeline)
         batch = pipeline.get()
         if isinstance(batch, End):
