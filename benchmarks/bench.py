@@ -25,7 +25,7 @@ import annbatch_dask
 HERE = Path(__file__).parent
 SAMPLE_S = 0.02
 SCALING_DATASET_SIZE = 20_000
-OURS, THEIRS = "annbatch_dask", "annbatch"
+OURS, PACKED, THEIRS = "annbatch_dask", "annbatch_dask, packed", "annbatch"
 OUTPUTS = {"csr": "CSR batches", "dense": "dense float32 batches", "genes": "dense batches of 2,000 chosen genes"}
 
 
@@ -130,8 +130,8 @@ def fresh(path: Path) -> Path:
 
 def stores(setup: Setup) -> dict[str, Path]:
     """Return where each side's collection goes."""
-    names = [OURS, THEIRS] if setup.annbatch_python else [OURS]
-    return {name: setup.work / f"{name}.zarr" for name in names}
+    names = [OURS, PACKED, THEIRS] if setup.annbatch_python else [OURS, PACKED]
+    return {name: setup.work / f"{name.replace(', ', '-')}.zarr" for name in names}
 
 
 def bench_shuffle(setup: Setup, folder: Path) -> dict[str, dict[str, list[float]]]:
@@ -140,21 +140,23 @@ def bench_shuffle(setup: Setup, folder: Path) -> dict[str, dict[str, list[float]
     for _ in range(setup.repeats):
         for name, path in stores(setup).items():
             args = ("shuffle", folder, fresh(path), "--dataset-size", str(setup.dataset_size))
-            lines, peak = run(ours(*args) if name == OURS else theirs(setup, *args))
+            layout = ("--layout", "packed") if name == PACKED else ()
+            lines, peak = run(theirs(setup, *args) if name == THEIRS else ours(*args, *layout))
             add(found, name, "shuffle, s", lines[0]["seconds"])
             add(found, name, "peak RSS of any process, GB", peak / 1e9)
     return found
 
 
 def bench_load(setup: Setup) -> dict[str, dict[str, list[float]]]:
-    """Stream in turn, each side its own collection; return cells per second."""
+    """Stream in turn, each side its own collection; return cells per second, the first epoch of each left out."""
     found: dict[str, dict[str, list[float]]] = {}
     for output, label in OUTPUTS.items():
         for _ in range(setup.repeats):
             for name, path in stores(setup).items():
-                args = ("load", path, "--output", output, "--epochs", str(setup.epochs), "--package", name)
-                lines, _ = run(ours(*args) if name == OURS else annbatch_job(setup, *args))
-                for line in lines:
+                package = THEIRS if name == THEIRS else OURS
+                args = ("load", path, "--output", output, "--epochs", str(1 + setup.epochs), "--package", package)
+                lines, _ = run(annbatch_job(setup, *args) if name == THEIRS else ours(*args))
+                for line in lines[1:]:
                     add(found, name, f"{label}, cells/s", line["cells_per_s"])
     return found
 
@@ -184,11 +186,11 @@ def add(found: dict[str, dict[str, list[float]]], name: str, what: str, value: f
 
 def print_table(found: dict[str, dict[str, list[float]]]) -> None:
     """Print medians, ranges and ratios (theirs / ours for seconds and bytes, ours / theirs for rates)."""
-    print(f"\n| median (min-max) | {OURS} | {THEIRS} | times better |\n|---|---|---|---|")
+    print(f"\n| median (min-max) | {OURS} | {PACKED} | {THEIRS} | times better | packed |\n|---|---|---|---|---|---|")
     for what, values in found[OURS].items():
-        other = found.get(THEIRS, {}).get(what)
-        cells = (what, spread(values), spread(other) if other else "-", ratio(what, values, other))
-        print(f"| {' | '.join(cells)} |")
+        packed, other = found[PACKED][what], found.get(THEIRS, {}).get(what)
+        cells = [what, spread(values), spread(packed), spread(other) if other else "-"]
+        print(f"| {' | '.join([*cells, ratio(what, values, other), ratio(what, packed, other)])} |")
 
 
 def print_machine(setup: Setup) -> None:
@@ -266,7 +268,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("bench_data"), help="folder for everything written")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--epochs", type=int, default=3, help="epochs per loader run; the first one is cold on both sides"
+        "--epochs", type=int, default=3, help="epochs that count, of each loader run; a cold one comes before them"
     )
     parser.add_argument("--dataset-size", type=int, default=100_000)
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One measurement of annbatch_dask in a process of its own; prints a JSON line per measurement.
 
-jobs.py shuffle ATLAS_DIR OUT.zarr [--dataset-size 100000]
+jobs.py shuffle ATLAS_DIR OUT.zarr [--dataset-size 100000] [--layout open|packed]
 jobs.py load OUT.zarr [--output csr|dense|genes] [--epochs 3] [--package annbatch_dask|annbatch] [--busy-s 2.0]
 jobs.py bounds ATLAS_DIR OUT.zarr
 jobs.py order random|blocks|"full shuffle"|weighted [--rows 100000000]
@@ -47,7 +47,9 @@ def shuffle(args: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     collection = DatasetCollection(args.out)
-    collection.add_adatas(sources(args.atlas), dataset_size=args.dataset_size, seed=0, progress=False)
+    collection.add_adatas(
+        sources(args.atlas), dataset_size=args.dataset_size, seed=0, progress=False, layout=args.layout
+    )
     seconds = time.perf_counter() - start
     report("shuffle", seconds, cells=collection.n_obs, cells_per_s=round(collection.n_obs / seconds))
 
@@ -233,6 +235,7 @@ def main() -> int:
     job.add_argument("atlas", type=Path)
     job.add_argument("out", type=Path)
     job.add_argument("--dataset-size", type=int, default=100_000)
+    job.add_argument("--layout", choices=("open", "packed"), default="open")
     job.set_defaults(run=shuffle)
     job = jobs.add_parser("load")
     job.add_argument("store", type=Path)
