@@ -7,6 +7,7 @@ import functools
 import itertools
 import logging
 import pickle
+import threading
 import time
 import traceback
 from collections import Counter
@@ -64,6 +65,8 @@ RETRIES = 2
 """How often a task that failed is handed out again, perhaps to another worker; our own errors last, and are not."""
 DEATHS = 8
 """So many workers may die on a task that had the cluster to itself, until they are taken to die of it."""
+NO_WORKER_S = 60.0
+"""How often a stage looks whether any worker is there, to say so where none is."""
 _Describe = Callable[[int], str]
 _WORKER_NBYTES = 2**30
 """Of a worker of the local cluster, at least. As many workers as cores where memory allows, so that none shares
@@ -212,7 +215,8 @@ class ClusterEngine:
         """Run the tasks on the cluster; on any error, cancel what is left."""
         run = _ClusterRun(self.client, name, fn, tasks, on_result, describe)
         try:
-            run.all()
+            with _missing_workers_said(self.client, name):
+                run.all()
         except (CancelledError, CommClosedError) as e:
             msg = (
                 f"the scheduler was lost in {name} ({type(e).__name__}); finished "
@@ -222,6 +226,40 @@ class ClusterEngine:
         if run.lost:
             raise _workers_died(name, {describe(i): run.deaths[i] for i in run.lost}, self.budget)
         return run.results
+
+
+@contextlib.contextmanager
+def _missing_workers_said(client: Client, name: str) -> Iterator[None]:
+    """Meanwhile, warn again and again while no worker is there: Dask waits for one without a word.
+
+    A LocalCluster of Dask's, for one, may give up workers that died, and starts no others.
+    """
+    is_over = threading.Event()
+
+    def look() -> None:
+        since = time.monotonic()
+        while not is_over.wait(NO_WORKER_S):
+            try:
+                is_there = bool(client.scheduler_info(n_workers=-1)["workers"])
+            except Exception:  # noqa: BLE001 - the thread that waits for tasks has to say what happened
+                return
+            if is_there:
+                since = time.monotonic()
+                continue
+            logger.warning(
+                "%s: no worker has been there for up to %.0f s, and the build waits for one; start workers, or "
+                "interrupt the build: finished tasks are kept, and the same call goes on",
+                name,
+                time.monotonic() - since,
+            )
+
+    watcher = threading.Thread(target=look, name="annbatch-dask-workers", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watcher.join()
 
 
 @dataclass

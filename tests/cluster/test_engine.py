@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import errno
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -56,6 +58,29 @@ def test_a_worker_that_does_not_come_is_an_error(monkeypatch):
         pytest.raises(SchedulerError, match=r"no worker has joined .* within 0.1 s; start some"),
     ):
         choose_engine(client, None)
+
+
+def test_it_is_said_that_no_worker_is_there(monkeypatch):
+    monkeypatch.setattr(run, "NO_WORKER_S", 0.05)
+    said = threading.Event()
+    messages = []
+
+    def warn(message, *arguments):
+        messages.append(message % arguments)
+        said.set()
+
+    monkeypatch.setattr(run.logger, "warning", warn)
+    with cluster(n_workers=1) as (started, client), ThreadPoolExecutor(1) as pool:
+        started.scale(0)
+        while client.scheduler_info(n_workers=-1)["workers"]:
+            client.sync(asyncio.sleep, 0.01)
+        engine = ClusterEngine(client, BUDGET)
+        doing = pool.submit(engine.run, "scatter", abs, [(-3,)], lambda *_: None, str)
+        assert said.wait(60)
+        started.scale(1)
+        assert doing.result(60) == [3]
+    assert "scatter: no worker has been there for up to" in messages[0]
+    assert "start workers, or interrupt the build" in messages[0]
 
 
 def test_workers_without_a_limit_share_their_host(caplog, monkeypatch):
