@@ -98,11 +98,11 @@ class Contents:
 
     def batch(self, window: Window, number: int, built: Sequence[Any], placed: Placed | None = None) -> Any:
         """Put a batch together, of matrices that were built for it."""
-        split = window.splits[number]
+        split, dealt = window.splits[number], window.dealt(number)
         delivered = {matrix.key: part for matrix, part in zip(self.matrices, built, strict=True)}
         batch: dict[str, Any] = {
             "X": delivered.pop(X),
-            "obs": None if window.obs is None else window.obs.iloc[split],
+            "obs": None if window.obs is None else window.obs.iloc[dealt],
             "var": self.var,
             "index": window.rows[split] if self.with_index else None,
         }
@@ -111,7 +111,7 @@ class Contents:
         if placed is not None and self.labels is not None:
             batch["obs_codes"] = placed.codes_of(number)
         elif self.labels is not None:
-            batch["obs_codes"] = {name: self.deliver(codes[split]) for name, codes in window.codes.items()}
+            batch["obs_codes"] = {name: self.deliver(codes[dealt]) for name, codes in window.codes.items()}
         return batch if self.transform is None else self.transform(batch)
 
 

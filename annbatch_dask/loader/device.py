@@ -250,10 +250,9 @@ def place(window: Window, slab: Slab, builders: Sequence[DeviceBuilder], device:
     There is a builder for each matrix.
     """
     bounds = [0, *np.cumsum([len(split) for split in window.splits]).tolist()]
-    taken = np.concatenate(window.splits) if window.splits else np.zeros(0, np.int64)
     tables = [tabulate(loaded, slab) for loaded in window.matrices]
     deals = [deal(window.splits, table.group, len(table.groups)) for table in tables]
-    arrays: list[Array] = [codes[taken] for codes in window.codes.values()]
+    arrays: list[Array] = list(window.codes.values())
     starts = [_starts(table, window.splits if b.is_csr else ()) for table, b in zip(tables, builders, strict=True)]
     for table, (rows, dest, _), its_starts in zip(tables, deals, starts, strict=True):
         arrays += [table.value_at, table.column_at, table.lengths, rows, dest, np.concatenate([[0], *its_starts])]

@@ -323,9 +323,11 @@ class Pipeline:
             matrices.append(Loaded(blocks, block, position, lengths, matrix.dtype))
         reading = self._fetchers.start(deal(tasks, _PARTS_PER_THREAD * self._n_threads))
         obs, labels = self._contents.obs, self._contents.labels
+        # One frame for all batches, which are stretches of it: to take each of them costs as much as to take all.
+        dealt = np.concatenate(splits) if splits else np.zeros(0, np.int64)
         try:
-            taken = None if obs is None else obs.take(assignments, len(rows))
-            codes = {} if labels is None else labels.take(assignments, len(rows))
+            taken = None if obs is None else obs.take(assignments, len(rows), dealt)
+            codes = {} if labels is None else labels.take(assignments, len(rows), dealt)
         except BaseException:
             reading.settle()
             raise

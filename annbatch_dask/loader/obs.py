@@ -210,11 +210,12 @@ class ObsTable:
             for index, (start, stop) in zip(self.indexes, pairs, strict=True)
         ]
 
-    def take(self, assignments: Sequence[Assignment], n_rows: int) -> pd.DataFrame:
-        """The rows of a window, in request order."""
+    def take(self, assignments: Sequence[Assignment], n_rows: int, wanted: Ints) -> pd.DataFrame:
+        """Some of the ``n_rows`` rows of a window, by their places in its request."""
         if not assignments:
             return self.frames()[0].iloc[:0]
-        return self._frame(self.rows_of(assignments, n_rows), self._index(assignments, n_rows))
+        rows = self.rows_of(assignments, n_rows)[wanted]
+        return self._frame(rows, self._index(assignments, n_rows, wanted))
 
     def rows_of(self, assignments: Sequence[Assignment], n_rows: int) -> Ints:
         """The rows of a window among all, in request order."""
@@ -224,29 +225,28 @@ class ObsTable:
         return rows
 
     def _frame(self, rows: Ints | slice, index: pd.Index) -> pd.DataFrame:
-        columns = {
-            name: pd.Series(
-                array[rows] if isinstance(rows, slice) else array.take(rows), index, array.dtype, copy=False
-            )
-            for name, array in self.columns.items()
-        }
+        columns = {}
+        for name, array in self.columns.items():
+            taken = array[rows] if isinstance(rows, slice) else array.take(rows)
+            # pandas would look for a dtype of objects; a Series says which, and takes as long as a frame.
+            columns[name] = pd.Series(taken, index, array.dtype, copy=False) if array.dtype == object else taken
         return pd.DataFrame(columns, index=index, columns=list(columns), copy=False)
 
-    def _index(self, assignments: Sequence[Assignment], n_rows: int) -> pd.Index:
+    def _index(self, assignments: Sequence[Assignment], n_rows: int, wanted: Ints) -> pd.Index:
         indexes = [self.indexes[a.dataset] for a in assignments]
         if len(indexes) == 1 and isinstance(indexes[0], pd.Index):
-            return indexes[0].take(assignments[0].rows)  # all in request order
+            return indexes[0].take(assignments[0].rows[wanted])  # all in request order
         if any(isinstance(index, pd.Index) or index is None for index in indexes):
             parts = [_plain(index).take(a.rows) for index, a in zip(indexes, assignments, strict=True)]
             order = np.empty(n_rows, np.int64)
             order[np.concatenate([a.places for a in assignments])] = np.arange(n_rows)
-            return parts[0].append(parts[1:]).take(order)
+            return parts[0].append(parts[1:]).take(order[wanted])
         taken = np.empty(n_rows, object)
         for index, a in zip(indexes, assignments, strict=True):
             taken[a.places] = _taken(index, a.rows)
         first = cast("Names", indexes[0])
         is_alike = all(index is not None and index.name == first.name for index in indexes)
-        whole: pd.Index = pd.Index(taken, dtype=first.dtype, name=first.name if is_alike else None)
+        whole: pd.Index = pd.Index(taken[wanted], dtype=first.dtype, name=first.name if is_alike else None)
         return whole
 
 
@@ -285,9 +285,9 @@ class Labels:
                 found = kept
             self.categories[name], self._codes[name] = found, codes
 
-    def take(self, assignments: Sequence[Assignment], n_rows: int) -> dict[str, Ints]:
-        """The codes of a window's rows, in request order."""
-        rows = self._table.rows_of(assignments, n_rows)
+    def take(self, assignments: Sequence[Assignment], n_rows: int, wanted: Ints) -> dict[str, Ints]:
+        """The codes of the same rows."""
+        rows = self._table.rows_of(assignments, n_rows)[wanted]
         return {name: codes[rows].astype(np.int64) for name, codes in self._codes.items()}
 
 

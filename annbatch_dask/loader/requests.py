@@ -58,9 +58,9 @@ class Window:
     matrices
         What was loaded of each matrix.
     obs
-        The rows of ``obs``, or None.
+        The rows of ``obs`` of all batches, one behind the other, or None.
     codes
-        The codes of each label column.
+        The codes of each label column, of the same rows.
     nbytes
         Memory reserved for the blocks.
     slab
@@ -74,6 +74,11 @@ class Window:
     codes: dict[str, Ints]
     nbytes: int
     slab: Slab | None = None
+
+    def dealt(self, batch: int) -> slice:
+        """Where a batch stands among all batches, one behind the other."""
+        start = sum(map(len, self.splits[:batch]))
+        return slice(start, start + len(self.splits[batch]))
 
     def without_blocks(self) -> Window:
         """All but the bytes that were loaded."""
