@@ -394,13 +394,13 @@ def test_a_worker_of_a_build_that_was_given_up_changes_nothing_of_the_next(tmp_p
     """Its client died, another build with other options was made, and published: the task goes on to its end."""
     out = tmp_path / "o.zarr"
     paused, go, end, thread = threading.Event(), threading.Event(), [], []
-    publish, gather = gather_module._publish, run_module.gather
+    publish, gather = gather_module.publish_dataset, run_module.gather
 
-    def pause(*args):
+    def pause(*args, **kwargs):
         if threading.current_thread().name == "zombie":
             paused.set()
             go.wait(60)
-        return publish(*args)
+        return publish(*args, **kwargs)
 
     def zombie(file, task):
         try:
@@ -415,7 +415,7 @@ def test_a_worker_of_a_build_that_was_given_up_changes_nothing_of_the_next(tmp_p
         raise CrashError
 
     with monkeypatch.context() as patch, pytest.raises(CrashError):
-        patch.setattr(gather_module, "_publish", pause)
+        patch.setattr(gather_module, "publish_dataset", pause)
         patch.setattr(run_module, "gather", cut_off)
         add(out, paths[:1], seed=1)
     collection = add(out, paths[:2], seed=2)

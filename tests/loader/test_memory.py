@@ -14,7 +14,7 @@ N_OBS, N_PER_ROW, N_VAR = 40_000, 500, 2000
 WINDOW_ROWS, BATCH_NBYTES, PREFETCH_NBYTES = 8192, 8_192_000, 24_000_000
 # Beside prefetch_bytes: the batch in the user's hands and the one before, buffers that wait to be used again, a chunk a
 # thread. Batches are the most of it, so all forms have batches of as many bytes.
-CONSTANT_NBYTES = 48_000_000
+CONSTANT_NBYTES = 64_000_000
 
 SCRIPT = """
 import sys

@@ -60,9 +60,9 @@ def test_an_interpreter_has_its_own_packages():
     """``make test PYTHON=python3.13`` does not use what python3 was given."""
 
     def installs_into(*arguments):
-        env = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "VENV", "MAKEFLAGS")}
+        env = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "VENV", "MAKEFLAGS", "MAKELEVEL")}
         done = subprocess.run(
-            ["make", "--dry-run", "--always-make", "venv", *arguments],
+            ["make", "--no-print-directory", "--dry-run", "--always-make", "venv", *arguments],
             cwd=ROOT, env=env, check=True, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         return done.stdout.splitlines()[0]
