@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from annbatch_dask.order.planned import Planned, expand
+from annbatch_dask.order.planned import Planned, as_runs, expand
 from annbatch_dask.order.share import Even, slice_batches
 from annbatch_dask.types import LoadRequest
 
@@ -117,10 +117,10 @@ def _make(group: tuple[Planned, ...], n_batches: int, n_each: int, lane: int, n_
     start, stop = lane * length, (lane + n_own) * length
     own = order[(order >= start) & (order < stop)] - start
     by_lanes = own[np.argsort(own // length, kind="stable")].reshape(n_own, n_batches, n_each)
-    return {"requests": rows[start:stop], "splits": [by_lanes[:, b].reshape(-1) for b in range(n_batches)]}
+    return {"requests": as_runs(rows[start:stop]), "splits": [by_lanes[:, b].reshape(-1) for b in range(n_batches)]}
 
 
 def _make_last(group: tuple[Planned, ...], n_before: int) -> LoadRequest:
     """The request for what is left over of the last windows: rows that are read last, one behind the other."""
     rows, _ = _rows_and_order(group)
-    return {"requests": rows[n_before:], "splits": [np.arange(len(rows) - n_before)]}
+    return {"requests": as_runs(rows[n_before:]), "splits": [np.arange(len(rows) - n_before)]}

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from annbatch_dask.types import LoadRequest
 
-__all__ = ["Planned", "cut", "expand", "plan_request", "skip"]
+__all__ = ["Planned", "as_runs", "cut", "expand", "plan_request", "skip"]
 
 Ints = NDArray[np.int64]
 AnyInts = NDArray[np.integer[Any]]
 Requests = list[slice] | AnyInts
+_MIN_RUN = 4
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,15 @@ def _rows_of(part: slice) -> Ints:
     return np.arange(index(part.start or 0), index(part.stop), index(part.step or 1), dtype=np.int64)
 
 
+def as_runs(rows: Ints) -> Requests:
+    """Rows as slices, in their order, where there are four rows or more to each on average; else as they are."""
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    if (len(breaks) + 1) * _MIN_RUN > len(rows):
+        return rows
+    firsts, lasts = rows[np.append(0, breaks)], rows[np.append(breaks - 1, len(rows) - 1)]
+    return [slice(first, last + 1) for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)]
+
+
 def cut(order: NDArray[Any], size: int) -> list[NDArray[Any]]:
     """``order`` in pieces of ``size``, the last one maybe shorter."""
     return [order[start : start + size] for start in range(0, len(order), size)]
@@ -96,7 +106,7 @@ def _only(rows: Ints, splits: list[AnyInts]) -> LoadRequest:
     """A request for the rows that the splits name, and no others."""
     needed, places = np.unique(np.concatenate(splits), return_inverse=True)
     bounds = np.cumsum([len(split) for split in splits])[:-1]
-    return {"requests": rows[needed], "splits": np.split(places, bounds)}
+    return {"requests": as_runs(rows[needed]), "splits": np.split(places, bounds)}
 
 
 def _pick(make: Callable[[], LoadRequest], batches: list[int]) -> LoadRequest:

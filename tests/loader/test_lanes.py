@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from annbatch_dask.order.lanes import MAX_LANES, count_lanes
-from annbatch_dask.order.planned import expand
+from annbatch_dask.order.planned import as_runs, expand
 from annbatch_dask.samplers import DistributedSampler, RandomSampler, SequentialSampler
 
 
@@ -92,6 +92,15 @@ def test_a_batch_has_rows_of_all_lanes_in_an_order_of_the_epochs():
         [[b for b, batch in enumerate(found[k]) if row in batch] for k in (0, 2) for row in range(64)]
     )
     assert len(np.unique(places)) > 20
+
+
+@given(st.lists(st.tuples(st.integers(0, 500), st.integers(1, 9)), max_size=20))
+def test_runs_are_the_rows(runs):
+    rows = np.concatenate([np.arange(first, first + n) for first, n in runs] or [np.zeros(0, int)])
+    found = as_runs(rows)
+    assert expand(found).tolist() == rows.tolist()
+    if len(rows) >= 4 * max(len(runs), 1) > 4:
+        assert all(isinstance(part, slice) for part in found)
 
 
 def test_rows_that_come_in_their_order_are_not_dealt_to_lanes():
