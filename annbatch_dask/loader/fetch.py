@@ -204,6 +204,8 @@ class Pipeline:
     def get(self) -> LoaderOutput | End:
         """The next batch; END after the last one. Raises what went wrong in the background."""
         if self._is_stopped and self._batches.empty():
+            if threading.current_thread().daemon:
+                threading.Event().wait()  # the interpreter ends, and stops this thread where it stands
             msg = "the threads of this iterator have ended, as the interpreter does; load what is needed before"
             raise RuntimeError(msg)
         self._check_taken(wait=False)

@@ -55,8 +55,8 @@ class Names:
     @classmethod
     def of(cls, index: pd.Index) -> Names | None:
         """From an index; None if it holds anything but text."""
-        if pd.api.types.infer_dtype(index, skipna=False) != "string":
-            return None
+        if index.hasnans or pd.api.types.infer_dtype(index, skipna=False) != "string":
+            return None  # pandas 3 has a dtype of text that may be missing
         values = index.to_numpy(object)
         pieces = [values[k : k + _BLOCK] for k in range(0, len(values), _BLOCK)]
         separator = next(c for c in map(chr, range(0xD800)) if not any(c in "".join(piece) for piece in pieces))

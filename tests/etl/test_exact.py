@@ -185,7 +185,8 @@ def to_zarr(h5ad, path):
             if isinstance(node, h5py.Group):
                 target.require_group(name).attrs.update(attrs)
             elif node.dtype.kind == "O":
-                ad.io.write_elem(target, name, node.asstr()[...].astype(object))
+                parent, _, leaf = name.rpartition("/")  # anndata 0.13 takes no paths
+                ad.io.write_elem(target[parent] if parent else target, leaf, node.asstr()[...].astype(object))
             else:
                 array = target.create_array(name, data=node[...]) if node.shape else None
                 if array is not None:

@@ -194,6 +194,9 @@ def test_what_is_read_whole_is_counted_and_read_once_a_thread(tmp_path, monkeypa
         options |= {"load_adata": read_counted}
     else:
         path = pbmc()
+        with h5py.File(path) as file:
+            if "encoding-type" in file["obs"].attrs:
+                pytest.skip("this release of scanpy ships the file in today's format")
         monkeypatch.setattr(adata, "read_legacy", read_counted)
     monkeypatch.setattr(plan_build, "_BLOCK_NBYTES", 200_000)
     collection = DatasetCollection(tmp_path / "o.zarr")
@@ -257,4 +260,5 @@ def build_measured(tmp_path, monkeypatch, paths, **options):
 def n_rows(path):
     """Cells of a file."""
     with h5py.File(path) as file:
-        return len(file["obs"]["_index"])
+        names = file["obs"]["_index"]
+        return len(names["values"] if isinstance(names, h5py.Group) else names)  # pandas 3 has a mask beside them

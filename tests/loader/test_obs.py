@@ -128,7 +128,7 @@ def test_a_row_of_names_and_codes_takes_16_bytes():
 
 def test_no_columns_means_no_names_are_read(collection, tmp_path):
     shutil.copytree(collection.path, tmp_path / "c.zarr")
-    for chunk in (tmp_path / "c.zarr").glob("dataset_*/obs/_index/c/*"):
+    for chunk in (tmp_path / "c.zarr").glob("dataset_*/obs/_index/**/c/*"):  # pandas 3: a group of values and a mask
         chunk.write_bytes(b"not a chunk")
     broken = Collection(tmp_path / "c.zarr", collection.x, collection.obs)
     loader = make(broken, obs_columns=[], obs_codes=["kind"], where="row > 30")
