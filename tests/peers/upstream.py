@@ -49,11 +49,17 @@ DIFFERENT = {
     "test_batch_sizes_match_expected_pattern",
     # Rows are drawn alike, not starts of chunks.
     "test_runs_are_drawn_in_proportion_to_length",
+    # annbatch sets anndata's zarr_write_format where it is imported, or anndata 0.12 warns; it is left alone here.
+    "test_load_all_aligned_backs_arrays_and_skips_the_rest",
     # Names annbatch's warning by its words.
     "test_add_adata_warns_about_additional_aligned_elems",
     "test_use_collection_warns_about_additional_aligned_elems",
     "test_add_adatas_warns_exactly_once_about_each_additional_aligned_elem",
 }
+NOT_YET = (
+    # Edits a dataset of a collection in place, which its consolidated metadata forbid.
+    "test_store_load_dataset[mixed-dtype",
+)
 
 
 def source(peer: str) -> Path:
@@ -73,7 +79,7 @@ def source(peer: str) -> Path:
 
 
 def run(peer: str, arguments: list[str]) -> set[str]:
-    """The names of the tests that fail."""
+    """The names of the tests that fail, with their parameters."""
     paths = [ROOT / "tests/peers/alias", ROOT]
     if peer == "scvi-tools":
         site = FOLDER / "site"
@@ -96,9 +102,10 @@ def run(peer: str, arguments: list[str]) -> set[str]:
     print(done.stdout[-8000:], done.stderr[-4000:])
     if done.returncode not in (0, 1):
         sys.exit(f"pytest ended with {done.returncode}")
-    return {found.split("[")[0] for found in re.findall(r"^(?:FAILED|ERROR) \S*::(\S+)", done.stdout, re.MULTILINE)}
+    return set(re.findall(r"^(?:FAILED|ERROR) \S*::(\S+)", done.stdout, re.MULTILINE))
 
 
 if __name__ == "__main__":
-    unexpected = run(sys.argv[1], sys.argv[2:]) - DIFFERENT
+    failed = run(sys.argv[1], sys.argv[2:])
+    unexpected = {name.split("[")[0] for name in failed if not name.startswith(NOT_YET)} - DIFFERENT
     sys.exit(f"tests that should pass: {sorted(unexpected)}" if unexpected else 0)
