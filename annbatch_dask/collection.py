@@ -32,7 +32,7 @@ from annbatch_dask.arguments import (
 )
 from annbatch_dask.errors import CollectionBusyError, CollectionChangedError, CollectionError, LayoutError
 from annbatch_dask.etl.frames import try_frames
-from annbatch_dask.etl.h5ad import write_datasets
+from annbatch_dask.etl.h5ad import DATASET_FILE, write_datasets
 from annbatch_dask.etl.inputs import Input, known_inputs
 from annbatch_dask.etl.job import Job, say_what_is_lost, work_folder
 from annbatch_dask.etl.log import Recorder
@@ -75,7 +75,7 @@ from annbatch_dask.storage.identity import identity_of, where_of
 from annbatch_dask.storage.lock import Lease, check_unchanged, exclusive
 from annbatch_dask.storage.matrices import describe_matrix
 from annbatch_dask.storage.metadata import METADATA, is_metadata
-from annbatch_dask.storage.publish import Folder, StorageOptions, folder_of
+from annbatch_dask.storage.publish import UNFINISHED, Folder, StorageOptions, folder_of
 from annbatch_dask.storage.sources import SourceRef
 
 if TYPE_CHECKING:
@@ -757,6 +757,12 @@ class DatasetCollection:
             msg = (
                 f"{folder.url} holds {len(old):,} h5ad files, to which none can be added; give another folder, "
                 "mode='w' to replace them, or build zarr"
+            )
+            raise CollectionError(msg)
+        if foreign := [name for name in old if not (DATASET_FILE.fullmatch(name) or UNFINISHED.fullmatch(name))]:
+            msg = (
+                f"{folder.url} holds {min(foreign)}, one of {len(foreign):,} h5ad files that are no datasets of a "
+                "collection and would go; move them, or give another folder"
             )
             raise CollectionError(msg)
         built = DatasetCollection(hidden.url, mode="w")  # what another call left is none of this one's

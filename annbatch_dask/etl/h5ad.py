@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +17,18 @@ if TYPE_CHECKING:
     import zarr
     from anndata import AnnData
 
-__all__ = ["write_datasets"]
+__all__ = ["DATASET_FILE", "write_datasets"]
+
+DATASET_FILE = re.compile(rf"{DATASET_PREFIX}_\d+\.h5ad")
+"""Names of the files."""
 
 
 def write_datasets(groups: Iterable[zarr.Group], folder: Folder, compressor: str | None, stale: Iterable[str]) -> None:
     """Write each dataset as a file of its number, one in memory at a time; all appear at the end.
 
-    ``stale``: names of files that are removed before.
+    ``stale``: names of files that are replaced, or removed once the others are there.
     """
-    written = []
+    written = {}
     for number, group in enumerate(groups):
         name = f"{DATASET_PREFIX}_{number}.h5ad"
         unfinished = f"{folder.path}/.tmp-00000000-{name}"
@@ -33,11 +37,11 @@ def write_datasets(groups: Iterable[zarr.Group], folder: Folder, compressor: str
         with ad.settings.override(allow_write_nullable_strings=True):
             adata.write_h5ad(unfinished, compression=compressor)
         sync_path(unfinished)
-        written.append((unfinished, f"{folder.path}/{name}"))
-    for name in stale:
+        written[name] = unfinished
+    for name, unfinished in written.items():
+        os.replace(unfinished, f"{folder.path}/{name}")
+    for name in set(stale) - written.keys():
         folder.unlink(name)
-    for unfinished, path in written:
-        os.replace(unfinished, path)
     sync_path(folder.path)
 
 

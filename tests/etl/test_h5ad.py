@@ -1,5 +1,7 @@
 """A folder of ``dataset_<i>.h5ad``: the same shuffle as into zarr, in files that anndata reads."""
 
+import os
+
 import anndata as ad
 import dask
 import h5py
@@ -58,6 +60,37 @@ def test_files_that_are_there_are_replaced_only_if_asked(tmp_path):
         build(tmp_path / "h5ad", paths[:1])
     build(tmp_path / "h5ad", paths[:1], mode="w", dataset_size=100)
     assert names(tmp_path / "h5ad") == ["dataset_0.h5ad"]
+
+
+def test_files_of_others_are_kept(tmp_path):
+    (tmp_path / "h5ad").mkdir()
+    paths = write(tmp_path / "h5ad", [make(0), make(1, n_obs=20)])  # the inputs lie there
+    before = {path: path.read_bytes() for path in paths}
+    with pytest.raises(CollectionError, match=r"holds 0\.h5ad, one of 2 h5ad files that are no datasets"):
+        build(tmp_path / "h5ad", paths, mode="w")
+    assert {path: path.read_bytes() for path in paths} == before
+
+
+def test_old_files_stay_until_the_new_ones_are_there(tmp_path, monkeypatch):
+    paths = write(tmp_path, [make(0), make(1, n_obs=20)])
+    build(tmp_path / "h5ad", paths)
+    whole = names(tmp_path / "h5ad")
+    replaced, replace = [], os.replace
+
+    def fail_at_last(source, target):
+        if str(target).endswith(".h5ad"):
+            replaced.append(target)
+            if len(replaced) == 2:
+                raise OSError("cut off")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_at_last)
+    with pytest.raises(OSError, match="cut off"):
+        build(tmp_path / "h5ad", paths[:1], mode="w", dataset_size=20)
+    assert set(whole) <= set(names(tmp_path / "h5ad"))
+    monkeypatch.undo()
+    build(tmp_path / "h5ad", paths[:1], dataset_size=20)  # goes on
+    assert names(tmp_path / "h5ad") == ["dataset_0.h5ad", "dataset_1.h5ad"]
 
 
 def test_a_build_that_was_interrupted_goes_on(tmp_path, monkeypatch):
