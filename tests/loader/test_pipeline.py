@@ -155,7 +155,10 @@ def test_kept_batches_are_never_overwritten(tmp_path):
 
 def test_dropped_batches_are_used_again():
     x = np.zeros((1000, 4000), np.float32)
-    loader = Loader(batch_size=50, chunk_size=50, preload_nchunks=2, preload_to_gpu=False).add_dataset(x)
+    # Batches of 0.8 MB: two or three may lie ready, one is made and two are in the consumer's hands.
+    loader = Loader(
+        batch_size=50, chunk_size=50, preload_nchunks=2, preload_to_gpu=False, prefetch_bytes=4_000_000
+    ).add_dataset(x)
     addresses = [batch["X"].__array_interface__["data"][0] for batch in loader]
     assert len(addresses) == 20
     assert len(set(addresses)) <= 8
