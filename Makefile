@@ -20,6 +20,7 @@ BENCH_ARGS ?=
 
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+DEMO   := $(VENV)/.installed-demo
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo lint types docs notebooks test chaos bench clean
@@ -34,17 +35,26 @@ help:
 venv: $(STAMP)
 
 # --group needs pip 25.1; the one that comes with Python 3.11 is older.
-$(STAMP): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --no-compile --editable . --group test --group docs
-	@touch $@
+define install
+$(PYTHON) -m venv $(VENV)
+$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+$(BIN)/python -m pip install --quiet --no-compile --editable . $(1)
+@touch $@
+endef
 
-demo: $(STAMP)
+$(STAMP): pyproject.toml
+	$(call install,--group demo --group test --group docs)
+
+# The demo needs neither torch nor what tests and docs need; where these are installed, it is content.
+$(DEMO): pyproject.toml
+	$(if $(wildcard $(STAMP)),$(MAKE) --no-print-directory $(STAMP) && touch $@,$(call install,--group demo))
+
+demo: $(DEMO)
 	$(BIN)/python pipelines/demo.py $(FILES)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(MAKE) --no-print-directory --jobs 2 types docs
 
 types: $(STAMP)

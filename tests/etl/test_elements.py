@@ -174,7 +174,9 @@ def test_inputs_that_are_lazy_throughout_give_what_files_do(tmp_path, merge, loa
     one, two = (ad.io.read_zarr(next(iter(c))) for c in (found, want))
     assert one.obs.columns.tolist() == ["row", "zeta", "alpha", "src_path"]
     pd.testing.assert_frame_equal(one.obs, two.obs)
-    pd.testing.assert_frame_equal(one.var, two.var, check_dtype=False)  # strings that anndata read lazily may be missing
+    pd.testing.assert_frame_equal(
+        one.var, two.var, check_dtype=False
+    )  # strings that anndata read lazily may be missing
     pd.testing.assert_frame_equal(one.raw.var, two.raw.var, check_dtype=False)
     assert one.uns.keys() == two.uns.keys()
     for key in two.varm:
@@ -244,7 +246,9 @@ def test_what_cannot_be_carried_is_refused_by_name_unless_excluded(tmp_path, how
     one.obsm["times"] = np.zeros((one.n_obs, 2), complex)
     paths = write(tmp_path, [one])
     load = ad.read_h5ad if how == "memory" else None
-    with pytest.raises(SchemaError, match=r"obsm/lists, obsm/times cannot be carried.*\['-obsm/lists', '-obsm/times'\]"):
+    with pytest.raises(
+        SchemaError, match=r"obsm/lists, obsm/times cannot be carried.*\['-obsm/lists', '-obsm/times'\]"
+    ):
         DatasetCollection(tmp_path / "o.zarr").plan_adatas(paths, seed=0, load_adata=load)
     elements = ["-obsm/times", "-obsm/lists", "-obsp"]
     collection = build(tmp_path / "o.zarr", paths, load_adata=load, elements=elements)
@@ -294,7 +298,9 @@ def images_alone(path):
 
 def test_images_of_different_sizes_are_refused(tmp_path):
     inputs = [*with_images([make(0)]), *with_images([make(1)], shape=(3, 4, 2))]
-    with pytest.raises(SchemaError, match=r"obsm/image has rows of shape \(4, 3, 2\) in .* and rows of shape \(3, 4, 2\)"):
+    with pytest.raises(
+        SchemaError, match=r"obsm/image has rows of shape \(4, 3, 2\) in .* and rows of shape \(3, 4, 2\)"
+    ):
         DatasetCollection(tmp_path / "o.zarr").plan_adatas(write(tmp_path, inputs), seed=0)
 
 
