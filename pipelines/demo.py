@@ -132,6 +132,7 @@ def stream(collection: DatasetCollection, column: str) -> list[np.ndarray]:
         obs_columns=[column],
     )
     loader.use_collection(collection)
+    next(iter(loader))  # compiles, once on a machine
     start = time.perf_counter()
     batches = [batch["obs"][column].astype(str).to_numpy() for batch in loader]
     seconds = time.perf_counter() - start
