@@ -15,8 +15,8 @@ import zarr
 from humanfriendly import InvalidSize, parse_size
 
 from annbatch_dask.errors import CollectionError, LayoutError, SourceError
-from annbatch_dask.plan.build import Options
 from annbatch_dask.plan.elements import Elements
+from annbatch_dask.plan.options import Options
 from annbatch_dask.storage.identity import function_identity, where_of
 from annbatch_dask.storage.publish import Folder, StorageOptions, folder_of, shown, without_secrets
 from annbatch_dask.storage.shards import compressor_json

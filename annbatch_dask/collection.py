@@ -16,6 +16,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import anndata as ad
+import dask
 import numpy as np
 import pandas as pd
 import zarr
@@ -61,11 +62,15 @@ from annbatch_dask.manifest import (
     dataset_names,
     dataset_number,
 )
-from annbatch_dask.plan.build import Extension, Options, Plan, build_plan
+from annbatch_dask.plan.build import build_plan
 from annbatch_dask.plan.dtypes import ValueRange
 from annbatch_dask.plan.elements import Elements
 from annbatch_dask.plan.genes import check_unique
+from annbatch_dask.plan.memory import BLOCK_NBYTES
+from annbatch_dask.plan.options import Extension, Options
+from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import INPUT_SRC_PATH, SRC_PATH, SourceSchema
+from annbatch_dask.planned import RunnablePlan
 from annbatch_dask.progress import default_callbacks
 from annbatch_dask.report import Report, make_report
 from annbatch_dask.splits import Splits, make_splits
@@ -517,7 +522,7 @@ class DatasetCollection:
         client: Client | None = None,
         storage_options: Mapping[str, Any] | None = None,
         read_values: bool = False,
-    ) -> Plan:
+    ) -> RunnablePlan:
         """Scan the inputs and say what :meth:`add_adatas` with the same arguments would do, without doing it.
 
         Parameters are those of :meth:`add_adatas`, and ``read_values``: read every value, which takes as long as half
@@ -546,7 +551,7 @@ class DatasetCollection:
         extension = self._extension(mode, genes)
         options = self._stored_as(options, layout, gene_order, extension)
         plan, _ = self._plan(refs, options, merge, room, extension, read_values=read_values)
-        return plan
+        return RunnablePlan.of(plan)
 
     def add_adatas(  # noqa: PLR0913 - annbatch's arguments
         self,
@@ -917,7 +922,7 @@ class DatasetCollection:
         plan = build_plan(
             looked,
             options,
-            budget=room.budget,
+            budget=replace(room.budget, block_nbytes=_block_nbytes()),
             var=None if annotations is None else annotations.var,
             annotated=_annotated(annotations),
             extension=extension,
@@ -1205,6 +1210,11 @@ class DatasetCollection:
 
     def _check_target(self) -> None:
         self._folder  # noqa: B018 - raises for stores that workers cannot open
+
+
+def _block_nbytes() -> int:
+    """Size of a row block, from dask's configuration: ``annbatch_dask.block_size``."""
+    return int(dask.utils.parse_bytes(dask.config.get("annbatch_dask.block_size", BLOCK_NBYTES)))
 
 
 def _open(folder: Folder, mode: str) -> zarr.Group | None:

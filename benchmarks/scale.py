@@ -10,8 +10,10 @@ import time
 import cloudpickle
 import numpy as np
 
-from annbatch_dask.plan.build import Options, Plan, build_plan
+from annbatch_dask.plan.build import build_plan
 from annbatch_dask.plan.memory import Budget
+from annbatch_dask.plan.options import Options
+from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import Categories, ColumnSchema, MatrixSchema, SourceSchema, shared_names
 
 N_FILES, N_CELLS, NNZ_PER_CELL = 1000, 100_000_000, 1500

@@ -27,8 +27,8 @@ from annbatch_dask.manifest import (
     Manifest,
     SourceRecord,
 )
-from annbatch_dask.plan.build import Plan
 from annbatch_dask.plan.dtypes import ValueRange, merge_ranges
+from annbatch_dask.plan.plan import Plan
 from annbatch_dask.storage.identity import where_of
 from annbatch_dask.storage.lock import check_unchanged, keep_generation
 from annbatch_dask.storage.metadata import METADATA, consolidated, group_document, metadata_below, nodes_checksum

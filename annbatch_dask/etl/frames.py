@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
 from annbatch_dask.etl.scan import raw_var
-from annbatch_dask.plan.build import Plan
+from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import OBS, ColumnSpec
 from annbatch_dask.storage.columns import check_text, to_pandas
 

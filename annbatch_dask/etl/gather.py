@@ -25,8 +25,9 @@ from annbatch_dask.etl.rows import all_columns, decode_strings, head, row_hashes
 from annbatch_dask.etl.scatter import GROUP, PLACE, Flats, Heads, scatter_again
 from annbatch_dask.kernels.rows import bounds_of, copy_runs
 from annbatch_dask.manifest import DATASET_PREFIX
-from annbatch_dask.plan.build import Options, Plan
 from annbatch_dask.plan.dtypes import index_dtype
+from annbatch_dask.plan.options import Options
+from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import SOURCE_DTYPE, ColumnSpec, MatrixSpec
 from annbatch_dask.storage.checksums import FileSums, checksum, checksum_of
 from annbatch_dask.storage.columns import to_pandas

@@ -26,8 +26,8 @@ import numpy as np
 
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.manifest import Manifest
-from annbatch_dask.plan.build import WORK_DIGITS, Plan
 from annbatch_dask.plan.memory import format_nbytes
+from annbatch_dask.plan.plan import WORK_DIGITS, Plan
 from annbatch_dask.storage.claims import Claim
 from annbatch_dask.storage.private import check_private
 from annbatch_dask.storage.publish import Folder
@@ -76,7 +76,7 @@ class Job:
     base_version
         Of its root document; None where there is none yet.
     request
-        Identity of the call, see :meth:`annbatch_dask.plan.build.Options.request`.
+        Identity of the call, see :meth:`annbatch_dask.plan.options.Options.request`.
     claim
         What the build says of itself in the collection's folder.
     replaced

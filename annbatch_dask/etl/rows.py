@@ -20,7 +20,7 @@ from annbatch_dask.kernels.fingerprint import (
     finish_rows,
 )
 from annbatch_dask.kernels.rows import bounds_of
-from annbatch_dask.plan.build import Plan
+from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import Categories, ColumnSpec, MatrixSpec
 from annbatch_dask.storage.columns import ColumnRows
 

@@ -46,9 +46,9 @@ from annbatch_dask.etl.sweep import clean_up, withdraw
 from annbatch_dask.etl.totals import Totals
 from annbatch_dask.events import BuildEnd, BuildStart, Callback, StageEnd, StageStart, TaskEnd
 from annbatch_dask.manifest import DATASET_PREFIX, Manifest
-from annbatch_dask.plan.build import Plan
 from annbatch_dask.plan.dtypes import index_dtype, smallest_dtype
 from annbatch_dask.plan.memory import Budget, format_nbytes
+from annbatch_dask.plan.plan import Plan
 from annbatch_dask.storage import transient
 from annbatch_dask.storage.claims import end_claim
 from annbatch_dask.storage.identity import has_many_files, raise_if_changed

@@ -16,9 +16,9 @@ from annbatch_dask.etl.rows import NAMES, all_columns, group_keys, head, row_has
 from annbatch_dask.etl.totals import packed
 from annbatch_dask.kernels.rows import bounds_of
 from annbatch_dask.kernels.values import narrow_counts, range_of
-from annbatch_dask.plan.build import Plan
 from annbatch_dask.plan.dtypes import ValueRange, index_dtype, merge_ranges, smallest_dtype
 from annbatch_dask.plan.layout import Block
+from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import ColumnSpec, MatrixSchema, MatrixSpec, SourceSchema
 from annbatch_dask.storage.columns import ColumnRows
 from annbatch_dask.storage.identity import unchanged

@@ -14,9 +14,10 @@ from annbatch_dask.etl.rows import sum_hashes
 from annbatch_dask.etl.scan import look, scan, with_ranges
 from annbatch_dask.etl.scatter import hash_block, read_block
 from annbatch_dask.manifest import DatasetRecord, Manifest, SourceRecord
-from annbatch_dask.plan.build import Extension, Options, build_plan
+from annbatch_dask.plan.build import build_plan
 from annbatch_dask.plan.elements import Elements
 from annbatch_dask.plan.memory import Budget
+from annbatch_dask.plan.options import Extension, Options
 from annbatch_dask.storage.checksums import checksums
 from annbatch_dask.storage.metadata import METADATA, consolidated_below, metadata_below, nodes_checksum
 from annbatch_dask.storage.publish import Folder

@@ -21,12 +21,14 @@ from annbatch_dask.etl.scan import merge_annotations, raw_var, scan
 from annbatch_dask.lazy.blocks import lazy_matrix
 from annbatch_dask.lazy.columns import SourceRows
 from annbatch_dask.lazy.opened import look_at
-from annbatch_dask.plan.build import Options, Plan, build_plan
+from annbatch_dask.plan.build import build_plan
 from annbatch_dask.plan.columns import unite_columns
 from annbatch_dask.plan.elements import Elements
 from annbatch_dask.plan.genes import GeneSpace
 from annbatch_dask.plan.layout import cut_blocks
 from annbatch_dask.plan.memory import MIB, Budget
+from annbatch_dask.plan.options import Options
+from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import OBS, ColumnSpec, SourceSchema
 from annbatch_dask.storage.sources import SourceRef
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from annbatch_dask.errors import MemoryBudgetError
 
 __all__ = [
+    "BLOCK_NBYTES",
     "IN_FLIGHT_NBYTES",
     "MIB",
     "SMALL_NBYTES",
@@ -23,6 +24,9 @@ IN_FLIGHT_NBYTES = 24 * MIB
 """Of chunks on their way from a file, that every task is taken to hold."""
 SMALL_NBYTES = 48 * MIB
 """Of a task beside its rows: chunks on their way, what is copied at a time, what is encoded."""
+
+BLOCK_NBYTES = 128 * MIB
+"""Default size of a row block: far above the cost of a task, small beside a worker's memory."""
 
 
 def format_nbytes(n: float) -> str:
@@ -44,10 +48,13 @@ class Budget:
         Memory limit of a worker process, bytes.
     n_threads
         Tasks that run in it at once.
+    block_nbytes
+        Size of a row block, which is the work of one scatter task, where memory allows it.
     """
 
     worker_nbytes: int
     n_threads: int = 1
+    block_nbytes: int = BLOCK_NBYTES
 
     @property
     def task_nbytes(self) -> int:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import dask
 import psutil
 import pytest
 from dask import config
@@ -86,7 +87,7 @@ def undisturbed(tmp_path_factory, h5ad_pair):
     """The same build in one process."""
     path = tmp_path_factory.mktemp("undisturbed") / "o.zarr"
     with pytest.MonkeyPatch.context() as patch, config.set(scheduler="synchronous"):
-        patch.setattr("annbatch_dask.plan.build._BLOCK_NBYTES", 20_000)
+        patch.setitem(dask.config.config, "annbatch_dask", {"block_size": 20_000})
         DatasetCollection(path).add_adatas(h5ad_pair, **OPTIONS)
     return tree_digest(path)
 
@@ -100,7 +101,7 @@ def shared(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def many_tasks(monkeypatch):
-    monkeypatch.setattr("annbatch_dask.plan.build._BLOCK_NBYTES", 20_000)
+    monkeypatch.setitem(dask.config.config, "annbatch_dask", {"block_size": 20_000})
 
 
 def killed(started, who, stage, path, files):
@@ -167,7 +168,7 @@ def test_a_file_that_kills_its_workers_is_named_after_all_else_is_done(
     tmp_path, h5ad_pair, allowed_failures, monkeypatch
 ):
     monkeypatch.setattr("annbatch_dask.etl.run.DEATHS", 2)
-    monkeypatch.setattr("annbatch_dask.plan.build._BLOCK_NBYTES", 2**20)  # a task a file
+    monkeypatch.setitem(dask.config.config, "annbatch_dask", {"block_size": 2**20})  # a task a file
     path, flag, bad = tmp_path / "o.zarr", tmp_path / "flag", str(h5ad_pair[0])
     load = functools.partial(die_while, flag=flag, victims=[bad])
     build = functools.partial(DatasetCollection(path).add_adatas, h5ad_pair, load_adata=load, **OPTIONS)
@@ -186,7 +187,7 @@ def test_a_file_that_kills_its_workers_is_named_after_all_else_is_done(
 
 def test_deaths_that_end_are_no_reason_to_give_up(tmp_path, h5ad_pair, monkeypatch):
     """More of them than Dask allows, with one file, while the other gets done."""
-    monkeypatch.setattr("annbatch_dask.plan.build._BLOCK_NBYTES", 2**20)
+    monkeypatch.setitem(dask.config.config, "annbatch_dask", {"block_size": 2**20})
     path, flag = tmp_path / "o.zarr", tmp_path / "flag"
     load = functools.partial(die_while, flag=flag, victims=[str(h5ad_pair[0])])
     with cluster(tmp_path / "cluster", allowed_failures=0) as (client, _):

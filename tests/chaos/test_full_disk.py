@@ -31,7 +31,7 @@ def paths(tmp_path_factory):
 
 def add(out, paths, **options):
     with pytest.MonkeyPatch.context() as patch, dask.config.set(scheduler="synchronous"):
-        patch.setattr("annbatch_dask.plan.build._BLOCK_NBYTES", 40_000)
+        patch.setitem(dask.config.config, "annbatch_dask", {"block_size": 40_000})
         given = {"seed": 2, "dataset_size": 200, "zarr_compressor": (), "progress": False}
         return DatasetCollection(out).add_adatas(paths, **given | options)
 

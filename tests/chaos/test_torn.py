@@ -45,7 +45,7 @@ class Tasks(Callback):
 
 def build(out, path, *callbacks):
     with pytest.MonkeyPatch.context() as patch, dask.config.set(scheduler="synchronous"):
-        patch.setattr("annbatch_dask.plan.build._BLOCK_NBYTES", 12_000)
+        patch.setitem(dask.config.config, "annbatch_dask", {"block_size": 12_000})
         DatasetCollection(out).add_adatas([path], seed=2, dataset_size=40, callbacks=callbacks, progress=False)
 
 

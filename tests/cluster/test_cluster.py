@@ -11,6 +11,7 @@ import urllib.request
 from importlib.resources import files
 
 import anndata as ad
+import dask
 import fsspec
 import numpy as np
 import psutil
@@ -81,7 +82,7 @@ def local(out, paths, **options):
 
 
 def test_a_synthetic_pair_on_two_workers_equals_one_process(tmp_path, h5ad_pair, scheduler, monkeypatch):
-    monkeypatch.setattr("annbatch_dask.plan.build._BLOCK_NBYTES", 20_000)  # many tasks
+    monkeypatch.setitem(dask.config.config, "annbatch_dask", {"block_size": 20_000})  # many tasks
     options = {"seed": 4, "dataset_size": 100}
     one = local(tmp_path / "a.zarr", h5ad_pair, **options)
     seen = Counter()

@@ -190,8 +190,9 @@ def test_a_dataset_larger_than_memory_allows(out, h5ad_pair):
 
 
 def test_a_dataset_whose_obs_exceeds_memory_names_dataset_size():
-    from annbatch_dask.plan.build import Options, build_plan
+    from annbatch_dask.plan.build import build_plan
     from annbatch_dask.plan.memory import MIB, Budget
+    from annbatch_dask.plan.options import Options
     from annbatch_dask.plan.schema import MatrixSchema, SourceSchema
 
     n = 50_000_000

@@ -58,7 +58,7 @@ def test_another_seed_is_another_order(tmp_path, h5ad_pair):
 
 def test_memory_does_not_change_the_result(tmp_path, h5ad_pair, monkeypatch):
     one = build(tmp_path / "a.zarr", h5ad_pair)
-    monkeypatch.setattr("annbatch_dask.plan.build._BLOCK_NBYTES", 4000)
+    monkeypatch.setitem(dask.config.config, "annbatch_dask", {"block_size": 4000})
     seen = Counter()
     two = build(tmp_path / "b.zarr", h5ad_pair, callbacks=[seen])
     assert seen.tasks["scatter"] > 5

@@ -437,7 +437,7 @@ def test_a_function_is_the_same_in_another_process(tmp_path):
 
 def test_work_done_with_another_memory_is_said_to_be_lost(tmp_path, files, monkeypatch):
     interrupted(tmp_path / "o.zarr", files)
-    monkeypatch.setattr("annbatch_dask.plan.build._BLOCK_NBYTES", 2000)
+    monkeypatch.setitem(dask.config.config, "annbatch_dask", {"block_size": 2000})
     (work,) = (tmp_path / "o.zarr.scratch").iterdir()
     with pytest.warns(UserWarning, match=rf"{work.name} holds .* of this build, begun with workers of another memory"):
         assert build(tmp_path / "o.zarr", files).n_obs == 120

@@ -83,10 +83,10 @@ def test_datasets_are_those_of_a_build_without_sorted_stably(tmp_path, paths, un
 
 def test_in_little_memory_the_bytes_are_the_same(tmp_path, paths, monkeypatch):
     """Parts of a few rows: large groups in pieces, small ones together."""
-    from annbatch_dask.plan import build as module
+    from annbatch_dask.plan import sizing as module
 
     whole = build(tmp_path / "a.zarr", paths, groupby="cell_type", elements=["obs"])
-    monkeypatch.setattr(module, "_BLOCK_NBYTES", 2000)
+    monkeypatch.setitem(dask.config.config, "annbatch_dask", {"block_size": 2000})
     monkeypatch.setattr(module, "_MAX_TASKS", 2**30)
     pieces = build(tmp_path / "b.zarr", paths, groupby="cell_type", elements=["obs"])
     assert [d.metadata for d in whole.manifest.datasets] == [d.metadata for d in pieces.manifest.datasets]

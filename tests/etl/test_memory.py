@@ -18,7 +18,6 @@ import scipy.sparse as sp
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import MemoryBudgetError
 from annbatch_dask.etl import run
-from annbatch_dask.plan import build as plan_build
 from annbatch_dask.plan.memory import MIB, RESERVED_NBYTES, SMALL_NBYTES, Budget
 from annbatch_dask.storage import adata
 from annbatch_dask.storage.adata import read_legacy
@@ -198,7 +197,7 @@ def test_what_is_read_whole_is_counted_and_read_once_a_thread(tmp_path, monkeypa
             if "encoding-type" in file["obs"].attrs:
                 pytest.skip("this release of scanpy ships the file in today's format")
         monkeypatch.setattr(adata, "read_legacy", read_counted)
-    monkeypatch.setattr(plan_build, "_BLOCK_NBYTES", 200_000)
+    monkeypatch.setitem(dask.config.config, "annbatch_dask", {"block_size": 200_000})
     collection = DatasetCollection(tmp_path / "o.zarr")
     with dask.config.set(scheduler="synchronous"):
         plan = collection.plan_adatas([path], **options)

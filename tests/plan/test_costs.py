@@ -5,12 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from annbatch_dask.plan.build import Options, build_plan
+from annbatch_dask.plan.build import build_plan
 from annbatch_dask.plan.columns import texts_of, unite_columns
 from annbatch_dask.plan.costs import Weight, heaviest_rows
 from annbatch_dask.plan.layout import Layout
 from annbatch_dask.plan.memory import MIB, RESERVED_NBYTES, Budget
+from annbatch_dask.plan.options import Options
 from annbatch_dask.plan.schema import Categories, ColumnSchema, MatrixSchema, SourceSchema, heaviest_at
+from annbatch_dask.plan.summary import figures
 from annbatch_dask.storage.matrices import counted
 
 
@@ -86,4 +88,4 @@ def test_the_plan_says_which_categories_become_strings():
     few = ColumnSchema("kind", "categorical", categories=Categories(("x",), "str"))
     [sources] = [[source([1] * 30_000, [few, *barcodes(30_000, 20_000).columns])]]
     plan = build_plan(sources, Options(seed=0), budget=Budget(2**33))
-    assert dict(plan.figures())["strings"] == "barcode: categories in the inputs, nearly one a cell"
+    assert dict(figures(plan))["strings"] == "barcode: categories in the inputs, nearly one a cell"

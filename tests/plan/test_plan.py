@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from annbatch_dask.errors import MemoryBudgetError, SchemaError
 from annbatch_dask.kernels.values import range_of
-from annbatch_dask.plan.build import Options, build_plan
+from annbatch_dask.plan.build import build_plan
 from annbatch_dask.plan.columns import unite_columns
 from annbatch_dask.plan.dtypes import NOTHING, ValueRange, index_dtype, merge_ranges, signed_dtype, smallest_dtype
 from annbatch_dask.plan.genes import GeneSpace, join_genes, unite_names
 from annbatch_dask.plan.layout import Block, Layout, cut_blocks
 from annbatch_dask.plan.memory import MIB, Budget
+from annbatch_dask.plan.options import Options
 from annbatch_dask.plan.permutation import Permutation
 from annbatch_dask.plan.schema import Categories, ColumnSchema, MatrixSchema, SourceSchema
 
@@ -273,9 +274,8 @@ def test_a_field_that_a_later_release_adds_changes_no_identity(monkeypatch):
     before = made()
     for kind in (MatrixSchema, ColumnSchema, Categories, SourceSchema):
         monkeypatch.setitem(globals(), kind.__name__, grown(kind))
-    for kind in (Options, Layout, Block, Permutation):
-        monkeypatch.setattr(f"annbatch_dask.plan.build.{kind.__name__}", grown(kind))
-    monkeypatch.setattr("annbatch_dask.plan.layout.Block", grown(Block))
+    for room, kind in (("options", Options), ("sizing", Layout), ("layout", Block), ("build", Permutation)):
+        monkeypatch.setattr(f"annbatch_dask.plan.{room}.{kind.__name__}", grown(kind))
     monkeypatch.setitem(globals(), "Options", grown(Options))
     after = made()
     assert (after.fingerprint, after.work_key) == (before.fingerprint, before.work_key)

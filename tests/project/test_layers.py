@@ -17,6 +17,7 @@ ALLOWED = {
     "events": set(),
     "kernels": {"errors"},
     "html": {"progress"},
+    "planned": {"plan"},
     "plan": {"errors", "html", "kernels"},
     "manifest": {"errors"},
     "storage": {"errors", "kernels", "plan"},

@@ -1,0 +1,170 @@
+"""The plan of a build: a frozen value, which opens nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from annbatch_dask.plan.digest import canonical, digest
+from annbatch_dask.plan.dtypes import ValueRange, merge_ranges
+from annbatch_dask.plan.genes import GeneSpace
+from annbatch_dask.plan.grouping import Groups
+from annbatch_dask.plan.layout import Block, Layout
+from annbatch_dask.plan.memory import Budget
+from annbatch_dask.plan.options import Extension, Options
+from annbatch_dask.plan.permutation import Permutation
+from annbatch_dask.plan.placement import Dealt
+from annbatch_dask.plan.schema import OBS, ColumnSpec, MatrixSchema, MatrixSpec, SourceSchema
+
+__all__ = ["WORK_DIGITS", "Plan"]
+
+_WORK_VERSION = 6
+"""Raised whenever spill files, receipts or row fingerprints change, so that no resume mixes two kinds."""
+WORK_DIGITS = 16
+"""Of a work key, those that do not depend on how the work is cut."""
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """A build, decided but not begun. :mod:`annbatch_dask.plan.summary` puts it in words.
+
+    Attributes
+    ----------
+    sources
+        What the scan found, in the order given.
+    blocks
+        Row blocks of the sources: one scatter task each.
+    layout
+        Datasets of the output: one gather task each.
+    placement
+        Output position of every input row.
+    var
+        (n_vars, n_columns) frame of the collection's genes.
+    genes
+        The collection's genes, ``"var"``, and, where it carries ``raw``, those of that, ``"raw"``.
+    matrices, columns
+        Row-aligned elements of the collection.
+    source_column
+        The obs column beside them that tells each row's source.
+    left_out
+        Elements the build does not carry, and the sources that have them.
+    renamed
+        Sources that have a column ``src_path`` of their own, which is ``input_src_path`` in the collection.
+    groups
+        The groups of ``options.groupby``, once they are counted; the layout's parts follow them.
+    """
+
+    options: Options
+    sources: tuple[SourceSchema, ...]
+    blocks: tuple[Block, ...]
+    layout: Layout
+    placement: Permutation | Dealt
+    var: pd.DataFrame = field(repr=False)
+    genes: Mapping[str, GeneSpace] = field(repr=False)
+    matrices: tuple[MatrixSpec, ...]
+    columns: tuple[ColumnSpec, ...]
+    source_column: ColumnSpec
+    left_out: Mapping[str, Sequence[str]] = field(repr=False)
+    index_name: str | None
+    peak_nbytes: tuple[int, int]
+    budget: Budget
+    extension: Extension | None = None
+    renamed: tuple[str, ...] = ()
+    groups: Groups | None = field(default=None, repr=False)
+
+    @property
+    def group_columns(self) -> tuple[ColumnSpec, ...]:
+        """Columns of ``options.groupby``."""
+        by_name = {c.name: c for c in (*self.columns, self.source_column) if c.frame == OBS}
+        return tuple(by_name[name] for name in self.options.groupby)
+
+    @property
+    def first_dataset(self) -> int:
+        """Number of the first dataset to write."""
+        return 0 if self.extension is None else self.extension.first_dataset
+
+    @property
+    def n_obs(self) -> int:
+        """Rows."""
+        return self.layout.n_obs
+
+    @property
+    def n_vars(self) -> int:
+        """Genes."""
+        return len(self.var)
+
+    @property
+    def n_datasets(self) -> int:
+        """Datasets of the output, which is the number of gather tasks."""
+        return self.layout.n_datasets
+
+    @property
+    def seed(self) -> int:
+        """Seed of the permutation."""
+        return self.options.seed
+
+    @property
+    def n_bytes_read(self) -> int:
+        """Uncompressed bytes the scatter tasks read."""
+        return sum(b.n_bytes for b in self.blocks)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the result: builds with equal fingerprints write equal collections."""
+        sources = [
+            {"path": s.path, "n_obs": s.n_obs, "matrices": canonical(s.matrices), "columns": canonical(s.columns)}
+            for s in self.sources
+        ]
+        var = pd.util.hash_pandas_object(self.var.astype(str)).to_numpy().tobytes()
+        raw = pd.util.hash_array(self.genes["raw"].genes.to_numpy()).tobytes() if "raw" in self.genes else b""
+        payload = {
+            "options": canonical(replace(self.options, var_subset=None, allow_mixed_counts=False)),
+            "layout": self.layout.sizes,
+            "placement": canonical(self.placement),
+            "extension": canonical(self.extension),
+            "index_name": self.index_name,
+            "sources": sources,
+        }
+        return digest(json.dumps(payload, sort_keys=True).encode(), var, raw)
+
+    @cached_property
+    def work_key(self) -> str:
+        """Identity of the work: a resume takes up scratch files with this key and no other.
+
+        Its first half does not depend on how the work is cut, which workers' memory decides.
+        """
+        what = [_WORK_VERSION, self.fingerprint, [s.identity for s in self.sources]]
+        cut = [what, canonical(self.layout), canonical(self.blocks)]
+        return "".join(digest(json.dumps(payload).encode())[:WORK_DIGITS] for payload in (what, cut))
+
+    def gene_map(self, source: int, matrix: MatrixSchema, spec: MatrixSpec) -> NDArray[np.int32] | None:
+        """Where a source matrix's columns are in the collection's, -1 where left out; None where they stay."""
+        return self.genes[spec.genes].map_of(source, matrix.genes) if spec.genes else None
+
+    def n_genes_of(self, source: int) -> int:
+        """How many of the collection's genes a source has."""
+        return int((self.genes["var"].map_of(source, self.sources[source].x.genes) >= 0).sum())
+
+    @cached_property
+    def gene_overlaps(self) -> dict[int, int]:
+        """How many genes exactly the same inputs have, by a bit mask of them, the most frequent mask first."""
+        inputs = [(k, s.x.genes) for k, s in enumerate(self.sources) if not s.tagged]
+        return self.genes["var"].overlaps(inputs)
+
+    @property
+    def values(self) -> dict[str, ValueRange]:
+        """Range of each matrix's values; empty unless the scan read them."""
+        found = {
+            m.name: [x.values for s in self.sources for x in s.matrices if x.name == m.name] for m in self.matrices
+        }
+        return {name: merge_ranges(r for r in ranges if r) for name, ranges in found.items() if all(ranges)}
+
+    def __repr__(self) -> str:
+        """Which, and how much."""
+        return f"Plan({self.fingerprint[:12]}, {self.n_obs:,} cells x {self.n_vars:,} genes)"

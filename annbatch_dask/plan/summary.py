@@ -1,0 +1,115 @@
+"""A plan in words: its tasks, bytes and peak memory, as text and for a notebook."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from annbatch_dask.html import overlap_rows, render
+from annbatch_dask.plan.dtypes import smallest_dtype
+from annbatch_dask.plan.memory import format_nbytes
+from annbatch_dask.plan.plan import Plan
+
+__all__ = ["as_html", "figures", "summary", "title"]
+
+
+def title(plan: Plan) -> str:
+    """What comes of what, in one line."""
+    return (
+        f"Plan {plan.fingerprint[:12]}: {plan.n_obs:,} cells x {plan.n_vars:,} genes "
+        f"from {_plural(len(plan.sources), 'source')} into {_plural(plan.n_datasets, 'dataset')} "
+        f"of up to {max(plan.layout.sizes):,} cells"
+    )
+
+
+def figures(plan: Plan) -> list[tuple[str, str]]:
+    """What the plan says, each with a name: tasks, bytes, peak memory and the like."""
+    scatter, gather = plan.peak_nbytes
+    exact = all(m.exact for s in plan.sources for m in s.matrices)
+    about = "" if exact else "about "
+    n = len(plan.blocks) + plan.n_datasets
+    groupby = f", each dataset sorted by {', '.join(plan.options.groupby)}" if plan.options.groupby else ""
+    texts = _texts(plan)
+    missing = [f"{name} ({_plural(len(paths), 'source')})" for name, paths in plan.left_out.items()]
+    return [
+        ("order", f"{plan.placement.name}, seed {plan.seed}{groupby}"),
+        ("carried", ", ".join([*(m.name for m in plan.matrices), *_frames(plan)])),
+        ("X from", _counts(plan)),
+        *([("left out", ", ".join(missing))] if missing else []),
+        *([("strings", f"{', '.join(texts)}: categories in the inputs, nearly one a cell")] if texts else []),
+        ("tasks", f"{n:,}: {len(plan.blocks):,} scatter + {plan.n_datasets:,} gather"),
+        (
+            "bytes",
+            f"{about}{format_nbytes(plan.n_bytes_read)} to read (uncompressed); "
+            "at most as much to spill and to write, less with smaller dtypes",
+        ),
+        (
+            "peak",
+            f"{format_nbytes(scatter)} a scatter task, {format_nbytes(gather)} a gather task; "
+            f"{format_nbytes(plan.budget.task_nbytes)} available to each",
+        ),
+        *_stored(plan),
+        *_chosen(plan),
+    ]
+
+
+def summary(plan: Plan) -> str:
+    """The plan in words: tasks, bytes and peak memory."""
+    return "\n".join([title(plan), *(f"  {name:<8} {text}" for name, text in figures(plan))])
+
+
+def as_html(plan: Plan) -> str:
+    """The plan for a notebook, with the genes that inputs share."""
+    inputs = [(s.path, s.n_obs, plan.n_genes_of(k)) for k, s in enumerate(plan.sources) if not s.tagged]
+    genes = overlap_rows(plan.gene_overlaps, len(inputs))
+    return render("plan.html", title=title(plan), figures=figures(plan), inputs=inputs, genes=genes)
+
+
+def _stored(plan: Plan) -> list[tuple[str, str]]:
+    """How matrices will be stored, where the scan read their values."""
+    found = [(m, plan.values.get(m.name)) for m in plan.matrices]
+    return [
+        (
+            m.name,
+            f"stored as {smallest_dtype(v, np.dtype(m.source_dtype))}; "
+            f"{v.n_nan:,} NaN and {v.n_inf:,} infinite values, kept as they are",
+        )
+        for m, v in found
+        if v is not None
+    ]
+
+
+def _chosen(plan: Plan) -> list[tuple[str, str]]:
+    """How matrices will be laid out, where that is not the default."""
+    layout = "packed: columns and whole numbers in as few bits as most need; annbatch_dask reads them"
+    return [
+        *([("layout", layout)] if plan.options.layout == "packed" else []),
+        *([("genes", "in the order of how many cells have them")] if plan.options.gene_order != "names" else []),
+    ]
+
+
+def _texts(plan: Plan) -> list[str]:
+    """Columns that are categorical in every input and are carried as strings."""
+    kinds: dict[str, set[str]] = {}
+    for s in plan.sources:
+        for c in s.columns:
+            kinds.setdefault(c.path, set()).add(c.kind)
+    return [c.name for c in plan.columns if c.kind == "string" and kinds.get(c.path) == {"categorical"}]
+
+
+def _frames(plan: Plan) -> list[str]:
+    n_columns = Counter(c.frame for c in (plan.source_column, *plan.columns))
+    return [f"{frame} ({_plural(n, 'column')})" for frame, n in n_columns.items()]
+
+
+def _counts(plan: Plan) -> str:
+    """Which matrix of the sources is X, and whether its values are counts."""
+    words = {True: "whole numbers", False: "fractions", None: "zeros alone"}
+    found = Counter((s.x.source_name, s.x.integral) for s in plan.sources)
+    parts = [f"{name} in {_plural(n, 'source')}: {words[whole]}" for (name, whole), n in found.items()]
+    return f"{'; '.join(parts)} (of a sample)"
+
+
+def _plural(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
