@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from annbatch_dask import abc, errors, events, io, samplers, scdataset, transforms, types, utils
+    from annbatch_dask import abc, errors, events, io, samplers, scdataset, testing, transforms, types, utils
     from annbatch_dask.as_annbatch import install_as_annbatch
     from annbatch_dask.collection import DatasetCollection
     from annbatch_dask.io import create_anndata_collection, write_sharded
@@ -32,6 +32,7 @@ __all__ = [
     "read_lazy",
     "samplers",
     "scdataset",
+    "testing",
     "transforms",
     "types",
     "utils",
@@ -50,7 +51,7 @@ _HOMES = {
     "read_lazy": "annbatch_dask.lazy",
     "write_sharded": "annbatch_dask.io",
 }
-_MODULES = ("abc", "errors", "events", "io", "samplers", "scdataset", "transforms", "types", "utils")
+_MODULES = ("abc", "errors", "events", "io", "samplers", "scdataset", "testing", "transforms", "types", "utils")
 
 
 def __getattr__(name: str) -> Any:

@@ -6,13 +6,10 @@ import contextlib
 import socket
 from typing import TYPE_CHECKING
 
-import anndata as ad
-import numpy as np
-import pandas as pd
 import pytest
-import scipy.sparse as sp
 from hypothesis import settings
 
+from annbatch_dask.testing import write_h5ad_pair
 from tests.leaks import nothing_is_left
 
 if TYPE_CHECKING:
@@ -23,42 +20,11 @@ if TYPE_CHECKING:
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
 
-N_SPACE, TYPES = 60, ("B", "NK", "T", "mono")
-
-
-def make_adata(n_obs: int, genes: list[str], *, seed: int) -> ad.AnnData:
-    """Counts in CSR float32; cells stand in order of their type, as in real files."""
-    rng = np.random.default_rng(seed)
-    codes = np.sort(rng.integers(0, len(TYPES), n_obs))
-    profile = rng.gamma(0.3, 2.0, (len(TYPES), len(genes)))
-    counts = rng.poisson(profile[codes]).astype(np.float32)
-    obs = pd.DataFrame(
-        {
-            "cell_type": pd.Categorical.from_codes(codes, TYPES),
-            "n_counts": counts.sum(1),
-            "passed": rng.random(n_obs) < 0.9,
-        },
-        index=[f"s{seed}_{i}" for i in range(n_obs)],
-    )
-    return ad.AnnData(X=sp.csr_matrix(counts), obs=obs, var=pd.DataFrame(index=genes))
-
-
-def write_pair(folder: Path) -> list[Path]:
-    """Two gzip files, 300 and 200 cells, of 45 and 40 genes out of one space of 60."""
-    space = [f"gene_{i}" for i in range(N_SPACE)]
-    rng = np.random.default_rng(0)
-    paths = []
-    for k, (n_obs, n_genes) in enumerate([(300, 45), (200, 40)]):
-        genes = [space[i] for i in np.sort(rng.choice(N_SPACE, n_genes, replace=False))]
-        paths.append(folder / f"part_{k}.h5ad")
-        make_adata(n_obs, genes, seed=k).write_h5ad(paths[-1], compression="gzip")
-    return paths
-
 
 @pytest.fixture(scope="session")
 def h5ad_pair(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two small files of different genes; read only."""
-    return write_pair(tmp_path_factory.mktemp("pair"))
+    return write_h5ad_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(autouse=True)

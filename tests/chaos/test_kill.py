@@ -15,8 +15,8 @@ import pytest
 
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import CollectionBusyError
+from annbatch_dask.testing import make_adata
 from tests.chaos import victim
-from tests.conftest import make_adata
 from tests.etl.test_build import tree_digest
 
 SERVER = multiprocessing.get_context("forkserver")  # its processes have all imports behind them

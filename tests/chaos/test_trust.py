@@ -24,7 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from annbatch_dask import DatasetCollection, Loader
 from annbatch_dask.errors import AnnbatchDaskError, CollectionError
 from annbatch_dask.events import Callback
-from tests.conftest import make_adata
+from annbatch_dask.testing import make_adata
 
 GENES = [f"g{i}" for i in range(10)]
 SIZES = (7, 26, 1, 12, 20, 5)

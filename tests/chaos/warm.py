@@ -3,8 +3,8 @@
 import tempfile
 from pathlib import Path
 
+from annbatch_dask.testing import make_adata
 from tests.chaos import victim
-from tests.conftest import make_adata
 
 with tempfile.TemporaryDirectory() as tmp:
     path = Path(tmp) / "a.h5ad"

@@ -10,7 +10,7 @@ import zarr
 
 from annbatch_dask import DatasetCollection, Loader
 from annbatch_dask.errors import AnnbatchDaskError, IntegrityError
-from tests.conftest import make_adata
+from annbatch_dask.testing import make_adata
 from tests.etl.inputs import dense_x
 
 GENES = [f"g{i}" for i in range(30)]

@@ -17,7 +17,7 @@ from annbatch_dask.errors import CollectionError, SourceError, StorageError
 from annbatch_dask.events import Callback
 from annbatch_dask.storage.identity import function_identity, identity_of
 from annbatch_dask.storage.sources import SourceRef
-from tests.conftest import make_adata
+from annbatch_dask.testing import make_adata
 from tests.etl.test_build import Counter, tree_digest
 
 GENES = [f"g{i}" for i in range(20)]

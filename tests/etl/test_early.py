@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import LayoutError, SchemaError
 from annbatch_dask.etl.frames import is_plain, write_frames
-from tests.conftest import make_adata
+from annbatch_dask.testing import make_adata
 
 GENES = [f"g{i}" for i in range(12)]
 

@@ -11,7 +11,7 @@ import zarr
 
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import SchemaError
-from tests.conftest import make_adata
+from annbatch_dask.testing import make_adata
 from tests.etl.inputs import dense_x
 
 GENES = [f"g{i}" for i in range(12)]

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from annbatch_dask import DatasetCollection, Loader
 from annbatch_dask.errors import CollectionError, IntegrityError, SchemaError
+from annbatch_dask.testing import make_adata
 from annbatch_dask.utils import load_all_aligned
-from tests.conftest import make_adata
 from tests.etl.inputs import adatas, assert_conserved, assert_holds, exact_or_refused, on_genes
 from tests.etl.test_conservation import write
 

@@ -15,7 +15,7 @@ from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import SchemaError
 from annbatch_dask.plan.grouping import Groups, group_layout
 from annbatch_dask.plan.layout import Layout
-from tests.conftest import make_adata
+from annbatch_dask.testing import make_adata
 from tests.etl.inputs import dense_x
 
 GENES = [f"g{i}" for i in range(30)]

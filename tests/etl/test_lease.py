@@ -11,7 +11,7 @@ import pytest
 
 from annbatch_dask import DatasetCollection, Loader
 from annbatch_dask.errors import CollectionError
-from tests.conftest import make_adata
+from annbatch_dask.testing import make_adata
 
 HOLDER = """
 import sys

@@ -10,7 +10,7 @@ import annbatch_dask.etl.commit
 from annbatch_dask import DatasetCollection, Loader
 from annbatch_dask.errors import CollectionError, IntegrityError
 from annbatch_dask.manifest import Manifest
-from tests.conftest import make_adata
+from annbatch_dask.testing import make_adata
 
 GENES = [f"g{k}" for k in range(8)]
 

@@ -18,7 +18,7 @@ from annbatch_dask.etl.ours import dataset_attributes
 from annbatch_dask.events import Callback
 from annbatch_dask.manifest import Manifest
 from annbatch_dask.storage.spill import ScratchGoneError, SpillReader
-from tests.conftest import make_adata
+from annbatch_dask.testing import make_adata
 
 ANNBATCHS = Path(__file__).parents[1] / "peers/annbatch_collection.zip"
 GENES = [f"g{i}" for i in range(20)]

@@ -19,7 +19,7 @@ from annbatch_dask.cli import main
 from annbatch_dask.errors import IntegrityError, LayoutError
 from annbatch_dask.events import Callback
 from annbatch_dask.storage.packed import PACKED
-from tests.conftest import make_adata
+from annbatch_dask.testing import make_adata
 from tests.etl.inputs import adatas, assert_holds, exact_or_refused, expected_x, on_genes
 from tests.etl.test_build import tree_digest
 from tests.etl.test_conservation import write

@@ -26,7 +26,7 @@ from annbatch_dask.events import Callback
 from annbatch_dask.storage.private import check_private, make_private
 from annbatch_dask.storage.publish import Folder, hiding_secrets, shown, without_secrets
 from annbatch_dask.storage.spill import SpillError, SpillReader, write_spill
-from tests.conftest import make_adata
+from annbatch_dask.testing import make_adata
 from tests.s3.test_other_stores import RangeHandler
 from tests.s3.tools import At, CrashError, crash
 

@@ -8,7 +8,7 @@ import pytest
 from annbatch_dask import DatasetCollection, Loader
 from annbatch_dask.errors import CollectionBusyError
 from annbatch_dask.events import Callback
-from tests.conftest import make_adata
+from annbatch_dask.testing import make_adata
 
 
 class CrashError(BaseException):

@@ -12,7 +12,7 @@ from annbatch_dask import DatasetCollection
 from annbatch_dask.cli import main
 from annbatch_dask.errors import CollectionError, IntegrityError
 from annbatch_dask.manifest import _checksum
-from tests.conftest import make_adata
+from annbatch_dask.testing import make_adata
 
 GENES = [f"g{i}" for i in range(30)]
 

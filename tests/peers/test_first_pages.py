@@ -14,7 +14,7 @@ import zarr
 
 from annbatch_dask import DatasetCollection, Loader, ZarrSparseDataset, create_anndata_collection
 from annbatch_dask.errors import CollectionError
-from tests.conftest import make_adata
+from annbatch_dask.testing import make_adata
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Consolidated metadata is"),

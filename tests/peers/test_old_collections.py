@@ -11,7 +11,7 @@ import pytest
 
 from annbatch_dask import DatasetCollection, Loader
 from annbatch_dask.errors import IntegrityError
-from tests.conftest import make_adata
+from annbatch_dask.testing import make_adata
 
 ARCHIVE = Path(__file__).parent / "collection_v1.zip"
 INPUTS = ["0.h5ad", "1.h5ad"]

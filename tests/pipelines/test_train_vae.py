@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from annbatch_dask import DatasetCollection
-from tests.conftest import make_adata
+from annbatch_dask.testing import make_adata
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 import train_vae  # noqa: E402

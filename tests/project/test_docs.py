@@ -15,7 +15,7 @@ import scipy.sparse as sp
 import zarr
 
 import annbatch_dask
-from tests.conftest import make_adata
+from annbatch_dask.testing import make_adata
 
 PAGES = Path(__file__).parents[2] / "docs/api"
 MODULES = [name for name in annbatch_dask.__all__ if inspect.ismodule(getattr(annbatch_dask, name))]

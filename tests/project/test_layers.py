@@ -34,6 +34,7 @@ ALLOWED = {
     "lightning": {"loader"},
     "scdataset": {"abc", "loader", "order", "samplers", "types"},
     "utils": {"loader", "order"},
+    "testing": {"abc", "order", "types"},
     "lazy": {"arguments", "errors", "etl", "plan", "storage"},
     "etl": {"errors", "events", "kernels", "manifest", "plan", "storage"},
     "report": {"etl", "html", "manifest", "mixing", "progress", "storage"},

@@ -19,7 +19,7 @@ from annbatch_dask.errors import CollectionError
 from annbatch_dask.html import overlap_rows
 from annbatch_dask.mixing import measure_mixing
 from annbatch_dask.plan.genes import GeneSpace, join_genes
-from tests.conftest import make_adata
+from annbatch_dask.testing import make_adata
 
 SOURCES = {"a.h5ad": (300, range(45)), "b.h5ad": (200, range(20, 60)), "c.h5ad": (120, range(30, 70))}
 """Cells and genes. The last one is added later, so its genes 60 to 69 are left out."""

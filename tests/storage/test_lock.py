@@ -13,7 +13,7 @@ from annbatch_dask.errors import CollectionError
 from annbatch_dask.storage import lock
 from annbatch_dask.storage.lock import Lease, exclusive, is_held, keep_generation
 from annbatch_dask.storage.publish import Folder
-from tests.conftest import make_adata
+from annbatch_dask.testing import make_adata
 
 FLOCK = fcntl.flock
 

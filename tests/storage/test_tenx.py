@@ -13,7 +13,7 @@ import scipy.sparse as sp
 
 from annbatch_dask import DatasetCollection, read_lazy
 from annbatch_dask.errors import MissingPackageError, SourceError
-from tests.conftest import make_adata
+from annbatch_dask.testing import make_adata
 from tests.etl.inputs import dense_x
 
 SYMBOLS = ["CD3E", "TBCE", "TBCE", "MS4A1", "CD3_protein"]
