@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from annbatch_dask.io import create_anndata_collection, write_sharded
     from annbatch_dask.lazy import concat_lazy, read_lazy
     from annbatch_dask.loader import Loader
-    from annbatch_dask.loader.older import ZarrSparseDataset
+    from annbatch_dask.loader.legacy import ZarrSparseDataset
 
 __all__ = [
     "DatasetCollection",
@@ -44,7 +44,7 @@ __version__ = "0.2.0"
 _HOMES = {
     "DatasetCollection": "annbatch_dask.collection",
     "Loader": "annbatch_dask.loader",
-    "ZarrSparseDataset": "annbatch_dask.loader.older",
+    "ZarrSparseDataset": "annbatch_dask.loader.legacy",
     "concat_lazy": "annbatch_dask.lazy",
     "create_anndata_collection": "annbatch_dask.io",
     "install_as_annbatch": "annbatch_dask.as_annbatch",

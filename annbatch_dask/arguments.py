@@ -17,10 +17,10 @@ from humanfriendly import InvalidSize, parse_size
 from annbatch_dask.errors import CollectionError, LayoutError, SourceError
 from annbatch_dask.plan.elements import Elements
 from annbatch_dask.plan.options import Options
-from annbatch_dask.storage.identity import function_identity, where_of
-from annbatch_dask.storage.publish import Folder, StorageOptions, folder_of, shown, without_secrets
+from annbatch_dask.sources.identity import function_identity, where_of
+from annbatch_dask.sources.open import SourceRef
+from annbatch_dask.storage.folder import Folder, StorageOptions, folder_of, shown, without_secrets
 from annbatch_dask.storage.shards import compressor_json
-from annbatch_dask.storage.sources import SourceRef
 
 if TYPE_CHECKING:
     import anndata as ad

@@ -18,7 +18,7 @@ from dask.utils import parse_bytes
 
 import annbatch_dask
 from annbatch_dask.errors import AnnbatchDaskError
-from annbatch_dask.progress import format_bytes
+from annbatch_dask.formatting import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -309,7 +309,7 @@ def _datasets(n: int) -> str:
 
 
 def _bytes_on_disk(path: str) -> int:
-    from annbatch_dask.storage.publish import Folder
+    from annbatch_dask.storage.folder import Folder
 
     return sum(Folder(path).sizes().values())
 
@@ -327,7 +327,7 @@ def _open(path: str) -> DatasetCollection:
 @contextlib.contextmanager
 def _client(args: argparse.Namespace) -> Iterator[Any]:
     """The cluster the options ask for; None leaves the choice to the library."""
-    from annbatch_dask.etl.cluster import connect, local_client
+    from annbatch_dask.engines.local_cluster import connect, local_client
 
     if args.scheduler is not None:
         with connect(args.scheduler) as client:

@@ -32,6 +32,7 @@ from annbatch_dask.arguments import (
     resolve_seed,
 )
 from annbatch_dask.errors import CollectionBusyError, CollectionChangedError, CollectionError, LayoutError
+from annbatch_dask.etl.build import Engine, EngineRoom, build, choose_engine, run_check, run_stage
 from annbatch_dask.etl.frames import try_frames
 from annbatch_dask.etl.h5ad import DATASET_FILE, write_datasets
 from annbatch_dask.etl.inputs import Input, known_inputs
@@ -39,7 +40,6 @@ from annbatch_dask.etl.job import Job, say_what_is_lost, work_folder
 from annbatch_dask.etl.log import Recorder
 from annbatch_dask.etl.ours import Contents, Scratch, contents_of, default_scratch
 from annbatch_dask.etl.repack import repack
-from annbatch_dask.etl.run import Engine, EngineRoom, build, choose_engine, run_check, run_stage
 from annbatch_dask.etl.scan import look, merge_annotations, scan, with_ranges
 from annbatch_dask.etl.sweep import leftovers, sweep, sweep_idle
 from annbatch_dask.etl.verify import (
@@ -57,6 +57,7 @@ from annbatch_dask.manifest import (
     ANNBATCH_ENCODING,
     DATASET_NAME,
     MANIFEST_KEY,
+    SRC_PATH,
     DatasetRecord,
     Manifest,
     dataset_names,
@@ -69,19 +70,19 @@ from annbatch_dask.plan.genes import check_unique
 from annbatch_dask.plan.memory import BLOCK_NBYTES
 from annbatch_dask.plan.options import Extension, Options
 from annbatch_dask.plan.plan import Plan
-from annbatch_dask.plan.schema import INPUT_SRC_PATH, SRC_PATH, SourceSchema
+from annbatch_dask.plan.schema import INPUT_SRC_PATH, SourceSchema
 from annbatch_dask.planned import RunnablePlan
 from annbatch_dask.progress import default_callbacks
 from annbatch_dask.report import Report, make_report
+from annbatch_dask.sources.identity import identity_of, where_of
+from annbatch_dask.sources.matrices import describe_matrix
+from annbatch_dask.sources.open import SourceRef
 from annbatch_dask.splits import Splits, make_splits
 from annbatch_dask.storage.claims import Work, claim_numbers
-from annbatch_dask.storage.groups import n_rows
-from annbatch_dask.storage.identity import identity_of, where_of
+from annbatch_dask.storage.folder import UNFINISHED, Folder, StorageOptions, folder_of
+from annbatch_dask.storage.frames import n_rows
 from annbatch_dask.storage.lock import Lease, check_unchanged, exclusive
-from annbatch_dask.storage.matrices import describe_matrix
 from annbatch_dask.storage.metadata import METADATA, is_metadata
-from annbatch_dask.storage.publish import UNFINISHED, Folder, StorageOptions, folder_of
-from annbatch_dask.storage.sources import SourceRef
 
 if TYPE_CHECKING:
     import xarray as xr

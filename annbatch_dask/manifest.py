@@ -14,10 +14,13 @@ import google_crc32c
 from annbatch_dask.errors import CollectionError
 
 __all__ = [
+    "ALL_WRITTEN",
     "ANNBATCH_ENCODING",
     "DATASET_NAME",
     "DATASET_PREFIX",
     "MANIFEST_KEY",
+    "SOURCE_DTYPE",
+    "SRC_PATH",
     "BuildRecord",
     "DatasetRecord",
     "Manifest",
@@ -32,6 +35,12 @@ MANIFEST_KEY = "annbatch_dask"
 DATASET_PREFIX = "dataset"
 """What the names of a collection's datasets begin with."""
 DATASET_NAME = re.compile(rf"{DATASET_PREFIX}_(\d+)")
+SOURCE_DTYPE = "source-dtype"
+"""Attribute of a matrix: the dtype its sources had, which the loader yields."""
+ALL_WRITTEN = "all-chunks-written"
+"""Attribute of an array of which every chunk was written: a file that is not there was lost, and is no fill value."""
+SRC_PATH = "src_path"
+"""Name of the obs column that tells a row's source, as annbatch has it."""
 FORMAT_VERSION = 2
 _READABLE = (1, FORMAT_VERSION)
 """Version 1 held the checksums of all files itself; since 2, each dataset's own ``zarr.json`` holds them, so that a

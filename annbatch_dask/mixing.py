@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from annbatch_dask.abc import Sampler
+    from annbatch_dask.samplers.sampler import Sampler
 
 __all__ = ["Mixing", "batch_entropy", "expected_entropy", "measure_mixing", "plot_mixing", "sampled_batches"]
 

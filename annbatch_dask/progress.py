@@ -7,13 +7,12 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from annbatch_dask.events import Callback
+from annbatch_dask.formatting import format_bytes
 
 if TYPE_CHECKING:
     from annbatch_dask.events import BuildEnd, BuildStart, StageEnd, StageStart, TaskEnd
 
-__all__ = ["ProgressBars", "default_callbacks", "format_bytes"]
-
-UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+__all__ = ["ProgressBars", "default_callbacks"]
 
 
 class ProgressBars(Callback):
@@ -87,15 +86,6 @@ def default_callbacks(*, progress: bool | None) -> list[Callback]:
     """
     wanted = (sys.stderr.isatty() or _in_notebook()) if progress is None else progress
     return [ProgressBars()] if wanted else []
-
-
-def format_bytes(n_bytes: float) -> str:
-    """Return a size in words, in decimal units: ``1536`` is ``"1.5 kB"``."""
-    size, unit = float(n_bytes), 0
-    while abs(size) >= 999.5 and unit < len(UNITS) - 1:
-        size, unit = size / 1000, unit + 1
-    digits = 0 if unit == 0 or abs(size) >= 99.95 else 1
-    return f"{size:.{digits}f} {UNITS[unit]}"
 
 
 def _tqdm() -> Any:

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from annbatch_dask.etl.files import recorded_files
 from annbatch_dask.etl.log import BuildLog, read_log
+from annbatch_dask.formatting import format_bytes
 from annbatch_dask.html import OverlapRow, overlap_rows, render
-from annbatch_dask.manifest import BuildRecord, Manifest, SourceRecord
+from annbatch_dask.manifest import SOURCE_DTYPE, BuildRecord, Manifest, SourceRecord
 from annbatch_dask.mixing import Mixing, measure_mixing
-from annbatch_dask.progress import format_bytes
-from annbatch_dask.storage.groups import n_rows
+from annbatch_dask.storage.folder import Folder
+from annbatch_dask.storage.frames import n_rows
 from annbatch_dask.storage.metadata import METADATA
-from annbatch_dask.storage.publish import Folder
 
 __all__ = ["Categories", "Element", "Report", "Values", "describe_element", "element_names", "make_report"]
 
@@ -319,7 +319,7 @@ def describe_element(group: zarr.Group, name: str) -> str:
     element: Any = group[name]
     kind = element.attrs.get("encoding-type", "array")
     dtypes = ", ".join(f"{array.dtype} {key}".strip() for key, array in _arrays(element).items() if key != "indptr")
-    source = element.attrs.get("source-dtype")
+    source = element.attrs.get(SOURCE_DTYPE)
     return f"{kind}, {dtypes}" + (f" (sources: {source})" if source else "")
 
 

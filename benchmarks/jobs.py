@@ -182,7 +182,7 @@ def decode(store: Path) -> None:
     """Decode every chunk of X of the collection on all cores, into one buffer: the floor under any output."""
     import zarr
 
-    from annbatch_dask.storage.ranges import RangeReader, deal
+    from annbatch_dask.chunks.reader import RangeReader, deal
 
     groups = [group["X"] for _, group in zarr.open_group(store, mode="r").groups()]
     readers = [RangeReader(x[name]) for x in groups for name in ("data", "indices")]

@@ -29,11 +29,11 @@ from annbatch_dask.manifest import (
 )
 from annbatch_dask.plan.dtypes import ValueRange, merge_ranges
 from annbatch_dask.plan.plan import Plan
-from annbatch_dask.storage.identity import where_of
+from annbatch_dask.sources.identity import where_of
+from annbatch_dask.storage.folder import Folder, sync_path
 from annbatch_dask.storage.lock import check_unchanged, keep_generation
 from annbatch_dask.storage.metadata import METADATA, consolidated, group_document, metadata_below, nodes_checksum
 from annbatch_dask.storage.packed import packs
-from annbatch_dask.storage.publish import Folder, sync_path
 
 __all__ = [
     "commit",

@@ -8,8 +8,8 @@ from typing import Any
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.manifest import DatasetRecord
 from annbatch_dask.storage.checksums import FileSums, checksum_of
+from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.metadata import FILES, METADATA
-from annbatch_dask.storage.publish import Folder
 
 __all__ = ["recorded_files"]
 

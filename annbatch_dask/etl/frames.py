@@ -17,7 +17,7 @@ from annbatch_dask.errors import SchemaError
 from annbatch_dask.etl.scan import raw_var
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import OBS, ColumnSpec
-from annbatch_dask.storage.columns import check_text, to_pandas
+from annbatch_dask.sources.columns import check_text, to_pandas
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -24,17 +24,17 @@ from annbatch_dask.etl.ours import ATTEMPT_NAME, dataset_attributes, first_docum
 from annbatch_dask.etl.rows import all_columns, decode_strings, head, row_hashes, sum_hashes
 from annbatch_dask.etl.scatter import GROUP, PLACE, Flats, Heads, scatter_again
 from annbatch_dask.kernels.rows import bounds_of, copy_runs
-from annbatch_dask.manifest import DATASET_PREFIX
+from annbatch_dask.manifest import DATASET_PREFIX, SOURCE_DTYPE
 from annbatch_dask.plan.dtypes import index_dtype
 from annbatch_dask.plan.options import Options
 from annbatch_dask.plan.plan import Plan
-from annbatch_dask.plan.schema import SOURCE_DTYPE, ColumnSpec, MatrixSpec
+from annbatch_dask.plan.schema import ColumnSpec, MatrixSpec
+from annbatch_dask.sources.columns import to_pandas
 from annbatch_dask.storage.checksums import FileSums, checksum, checksum_of
-from annbatch_dask.storage.columns import to_pandas
+from annbatch_dask.storage.folder import Folder, name_errors
 from annbatch_dask.storage.lock import is_held
 from annbatch_dask.storage.metadata import FILES, METADATA, group_document, is_metadata, nodes_of
 from annbatch_dask.storage.packed import PackedCodec, packs
-from annbatch_dask.storage.publish import Folder, name_errors
 from annbatch_dask.storage.shards import ShardWriter
 from annbatch_dask.storage.spill import SpillError, SpillReader, check_scratch, find_receipt, write_receipt
 from annbatch_dask.storage.threads import one_ahead

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import anndata as ad
 
-from annbatch_dask.manifest import DATASET_PREFIX
-from annbatch_dask.plan.schema import SOURCE_DTYPE
-from annbatch_dask.storage.publish import UNFINISHED, Folder, sync_path
+from annbatch_dask.manifest import DATASET_PREFIX, SOURCE_DTYPE
+from annbatch_dask.storage.folder import UNFINISHED, Folder, sync_path
 
 if TYPE_CHECKING:
     import zarr

@@ -15,8 +15,8 @@ from hashlib import blake2b
 from annbatch_dask.errors import AnnbatchDaskError
 from annbatch_dask.etl.log import log_folder
 from annbatch_dask.manifest import Manifest
-from annbatch_dask.storage.identity import is_known
-from annbatch_dask.storage.publish import Folder
+from annbatch_dask.sources.identity import is_known
+from annbatch_dask.storage.folder import Folder
 
 __all__ = ["Input", "forget_inputs_of", "known_inputs", "record_inputs"]
 
@@ -32,7 +32,7 @@ class Input:
 
     @classmethod
     def of(cls, where: str, identity: str) -> Input:
-        """From a place and an identity, see :mod:`annbatch_dask.storage.identity`."""
+        """From a place and an identity, see :mod:`annbatch_dask.sources.identity`."""
         return cls(_digest(where), _digest(identity if is_known(identity) else ""))
 
 

@@ -25,13 +25,13 @@ import cloudpickle
 import numpy as np
 
 from annbatch_dask.errors import IntegrityError
+from annbatch_dask.formatting import format_bytes
 from annbatch_dask.manifest import Manifest
-from annbatch_dask.plan.memory import format_nbytes
 from annbatch_dask.plan.plan import WORK_DIGITS, Plan
+from annbatch_dask.sources.open import Source, SourceRef, open_source
 from annbatch_dask.storage.claims import Claim
+from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.private import check_private
-from annbatch_dask.storage.publish import Folder
-from annbatch_dask.storage.sources import Source, SourceRef, open_source
 from annbatch_dask.storage.spill import OWNER
 from annbatch_dask.storage.transient import seen_before
 
@@ -201,7 +201,7 @@ def say_what_is_lost(scratch: Folder, work: str) -> None:
     end = work.rpartition("-")[2]
     for name in scratch.names():
         if name != work and name.startswith(work[:WORK_DIGITS]) and name.endswith(f"-{end}"):
-            size = format_nbytes(sum((scratch / name).sizes().values()))
+            size = format_bytes(sum((scratch / name).sizes().values()))
             msg = (
                 f"{scratch.url}/{name} holds {size} of this build, begun with workers of another memory, for which "
                 "rows were cut into other pieces: it cannot be taken up and the work is done anew; to go on with it, "

@@ -16,7 +16,7 @@ from typing import Any
 from annbatch_dask.errors import AnnbatchDaskError
 from annbatch_dask.events import BuildEnd, BuildStart, Callback, StageEnd, StageStart, TaskEnd
 from annbatch_dask.plan.plan import Plan
-from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.folder import Folder
 
 __all__ = ["BuildLog", "Recorder", "StageLog", "log_folder", "read_log"]
 

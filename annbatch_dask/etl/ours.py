@@ -23,9 +23,9 @@ from annbatch_dask.errors import CollectionBusyError, CollectionError
 from annbatch_dask.etl.job import owner_of
 from annbatch_dask.manifest import ANNBATCH_ENCODING, DATASET_NAME, DATASET_PREFIX, MANIFEST_KEY, dataset_names
 from annbatch_dask.storage.claims import CLAIM_NAME, Claim, Work, find_claims
+from annbatch_dask.storage.folder import UNFINISHED, Folder, StorageOptions
 from annbatch_dask.storage.lock import GENERATION_NAME, is_held
 from annbatch_dask.storage.metadata import FILES, METADATA, group_document
-from annbatch_dask.storage.publish import UNFINISHED, Folder, StorageOptions
 from annbatch_dask.storage.spill import OWNER
 
 __all__ = [
@@ -33,11 +33,11 @@ __all__ = [
     "Contents",
     "Scratch",
     "added_files",
+    "contents_of",
     "dataset_attributes",
     "default_scratch",
     "first_document",
     "is_dataset_of",
-    "contents_of",
     "remove_dataset",
 ]
 

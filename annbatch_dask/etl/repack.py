@@ -13,6 +13,7 @@ import numpy as np
 import zarr
 from zarr.core.buffer import default_buffer_prototype
 
+from annbatch_dask.chunks.reader import RangeReader
 from annbatch_dask.errors import CollectionError, IntegrityError
 from annbatch_dask.etl.commit import record_of, write_root
 from annbatch_dask.etl.files import recorded_files
@@ -22,9 +23,8 @@ from annbatch_dask.etl.ours import dataset_attributes, first_document, is_datase
 from annbatch_dask.etl.verify import check_dataset
 from annbatch_dask.manifest import MANIFEST_KEY, Manifest
 from annbatch_dask.storage.checksums import FileSums, checksum_of
+from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.metadata import FILES, METADATA, group_document, is_metadata
-from annbatch_dask.storage.publish import Folder
-from annbatch_dask.storage.ranges import RangeReader
 from annbatch_dask.storage.shards import ShardWriter
 
 __all__ = ["repack"]

@@ -22,7 +22,7 @@ from annbatch_dask.kernels.fingerprint import (
 from annbatch_dask.kernels.rows import bounds_of
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import Categories, ColumnSpec, MatrixSpec
-from annbatch_dask.storage.columns import ColumnRows
+from annbatch_dask.sources.columns import ColumnRows
 
 __all__ = [
     "NAMES",

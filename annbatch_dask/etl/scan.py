@@ -17,9 +17,9 @@ from annbatch_dask.plan.dtypes import ValueRange, merge_ranges
 from annbatch_dask.plan.elements import choose_counts
 from annbatch_dask.plan.layout import cut_blocks
 from annbatch_dask.plan.schema import MatrixSchema, SourceSchema, shared_names
-from annbatch_dask.storage.identity import identity_of, unique_identity
-from annbatch_dask.storage.matrices import CsrRows
-from annbatch_dask.storage.sources import Source, SourceRef, open_source
+from annbatch_dask.sources.identity import identity_of, unique_identity
+from annbatch_dask.sources.matrices import CsrRows
+from annbatch_dask.sources.open import Source, SourceRef, open_source
 
 __all__ = ["Scanned", "look", "merge_annotations", "scan", "with_ranges"]
 

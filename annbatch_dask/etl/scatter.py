@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from annbatch_dask.etl.blocks import dense_to_csr, in_gene_order, join_dense, map_genes, read_column
 from annbatch_dask.etl.job import JobFile, load_job, trim_memory
 from annbatch_dask.etl.rows import NAMES, all_columns, group_keys, head, row_hashes, sum_hashes, write_column
 from annbatch_dask.etl.totals import packed
@@ -20,15 +21,14 @@ from annbatch_dask.plan.dtypes import ValueRange, index_dtype, merge_ranges, sma
 from annbatch_dask.plan.layout import Block
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import ColumnSpec, MatrixSchema, MatrixSpec, SourceSchema
-from annbatch_dask.storage.columns import ColumnRows
-from annbatch_dask.storage.identity import unchanged
-from annbatch_dask.storage.join import dense_to_csr, in_gene_order, join_dense, map_genes, read_column
-from annbatch_dask.storage.matrices import CsrRows
-from annbatch_dask.storage.publish import Folder
-from annbatch_dask.storage.sources import Source
+from annbatch_dask.sources.columns import ColumnRows
+from annbatch_dask.sources.identity import unchanged
+from annbatch_dask.sources.matrices import CsrRows
+from annbatch_dask.sources.open import Source
+from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.spill import find_receipt, forget_receipt, is_spilled, write_receipt, write_spill
 
-__all__ = ["PLACE", "GROUP", "forget_task", "hash_block", "read_block", "read_columns", "scatter", "scatter_again"]
+__all__ = ["GROUP", "PLACE", "forget_task", "hash_block", "read_block", "read_columns", "scatter", "scatter_again"]
 
 PLACE = "#place"
 """Head array: a row's position within its part; with groupby, within its dataset."""

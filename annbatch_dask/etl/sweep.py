@@ -10,7 +10,7 @@ from annbatch_dask.etl.job import Job
 from annbatch_dask.etl.ours import Scratch, contents_of, remove_dataset
 from annbatch_dask.manifest import dataset_number
 from annbatch_dask.storage.claims import Claim, release_claim
-from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.folder import Folder
 
 __all__ = ["clean_up", "leftovers", "sweep", "sweep_idle", "withdraw"]
 

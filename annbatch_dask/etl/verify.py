@@ -18,10 +18,10 @@ from annbatch_dask.plan.build import build_plan
 from annbatch_dask.plan.elements import Elements
 from annbatch_dask.plan.memory import Budget
 from annbatch_dask.plan.options import Extension, Options
+from annbatch_dask.sources.open import SourceRef, open_source
 from annbatch_dask.storage.checksums import checksums
+from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.metadata import METADATA, consolidated_below, metadata_below, nodes_checksum
-from annbatch_dask.storage.publish import Folder
-from annbatch_dask.storage.sources import SourceRef, open_source
 from annbatch_dask.storage.versions import list_files
 
 __all__ = [

@@ -7,14 +7,9 @@ from typing import Any
 
 import jinja2
 
-from annbatch_dask.progress import format_bytes
+from annbatch_dask.formatting import format_bytes, format_count
 
-__all__ = ["format_count", "render"]
-
-
-def format_count(n: float) -> str:
-    """A number of things: ``1,234``; with a digit behind the point where it is not whole."""
-    return f"{n:,.0f}" if float(n).is_integer() or n >= 1000 else f"{n:,.1f}"
+__all__ = ["render"]
 
 
 def render(template: str, **values: Any) -> str:

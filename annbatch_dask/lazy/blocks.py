@@ -11,12 +11,12 @@ import scipy.sparse as sp
 from dask.highlevelgraph import HighLevelGraph
 from numpy.typing import NDArray
 
+from annbatch_dask.etl.blocks import dense_to_csr, in_gene_order, join_dense, map_genes
 from annbatch_dask.lazy.opened import open_as_opened
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import MatrixSchema, MatrixSpec
-from annbatch_dask.storage.join import dense_to_csr, in_gene_order, join_dense, map_genes
-from annbatch_dask.storage.matrices import CsrRows
-from annbatch_dask.storage.sources import SourceRef
+from annbatch_dask.sources.matrices import CsrRows
+from annbatch_dask.sources.open import SourceRef
 
 __all__ = ["lazy_matrix"]
 

@@ -19,13 +19,13 @@ from xarray.backends import BackendArray
 from xarray.core.extension_array import PandasExtensionArray
 from xarray.core.indexing import ExplicitIndexer, IndexingSupport, LazilyIndexedArray, explicit_indexing_adapter
 
+from annbatch_dask.etl.blocks import read_column
 from annbatch_dask.lazy.opened import open_as_opened
 from annbatch_dask.plan.layout import Block
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import ColumnSpec, SourceSchema
-from annbatch_dask.storage.columns import ColumnRows, to_pandas
-from annbatch_dask.storage.join import read_column
-from annbatch_dask.storage.sources import Source, SourceRef
+from annbatch_dask.sources.columns import ColumnRows, to_pandas
+from annbatch_dask.sources.open import Source, SourceRef
 
 __all__ = ["SourceRows"]
 

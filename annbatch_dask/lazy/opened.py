@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from annbatch_dask.errors import CollectionChangedError, SourceNotFoundError
-from annbatch_dask.storage.identity import identity_of
-from annbatch_dask.storage.sources import Source, SourceRef, open_source
+from annbatch_dask.sources.identity import identity_of
+from annbatch_dask.sources.open import Source, SourceRef, open_source
 
 __all__ = ["look_at", "open_as_opened"]
 

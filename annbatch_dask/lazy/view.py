@@ -30,7 +30,7 @@ from annbatch_dask.plan.memory import MIB, Budget
 from annbatch_dask.plan.options import Options
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import OBS, ColumnSpec, SourceSchema
-from annbatch_dask.storage.sources import SourceRef
+from annbatch_dask.sources.open import SourceRef
 
 if TYPE_CHECKING:
     import os

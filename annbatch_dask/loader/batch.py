@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from annbatch_dask.chunks.reader import Task
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.kernels.assemble import (
     Places,
@@ -23,10 +24,9 @@ from annbatch_dask.kernels.assemble import (
     select_rows,
     take_columns,
 )
+from annbatch_dask.loader.backing import DenseBlock, SparseBlock
 from annbatch_dask.loader.pool import BufferPool
 from annbatch_dask.loader.requests import Loaded
-from annbatch_dask.loader.sources import DenseBlock, SparseBlock
-from annbatch_dask.storage.ranges import Task
 
 __all__ = [
     "BatchBuilder",

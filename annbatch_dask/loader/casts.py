@@ -10,7 +10,7 @@ import zarr
 from anndata.abc import CSRDataset
 
 from annbatch_dask.errors import SchemaError
-from annbatch_dask.loader.sources import Source, Values
+from annbatch_dask.loader.backing import Source, Values
 from annbatch_dask.manifest import DATASET_NAME
 
 __all__ = ["Recorded", "check_cast", "recorded_values", "values_of"]

@@ -12,13 +12,13 @@ import pandas as pd
 from numpy.typing import DTypeLike, NDArray
 
 from annbatch_dask.kernels.gpu import knows
+from annbatch_dask.loader.backing import Source
 from annbatch_dask.loader.batch import Form, Selection
 from annbatch_dask.loader.casts import check_cast
 from annbatch_dask.loader.device import Device, Placed, check_device, find_device, has_device
 from annbatch_dask.loader.obs import Categories, Labels, ObsTable
 from annbatch_dask.loader.output import Framework, check_framework, make_deliver
 from annbatch_dask.loader.requests import Window
-from annbatch_dask.loader.sources import Source
 from annbatch_dask.transforms import NormalizeLog1p
 
 __all__ = ["Casting", "Contents", "Dense", "Key", "Matrix", "Transform", "Wanted"]

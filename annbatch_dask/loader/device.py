@@ -27,12 +27,12 @@ from numpy.typing import DTypeLike, NDArray
 
 from annbatch_dask.errors import DeviceError
 from annbatch_dask.kernels import gpu, tensors
+from annbatch_dask.loader.backing import Source
 from annbatch_dask.loader.batch import CsrParts, Form, check_columns
 from annbatch_dask.loader.output import Framework, csr_tensor, make_deliver, tensors_of
 from annbatch_dask.loader.pool import BufferPool
 from annbatch_dask.loader.requests import Loaded, Window
 from annbatch_dask.loader.slab import Group, Piece, RowTable, Slab, deal, room_of, tabulate
-from annbatch_dask.loader.sources import Source
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

@@ -26,6 +26,8 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from annbatch_dask.chunks.reader import Task, deal
+from annbatch_dask.loader.backing import Located
 from annbatch_dask.loader.batch import BatchBuilder
 from annbatch_dask.loader.contents import Contents, Matrix
 from annbatch_dask.loader.device import DeviceBuilder, Handover, Placed, place
@@ -33,8 +35,6 @@ from annbatch_dask.loader.helpers import Closed, Helpers, Job, LoaderThread
 from annbatch_dask.loader.pool import BufferPool
 from annbatch_dask.loader.requests import Assignment, Loaded, Window, assign, resolve_rows, resolve_splits
 from annbatch_dask.loader.slab import Slab, room_for, room_of, stage
-from annbatch_dask.loader.sources import Located
-from annbatch_dask.storage.ranges import Task, deal
 from annbatch_dask.types import LoaderOutput, LoadRequest
 
 __all__ = ["END", "Budget", "End", "Pipeline", "PipelineOptions"]

@@ -20,7 +20,8 @@ from anndata.abc import CSRDataset
 from humanfriendly import InvalidSize, parse_size
 from numpy.typing import DTypeLike
 
-from annbatch_dask.abc import Sampler
+from annbatch_dask.chunks.cache import RangeCache
+from annbatch_dask.loader.backing import Source, Values, make_source
 from annbatch_dask.loader.casts import Recorded, recorded_values, values_of
 from annbatch_dask.loader.contents import Casting, Codes, Dense, Key, Transform, Wanted
 from annbatch_dask.loader.fetch import Pipeline, PipelineOptions
@@ -30,11 +31,10 @@ from annbatch_dask.loader.obs import Labels, ObsTable
 from annbatch_dask.loader.output import Framework
 from annbatch_dask.loader.reading import Backed, Opening, load_dataset
 from annbatch_dask.loader.selection import Selected, Where, select
-from annbatch_dask.loader.sources import Source, Values, make_source
 from annbatch_dask.loader.state import Progress, Resumable, State, digest
 from annbatch_dask.samplers import DistributedSampler, RandomSampler, SequentialSampler
 from annbatch_dask.samplers.distributed import DistInfo, EvenOrAuto, resolve_even
-from annbatch_dask.storage.range_cache import RangeCache
+from annbatch_dask.samplers.sampler import Sampler
 from annbatch_dask.storage.versions import Listing
 from annbatch_dask.types import LoadRequest
 from annbatch_dask.where import Condition

@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from annbatch_dask.chunks import native
+from annbatch_dask.chunks.files import scratch
 from annbatch_dask.errors import SelectionError
 from annbatch_dask.loader.requests import Assignment
-from annbatch_dask.storage import native
-from annbatch_dask.storage.chunk_files import scratch
 
 __all__ = ["Categories", "Labels", "Names", "ObsTable"]
 

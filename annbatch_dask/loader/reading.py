@@ -12,8 +12,8 @@ import pandas as pd
 import zarr
 
 from annbatch_dask.errors import CollectionError
-from annbatch_dask.storage.groups import n_rows
-from annbatch_dask.storage.publish import Folder, folder_of
+from annbatch_dask.storage.folder import Folder, folder_of
+from annbatch_dask.storage.frames import n_rows
 from annbatch_dask.storage.versions import Listing, list_all
 
 __all__ = ["Backed", "Opening", "load_all_aligned", "load_dataset"]

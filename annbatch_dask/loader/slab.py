@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from annbatch_dask.chunks.reader import Task
 from annbatch_dask.kernels.assemble import copy_rows
+from annbatch_dask.loader.backing import Block, DenseBlock, Located, Source, SparseBlock
 from annbatch_dask.loader.requests import Loaded
-from annbatch_dask.loader.sources import Block, DenseBlock, Located, Source, SparseBlock
-from annbatch_dask.storage.ranges import Task
 
 __all__ = ["Group", "Piece", "RowTable", "Slab", "deal", "room_for", "room_of", "stage", "tabulate"]
 

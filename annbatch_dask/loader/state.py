@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from annbatch_dask.abc import Sampler, caller_stacklevel
 from annbatch_dask.errors import StateError
 from annbatch_dask.order.share import Worker, current_worker
 from annbatch_dask.samplers.base import SeededSampler
 from annbatch_dask.samplers.distributed import DistributedSampler
+from annbatch_dask.samplers.sampler import Sampler, caller_stacklevel
 from annbatch_dask.types import LoadRequest
 
 __all__ = ["Progress", "Resumable", "State", "digest"]

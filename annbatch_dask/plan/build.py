@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
+from annbatch_dask.manifest import SRC_PATH
 from annbatch_dask.plan.columns import texts_of, unite_columns, unite_tags
 from annbatch_dask.plan.dtypes import common_dtype
 from annbatch_dask.plan.elements import check_counts
@@ -19,16 +20,7 @@ from annbatch_dask.plan.options import Extension, Options
 from annbatch_dask.plan.permutation import IDENTITY, SWAP_OR_NOT, Permutation
 from annbatch_dask.plan.placement import Dealt, deal
 from annbatch_dask.plan.plan import Plan
-from annbatch_dask.plan.schema import (
-    INPUT_SRC_PATH,
-    OBS,
-    SRC_PATH,
-    ColumnSpec,
-    Genes,
-    MatrixSchema,
-    MatrixSpec,
-    SourceSchema,
-)
+from annbatch_dask.plan.schema import INPUT_SRC_PATH, OBS, ColumnSpec, Genes, MatrixSchema, MatrixSpec, SourceSchema
 from annbatch_dask.plan.sizing import Sizing, check_chunk
 
 __all__ = ["build_plan"]

@@ -13,9 +13,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
+from annbatch_dask.manifest import SRC_PATH
 from annbatch_dask.plan.dtypes import ValueRange, common_dtype, is_wide
 from annbatch_dask.plan.genes import unite_names
-from annbatch_dask.plan.schema import OBS, SRC_PATH, Categories, ColumnSchema, ColumnSpec, SourceSchema
+from annbatch_dask.plan.schema import OBS, Categories, ColumnSchema, ColumnSpec, SourceSchema
 
 __all__ = ["texts_of", "unite_columns", "unite_tags", "unsure"]
 

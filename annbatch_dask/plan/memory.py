@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from annbatch_dask.errors import MemoryBudgetError
+from annbatch_dask.formatting import format_bytes
 
 __all__ = [
     "BLOCK_NBYTES",
@@ -12,7 +13,6 @@ __all__ = [
     "MIB",
     "SMALL_NBYTES",
     "Budget",
-    "format_nbytes",
     "gather_peak_nbytes",
     "scatter_peak_nbytes",
 ]
@@ -27,15 +27,6 @@ SMALL_NBYTES = 48 * MIB
 
 BLOCK_NBYTES = 128 * MIB
 """Default size of a row block: far above the cost of a task, small beside a worker's memory."""
-
-
-def format_nbytes(n: float) -> str:
-    """Bytes for people: ``format_nbytes(3 * 2**30) == '3.0 GiB'``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024:  # noqa: PLR2004
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.1f} TiB"
 
 
 @dataclass(frozen=True)
@@ -71,9 +62,9 @@ class Budget:
         """
         if peak_nbytes > self.task_nbytes:
             msg = (
-                f"{what} needs {format_nbytes(peak_nbytes)} and a worker thread has "
-                f"{format_nbytes(self.task_nbytes)} ({format_nbytes(self.worker_nbytes)} a worker, less "
-                f"{format_nbytes(RESERVED_NBYTES)} for the process, over {self.n_threads} threads); {remedy}"
+                f"{what} needs {format_bytes(peak_nbytes)} and a worker thread has "
+                f"{format_bytes(self.task_nbytes)} ({format_bytes(self.worker_nbytes)} a worker, less "
+                f"{format_bytes(RESERVED_NBYTES)} for the process, over {self.n_threads} threads); {remedy}"
             )
             raise MemoryBudgetError(msg)
 

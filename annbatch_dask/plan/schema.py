@@ -14,8 +14,6 @@ from annbatch_dask.plan.dtypes import ValueRange
 __all__ = [
     "INPUT_SRC_PATH",
     "OBS",
-    "SOURCE_DTYPE",
-    "SRC_PATH",
     "Categories",
     "ColumnSchema",
     "ColumnSpec",
@@ -27,10 +25,6 @@ __all__ = [
     "shared_names",
 ]
 
-SOURCE_DTYPE = "source-dtype"
-"""Attribute of a matrix on disk: the dtype its sources had, which the loader yields."""
-SRC_PATH = "src_path"
-"""Name of the obs column that tells a row's source, as annbatch has it."""
 INPUT_SRC_PATH = "input_src_path"
 """What an input's own column of that name is called in the collection."""
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import LayoutError
+from annbatch_dask.formatting import format_bytes
 from annbatch_dask.plan.costs import (
     Weight,
     categories_nbytes,
@@ -24,14 +25,7 @@ from annbatch_dask.plan.costs import (
 from annbatch_dask.plan.dtypes import index_dtype
 from annbatch_dask.plan.genes import GeneSpace
 from annbatch_dask.plan.layout import Block, Layout, Room, cut_blocks
-from annbatch_dask.plan.memory import (
-    IN_FLIGHT_NBYTES,
-    MIB,
-    SMALL_NBYTES,
-    Budget,
-    format_nbytes,
-    gather_peak_nbytes,
-)
+from annbatch_dask.plan.memory import IN_FLIGHT_NBYTES, MIB, SMALL_NBYTES, Budget, gather_peak_nbytes
 from annbatch_dask.plan.options import Options
 from annbatch_dask.plan.permutation import Permutation
 from annbatch_dask.plan.placement import Dealt
@@ -175,9 +169,9 @@ class Sizing:
         """The largest scatter task, in words."""
         source = self._largest(blocks)
         if source.resident_nbytes:
-            return f"a scatter task of {source.path}, which is {format_nbytes(source.resident_nbytes)} in memory,"
+            return f"a scatter task of {source.path}, which is {format_bytes(source.resident_nbytes)} in memory,"
         if fixed := fixed_nbytes(source):
-            return f"a scatter task of {source.path}, whose chunks take {format_nbytes(fixed + IN_FLIGHT_NBYTES)},"
+            return f"a scatter task of {source.path}, whose chunks take {format_bytes(fixed + IN_FLIGHT_NBYTES)},"
         return "the largest scatter task"
 
     def remedy(self, blocks: Sequence[Block]) -> str:
@@ -224,7 +218,7 @@ def check_chunk(n_obs_per_chunk: int, row_nbytes: float) -> None:
     if n_obs_per_chunk * row_nbytes > _MAX_CHUNK_NBYTES:
         msg = (
             f"n_obs_per_chunk is {n_obs_per_chunk:,} and a cell takes {row_nbytes:,.0f} bytes: a chunk would take "
-            f"{format_nbytes(n_obs_per_chunk * row_nbytes)}, and holds {format_nbytes(_MAX_CHUNK_NBYTES)} at most; "
+            f"{format_bytes(n_obs_per_chunk * row_nbytes)}, and holds {format_bytes(_MAX_CHUNK_NBYTES)} at most; "
             f"give {max(1, int(_MAX_CHUNK_NBYTES / row_nbytes)):,} or fewer"
         )
         raise LayoutError(msg)

@@ -6,9 +6,9 @@ from collections import Counter
 
 import numpy as np
 
+from annbatch_dask.formatting import format_bytes, plural
 from annbatch_dask.html import overlap_rows, render
 from annbatch_dask.plan.dtypes import smallest_dtype
-from annbatch_dask.plan.memory import format_nbytes
 from annbatch_dask.plan.plan import Plan
 
 __all__ = ["as_html", "figures", "summary", "title"]
@@ -18,7 +18,7 @@ def title(plan: Plan) -> str:
     """What comes of what, in one line."""
     return (
         f"Plan {plan.fingerprint[:12]}: {plan.n_obs:,} cells x {plan.n_vars:,} genes "
-        f"from {_plural(len(plan.sources), 'source')} into {_plural(plan.n_datasets, 'dataset')} "
+        f"from {plural(len(plan.sources), 'source')} into {plural(plan.n_datasets, 'dataset')} "
         f"of up to {max(plan.layout.sizes):,} cells"
     )
 
@@ -31,7 +31,7 @@ def figures(plan: Plan) -> list[tuple[str, str]]:
     n = len(plan.blocks) + plan.n_datasets
     groupby = f", each dataset sorted by {', '.join(plan.options.groupby)}" if plan.options.groupby else ""
     texts = _texts(plan)
-    missing = [f"{name} ({_plural(len(paths), 'source')})" for name, paths in plan.left_out.items()]
+    missing = [f"{name} ({plural(len(paths), 'source')})" for name, paths in plan.left_out.items()]
     return [
         ("order", f"{plan.placement.name}, seed {plan.seed}{groupby}"),
         ("carried", ", ".join([*(m.name for m in plan.matrices), *_frames(plan)])),
@@ -41,13 +41,13 @@ def figures(plan: Plan) -> list[tuple[str, str]]:
         ("tasks", f"{n:,}: {len(plan.blocks):,} scatter + {plan.n_datasets:,} gather"),
         (
             "bytes",
-            f"{about}{format_nbytes(plan.n_bytes_read)} to read (uncompressed); "
+            f"{about}{format_bytes(plan.n_bytes_read)} to read (uncompressed); "
             "at most as much to spill and to write, less with smaller dtypes",
         ),
         (
             "peak",
-            f"{format_nbytes(scatter)} a scatter task, {format_nbytes(gather)} a gather task; "
-            f"{format_nbytes(plan.budget.task_nbytes)} available to each",
+            f"{format_bytes(scatter)} a scatter task, {format_bytes(gather)} a gather task; "
+            f"{format_bytes(plan.budget.task_nbytes)} available to each",
         ),
         *_stored(plan),
         *_chosen(plan),
@@ -100,16 +100,12 @@ def _texts(plan: Plan) -> list[str]:
 
 def _frames(plan: Plan) -> list[str]:
     n_columns = Counter(c.frame for c in (plan.source_column, *plan.columns))
-    return [f"{frame} ({_plural(n, 'column')})" for frame, n in n_columns.items()]
+    return [f"{frame} ({plural(n, 'column')})" for frame, n in n_columns.items()]
 
 
 def _counts(plan: Plan) -> str:
     """Which matrix of the sources is X, and whether its values are counts."""
     words = {True: "whole numbers", False: "fractions", None: "zeros alone"}
     found = Counter((s.x.source_name, s.x.integral) for s in plan.sources)
-    parts = [f"{name} in {_plural(n, 'source')}: {words[whole]}" for (name, whole), n in found.items()]
+    parts = [f"{name} in {plural(n, 'source')}: {words[whole]}" for (name, whole), n in found.items()]
     return f"{'; '.join(parts)} (of a sample)"
-
-
-def _plural(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from annbatch_dask.abc import Sampler, check_mask, check_rng
 from annbatch_dask.order.epoch import Epoch
 from annbatch_dask.order.keys import Key, generator
 from annbatch_dask.order.planned import Planned
+from annbatch_dask.samplers.sampler import Sampler, check_mask, check_rng
 from annbatch_dask.types import LoadRequest
 
 __all__ = ["DRAW", "MIX", "ORDER", "RunSampler", "SeededSampler", "cyclic_run", "mixed", "resolve_mask"]

@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from annbatch_dask.abc import check_mask
 from annbatch_dask.order.epoch import Epoch
 from annbatch_dask.order.keys import Key, generator
 from annbatch_dask.order.planned import Planned
 from annbatch_dask.samplers.base import DRAW, MIX, RunSampler, cyclic_run, mixed, resolve_mask
+from annbatch_dask.samplers.sampler import check_mask
 
 __all__ = ["ClassSampler", "WeightedClassSampler"]
 

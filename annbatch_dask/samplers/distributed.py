@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from annbatch_dask.abc import Sampler, caller_stacklevel
 from annbatch_dask.errors import RankError
 from annbatch_dask.order.lanes import by_lane, count_lanes
 from annbatch_dask.order.planned import Planned
 from annbatch_dask.order.share import Even, by_rank, slice_batches
 from annbatch_dask.samplers.base import SeededSampler
 from annbatch_dask.samplers.runs import RandomSampler
+from annbatch_dask.samplers.sampler import Sampler, caller_stacklevel
 from annbatch_dask.types import LoadRequest
 
 __all__ = ["DistInfo", "DistributedSampler", "EvenOrAuto", "resolve_even"]

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from annbatch_dask.abc import caller_stacklevel
 from annbatch_dask.order.epoch import Epoch
 from annbatch_dask.order.keys import Key
 from annbatch_dask.order.rows import Blocks, Given, InOrder, Order, Rounds, Weighted, WeightTable
 from annbatch_dask.samplers.base import SeededSampler, mixed
+from annbatch_dask.samplers.sampler import caller_stacklevel
 
 __all__ = [
     "BlockShuffling",

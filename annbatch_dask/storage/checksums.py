@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import google_crc32c
 import numpy as np
 
-from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.folder import Folder
 
 __all__ = ["FileSums", "checksum", "checksum_of", "checksums"]
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from annbatch_dask.errors import CollectionBusyError
-from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.folder import Folder
 
 __all__ = ["CLAIM_NAME", "Claim", "Work", "claim_numbers", "end_claim", "find_claims", "release_claim"]
 

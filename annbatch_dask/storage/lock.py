@@ -13,8 +13,8 @@ import uuid
 from collections.abc import Iterator
 
 from annbatch_dask.errors import CollectionBusyError, CollectionError
+from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.metadata import METADATA
-from annbatch_dask.storage.publish import Folder
 
 __all__ = [
     "GENERATION_NAME",

@@ -8,7 +8,7 @@ from typing import Any
 
 import google_crc32c
 
-from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.folder import Folder
 
 __all__ = [
     "FILES",

@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import replace
 
 from annbatch_dask.errors import ForeignScratchError
-from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.folder import Folder
 
 __all__ = ["check_private", "make_private"]
 

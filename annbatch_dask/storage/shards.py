@@ -22,9 +22,9 @@ import zarr
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import LayoutError
+from annbatch_dask.manifest import ALL_WRITTEN
+from annbatch_dask.storage.folder import Folder, name_errors
 from annbatch_dask.storage.packed import PackedCodec
-from annbatch_dask.storage.publish import Folder, name_errors
-from annbatch_dask.storage.ranges import ALL_WRITTEN
 from annbatch_dask.storage.threads import MAX_THREADS, map_ordered
 
 if TYPE_CHECKING:

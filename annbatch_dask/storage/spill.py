@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.kernels.rows import bounds_of, copy_runs
 from annbatch_dask.storage.checksums import checksum_of
-from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.folder import Folder
 
 __all__ = [
     "OWNER",

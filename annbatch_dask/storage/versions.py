@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from annbatch_dask.errors import CollectionChangedError
-from annbatch_dask.storage.publish import Folder, version_of
+from annbatch_dask.storage.folder import Folder, version_of
 
 __all__ = ["Listing", "Version", "changed", "list_all", "list_files", "version_on_disk"]
 

@@ -119,7 +119,7 @@ def fails_to_close(countdown):
     def opens(path, mode, buffering, opener):
         return File(io.FileIO(path, mode, opener=opener), buffering)
 
-    return "annbatch_dask.storage.publish.open", opens
+    return "annbatch_dask.storage.folder.open", opens
 
 
 @pytest.mark.parametrize(

@@ -278,7 +278,7 @@ def test_a_build_that_fails_on_workers_of_its_own_is_one_line(h5ad_pair, tmp_pat
 
 
 def test_a_scheduler_that_does_not_answer(h5ad_pair, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("annbatch_dask.etl.cluster.CONNECT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("annbatch_dask.engines.local_cluster.CONNECT_TIMEOUT_S", 0.5)
     assert run("shuffle", *h5ad_pair, "-o", tmp_path / "out.zarr", "--scheduler", "tcp://127.0.0.1:9") == 1
     assert "tcp://127.0.0.1:9" in error_line(capsys)
 

@@ -150,7 +150,7 @@ def test_pbmc68k_through_the_command_line(tmp_path, scheduler):
 
 
 def test_pbmc68k_is_conserved(tmp_path):
-    from annbatch_dask.storage.adata import read_legacy
+    from annbatch_dask.sources.adata import read_legacy
 
     want = read_legacy(pbmc())
     with pytest.warns(UserWarning, match=r"left out: obsp/connectivities \(1 of 1 inputs\), obsp/distances"):
@@ -199,7 +199,7 @@ def test_a_local_cluster_is_silent_to_the_end(caplog, monkeypatch):
     """Connections close after the cluster, and Dask tells of it on standard error."""
     from distributed.deploy.cluster import Cluster
 
-    from annbatch_dask.etl.cluster import local_client
+    from annbatch_dask.engines.local_cluster import local_client
 
     close = Cluster._close
 
@@ -235,7 +235,7 @@ def test_an_error_on_a_worker_names_the_file_and_reaches_the_caller(tmp_path, h5
 
 
 def test_nobody_answers(tmp_path, h5ad_pair, capsys, monkeypatch):
-    monkeypatch.setattr("annbatch_dask.etl.cluster.CONNECT_TIMEOUT_S", 1)
+    monkeypatch.setattr("annbatch_dask.engines.local_cluster.CONNECT_TIMEOUT_S", 1)
     with config.set({"distributed.comm.timeouts.connect": "1s"}):
         code = main(["shuffle", str(h5ad_pair[0]), "-o", str(tmp_path / "a.zarr"), "--scheduler", "tcp://127.0.0.1:9"])
     assert code == 1

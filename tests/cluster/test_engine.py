@@ -14,8 +14,8 @@ from distributed import Client, LocalCluster
 
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import SchedulerError, StorageError
-from annbatch_dask.etl import run
-from annbatch_dask.etl.run import ClusterEngine, LocalEngine, choose_engine
+from annbatch_dask.etl import build as run
+from annbatch_dask.etl.build import ClusterEngine, LocalEngine, choose_engine
 from annbatch_dask.plan.memory import MIB, Budget
 
 BUDGET = Budget(2**30, 1)
@@ -226,7 +226,7 @@ def test_a_stale_input_does_not_end_a_build(tmp_path, h5ad_pair, monkeypatch):
 
     scanned = []
     monkeypatch.setattr(h5py, "File", File)
-    monkeypatch.setattr("annbatch_dask.storage.sources.os.stat", missing)
+    monkeypatch.setattr("annbatch_dask.sources.open.os.stat", missing)
     with config.set(scheduler="synchronous"):
         DatasetCollection(tmp_path / "o.zarr").add_adatas(h5ad_pair, seed=0, callbacks=[Scanned()])
     assert len(failed) == 3

@@ -16,7 +16,7 @@ import zarr
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.events import Callback
-from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.folder import Folder
 from tests.etl.inputs import dense_x
 
 
@@ -128,7 +128,7 @@ def test_an_interrupted_build_goes_on(tmp_path, h5ad_pair, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("annbatch_dask.etl.run.commit", fail)
+        patch.setattr("annbatch_dask.etl.build.commit", fail)
         build(tmp_path / "a.zarr", h5ad_pair)
     assert DatasetCollection(tmp_path / "a.zarr").is_empty
     seen = Counter()
@@ -145,7 +145,7 @@ def test_a_target_removed_after_an_interrupted_build_is_written_again(tmp_path, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("annbatch_dask.etl.run.commit", fail)
+        patch.setattr("annbatch_dask.etl.build.commit", fail)
         build(tmp_path / "a.zarr", h5ad_pair)
     shutil.rmtree(tmp_path / "a.zarr")
     again = build(tmp_path / "a.zarr", h5ad_pair)
@@ -153,7 +153,7 @@ def test_a_target_removed_after_an_interrupted_build_is_written_again(tmp_path, 
 
 
 def test_rows_that_are_not_those_that_were_read_are_not_published(tmp_path, h5ad_pair, monkeypatch):
-    from annbatch_dask.etl import run
+    from annbatch_dask.etl import build as run
 
     gather_tasks = run.gather_tasks
 

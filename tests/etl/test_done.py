@@ -15,8 +15,8 @@ from annbatch_dask import DatasetCollection, concat_lazy
 from annbatch_dask.cli import main
 from annbatch_dask.errors import CollectionError, SourceError, StorageError
 from annbatch_dask.events import Callback
-from annbatch_dask.storage.identity import function_identity, identity_of
-from annbatch_dask.storage.sources import SourceRef
+from annbatch_dask.sources.identity import function_identity, identity_of
+from annbatch_dask.sources.open import SourceRef
 from annbatch_dask.testing import make_adata
 from tests.etl.test_build import Counter, tree_digest
 
@@ -169,7 +169,7 @@ def test_a_call_whose_inputs_were_forgotten_is_refused(tmp_path, files):
 
 @pytest.mark.parametrize("dies", ["before the commit", "after the commit"])
 def test_a_build_that_died_about_its_commit_is_told_by_the_next_call(tmp_path, files, monkeypatch, dies):
-    from annbatch_dask.etl import run
+    from annbatch_dask.etl import build as run
 
     commit = run.commit
 
@@ -342,7 +342,7 @@ def test_an_input_that_changes_during_the_build_is_refused(tmp_path, files, monk
         for k, path in enumerate(paths):
             write_store(path, k)
     if kind == "many files":
-        monkeypatch.setattr("annbatch_dask.storage.identity._MANY_FILES", 3)
+        monkeypatch.setattr("annbatch_dask.sources.identity._MANY_FILES", 3)
     if kind == "load_adata":
         options["load_adata"] = load_once
 
@@ -410,7 +410,7 @@ def test_functions_are_known_by_what_they_do(monkeypatch):
 
 PROGRAM = """
 import anndata as ad, numpy as np
-from annbatch_dask.storage.identity import function_identity
+from annbatch_dask.sources.identity import function_identity
 names = {"a", "b", "c", "d"}
 def load(path):
     a = ad.read_h5ad(path)

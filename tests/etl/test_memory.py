@@ -17,10 +17,10 @@ import scipy.sparse as sp
 
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import MemoryBudgetError
-from annbatch_dask.etl import run
+from annbatch_dask.etl import build as run
 from annbatch_dask.plan.memory import MIB, RESERVED_NBYTES, SMALL_NBYTES, Budget
-from annbatch_dask.storage import adata
-from annbatch_dask.storage.adata import read_legacy
+from annbatch_dask.sources import adata
+from annbatch_dask.sources.adata import read_legacy
 
 CHILD = """
 import sys, cloudpickle

@@ -12,8 +12,8 @@ import pytest
 from annbatch_dask import DatasetCollection, Loader
 from annbatch_dask.cli import main
 from annbatch_dask.errors import CollectionError
+from annbatch_dask.etl import build as run_module
 from annbatch_dask.etl import gather as gather_module
-from annbatch_dask.etl import run as run_module
 from annbatch_dask.etl.ours import dataset_attributes
 from annbatch_dask.events import Callback
 from annbatch_dask.manifest import Manifest

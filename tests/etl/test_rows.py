@@ -6,7 +6,7 @@ import pytest
 
 from annbatch_dask.etl.rows import row_hashes, write_column
 from annbatch_dask.plan.schema import Categories, ColumnSpec
-from annbatch_dask.storage.columns import ColumnRows, describe_series, series_rows
+from annbatch_dask.sources.columns import ColumnRows, describe_series, series_rows
 
 WORDS = ["b", "a", "", "c", "a", "ä"]
 MISSING = [None, "a", None, "c", "a", "ä"]

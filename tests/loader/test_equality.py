@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from annbatch_dask.loader import Loader
-from annbatch_dask.loader import sources as sources_module
+from annbatch_dask.loader import backing as sources_module
 from annbatch_dask.loader.reading import load_all_aligned
 from tests.loader.data import dense, quiet
 from tests.loader.test_ranges import CODECS

@@ -18,7 +18,6 @@ from scipy.stats import chisquare
 from annbatch_dask.abc import Sampler
 from annbatch_dask.errors import RankError
 from annbatch_dask.loader import Loader
-from annbatch_dask.order.epochs import EpochCounter
 from annbatch_dask.order.keys import Shuffled
 from annbatch_dask.order.planned import expand, plan_request, skip
 from annbatch_dask.order.share import Worker, by_rank, by_worker
@@ -30,6 +29,7 @@ from annbatch_dask.samplers import (
     SequentialSampler,
     WeightedClassSampler,
 )
+from annbatch_dask.samplers.epoch_counter import EpochCounter
 from annbatch_dask.scdataset import BlockShuffling, StrategySampler
 from tests.loader.test_samplers import Minimal, batches, rng, rows
 

@@ -19,13 +19,13 @@ import pytest
 import scipy.sparse as sp
 import zarr
 
+from annbatch_dask.chunks.reader import RangeReader
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.loader import Loader, helpers
 from annbatch_dask.loader import fetch as fetch_module
+from annbatch_dask.loader.backing import ArraySource, ZarrCsrSource
 from annbatch_dask.loader.fetch import Budget
 from annbatch_dask.loader.helpers import Closed
-from annbatch_dask.loader.sources import ArraySource, ZarrCsrSource
-from annbatch_dask.storage.ranges import RangeReader
 from tests.leaks import lasting_threads, loader_threads, open_files
 from tests.loader.data import dense, matrix, quiet, write_collection
 from tests.loader.test_loader import check_epoch, csr, make

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, ZstdCodec
 
+from annbatch_dask.chunks import files as chunk_files
+from annbatch_dask.chunks import reader as ranges
+from annbatch_dask.chunks.reader import RangeReader
 from annbatch_dask.errors import CollectionChangedError, IntegrityError
-from annbatch_dask.storage import chunk_files, ranges
-from annbatch_dask.storage.ranges import RangeReader
 from tests.leaks import open_files
 
 CODECS = {

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from annbatch_dask import DatasetCollection, Loader
+from annbatch_dask.chunks.reader import RangeReader
 from annbatch_dask.errors import SelectionError, StateError
 from annbatch_dask.manifest import DatasetRecord, Manifest
 from annbatch_dask.samplers import DistributedSampler, MatchedControlSampler
 from annbatch_dask.splits import make_splits
-from annbatch_dask.storage.ranges import RangeReader
 from tests.loader.data import frame
 from tests.loader.test_loader import SMALL, csr, make
 from tests.loader.test_samplers import batches

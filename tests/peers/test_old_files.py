@@ -15,8 +15,8 @@ import pytest
 
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import SourceError
-from annbatch_dask.storage.groups import GroupSource
-from annbatch_dask.storage.sources import SourceRef, open_source
+from annbatch_dask.sources.files import GroupSource
+from annbatch_dask.sources.open import SourceRef, open_source
 from tests.peers.make_old_files import N_OBS, make
 
 ARCHIVE = Path(__file__).parent / "old_files.zip"

@@ -13,7 +13,7 @@ from annbatch_dask.plan.memory import MIB, RESERVED_NBYTES, Budget
 from annbatch_dask.plan.options import Options
 from annbatch_dask.plan.schema import Categories, ColumnSchema, MatrixSchema, SourceSchema, heaviest_at
 from annbatch_dask.plan.summary import figures
-from annbatch_dask.storage.matrices import counted
+from annbatch_dask.sources.matrices import counted
 
 
 def source(counts, columns=(), path="a.h5ad", **fields):

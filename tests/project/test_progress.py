@@ -3,7 +3,8 @@ import sys
 import pytest
 
 from annbatch_dask.events import BuildEnd, BuildStart, StageEnd, StageStart, TaskEnd
-from annbatch_dask.progress import ProgressBars, default_callbacks, format_bytes
+from annbatch_dask.formatting import format_bytes
+from annbatch_dask.progress import ProgressBars, default_callbacks
 
 
 def test_a_bar_per_stage_with_cells_bytes_and_the_dashboard(capsys):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from annbatch_dask import DatasetCollection, Loader
+from annbatch_dask.chunks import reader as ranges
 from annbatch_dask.errors import CollectionChangedError, IntegrityError
-from annbatch_dask.storage import ranges
 from tests.s3.server import counts
 from tests.s3.tools import build, epoch
 

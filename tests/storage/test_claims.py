@@ -11,7 +11,7 @@ import pytest
 
 from annbatch_dask.storage import claims
 from annbatch_dask.storage.claims import Claim, Work, claim_numbers, end_claim, find_claims, release_claim
-from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.folder import Folder
 
 WORK = Work("plan", "/scratch/work")
 

@@ -1,4 +1,4 @@
-"""HDF5 from remote stores, with garbage that holds h5py objects: see annbatch_dask.storage.garbage."""
+"""HDF5 from remote stores, with garbage that holds h5py objects: see annbatch_dask.sources.garbage."""
 
 import gc
 import subprocess
@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from annbatch_dask.storage.garbage import no_garbage_collection
+from annbatch_dask.sources.garbage import no_garbage_collection
 
 # A store that reads on a thread of its own, as fsspec's do, which makes so much garbage that it is collected there.
 READ = """
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import fsspec, h5py
 
-from annbatch_dask.storage.sources import SourceRef, open_source
+from annbatch_dask.sources.open import SourceRef, open_source
 
 class File(io.RawIOBase):
     def __init__(self, data):

@@ -11,8 +11,8 @@ import pytest
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import CollectionError
 from annbatch_dask.storage import lock
+from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.lock import Lease, exclusive, is_held, keep_generation
-from annbatch_dask.storage.publish import Folder
 from annbatch_dask.testing import make_adata
 
 FLOCK = fcntl.flock

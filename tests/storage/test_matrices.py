@@ -8,10 +8,12 @@ import scipy.sparse as sp
 import zarr
 
 from annbatch_dask.errors import SchemaError
+from annbatch_dask.etl import blocks as join
+from annbatch_dask.etl.blocks import dense_to_csr, in_gene_order
 from annbatch_dask.kernels import rows
-from annbatch_dask.storage import h5ad, join, matrices
-from annbatch_dask.storage.join import dense_to_csr, in_gene_order
-from annbatch_dask.storage.matrices import describe_matrix, matrix_rows
+from annbatch_dask.sources import hdf5 as h5ad
+from annbatch_dask.sources import matrices
+from annbatch_dask.sources.matrices import describe_matrix, matrix_rows
 
 X = sp.random(70, 23, 0.3, format="csr", rng=np.random.default_rng(0), dtype=np.float64)
 X.data = np.ceil(X.data * 100)

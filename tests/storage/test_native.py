@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec
 
+from annbatch_dask.chunks import native
+from annbatch_dask.chunks import reader as ranges
+from annbatch_dask.chunks.reader import RangeReader, deal
 from annbatch_dask.errors import CollectionChangedError, IntegrityError
-from annbatch_dask.storage import native, ranges
 from annbatch_dask.storage.packed import PackedCodec
-from annbatch_dask.storage.ranges import RangeReader, deal
 
 CODECS = {
     "blosc": [BloscCodec(cname="lz4", shuffle="shuffle")],

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from annbatch_dask.chunks.cache import RangeCache, RemoteFile, Spans
 from annbatch_dask.errors import StorageError
-from annbatch_dask.storage.range_cache import RangeCache, RemoteFile, Spans
 
 MB = 2**20
 HOUR_S = 3600
@@ -263,7 +263,7 @@ class TestDamage:
         def fail(*args):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(f"annbatch_dask.storage.range_cache.os.{call}", fail)
+        monkeypatch.setattr(f"annbatch_dask.chunks.cache.os.{call}", fail)
         with caplog.at_level(logging.WARNING):
             for start in (0, 90_000, 30_000):
                 assert kept.remote.read(cache, start, start + 10_000) == kept.remote.content[start : start + 10_000]

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from annbatch_dask.errors import IntegrityError, LayoutError
+from annbatch_dask.sources.hdf5 import read_h5_rows, visit_h5
 from annbatch_dask.storage import spill
-from annbatch_dask.storage.h5ad import read_h5_rows, visit_h5
-from annbatch_dask.storage.publish import Folder
+from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.shards import ShardWriter, compressor_json
 from annbatch_dask.storage.spill import SpillReader, write_spill
 from annbatch_dask.storage.threads import map_ordered

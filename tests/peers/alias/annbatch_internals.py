@@ -6,7 +6,7 @@ import sys
 from types import ModuleType
 from typing import NamedTuple
 
-import annbatch_dask.abc
+import annbatch_dask.samplers.sampler
 from annbatch_dask import samplers, utils
 from annbatch_dask.loader import reading
 from annbatch_dask.order.share import Worker, current_worker
@@ -27,7 +27,7 @@ def install() -> None:
     _module("samplers._class_samplers._class_sampler")
     sys.modules["annbatch.samplers._utils"].WorkerInfo = WorkerInfo
     sys.modules["annbatch.samplers._distributed_sampler"].DistributedSampler = samplers.DistributedSampler
-    annbatch_dask.abc.current_worker = _worker
+    annbatch_dask.samplers.sampler.current_worker = _worker
 
 
 def _module(name: str) -> None:

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import SourceError, SourceNotFoundError
 from annbatch_dask.plan.schema import ColumnSchema, MatrixSchema, SourceSchema
-from annbatch_dask.storage.columns import ColumnRows
-from annbatch_dask.storage.garbage import no_garbage_collection
-from annbatch_dask.storage.groups import GroupSource, is_current
-from annbatch_dask.storage.matrices import CsrRows
+from annbatch_dask.sources.columns import ColumnRows
+from annbatch_dask.sources.files import GroupSource, is_current
+from annbatch_dask.sources.garbage import no_garbage_collection
+from annbatch_dask.sources.matrices import CsrRows
+from annbatch_dask.sources.tenx import is_tenx_file, is_tenx_folder, read_tenx
+from annbatch_dask.storage.folder import Folder, StorageOptions, hiding_secrets
 from annbatch_dask.storage.metadata import METADATA
-from annbatch_dask.storage.publish import Folder, StorageOptions, hiding_secrets
-from annbatch_dask.storage.tenx import is_tenx_file, is_tenx_folder, read_tenx
 from annbatch_dask.storage.transient import is_transient
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class SourceRef:
     """An input as the user named it: what ``src_path`` says, and what a worker opens.
 
     ``tagged``: a dataset of the collection that is extended, whose rows say where they came from. ``counts``: the
-    matrix that becomes X. ``loader``: identity of ``load_adata``, see :mod:`annbatch_dask.storage.identity`. ``known``:
+    matrix that becomes X. ``loader``: identity of ``load_adata``, see :mod:`annbatch_dask.sources.identity`. ``known``:
     identity of the whole, where it is on record.
     """
 
@@ -97,7 +97,7 @@ def hiding_secrets_of(ref: SourceRef) -> contextlib.AbstractContextManager[None]
 @contextlib.contextmanager
 def _opened(ref: SourceRef) -> Iterator[Source]:
     if ref.load_adata is not None:
-        from annbatch_dask.storage.adata import AnnDataSource  # imports anndata, which takes seconds
+        from annbatch_dask.sources.adata import AnnDataSource  # imports anndata, which takes seconds
 
         yield AnnDataSource(ref.label, ref.load_adata(ref.item))
         return
@@ -115,7 +115,7 @@ def _opened(ref: SourceRef) -> Iterator[Source]:
         if is_current(group):
             yield GroupSource(ref.label, group)
         else:
-            from annbatch_dask.storage.adata import AnnDataSource, read_legacy  # imports anndata
+            from annbatch_dask.sources.adata import AnnDataSource, read_legacy  # imports anndata
 
             if not isinstance(ref.item, zarr.Group | h5py.Group) and not ref.folder.is_local:
                 msg = f"{ref.label} is of a format before anndata 0.7, read from local disks only; copy it there"
@@ -128,7 +128,7 @@ def _is_tenx_folder(ref: SourceRef) -> bool:
 
 
 def _tenx_source(ref: SourceRef) -> Source:
-    from annbatch_dask.storage.adata import AnnDataSource  # imports anndata
+    from annbatch_dask.sources.adata import AnnDataSource  # imports anndata
 
     if not isinstance(ref.item, str | os.PathLike) or not ref.folder.is_local:
         msg = f"{ref.label} is 10x Genomics' output, read from local disks only; copy it, or read it in load_adata"

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import IntegrityError, SchemaError
 from annbatch_dask.kernels.rows import bounds_of, find_rows, place_columns
-from annbatch_dask.plan.schema import SOURCE_DTYPE, MatrixKind, MatrixSchema, heaviest_at
-from annbatch_dask.storage.h5ad import SLAB_NBYTES, in_flight_nbytes, read_h5_rows, visit_h5
+from annbatch_dask.manifest import SOURCE_DTYPE
+from annbatch_dask.plan.schema import MatrixKind, MatrixSchema, heaviest_at
+from annbatch_dask.sources.hdf5 import SLAB_NBYTES, in_flight_nbytes, read_h5_rows, visit_h5
 from annbatch_dask.storage.transient import is_transient
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The workers of a local cluster: ``python -m annbatch_dask.etl.workers SCHEDULER --spec ...``, like ``dask spec``.
+"""The workers of a local cluster: ``python -m annbatch_dask.engines.workers SCHEDULER --spec ...``, like ``dask spec``.
 
 All nannies share this process. On Linux their workers are forked from a server that has the imports behind it: these
 take seconds, which is one server's work instead of each worker's, and begins before the nannies' own imports.

@@ -71,7 +71,14 @@ class _Workers(SubprocessWorker):  # type: ignore[misc] # Dask's types are not f
         self.spec = {str(k): nanny for k in range(n_workers)}
 
     async def _start(self) -> None:
-        command = [sys.executable, "-m", "annbatch_dask.etl.workers", self.scheduler, "--spec", json.dumps(self.spec)]
+        command = [
+            sys.executable,
+            "-m",
+            "annbatch_dask.engines.workers",
+            self.scheduler,
+            "--spec",
+            json.dumps(self.spec),
+        ]
         environ = dask.config.get("distributed.nanny.pre-spawn-environ")  # which must be set before numpy is imported
         self.process = await asyncio.create_subprocess_exec(
             *command, env=os.environ | {k: str(v) for k, v in environ.items()}

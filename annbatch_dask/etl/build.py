@@ -28,6 +28,7 @@ from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 from distributed.system import MEMORY_LIMIT
 
+from annbatch_dask.engines.local_cluster import local_client
 from annbatch_dask.errors import (
     AnnbatchDaskError,
     CollectionBusyError,
@@ -35,7 +36,6 @@ from annbatch_dask.errors import (
     SchedulerError,
     WorkersDiedError,
 )
-from annbatch_dask.etl.cluster import local_client
 from annbatch_dask.etl.commit import commit, make_manifest, merged_range, source_fingerprints
 from annbatch_dask.etl.gather import GatherTask, gather
 from annbatch_dask.etl.group import count_groups, with_groups
@@ -45,13 +45,14 @@ from annbatch_dask.etl.scatter import forget_task, scatter
 from annbatch_dask.etl.sweep import clean_up, withdraw
 from annbatch_dask.etl.totals import Totals
 from annbatch_dask.events import BuildEnd, BuildStart, Callback, StageEnd, StageStart, TaskEnd
+from annbatch_dask.formatting import format_bytes
 from annbatch_dask.manifest import DATASET_PREFIX, Manifest
 from annbatch_dask.plan.dtypes import index_dtype, smallest_dtype
-from annbatch_dask.plan.memory import Budget, format_nbytes
+from annbatch_dask.plan.memory import Budget
 from annbatch_dask.plan.plan import Plan
+from annbatch_dask.sources.identity import has_many_files, raise_if_changed
 from annbatch_dask.storage import transient
 from annbatch_dask.storage.claims import end_claim
-from annbatch_dask.storage.identity import has_many_files, raise_if_changed
 from annbatch_dask.storage.lock import check_unchanged
 from annbatch_dask.storage.private import make_private
 from annbatch_dask.storage.transient import PAUSES_S, is_transient, patiently
@@ -359,7 +360,7 @@ def _workers_died(name: str, deaths: Mapping[str, int], budget: Budget) -> Worke
     what = "; ".join(f"{n} workers with {task}" for task, n in deaths.items())
     return WorkersDiedError(
         f"{name}: {what} died, the last {DEATHS} or more with nothing else to do. All other tasks are done, and kept. "
-        f"Mostly it is memory that they lack: they had {format_nbytes(budget.worker_nbytes)} for {budget.n_threads} "
+        f"Mostly it is memory that they lack: they had {format_bytes(budget.worker_nbytes)} for {budget.n_threads} "
         "threads each. Start workers with more memory or fewer threads, or leave the input out, and call again"
     )
 
@@ -478,7 +479,7 @@ def _worker_limits(client: Client, workers: Mapping[str, Mapping[str, Any]]) -> 
             "more; start workers with --memory-limit, or give memory_limit",
             len(unlimited),
             len(workers),
-            format_nbytes(min(shares)),
+            format_bytes(min(shares)),
         )
         limits += shares
     return limits

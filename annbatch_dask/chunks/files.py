@@ -20,9 +20,9 @@ import zarr
 import zarr.storage
 from numpy.typing import NDArray
 
+from annbatch_dask.chunks.cache import RangeCache, RemoteFile
 from annbatch_dask.errors import CollectionError, IntegrityError
-from annbatch_dask.storage.publish import Folder, RemoteRanges, folder_of
-from annbatch_dask.storage.range_cache import RangeCache, RemoteFile
+from annbatch_dask.storage.folder import Folder, RemoteRanges, folder_of
 from annbatch_dask.storage.versions import Listing, Version, changed, list_files, version_on_disk
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ sharded or not, whose chunks are plain little-endian bytes under at most one com
 this package's codec) it is enough to know where the chunks lie: the shard's index is read once, the bytes of
 neighbouring chunks come in one ``pread``, and every chunk that is wanted whole is decompressed to where it belongs,
 with no copy in between.
-What lies in local files is read and decoded by :mod:`annbatch_dask.storage.native`, many chunks in a call without the
+What lies in local files is read and decoded by :mod:`annbatch_dask.chunks.native`, many chunks in a call without the
 GIL; :func:`deal` makes the calls about equal. What it does not place is read again one by one, by numcodecs, which
 also handles other codecs; that way says what is wrong.
 
@@ -18,7 +18,7 @@ What guarantees each read:
 - Where chunks and shard indexes have a crc32c, as in all matrices that this package writes, it is compared at every
   read, before anything is decoded: bytes that rot on a disk, in its cache, in memory or on the way are an
   IntegrityError. A chunk of other arrays (annbatch's have a checksum for the index alone) has to decode to its size.
-- A copy in a :class:`~annbatch_dask.storage.range_cache.RangeCache` whose checksum is wrong is forgotten, and the store
+- A copy in a :class:`~annbatch_dask.chunks.cache.RangeCache` whose checksum is wrong is forgotten, and the store
   asked once more.
 """
 
@@ -39,22 +39,20 @@ import numcodecs.zstd
 import numpy as np
 from numpy.typing import NDArray
 
+from annbatch_dask.chunks import native
+from annbatch_dask.chunks.cache import RangeCache
+from annbatch_dask.chunks.files import ChunkFiles, Held, chunk_files, scratch
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.kernels.chunk_plan import find_shards, plan_chunks
 from annbatch_dask.kernels.packed import unpacker
-from annbatch_dask.storage import native
-from annbatch_dask.storage.chunk_files import ChunkFiles, Held, chunk_files, scratch
+from annbatch_dask.manifest import ALL_WRITTEN
 from annbatch_dask.storage.packed import PACKED, packs, unpack_chunk
-from annbatch_dask.storage.range_cache import RangeCache
 from annbatch_dask.storage.versions import Listing
 
 if TYPE_CHECKING:
     import zarr
 
-__all__ = ["ALL_WRITTEN", "MAX_GAP_NBYTES", "MAX_READ_NBYTES", "RangeReader", "Task", "deal"]
-
-ALL_WRITTEN = "all-chunks-written"
-"""Attribute of an array of which every chunk was written: a file that is not there was lost, and is no fill value."""
+__all__ = ["MAX_GAP_NBYTES", "MAX_READ_NBYTES", "RangeReader", "Task", "deal"]
 
 Task = Callable[[], object]
 Array = NDArray[Any]
@@ -473,7 +471,7 @@ class _Plan:
 
 
 def _how(layout: _Layout, column: _Column, out: Array) -> list[int] | None:
-    """A row of :func:`annbatch_dask.storage.native.fill`'s ``hows``, without bases; None where it does not know how."""
+    """A row of :func:`annbatch_dask.chunks.native.fill`'s ``hows``, without bases; None where it does not know how."""
     name, has_crc = layout.codec.name, layout.codec.has_crc
     if name not in (None, "blosc", PACKED) or not out.flags.c_contiguous or (name == PACKED and out.ndim != 1):
         return None

@@ -7,12 +7,13 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
 from annbatch_dask.kernels.rows import bounds_of, map_indices, slabs, sort_entries
+from annbatch_dask.manifest import SRC_PATH
 from annbatch_dask.plan.dtypes import is_wide, signed_dtype
 from annbatch_dask.plan.layout import Block
-from annbatch_dask.plan.schema import OBS, SRC_PATH, ColumnSpec, MatrixSpec, SourceSchema
-from annbatch_dask.storage.columns import ColumnRows
-from annbatch_dask.storage.matrices import CsrRows, Visitor
-from annbatch_dask.storage.sources import Source
+from annbatch_dask.plan.schema import OBS, ColumnSpec, MatrixSpec, SourceSchema
+from annbatch_dask.sources.columns import ColumnRows
+from annbatch_dask.sources.matrices import CsrRows, Visitor
+from annbatch_dask.sources.open import Source
 
 __all__ = ["cast_exactly", "dense_to_csr", "in_gene_order", "join_dense", "map_genes", "read_column"]
 

@@ -3,7 +3,7 @@
 Each step is a C function that is in the process anyway: the C library's, blosc's of numcodecs, crc32c's of
 google_crc32c, and libdeflate's of deflate. Their addresses are looked up by name and handed to a compiled kernel, which
 therefore is good for any process. Where one of them is missing, so is the step, and what calls it takes its plain way,
-as :mod:`annbatch_dask.storage.ranges` does. That way also defines every error: a chunk that is not as it should be is
+as :mod:`annbatch_dask.chunks.reader` does. That way also defines every error: a chunk that is not as it should be is
 only reported here, never explained.
 """
 

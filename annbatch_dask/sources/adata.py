@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError, SourceError
 from annbatch_dask.plan.schema import OBS, ColumnSchema, Genes, MatrixSchema, SourceSchema
-from annbatch_dask.storage.columns import ColumnRows, check_text, describe_series, mean_width, series_rows
-from annbatch_dask.storage.groups import GENE_WISE, PAIRED, no_cells
-from annbatch_dask.storage.matrices import (
+from annbatch_dask.sources.columns import ColumnRows, check_text, describe_series, mean_width, series_rows
+from annbatch_dask.sources.files import GENE_WISE, PAIRED, no_cells
+from annbatch_dask.sources.matrices import (
     CsrRows,
     are_whole,
     counted,

@@ -21,9 +21,9 @@ from uuid import uuid4
 import numpy as np
 
 from annbatch_dask.errors import SourceError
+from annbatch_dask.sources.open import SourceRef, hiding_secrets_of, is_hdf5
+from annbatch_dask.storage.folder import Folder, shown, version_of
 from annbatch_dask.storage.metadata import METADATA
-from annbatch_dask.storage.publish import Folder, shown, version_of
-from annbatch_dask.storage.sources import SourceRef, hiding_secrets_of, is_hdf5
 from annbatch_dask.storage.transient import raise_not_found
 
 __all__ = [

@@ -19,11 +19,12 @@ import zarr
 from anndata.abc import CSRDataset
 from numpy.typing import DTypeLike, NDArray
 
+from annbatch_dask.chunks.cache import RangeCache
+from annbatch_dask.chunks.reader import RangeReader, Task
 from annbatch_dask.errors import SourceError
 from annbatch_dask.kernels.row_runs import find_runs, place_entries
 from annbatch_dask.kernels.values import range_of
-from annbatch_dask.storage.range_cache import RangeCache
-from annbatch_dask.storage.ranges import RangeReader, Task
+from annbatch_dask.manifest import SOURCE_DTYPE
 from annbatch_dask.storage.versions import Listing
 
 __all__ = [
@@ -42,9 +43,6 @@ __all__ = [
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
-
-SOURCE_DTYPE = "source-dtype"
-"""Attribute of an array or CSR group: the dtype its values had before they were stored in a smaller one."""
 
 
 @dataclass(frozen=True)

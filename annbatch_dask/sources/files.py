@@ -11,13 +11,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.plan.schema import OBS, ColumnSchema, Genes, MatrixSchema, SourceSchema
-from annbatch_dask.storage.columns import ColumnRows, describe_elem, elem_rows, mean_width
-from annbatch_dask.storage.matrices import CsrRows, are_whole, check_rows, describe_matrix, matrix_rows, n_rows_of
+from annbatch_dask.sources.columns import ColumnRows, describe_elem, elem_rows, mean_width
+from annbatch_dask.sources.matrices import CsrRows, are_whole, check_rows, describe_matrix, matrix_rows, n_rows_of
+from annbatch_dask.storage.frames import n_rows
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["GENE_WISE", "PAIRED", "GroupSource", "is_current", "n_rows", "no_cells"]
+__all__ = ["GENE_WISE", "PAIRED", "GroupSource", "is_current", "no_cells"]
 
 PAIRED = ("varm", "obsp", "varp", "uns")
 """Mappings that are not row-aligned, or with both axes."""
@@ -28,12 +29,6 @@ GENE_WISE = ("var", "varm", "varp", "uns")
 def is_current(group: Any) -> bool:
     """Written by anndata 0.7 or later: frames are groups."""
     return all(not hasattr(f, "dtype") and "_index" in f.attrs for f in (group["obs"], group["var"]))
-
-
-def n_rows(frame: Any) -> int:
-    """Rows of a stored frame."""
-    index = frame[str(frame.attrs["_index"])]
-    return int((index["values"] if hasattr(index, "keys") else index).shape[0])
 
 
 def no_cells(

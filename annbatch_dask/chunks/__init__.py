@@ -1,0 +1,1 @@
+"""Chunks of a collection's arrays, straight from its shard files into given buffers."""

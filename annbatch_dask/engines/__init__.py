@@ -1,0 +1,1 @@
+"""What runs the tasks of a build: Dask, on a cluster or in this process."""

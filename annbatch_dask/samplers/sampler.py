@@ -1,0 +1,202 @@
+"""What a sampler has to provide."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from annbatch_dask.order.planned import Planned, cut, expand, plan_request, skip
+from annbatch_dask.order.share import by_worker, current_worker
+from annbatch_dask.samplers.epoch_counter import EpochCounter
+from annbatch_dask.types import LoadRequest
+
+__all__ = ["Sampler", "caller_stacklevel", "check_mask", "check_rng", "count_rows"]
+
+_PACKAGE = str(Path(__file__).parents[1])
+
+
+def check_mask(mask: slice) -> slice:
+    """The mask with its start filled in; ValueError unless it is a plain ascending range."""
+    if mask.step not in (None, 1):
+        msg = f"mask.step must be 1, but got {mask.step}"
+        raise ValueError(msg)
+    start = 0 if mask.start is None else mask.start
+    if start < 0:
+        msg = f"mask.start must be >= 0, but got {start}"
+        raise ValueError(msg)
+    if mask.stop is not None and start >= mask.stop:
+        msg = f"mask.start must be < mask.stop, but got {start} and {mask.stop}"
+        raise ValueError(msg)
+    return slice(start, mask.stop)
+
+
+def check_rng(rng: np.random.Generator | int | None) -> np.random.Generator | None:
+    """The generator to use; an int seed is taken with a FutureWarning, anything else is a TypeError."""
+    if rng is None or isinstance(rng, np.random.Generator):
+        return rng
+    if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
+        warnings.warn(
+            f"Passing a seed as rng is deprecated, pass numpy.random.default_rng({rng!r})",
+            FutureWarning,
+            stacklevel=caller_stacklevel(),
+        )
+        return np.random.default_rng(rng)
+    msg = f"rng must be a numpy.random.Generator, got {type(rng).__name__}"
+    raise TypeError(msg)
+
+
+def caller_stacklevel() -> int:
+    """How far up the first frame outside this package is, seen from the function that warns."""
+    import sys
+
+    level, frame = 0, sys._getframe(1)  # noqa: SLF001
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+    return level + 1
+
+
+class Sampler(ABC):
+    """Decides which rows are loaded together, and which of them make a batch.
+
+    Subclasses implement ``batch_size``, ``shuffle``, ``n_batches``, ``validate`` and ``_sample``; they need
+    not call ``super().__init__()``. What ``_sample`` yields is shared out among the workers of a DataLoader
+    afterwards: it must be the same in each of them.
+
+    Examples
+    --------
+    >>> class Backwards(abc.Sampler):
+    ...     batch_size, shuffle = 100, False
+    ...
+    ...     def n_batches(self, n_obs):
+    ...         return n_obs // 100
+    ...
+    ...     def validate(self, n_obs):
+    ...         pass
+    ...
+    ...     def _sample(self, n_obs):
+    ...         for stop in range(n_obs, 0, -100):
+    ...             yield {"requests": [slice(stop - 100, stop)]}
+    >>> loader = Loader(batch_sampler=Backwards(), return_index=True).use_collection(collection)
+    >>> [int(batch["index"][0]) for batch in loader]
+    [400, 300, 200, 100, 0]
+    """
+
+    # Class attributes, so that a subclass with an __init__ of its own still has them.
+    _mask: slice = slice(0, None)
+    _rng: np.random.Generator | None = None
+
+    @property
+    @abstractmethod
+    def batch_size(self) -> int | None:
+        """Rows in a batch; None only where every request brings its own splits."""
+
+    @property
+    @abstractmethod
+    def shuffle(self) -> bool | None:
+        """Whether rows are mixed within a request; None only where requests bring their own splits."""
+
+    @property
+    def mask(self) -> slice:
+        """The range of rows that may be drawn."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, value: slice) -> None:
+        self._mask = check_mask(value)
+
+    @property
+    def rng(self) -> np.random.Generator | None:
+        """Source of randomness."""
+        return self._rng
+
+    @rng.setter
+    def rng(self, value: np.random.Generator | None) -> None:
+        self._rng = check_rng(value)
+
+    @abstractmethod
+    def n_batches(self, n_obs: int) -> int:
+        """How many batches one pass over ``n_obs`` rows yields."""
+
+    @abstractmethod
+    def validate(self, n_obs: int) -> None:
+        """Raise ValueError where this sampler cannot run over ``n_obs`` rows."""
+
+    @abstractmethod
+    def _sample(self, n_obs: int) -> Iterator[LoadRequest]:
+        """The load requests of one pass; the place to extend."""
+
+    def sample(self, n_obs: int) -> Iterator[LoadRequest]:
+        """The load requests of one pass, checked, each with its splits.
+
+        In a worker of a torch DataLoader these are the worker's part of the pass.
+
+        Parameters
+        ----------
+        n_obs
+            Rows of the loader.
+
+        Yields
+        ------
+        LoadRequest
+            With ``splits`` always present.
+        """
+        self.validate(n_obs)
+        yield from self.resume_requests(n_obs, self.epoch_counter.start(current_worker()), 0)
+
+    def resume_requests(self, n_obs: int, epoch: int, n_batches: int) -> Iterator[LoadRequest]:
+        """The load requests of an epoch without its first ``n_batches``; of this worker's part of it."""
+        stream = by_worker(self.plan_requests(n_obs, epoch), current_worker(), in_order=not self.shuffle)
+        for planned in skip(stream, n_batches):
+            yield planned.make()
+
+    @property
+    def epoch_counter(self) -> EpochCounter:
+        """Counts the passes."""
+        if "_epochs" not in self.__dict__:
+            self._epochs = EpochCounter()
+        return self._epochs
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next pass be this one, counted from 0."""
+        self.epoch_counter.set(epoch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | ({"_epochs": self._epochs.share()} if "_epochs" in self.__dict__ else {})
+
+    def plan_requests(self, n_obs: int, epoch: int) -> Iterator[Planned]:  # noqa: ARG002 - for subclasses
+        """The load requests of one epoch, all workers' together."""
+        requests = self._sample(n_obs)
+        try:
+            for request in requests:
+                if "splits" not in request:
+                    request = {"requests": request["requests"], "splits": self._default_splits(request)}  # noqa: PLW2901
+                yield plan_request(request)
+        finally:
+            close = getattr(requests, "close", None)
+            if close is not None:
+                close()
+
+    def state_identity(self) -> tuple[object, ...]:
+        """What a saved state must have in common with the sampler that goes on from it."""
+        return (type(self).__qualname__, self.batch_size, self.shuffle, self.mask.start, self.mask.stop)
+
+    def _default_splits(self, request: LoadRequest) -> list[NDArray[np.integer[Any]]]:
+        for name in ("batch_size", "shuffle"):
+            if getattr(self, name) is None:
+                msg = f"{name} must be set when splits are not provided in LoadRequest"
+                raise ValueError(msg)
+        n_rows = count_rows(request["requests"])
+        rng = self.rng or np.random.default_rng()
+        order = rng.permutation(n_rows) if self.shuffle else np.arange(n_rows)
+        return cut(order, self.batch_size or 1)
+
+
+def count_rows(requests: list[slice] | NDArray[np.integer[Any]]) -> int:
+    """Rows asked for, repeats counted."""
+    return len(expand(requests))
