@@ -31,8 +31,10 @@ from annbatch_dask.arguments import (
     resolve_options,
     resolve_seed,
 )
+from annbatch_dask.engines.base import Engine, EngineChoice, run_check, run_stage
+from annbatch_dask.engines.choose import choose_engine
 from annbatch_dask.errors import CollectionBusyError, CollectionChangedError, CollectionError, LayoutError
-from annbatch_dask.etl.build import Engine, EngineRoom, build, choose_engine, run_check, run_stage
+from annbatch_dask.etl.build import build
 from annbatch_dask.etl.frames import try_frames
 from annbatch_dask.etl.h5ad import DATASET_FILE, write_datasets
 from annbatch_dask.etl.inputs import Input, known_inputs
@@ -784,7 +786,7 @@ class DatasetCollection:
         if not self._replaces and self._target.version(METADATA) is not None:
             self._group = zarr.open_group(self._target.zarr_store(), mode="r+", zarr_format=3)
 
-    def _is_done(self, refs: tuple[SourceRef, ...], request: str, room: EngineRoom) -> bool:
+    def _is_done(self, refs: tuple[SourceRef, ...], request: str, room: EngineChoice) -> bool:
         """Whether this very call has succeeded already, and was the last to do so: it asks for the same of the same."""
         manifest = self.manifest
         if manifest is None or not manifest.builds or manifest.builds[-1].request != request:
@@ -892,7 +894,7 @@ class DatasetCollection:
         refs: tuple[SourceRef, ...],
         options: Options,
         merge: str | None,
-        room: EngineRoom,
+        room: EngineChoice,
         extension: Extension | None,
         *,
         read_values: bool = False,

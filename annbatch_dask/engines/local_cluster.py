@@ -121,7 +121,7 @@ def local_client(*, n_workers: int, threads_per_worker: int, memory_limit: int) 
         "nthreads": threads_per_worker,
         "memory_limit": memory_limit,
         "death_timeout": START_TIMEOUT_S,  # a worker that starts as its client dies would wait for a scheduler for ever
-        "preload": ["annbatch_dask.etl.preload"],
+        "preload": ["annbatch_dask.preload"],
         "silence_logs": logging.WARNING,
     }
     workers = {"cls": _Workers, "options": {"n_workers": n_workers, "options": options}}

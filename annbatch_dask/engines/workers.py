@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing.forkserver
 import sys
 
-_PRELOAD = ["annbatch_dask.etl.preload", "anndata", "distributed.nanny"]
+_PRELOAD = ["annbatch_dask.preload", "anndata", "distributed.nanny"]
 
 
 def main() -> None:

@@ -67,7 +67,7 @@ def _write(group: zarr.Group, elements: Mapping[str, Any]) -> None:
 
     anndata's settings are the process's, so threads take turns: two that overlap would undo each other's.
     """
-    import anndata as ad  # takes seconds; a local worker has it by now, see etl/preload.py
+    import anndata as ad  # takes seconds; a local worker has it by now, see preload.py
 
     with _settings_lock, ad.settings.override(allow_write_nullable_strings=True, auto_shard_zarr_v3=False):
         with warnings.catch_warnings():  # scanpy's structured arrays in uns; anndata writes and reads them alike

@@ -167,7 +167,7 @@ class Flag(Callback):
 def test_a_file_that_kills_its_workers_is_named_after_all_else_is_done(
     tmp_path, h5ad_pair, allowed_failures, monkeypatch
 ):
-    monkeypatch.setattr("annbatch_dask.etl.build.DEATHS", 2)
+    monkeypatch.setattr("annbatch_dask.engines.dask.DEATHS", 2)
     monkeypatch.setitem(dask.config.config, "annbatch_dask", {"block_size": 2**20})  # a task a file
     path, flag, bad = tmp_path / "o.zarr", tmp_path / "flag", str(h5ad_pair[0])
     load = functools.partial(die_while, flag=flag, victims=[bad])

@@ -13,9 +13,11 @@ from dask import config
 from distributed import Client, LocalCluster
 
 from annbatch_dask import DatasetCollection
+from annbatch_dask.engines import choose, dask
+from annbatch_dask.engines.choose import choose_engine
+from annbatch_dask.engines.dask import ClusterEngine, LocalEngine
 from annbatch_dask.errors import SchedulerError, StorageError
-from annbatch_dask.etl import build as run
-from annbatch_dask.etl.build import ClusterEngine, LocalEngine, choose_engine
+from annbatch_dask.events import Callback
 from annbatch_dask.plan.memory import MIB, Budget
 
 BUDGET = Budget(2**30, 1)
@@ -52,7 +54,7 @@ def test_the_first_worker_is_waited_for(caplog):
 
 
 def test_a_worker_that_does_not_come_is_an_error(monkeypatch):
-    monkeypatch.setattr(run, "WORKER_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(choose, "WORKER_TIMEOUT_S", 0.1)
     with (
         cluster(n_workers=0) as (_, client),
         pytest.raises(SchedulerError, match=r"no worker has joined .* within 0.1 s; start some"),
@@ -61,7 +63,7 @@ def test_a_worker_that_does_not_come_is_an_error(monkeypatch):
 
 
 def test_it_is_said_that_no_worker_is_there(monkeypatch):
-    monkeypatch.setattr(run, "NO_WORKER_S", 0.05)
+    monkeypatch.setattr(dask, "NO_WORKER_S", 0.05)
     said = threading.Event()
     messages = []
 
@@ -69,7 +71,7 @@ def test_it_is_said_that_no_worker_is_there(monkeypatch):
         messages.append(message % arguments)
         said.set()
 
-    monkeypatch.setattr(run.logger, "warning", warn)
+    monkeypatch.setattr(dask.logger, "warning", warn)
     with cluster(n_workers=1) as (started, client), ThreadPoolExecutor(1) as pool:
         started.scale(0)
         while client.scheduler_info(n_workers=-1)["workers"]:
@@ -84,11 +86,11 @@ def test_it_is_said_that_no_worker_is_there(monkeypatch):
 
 
 def test_workers_without_a_limit_share_their_host(caplog, monkeypatch):
-    monkeypatch.setattr(run, "MEMORY_LIMIT", 3000 * MIB)
+    monkeypatch.setattr(choose, "MEMORY_LIMIT", 3000 * MIB)
     with cluster(n_workers=3, memory_limit=0) as (_, client):
         assert choose_engine(client, None).budget == Budget(1000 * MIB, 2)
         assert "3 of 3 workers have no memory limit: each is taken to have an equal share" in caplog.text
-        assert "1000.0 MiB" in caplog.text
+        assert "1.0 GB" in caplog.text
         assert choose_engine(client, "500MiB").budget.worker_nbytes == 500 * MIB
 
 
@@ -194,7 +196,7 @@ class Odd(Exception):  # noqa: N818
 def test_an_error_of_others_comes_with_the_worker_s_traceback_after_three_tries(client, make, kind, text, caplog):
     with pytest.raises(kind, match=text) as caught:
         run_three(ClusterEngine(client, BUDGET), make, times=99)
-    assert LOG.calls.count(1) == 1 + run.RETRIES
+    assert LOG.calls.count(1) == 1 + dask.RETRIES
     assert "in fail_at_first" in str(caught.value.__cause__)
     assert "Traceback" not in caplog.text  # as Dask's workers log it
 
@@ -220,7 +222,7 @@ def test_a_stale_input_does_not_end_a_build(tmp_path, h5ad_pair, monkeypatch):
             raise FileNotFoundError(path)
         return stat(path, **options)
 
-    class Scanned(run.Callback):
+    class Scanned(Callback):
         def on_build_start(self, _):
             scanned.append(True)
 

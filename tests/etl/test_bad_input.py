@@ -182,7 +182,7 @@ def test_a_dataset_larger_than_memory_allows(out, h5ad_pair):
     many = DatasetCollection(out).plan_adatas(paths, seed=0)
     assert many.peak_nbytes[1] < many.budget.task_nbytes
     with pytest.raises(
-        MemoryBudgetError, match=r"needs .* MiB and a worker thread has .*B.*start workers with more memory"
+        MemoryBudgetError, match=r"needs .* MB and a worker thread has .*B.*start workers with more memory"
     ):
         add(out, h5ad_pair, memory_limit="430MiB")
     with pytest.raises(MemoryError):

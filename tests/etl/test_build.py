@@ -153,14 +153,14 @@ def test_a_target_removed_after_an_interrupted_build_is_written_again(tmp_path, 
 
 
 def test_rows_that_are_not_those_that_were_read_are_not_published(tmp_path, h5ad_pair, monkeypatch):
-    from annbatch_dask.etl import build as run
+    from annbatch_dask.etl import build as module
 
-    gather_tasks = run.gather_tasks
+    gather_tasks = module.gather_tasks
 
     def other_rows(plan, scattered, totals):
         return [replace(task, fingerprint=task.fingerprint ^ 1) for task in gather_tasks(plan, scattered, totals)]
 
-    monkeypatch.setattr(run, "gather_tasks", other_rows)
+    monkeypatch.setattr(module, "gather_tasks", other_rows)
     with pytest.raises(IntegrityError, match="fingerprint"):
         build(tmp_path / "a.zarr", h5ad_pair)
     assert DatasetCollection(tmp_path / "a.zarr").is_empty

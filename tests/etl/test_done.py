@@ -169,9 +169,9 @@ def test_a_call_whose_inputs_were_forgotten_is_refused(tmp_path, files):
 
 @pytest.mark.parametrize("dies", ["before the commit", "after the commit"])
 def test_a_build_that_died_about_its_commit_is_told_by_the_next_call(tmp_path, files, monkeypatch, dies):
-    from annbatch_dask.etl import build as run
+    from annbatch_dask.etl import build as module
 
-    commit = run.commit
+    commit = module.commit
 
     def die(*args):
         if dies == "after the commit":
@@ -179,7 +179,7 @@ def test_a_build_that_died_about_its_commit_is_told_by_the_next_call(tmp_path, f
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "commit", die)
+        patch.setattr(module, "commit", die)
         build(tmp_path / "o.zarr", files)
     seen = Counter()
     assert build(tmp_path / "o.zarr", files, callbacks=[seen]).n_obs == 120

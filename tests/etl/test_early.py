@@ -132,7 +132,7 @@ def test_what_is_left_out_is_not_refused(tmp_path, path):
 
 
 def test_a_chunk_that_no_codec_takes_is_refused_by_the_plan(tmp_path, path):
-    words = r"n_obs_per_chunk is 2,147,483,648 and a cell takes .* bytes: a chunk would take .* GiB, and holds 2\.0 GiB"
+    words = r"n_obs_per_chunk is 2,147,483,648 and a cell takes .* bytes: a chunk would take .* GB, and holds 2\.1 GB"
     refused(tmp_path, [path], LayoutError, words, n_obs_per_chunk=2**31)
 
 

@@ -16,8 +16,9 @@ import pytest
 import scipy.sparse as sp
 
 from annbatch_dask import DatasetCollection
+from annbatch_dask.engines.base import EngineChoice
+from annbatch_dask.engines.dask import LocalEngine
 from annbatch_dask.errors import MemoryBudgetError
-from annbatch_dask.etl import build as run
 from annbatch_dask.plan.memory import MIB, RESERVED_NBYTES, SMALL_NBYTES, Budget
 from annbatch_dask.sources import adata
 from annbatch_dask.sources.adata import read_legacy
@@ -32,7 +33,7 @@ sys.stdout.buffer.write(cloudpickle.dumps((result, peak)))
 """
 
 
-class FreshProcesses(run.LocalEngine):
+class FreshProcesses(LocalEngine):
     """Runs the first task of each stage, as large as any, in a process of its own, and notes its peak."""
 
     def run(self, name, fn, tasks, on_result, describe):
@@ -237,7 +238,7 @@ def written(folder, adatas):
 def room_of(monkeypatch, budget):
     """Let builds run each stage's first task in a process of its own."""
     engine = FreshProcesses("synchronous", budget)
-    room = run.EngineRoom(run.LocalEngine("threads", budget), budget, lambda _: contextlib.nullcontext(engine))
+    room = EngineChoice(LocalEngine("threads", budget), budget, lambda _: contextlib.nullcontext(engine))
     monkeypatch.setattr("annbatch_dask.collection.choose_engine", lambda *_: room)
 
 

@@ -1,0 +1,130 @@
+"""What an engine is: something that runs independent tasks, and reports each as it is done."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from annbatch_dask.events import Callback, StageEnd, StageStart, TaskEnd
+from annbatch_dask.plan.memory import Budget
+
+if TYPE_CHECKING:
+    import contextlib
+
+__all__ = ["Describe", "Engine", "EngineChoice", "OnResult", "run_stage"]
+
+logger = logging.getLogger(__name__)
+
+Describe = Callable[[int], str]
+OnResult = Callable[[int, Any], None]
+
+
+class Engine(Protocol):
+    """Something that runs independent tasks."""
+
+    @property
+    def name(self) -> str:
+        """In words."""
+
+    @property
+    def dashboard(self) -> str | None:
+        """Address of Dask's dashboard."""
+
+    @property
+    def budget(self) -> Budget:
+        """Memory of a worker."""
+
+    def run(
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        tasks: Sequence[tuple[Any, ...]],
+        on_result: OnResult,
+        describe: Describe,
+    ) -> list[Any]:
+        """Call ``fn(*args)`` for each; results in order. ``on_result(i, result)`` is called as each is done.
+
+        ``describe(i)`` says what a task works on.
+        """
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """An engine that may still have to be started.
+
+    Attributes
+    ----------
+    scanner
+        Runs the scan: the cluster where there is one, else threads of this process, so that bad input is
+        found before a cluster is started.
+    budget
+        Memory of a worker.
+    start
+        The engine for a build, given its number of tasks, as a context manager.
+    """
+
+    scanner: Engine
+    budget: Budget
+    start: Callable[[int], contextlib.AbstractContextManager[Engine]]
+
+
+def run_stage(  # noqa: PLR0913 - mostly keywords
+    engine: Engine,
+    stage: str,
+    fn: Callable[..., Any],
+    tasks: Sequence[tuple[Any, ...]],
+    callback: Callback,
+    *,
+    size: tuple[int, int],
+    measure: Callable[[int, Any], tuple[int, int]],
+    describe: Describe,
+) -> list[Any]:
+    """Run one stage and emit its events.
+
+    Parameters
+    ----------
+    size
+        Rows and bytes of the whole stage.
+    measure
+        Rows and bytes of task ``i``, given its result.
+    describe
+        What task ``i`` works on.
+    """
+    start = time.perf_counter()
+    callback.on_stage_start(StageStart(stage, len(tasks), *size))
+
+    def on_result(i: int, result: Any) -> None:
+        reused = isinstance(result, Mapping) and bool(result.get("reused"))
+        callback.on_task_end(TaskEnd(stage, i, *measure(i, result), reused=reused))
+
+    results = engine.run(stage, fn, tasks, on_result, describe)
+    seconds = time.perf_counter() - start
+    callback.on_stage_end(StageEnd(stage, seconds))
+    logger.info("%s: %d tasks in %.1f s", stage, len(tasks), seconds)
+    return results
+
+
+def run_check(
+    engine: Engine,
+    stage: str,
+    fn: Callable[..., Any],
+    tasks: Sequence[tuple[Any, ...]],
+    callback: Callback,
+    size: tuple[int, int],
+    names: Sequence[str],
+) -> list[Any]:
+    """Run checks, whose results hold ``problems``, of what has these names; returns all of the problems."""
+    results = run_stage(
+        engine,
+        stage,
+        fn,
+        tasks,
+        callback,
+        size=size,
+        measure=lambda _, r: (r["n_rows"], r["n_bytes"]),
+        describe=names.__getitem__,
+    )
+    return [problem for r in results for problem in r["problems"]]

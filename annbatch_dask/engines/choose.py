@@ -1,0 +1,138 @@
+"""Which engine runs a build, and the memory that its workers have."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import dask
+import dask.system
+from dask.utils import parse_bytes
+from distributed import Client
+from distributed.system import MEMORY_LIMIT
+
+from annbatch_dask.engines.base import Engine, EngineChoice
+from annbatch_dask.engines.dask import ClusterEngine, LocalEngine
+from annbatch_dask.engines.local_cluster import local_client
+from annbatch_dask.errors import SchedulerError
+from annbatch_dask.formatting import format_bytes
+from annbatch_dask.plan.memory import Budget
+
+__all__ = ["choose_engine"]
+
+logger = logging.getLogger(__name__)
+
+_LOCAL = ("synchronous", "sync", "single-threaded", "threads", "threading", "threaded")
+_WORKER_NBYTES = 2**30
+"""Of a worker of the local cluster, at least. As many workers as cores where memory allows, so that none shares
+Python's lock, or HDF5's (measured, two cores: a seventh faster than one process of two threads)."""
+WORKER_TIMEOUT_S = 86_400
+"""For the first worker of a cluster, which may stand in a queue."""
+
+
+def choose_engine(client: Client | None, memory_limit: int | str | None) -> EngineChoice:
+    """The engine to use: the client given, dask's configured scheduler, the current client, or a new local cluster."""
+    scheduler = dask.config.get("scheduler", None)
+    if client is None and isinstance(scheduler, str) and scheduler in _LOCAL:
+        n_threads = 1 if scheduler.startswith("s") else dask.system.CPU_COUNT
+        local = LocalEngine(scheduler, Budget(_nbytes(memory_limit, n_workers=1), n_threads))
+        return EngineChoice(local, local.budget, lambda _: contextlib.nullcontext(local))
+    if client is None:
+        with contextlib.suppress(ValueError):
+            client = Client.current(allow_global=True)
+    if client is not None:
+        _refuse_asynchronous(client)
+        cluster = ClusterEngine(client, _cluster_budget(client, memory_limit))
+        return EngineChoice(cluster, cluster.budget, lambda _: contextlib.nullcontext(cluster))
+    n_workers = max(1, min(dask.system.CPU_COUNT, int(MEMORY_LIMIT) // _WORKER_NBYTES))
+    budget = Budget(_nbytes(memory_limit, n_workers=n_workers), dask.system.CPU_COUNT // n_workers)
+    return EngineChoice(LocalEngine("threads", budget), budget, functools.partial(_own_cluster, n_workers, budget))
+
+
+@contextlib.contextmanager
+def _own_cluster(max_workers: int, budget: Budget, n_tasks: int) -> Iterator[Engine]:
+    n_workers = max(1, min(max_workers, -(-n_tasks // budget.n_threads)))
+    with local_client(
+        n_workers=n_workers, threads_per_worker=budget.n_threads, memory_limit=budget.worker_nbytes
+    ) as client:
+        yield ClusterEngine(client, budget)
+
+
+def _nbytes(memory_limit: int | str | None, *, n_workers: int) -> int:
+    """Memory of each of ``n_workers`` on this machine: what was asked for, or an equal share."""
+    if memory_limit is not None:
+        return int(parse_bytes(memory_limit))
+    return int(MEMORY_LIMIT) // n_workers
+
+
+def _refuse_asynchronous(client: Client) -> None:
+    if client.asynchronous:
+        msg = (
+            "the client is asynchronous and this call would block the event loop that it needs; make the call in a "
+            "thread, as in `await asyncio.to_thread(collection.add_adatas, files, client=client)`"
+        )
+        raise SchedulerError(msg)
+
+
+def _cluster_budget(client: Client, memory_limit: int | str | None) -> Budget:
+    """What the smallest worker of a cluster can give; the first one is waited for."""
+    workers = _workers(client)
+    if not workers:
+        _wait_for_a_worker(client)
+        workers = _workers(client)
+    limit = min(_worker_limits(client, workers))
+    if memory_limit is not None:
+        limit = min(limit, int(parse_bytes(memory_limit)))
+    return Budget(limit, max(w["nthreads"] for w in workers.values()))
+
+
+def _workers(client: Client) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = client.scheduler_info(n_workers=-1)["workers"]
+    return found
+
+
+def _wait_for_a_worker(client: Client) -> None:
+    """Wait for a task to be run: clusters that adapt start no worker before there is one.
+
+    Raises
+    ------
+    SchedulerError
+        If no worker came.
+    """
+    address = client.scheduler_info(n_workers=-1)["address"]
+    logger.warning("no worker has joined %s yet: waiting for the first, %d s at most", address, WORKER_TIMEOUT_S)
+    first = client.submit(int, pure=False)
+    try:
+        first.result(timeout=WORKER_TIMEOUT_S)
+    except TimeoutError as e:
+        msg = f"no worker has joined {address} within {WORKER_TIMEOUT_S} s; start some, as with `dask worker {address}`"
+        raise SchedulerError(msg) from e
+    finally:
+        first.cancel()
+
+
+def _worker_limits(client: Client, workers: Mapping[str, Mapping[str, Any]]) -> list[int]:
+    """Memory of each worker: its limit, or where it has none an equal share of its host's."""
+    limits = [w["memory_limit"] for w in workers.values() if w["memory_limit"]]
+    unlimited = [address for address, w in workers.items() if not w["memory_limit"]]
+    if unlimited:
+        n_on = Counter(w["host"] for w in workers.values())
+        memory = client.run(_host_memory, workers=unlimited)
+        shares = [n_bytes // n_on[workers[address]["host"]] for address, n_bytes in memory.items()]
+        logger.warning(
+            "%d of %d workers have no memory limit: each is taken to have an equal share of its host's memory, %s or "
+            "more; start workers with --memory-limit, or give memory_limit",
+            len(unlimited),
+            len(workers),
+            format_bytes(min(shares)),
+        )
+        limits += shares
+    return limits
+
+
+def _host_memory() -> int:
+    return int(MEMORY_LIMIT)

@@ -1,0 +1,301 @@
+"""The engines: Dask's schedulers in this process, and a cluster whose workers may die."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import logging
+import pickle
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import cloudpickle
+from dask.base import compute, tokenize
+from dask.callbacks import Callback as DaskCallback
+from dask.delayed import delayed
+from distributed import CancelledError, Client, as_completed
+from distributed.comm.core import CommClosedError
+from distributed.scheduler import KilledWorker
+
+from annbatch_dask.engines.base import Describe, OnResult
+from annbatch_dask.errors import AnnbatchDaskError, SchedulerError, WorkersDiedError
+from annbatch_dask.formatting import format_bytes
+from annbatch_dask.plan.memory import Budget
+from annbatch_dask.storage import transient
+from annbatch_dask.storage.transient import PAUSES_S, is_transient, patiently
+
+__all__ = ["ClusterEngine", "LocalEngine"]
+
+logger = logging.getLogger(__name__)
+
+RETRIES = 2
+"""How often a task that failed is handed out again, perhaps to another worker; our own errors last, and are not."""
+DEATHS = 8
+"""So many workers may die on a task that had the cluster to itself, until they are taken to die of it."""
+NO_WORKER_S = 60.0
+"""How often a stage looks whether any worker is there, to say so where none is."""
+
+
+def _delayed(name: str, fn: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
+    call = delayed(fn, pure=False)
+    token = tokenize(name, time.time_ns())
+    return [call(*args, dask_key_name=f"{name}-{token}-{i}") for i, args in enumerate(tasks)]
+
+
+@dataclass(frozen=True)
+class LocalEngine:
+    """Dask's threaded or synchronous scheduler, in this process."""
+
+    scheduler: str
+    budget: Budget
+    dashboard: str | None = None
+    patient: bool = True
+    """Try again what fails for a reason that passes."""
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return f"dask's {self.scheduler} scheduler"
+
+    def run(
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        tasks: Sequence[tuple[Any, ...]],
+        on_result: OnResult,
+        describe: Describe,  # noqa: ARG002 - who dies here cannot tell
+    ) -> list[Any]:
+        """Run the tasks in this process."""
+        call = functools.partial(patiently, fn) if self.patient else fn
+        graph = _delayed(name, call, tasks)
+        index = {t.key: i for i, t in enumerate(graph)}
+
+        def posttask(key: str, result: Any, *_: Any) -> None:
+            if key in index:
+                on_result(index[key], result)
+
+        with DaskCallback(posttask=posttask):
+            return list(compute(*graph, scheduler=self.scheduler, optimize_graph=False))
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """What a task returns instead of raising: Dask would log the traceback on the worker, and try again at once.
+
+    ``lasts``: trying again cannot help.
+    """
+
+    error: Exception
+    lasts: bool
+
+
+def _attempt(fn: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return patiently(fn, *args)
+    except Exception as e:  # noqa: BLE001 - all of them travel to the client
+        return _Failed(_portable(e), isinstance(e, AnnbatchDaskError) and not is_transient(e))
+
+
+class _WorkerTracebackError(Exception):
+    """What a worker would have printed: the cause of an error in the client's traceback."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+def _portable(error: Exception) -> Exception:
+    """An error as it can be sent, without what cannot be pickled; one of others' with the worker's traceback."""
+    try:
+        copy: Exception = pickle.loads(cloudpickle.dumps(error))
+    except Exception:  # noqa: BLE001 - classes of users and of libraries may do anything
+        copy = RuntimeError(f"{type(error).__name__}: {error}")
+        for note in getattr(error, "__notes__", ()):
+            copy.add_note(note)
+    if not isinstance(copy, AnnbatchDaskError):
+        copy.__cause__ = _WorkerTracebackError("".join(traceback.format_exception(error)))
+    return copy
+
+
+@dataclass(frozen=True)
+class ClusterEngine:
+    """A Dask cluster."""
+
+    client: Client
+    budget: Budget
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        info = self.client.scheduler_info(n_workers=-1)
+        workers = info["workers"].values()
+        return f"{info['address']}, {len(workers)} workers, {sum(w['nthreads'] for w in workers)} threads"
+
+    @property
+    def dashboard(self) -> str | None:
+        """Address of the dashboard."""
+        return self.client.dashboard_link or None
+
+    def run(
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        tasks: Sequence[tuple[Any, ...]],
+        on_result: OnResult,
+        describe: Describe,
+    ) -> list[Any]:
+        """Run the tasks on the cluster; on any error, cancel what is left."""
+        run = _ClusterRun(self.client, name, fn, tasks, on_result, describe)
+        try:
+            with _missing_workers_said(self.client, name):
+                run.all()
+        except (CancelledError, CommClosedError) as e:
+            msg = (
+                f"the scheduler was lost in {name} ({type(e).__name__}); finished "
+                "tasks are kept: start it anew and call again to go on"
+            )
+            raise SchedulerError(msg) from e
+        if run.lost:
+            raise _workers_died(name, {describe(i): run.deaths[i] for i in run.lost}, self.budget)
+        return run.results
+
+
+@contextlib.contextmanager
+def _missing_workers_said(client: Client, name: str) -> Iterator[None]:
+    """Meanwhile, warn again and again while no worker is there: Dask waits for one without a word.
+
+    A LocalCluster of Dask's, for one, may give up workers that died, and starts no others.
+    """
+    is_over = threading.Event()
+
+    def look() -> None:
+        since = time.monotonic()
+        while not is_over.wait(NO_WORKER_S):
+            try:
+                is_there = bool(client.scheduler_info(n_workers=-1)["workers"])
+            except Exception:  # noqa: BLE001 - the thread that waits for tasks has to say what happened
+                return
+            if is_there:
+                since = time.monotonic()
+                continue
+            logger.warning(
+                "%s: no worker has been there for up to %.0f s, and the build waits for one; start workers, or "
+                "interrupt the build: finished tasks are kept, and the same call goes on",
+                name,
+                time.monotonic() - since,
+            )
+
+    watcher = threading.Thread(target=look, name="annbatch-dask-workers", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watcher.join()
+
+
+@dataclass
+class _ClusterRun:
+    """The tasks of a stage on a cluster whose workers may die.
+
+    Dask gives up a task when some workers died that had it, be it of the task, of a neighbour, or because their time
+    was up. Here it waits until the others are done, and is tried again: with all that wait, as long as one of these
+    gets through, and else alone, so that none is blamed for another.
+    """
+
+    client: Client
+    name: str
+    fn: Callable[..., Any]
+    tasks: Sequence[tuple[Any, ...]]
+    on_result: OnResult
+    describe: Describe
+    results: list[Any] = field(init=False)
+    deaths: Counter[int] = field(default_factory=Counter)
+    lost: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.results = [None] * len(self.tasks)
+
+    def all(self) -> None:
+        """Run all tasks but those that are ``lost``: all their workers died."""
+        left = list(range(len(self.tasks)))
+        for turn in itertools.count():
+            died = self._some(left)
+            if not died:
+                return
+            if len(died) < len(left):
+                left = sorted(died)
+                self._wait(turn, left)
+                continue
+            while left and not self._alone(left[0]):
+                self.lost.append(left.pop(0))
+            left = left[1:]
+
+    def _alone(self, i: int) -> bool:
+        """Run a task while no other runs, until too many workers died of it; whether it was done."""
+        until = self.deaths[i] + DEATHS
+        for turn in itertools.count():
+            self._wait(turn, [i])
+            if not self._some([i]):
+                return True
+            if self.deaths[i] >= until:
+                break
+        return False
+
+    def _wait(self, turn: int, which: Sequence[int]) -> None:
+        pause = PAUSES_S[min(turn, len(PAUSES_S) - 1)]
+        words = f"{self.describe(which[0])}{f' and {len(which) - 1} more' if len(which) > 1 else ''}"
+        logger.warning("%s: workers died that had %s; tried again in %.0f s", self.name, words, pause)
+        transient.sleep(pause)
+
+    def _some(self, which: Sequence[int]) -> set[int]:
+        """Run some tasks; returns those that Dask gave up."""
+        index: dict[Any, int] = {}
+        futures = self._submit(which, index)
+        running = as_completed(futures, loop=self.client.loop)
+        tries: Counter[int] = Counter()
+        died: set[int] = set()
+        try:
+            for future in running:
+                i = index[future.key]
+                try:
+                    result = future.result()
+                except KilledWorker as e:
+                    self.deaths[i] += e.allowed_failures + 1
+                    died.add(i)
+                    continue
+                if not isinstance(result, _Failed):
+                    self.results[i] = result
+                    self.on_result(i, result)
+                elif result.lasts or tries[i] == RETRIES:
+                    raise result.error
+                else:
+                    tries[i] += 1
+                    futures += (again := self._submit([i], index))
+                    running.update(again)
+        except (CancelledError, CommClosedError):
+            raise
+        except BaseException:
+            self.client.cancel(futures)
+            raise
+        return died
+
+    def _submit(self, which: Sequence[int], index: dict[Any, int]) -> list[Any]:
+        graph = _delayed(self.name, _attempt, [(self.fn, *self.tasks[i]) for i in which])
+        futures: list[Any] = self.client.compute(graph, optimize_graph=False)
+        index.update((f.key, i) for f, i in zip(futures, which, strict=True))
+        return futures
+
+
+def _workers_died(name: str, deaths: Mapping[str, int], budget: Budget) -> WorkersDiedError:
+    what = "; ".join(f"{n} workers with {task}" for task, n in deaths.items())
+    return WorkersDiedError(
+        f"{name}: {what} died, the last {DEATHS} or more with nothing else to do. All other tasks are done, and kept. "
+        f"Mostly it is memory that they lack: they had {format_bytes(budget.worker_nbytes)} for {budget.n_threads} "
+        "threads each. Start workers with more memory or fewer threads, or leave the input out, and call again"
+    )
