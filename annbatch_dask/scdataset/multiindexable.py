@@ -108,7 +108,7 @@ class MultiIndexable:
         return iter(self._members)
 
     def __repr__(self) -> str:
-        members = self._names if self._names is not None else f"{self.count} members"
+        members = f"count={self.count}" if self._names is None else f"names={self._names}"
         extra = f", unstructured={self.unstructured_keys}" if self._unstructured else ""
         return f"MultiIndexable({members}, {len(self)} samples{extra})"
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from annbatch_dask.loader.state import Progress, Resumable, State, digest
 from annbatch_dask.order.planned import expand
 from annbatch_dask.order.share import current_worker
 from annbatch_dask.samplers.distributed import DistributedSampler, EvenOrAuto, resolve_even
-from annbatch_dask.scdataset.strategy import SamplingStrategy, StrategySampler, count_rows
+from annbatch_dask.scdataset.strategy import SamplingStrategy, StrategySampler
 from annbatch_dask.types import LoadRequest
 
 if TYPE_CHECKING:
@@ -115,8 +116,6 @@ class scDataset(Resumable, _Base):  # noqa: N801 - scDataset's name
             if value < 1:
                 msg = f"{name} must be 1 or more, got {value}"
                 raise ValueError(msg)
-        with contextlib.suppress(TypeError):  # its length is not known
-            strategy._check_range(count_rows(data_collection))  # noqa: SLF001
         self.collection = data_collection
         self.strategy = strategy
         self.batch_size = batch_size
@@ -127,6 +126,8 @@ class scDataset(Resumable, _Base):  # noqa: N801 - scDataset's name
         self.fetch_transform = fetch_transform
         self.batch_callback = batch_callback
         self.batch_transform = batch_transform
+        with contextlib.suppress(TypeError):  # its length is not known
+            strategy._check_range(self._n_obs())  # noqa: SLF001
         self.rank, self.world_size = _resolve_ranks(rank, world_size)
         self.sort_before_fetch = True
         sampler = StrategySampler(strategy, batch_size, fetch_factor, drop_last=drop_last, rng=np.random.default_rng(0))
@@ -140,12 +141,11 @@ class scDataset(Resumable, _Base):  # noqa: N801 - scDataset's name
         self._pid = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_progress": Progress(), "collection": _portable(self.collection)}
+        return self.__dict__ | {"_progress": Progress(), "collection": _exchange(self.collection, _portable)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if isinstance(self.collection, _Backed):
-            self.collection = self.collection.open()
+        self.collection = _exchange(self.collection, _opened)
         self._pid = os.getpid()
 
     def __len__(self) -> int:
@@ -159,7 +159,8 @@ class scDataset(Resumable, _Base):  # noqa: N801 - scDataset's name
 
     def _iterate(self, progress: Progress) -> Iterator[Any]:
         if os.getpid() != self._pid:  # forked: HDF5 files must be opened anew
-            self.collection, self._pid = _reopened(self.collection), os.getpid()
+            self.collection = _exchange(self.collection, lambda part: _opened(_portable(part)))
+            self._pid = os.getpid()
         for request in self._begin(progress, self._n_obs()):
             for batch in self._batches(request):
                 progress.n_batches += 1
@@ -173,19 +174,24 @@ class scDataset(Resumable, _Base):  # noqa: N801 - scDataset's name
         chunk = fetch(self.collection, rows)
         if self.fetch_transform is not None:
             chunk = self.fetch_transform(chunk)
+        if pick is take_rows and isinstance(chunk, tuple):
+            msg = (
+                f"a fetch of {len(rows)} rows is a tuple of {len(chunk)}, whose rows cannot be told from its parts; "
+                "return a MultiIndexable of the parts, or give a batch_callback"
+            )
+            raise TypeError(msg)
         for positions in request["splits"]:
             batch = pick(chunk, positions)
             yield batch if self.batch_transform is None else self.batch_transform(batch)
 
     def _n_obs(self) -> int:
-        """Rows of the collection; of those that are asked for where it cannot tell."""
-        try:
-            return count_rows(self.collection)
-        except TypeError:
-            indices = self.strategy._indices  # noqa: SLF001
-            if indices is None:
-                raise
-            return int(indices[-1]) + 1 if len(indices) else 0
+        """Rows of the collection; of those that are asked for where it cannot tell.
+
+        What a callback reads from, a list of files or a dictionary, may have another length than rows.
+        """
+        n_rows = self.strategy._rows_of(self.collection)  # noqa: SLF001
+        asked = self.strategy._rows_of(None) if self.fetch_callback and self.strategy._indices is not None else 0  # noqa: SLF001
+        return max(n_rows, asked)
 
     def _data_digest(self) -> str:
         return digest((type(self.collection).__qualname__, self._n_obs()))
@@ -215,6 +221,21 @@ class _Backed:
         return adata
 
 
+def _exchange(collection: Any, change: Callable[[Any], Any]) -> Any:
+    """The collection with ``change`` made to it, or to the parts of an AnnCollection or a MultiIndexable."""
+    changed = change(collection)
+    name = next((name for name in ("adatas", "_members") if isinstance(getattr(collection, name, None), list)), None)
+    if changed is not collection or name is None:
+        return changed
+    parts = getattr(collection, name)
+    exchanged = [_exchange(part, change) for part in parts]
+    if all(one is other for one, other in zip(parts, exchanged, strict=True)):
+        return collection
+    other = copy(collection)
+    setattr(other, name, exchanged)
+    return other
+
+
 def _portable(collection: Any) -> Any:
     """A stand-in for what cannot be pickled: an AnnData that holds an open HDF5 file."""
     if getattr(collection, "isbacked", False) and not getattr(collection, "is_view", False):
@@ -222,9 +243,8 @@ def _portable(collection: Any) -> Any:
     return collection
 
 
-def _reopened(collection: Any) -> Any:
-    portable = _portable(collection)
-    return portable.open() if isinstance(portable, _Backed) else collection
+def _opened(collection: Any) -> Any:
+    return collection.open() if isinstance(collection, _Backed) else collection
 
 
 def take_rows(data: Any, rows: Ints) -> Any:

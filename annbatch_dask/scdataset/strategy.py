@@ -82,7 +82,7 @@ class SamplingStrategy:
         if type(self).order is SamplingStrategy.order:
             raise NotImplementedError
         key = int(self._get_rng(seed, rng).integers(2**62)) if rng is not None or seed is None else seed
-        order = self.order(self._count(data_collection), (key, 0))
+        order = self.order(self._rows_of(data_collection), (key, 0))
         return order.take(0, len(order))
 
     def get_len(self, data_collection: Any) -> int:
@@ -107,6 +107,15 @@ class SamplingStrategy:
     def _count(self, data_collection: Any) -> int:
         """Rows to draw from."""
         return count_rows(data_collection) if self._indices is None else len(self._indices)
+
+    def _rows_of(self, data_collection: Any) -> int:
+        """Rows of the collection; where it does not say, as many as the indices need."""
+        try:
+            return count_rows(data_collection)
+        except TypeError:
+            if self._indices is None:
+                raise
+            return int(self._indices[-1]) + 1 if len(self._indices) else 0
 
     def _check_range(self, n_obs: int) -> None:
         if self._indices is not None and len(self._indices) and self._indices[-1] >= n_obs:

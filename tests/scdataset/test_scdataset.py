@@ -522,7 +522,7 @@ def test_members_and_rows():
         assert part.unstructured == {"genes": ["g", "h"]}
     assert [name for name, _ in m.items()] == ["X", "y"]
     assert list(m)[1] == m.values()[1]
-    assert repr(m) == "MultiIndexable(['X', 'y'], 6 samples, unstructured=['genes'])"
+    assert repr(m) == "MultiIndexable(names=['X', 'y'], 6 samples, unstructured=['genes'])"
     assert (m.unstructured_keys, MultiIndexable([1], [2]).keys()) == (["genes"], [0, 1])
 
 

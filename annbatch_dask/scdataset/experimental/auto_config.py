@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import scipy.sparse as sp
+from numpy.typing import NDArray
 
 from annbatch_dask.scdataset.multiindexable import MultiIndexable
 from annbatch_dask.scdataset.scdataset import take_rows
@@ -51,7 +52,7 @@ def estimate_sample_size(  # noqa: PLR0913, PLR0917 - scDataset's interface
     n = min(n_samples, count_rows(data_collection))
     sizes = []
     for row in range(n):
-        sample = (fetch_callback or take_rows)(data_collection, np.array([row]))
+        sample = (fetch_callback or _take_row)(data_collection, np.array([row]))
         sample = sample if fetch_transform is None else fetch_transform(sample)
         sample = sample if batch_callback is None else batch_callback(sample, np.array([0]))
         sample = sample if batch_transform is None else batch_transform(sample)
@@ -125,6 +126,14 @@ def suggest_parameters(  # noqa: PLR0913, PLR0917 - scDataset's interface
     if verbose:
         logger.info("suggested parameters: %s", found)
     return found
+
+
+def _take_row(data: Any, rows: NDArray[np.integer[Any]]) -> Any:
+    """One row; by its number where a collection, as many a torch Dataset, takes no arrays."""
+    try:
+        return take_rows(data, rows)
+    except (TypeError, ValueError, IndexError):
+        return data[int(rows[0])]
 
 
 def _nbytes(value: Any, seen: set[int]) -> int:
