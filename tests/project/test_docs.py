@@ -17,7 +17,7 @@ import zarr
 import annbatch_dask
 from annbatch_dask.testing import make_adata
 
-PAGES = Path(__file__).parents[2] / "docs/api"
+PAGES = Path(__file__).parents[2] / "docs/reference"
 MODULES = [name for name in annbatch_dask.__all__ if inspect.ismodule(getattr(annbatch_dask, name))]
 OF_A_MODULE = {"errors", "events", "types"}
 """Modules of many small names, with one example for all of them."""
