@@ -81,7 +81,7 @@ def describe_matrix(name: str, values: Any, *, metadata_only: bool = False) -> M
 
     With ``metadata_only`` a stored one is not read: its stored values are taken to be spread evenly over its rows.
     """
-    if hasattr(values, "keys") and hasattr(values, "attrs") and not isinstance(values, pd.DataFrame):
+    if _is_group(values):
         return _describe_stored_sparse(name, values, metadata_only=metadata_only)
     dtype, ndim = getattr(values, "dtype", None), getattr(values, "ndim", 0)
     if isinstance(values, pd.DataFrame) or dtype is None or not is_matrix(name, dtype, ndim):
@@ -93,6 +93,11 @@ def describe_matrix(name: str, values: Any, *, metadata_only: bool = False) -> M
     stored_nbytes = _in_flight(values) if hasattr(values, "chunks") else 0
     schema = MatrixSchema(name, "dense", _source_dtype(values, dtype), "", **row_of(values.shape))
     return replace(schema, in_flight_nbytes=stored_nbytes)
+
+
+def _is_group(values: Any) -> bool:
+    """Whether a matrix is a group of arrays in a file. Data frames have both as well, arrays of AnnData views keys."""
+    return hasattr(values, "keys") and hasattr(values, "attrs") and not isinstance(values, pd.DataFrame)
 
 
 def is_matrix(name: str, dtype: np.dtype, ndim: int) -> bool:
@@ -116,7 +121,7 @@ def are_whole(values: Any) -> bool | None:
     if sp.issparse(values):
         stored: Any = values.data
     else:
-        stored = values["data"] if hasattr(values, "keys") else values
+        stored = values["data"] if _is_group(values) else values
     if stored.dtype.kind in "biu":
         return True
     width = prod(stored.shape[1:])
@@ -187,7 +192,7 @@ def _check_row_indices(rows: NDArray, n_rows: int) -> None:
 
 def matrix_rows(values: Any, matrix: MatrixSchema, start: int, stop: int) -> CsrRows | NDArray:
     """Rows [start, stop) of a stored or in-memory matrix; dense ones as (rows, n_cols) in the schema's dtype."""
-    if hasattr(values, "keys"):
+    if _is_group(values):
         return _stored_csr(values, start, stop) if matrix.kind == "csr" else _csc_rows(values, start, stop)
     elif isinstance(values, h5py.Dataset):
         values = read_h5_rows(values, start, stop)

@@ -198,12 +198,19 @@ def load_filtered(path):
     return ad.AnnData(X=adata.X, obs=adata.obs.to_memory().assign(extra=1.5), var=adata.var.to_memory())
 
 
-@pytest.mark.parametrize("how", ["memory", "backed", "lazy and filtered", "sparse dataset"])
+def load_view(path):
+    adata = ad.read_h5ad(path)
+    adata.obsm["X_pca"] = np.linspace(0, 1, 2 * adata.n_obs).reshape(-1, 2)
+    return adata[:]
+
+
+@pytest.mark.parametrize("how", ["memory", "view", "backed", "lazy and filtered", "sparse dataset"])
 def test_load_adata_may_return_anything(tmp_path, h5ad_pair, how):
     import h5py
 
     loads = {
         "memory": ad.read_h5ad,
+        "view": load_view,
         "backed": lambda p: ad.read_h5ad(p, backed="r"),
         "lazy and filtered": load_filtered,
         "sparse dataset": lambda p: ad.AnnData(
