@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 PAGE = "reference/command-line.md"
 HEAD = """# Command line
 
-An error is one line on standard error and exit code 1. `--debug` shows its traceback. Wrong usage exits with 2, and Ctrl-C
-with 130. This page is generated from the parser, so it says what `annbatch-dask COMMAND --help` says.
+An error is one line on standard error and exit code 1. `--debug` shows its traceback. Wrong usage exits with 2,
+and Ctrl-C with 130. This page is generated from the parser, so it says what `annbatch-dask COMMAND --help` says.
 """
 
 

@@ -61,7 +61,7 @@ def save(figure: Any, name: str) -> None:
 
 
 def demo_orders() -> dict[str, NDArray[np.float64]]:
-    """Return the share of each class in each batch, (n_batches, n_classes): of the files in order, and of the loader."""
+    """Return the share of each class in each batch, (n_batches, n_classes): of files in order, and of the loader."""
     sys.path.insert(0, str(ROOT / "pipelines"))
     import demo
 

@@ -1,4 +1,4 @@
-"""What griffe does not know of this package's docstrings: Sphinx roles, private names in signatures, groups of keywords.
+"""An extension of griffe: Sphinx roles become links, private defaults values, long lists of parameters groups.
 
 mkdocs.yml names this file among the extensions of mkdocstrings.
 """
@@ -16,15 +16,15 @@ SPECIAL = {"__call__", "__getitem__", "__iter__", "__len__", "__version__"}
 """Special methods that a user calls, if by another spelling. What the others do goes without saying."""
 
 GROUPS: dict[str, dict[str, list[str]]] = {
-    "annbatch_dask.loader.loader.Loader": {
-        "order of rows": ["batch_size", "shuffle", "rng", "chunk_size", "preload_nchunks", "drop_last", "batch_sampler"],
+    "annbatch_dask.Loader": {
+        "order": ["batch_size", "shuffle", "rng", "drop_last", "chunk_size", "preload_nchunks", "batch_sampler"],
         "choice of rows": ["where", "return_index"],
         "form of X": ["dense", "to", "dtype", "casting", "var_names", "transform"],
         "other contents": ["layers", "obsm", "obs_columns", "obs_codes"],
         "several processes": ["dist_info", "even", "global_batch_size"],
         "GPU, memory and cache": ["preload_to_gpu", "prefetch_bytes", "cache_dir", "cache_bytes"],
     },
-    "annbatch_dask.collection.DatasetCollection.add_adatas": {
+    "annbatch_dask.DatasetCollection.add_adatas": {
         "inputs": ["adata_paths", "load_adata", "storage_options", "on_duplicate_source"],
         "what is carried": ["elements", "counts", "allow_mixed_counts", "var_subset", "merge"],
         "order": ["shuffle", "seed", "rng", "seed, rng", "groupby", "mode", "genes"],
@@ -40,6 +40,8 @@ class Reference(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **_: Any) -> None:
         """Prepare the package."""
+        found = loader.modules_collection
+        self._groups = {found.get_member(path).canonical_path: groups for path, groups in GROUPS.items()}
         self._prepare(pkg, loader, set())
 
     def _prepare(self, obj: Any, loader: griffe.GriffeLoader, seen: set[str]) -> None:
@@ -58,7 +60,7 @@ class Reference(griffe.Extension):
                 member.public = False
             if not member.is_alias:
                 self._prepare(member, loader, seen)
-        if groups := GROUPS.get(obj.path):
+        if groups := self._groups.get(obj.path):
             group_parameters(obj, groups)
 
 
@@ -110,5 +112,5 @@ def grouped(section: Any, groups: dict[str, list[str]]) -> list[Any]:
         if some := [left.pop(n) for n in names if n in left]:
             found.append(griffe.DocstringSectionParameters(some, title=f"Parameters: {title}"))
     if left:
-        found.append(griffe.DocstringSectionParameters(list(left.values()), title="Parameters: names that annbatch has"))
+        found.append(griffe.DocstringSectionParameters(list(left.values()), title="Parameters: annbatch's other names"))
     return found

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
-import anndata as ad
 import dask
 import numpy as np
 import pandas as pd
@@ -31,7 +30,10 @@ from annbatch_dask import DatasetCollection, cli
 from annbatch_dask.testing import make_adata
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted(p for p in ROOT.glob("docs/**/*.md") if p.name not in ("changelog.md", "peers.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(p for p in ROOT.glob("docs/**/*.md") if p.name not in ("changelog.md", "peers.md")),
+]
 FENCE = re.compile(r"(?:<!-- (.+?) -->\n)?^```(\w*).*?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 CODE = {"python", "sh"}
 DATA = {"json", "yaml", "text"}
@@ -106,7 +108,7 @@ def folder(files, tmp_path, monkeypatch):
 # --- code ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:Batches do not carry:FutureWarning")  # layers and obsm, which most pages do not need
+@pytest.mark.filterwarnings("ignore:Batches do not carry:FutureWarning")  # layers and obsm, on most pages
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_code_of_a_page_runs(page):
