@@ -65,3 +65,16 @@ def test_a_publication_needs_no_secret():
     text = (ROOT / ".github/workflows/release.yml").read_text()
     assert "id-token: write" in text
     assert "secrets." not in text
+
+
+CONDA_NAMES = {"dask": "dask-core"}
+"""Where conda-forge has another name: its dask brings all extras."""
+
+
+def test_the_recipe_needs_what_the_package_needs():
+    recipe = read_yaml("conda/recipe.yaml")
+    needed = {re.sub(r"\[.*\]", "", line) for line in PROJECT["project"]["dependencies"]}
+    names = [re.match(r"[\w-]+", line).group() for line in needed]
+    expected = {CONDA_NAMES.get(n, n) + " " + line[len(n) :] for n, line in zip(names, needed, strict=True)}
+    assert set(recipe["requirements"]["run"][1:]) == expected
+    assert recipe["context"]["version"] == annbatch_dask.__version__
