@@ -14,10 +14,10 @@ from annbatch_dask.engines.base import Engine, run_stage
 from annbatch_dask.engines.dask import LocalEngine
 from annbatch_dask.errors import CollectionBusyError, IntegrityError
 from annbatch_dask.etl.commit import commit, make_manifest, merged_range, source_fingerprints
-from annbatch_dask.etl.gather import GatherTask, gather
+from annbatch_dask.etl.gather import gather
 from annbatch_dask.etl.group import count_groups, with_groups
 from annbatch_dask.etl.inputs import forget_inputs_of
-from annbatch_dask.etl.job import Job, forget_job, save_job
+from annbatch_dask.etl.job import GatherTask, Job, forget_job, save_job
 from annbatch_dask.etl.scatter import forget_task, scatter
 from annbatch_dask.etl.sweep import clean_up, withdraw
 from annbatch_dask.etl.totals import Totals

@@ -15,9 +15,8 @@ import numpy as np
 
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.etl.files import recorded_files
-from annbatch_dask.etl.gather import GatherTask
 from annbatch_dask.etl.inputs import Input, known_inputs, record_inputs
-from annbatch_dask.etl.job import Job
+from annbatch_dask.etl.job import GatherTask, Job
 from annbatch_dask.etl.ours import remove_dataset
 from annbatch_dask.manifest import (
     ANNBATCH_ENCODING,

@@ -6,67 +6,38 @@ import contextlib
 import fcntl
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
-import pandas as pd
 import zarr
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import IntegrityError
-from annbatch_dask.etl.frames import annotation_frames, make_frames, write_frames
-from annbatch_dask.etl.job import Job, JobFile, forget_inputs, load_job
+from annbatch_dask.etl.frames import annotation_frames, write_frames
+from annbatch_dask.etl.job import GatherTask, Job, JobFile, forget_inputs, load_job
 from annbatch_dask.etl.ours import ATTEMPT_NAME, dataset_attributes, first_document
-from annbatch_dask.etl.rows import all_columns, decode_strings, head, row_hashes, sum_hashes
-from annbatch_dask.etl.scatter import GROUP, PLACE, Flats, Heads, scatter_again
+from annbatch_dask.etl.rows import GROUP, PLACE, Flats, Heads, all_columns, array_name, row_hashes, sum_hashes
+from annbatch_dask.etl.scatter import scatter_again
+from annbatch_dask.etl.write import ObsColumns, matrix_writer, publish_dataset
 from annbatch_dask.kernels.rows import bounds_of, copy_runs
-from annbatch_dask.manifest import DATASET_PREFIX, SOURCE_DTYPE
+from annbatch_dask.manifest import DATASET_PREFIX
 from annbatch_dask.plan.dtypes import index_dtype
-from annbatch_dask.plan.options import Options
 from annbatch_dask.plan.plan import Plan
-from annbatch_dask.plan.schema import ColumnSpec, MatrixSpec
-from annbatch_dask.sources.columns import to_pandas
-from annbatch_dask.storage.checksums import FileSums, checksum, checksum_of
+from annbatch_dask.storage.checksums import FileSums, checksum
 from annbatch_dask.storage.folder import Folder, name_errors
 from annbatch_dask.storage.lock import is_held
-from annbatch_dask.storage.metadata import FILES, METADATA, group_document, is_metadata, nodes_of
-from annbatch_dask.storage.packed import PackedCodec, packs
-from annbatch_dask.storage.shards import ShardWriter
+from annbatch_dask.storage.metadata import METADATA
 from annbatch_dask.storage.spill import SpillError, SpillReader, check_scratch, find_receipt, write_receipt
 from annbatch_dask.storage.threads import one_ahead
 
-__all__ = ["GatherTask", "gather", "packing_of", "publish_dataset"]
+__all__ = ["gather"]
 
 logger = logging.getLogger(__name__)
-
 _MAX_OPEN = 128
 """Spill files a task keeps open; with more of them, each read opens its file."""
-
-
-@dataclass(frozen=True)
-class GatherTask:
-    """What scatter found out that writing a dataset needs.
-
-    Attributes
-    ----------
-    dataset
-        Which.
-    dtypes
-        Stored dtype of each matrix, the same in all datasets.
-    nnz
-        Stored values of each sparse matrix in this dataset.
-    fingerprint
-        Of the rows as they were read.
-    """
-
-    dataset: int
-    dtypes: Mapping[str, str]
-    nnz: Mapping[str, int]
-    fingerprint: int
 
 
 def gather(file: JobFile, task: GatherTask) -> dict[str, Any]:
@@ -193,10 +164,10 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> d
     files: dict[str, Any] = {}  # all but the shards
     group = zarr.create_group(zarr.storage.MemoryStore(files), attributes=attributes)
     start, stop = plan.layout.dataset_bounds(task.dataset)
-    obs = _ObsColumns(all_columns(plan), stop - start)
+    obs = ObsColumns(all_columns(plan), stop - start)
     total, n_bytes = 0, 0
     with contextlib.ExitStack() as open_shards:
-        writers = [_matrix_writer(m, plan.options, stop - start, task, folder, group) for m in plan.matrices]
+        writers = [matrix_writer(m, plan.options, stop - start, task, folder, group) for m in plan.matrices]
         for w in writers:
             open_shards.enter_context(w)
         parts = open_shards.enter_context(contextlib.closing(one_ahead(_parts(job, task))))
@@ -231,9 +202,6 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> d
     }
 
 
-# --- read ----------------------------------------------------------------------------------------------------------
-
-
 def _parts(job: Job, task: GatherTask) -> Iterator[tuple[Heads, Flats]]:
     """The dataset's rows in their final order, part by part; the arrays are reused for the part after the next."""
     plan = job.plan
@@ -259,7 +227,9 @@ def _parts(job: Job, task: GatherTask) -> Iterator[tuple[Heads, Flats]]:
             heads = _gather_heads(segments, n_rows)
             for m in plan.matrices:
                 if m.kind == "dense":
-                    heads[f"{m.name}#dense"] = flats.pop(f"{m.name}#dense")[0].reshape(n_rows, m.n_cols)
+                    heads[array_name(m.name, "dense")] = flats.pop(array_name(m.name, "dense"))[0].reshape(
+                        n_rows, m.n_cols
+                    )
             yield heads, flats
 
 
@@ -330,13 +300,13 @@ def _flat_arrays(plan: Plan, task: GatherTask) -> Iterator[tuple[str, np.dtype, 
     """Name and dtype of every flat array, and the head that counts its entries, or how many each row has."""
     for m in plan.matrices:
         if m.kind == "csr":
-            yield f"{m.name}#indices", index_dtype(m.n_cols), f"{m.name}#length"
-            yield f"{m.name}#values", np.dtype(task.dtypes[m.name]), f"{m.name}#length"
+            yield array_name(m.name, "indices"), index_dtype(m.n_cols), array_name(m.name, "length")
+            yield array_name(m.name, "values"), np.dtype(task.dtypes[m.name]), array_name(m.name, "length")
         else:
-            yield f"{m.name}#dense", np.dtype(task.dtypes[m.name]), m.n_cols
+            yield array_name(m.name, "dense"), np.dtype(task.dtypes[m.name]), m.n_cols
     for c in all_columns(plan):
         if c.kind == "string":
-            yield head(c, "bytes"), np.dtype(np.uint8), head(c, "length")
+            yield array_name(c.path, "bytes"), np.dtype(np.uint8), array_name(c.path, "length")
 
 
 def _buffer(buffers: dict[str, NDArray], name: str, size: int, dtype: np.dtype) -> NDArray:
@@ -344,193 +314,3 @@ def _buffer(buffers: dict[str, NDArray], name: str, size: int, dtype: np.dtype) 
     if name not in buffers or len(buffers[name]) < size:
         buffers[name] = np.empty(size + size // 16, dtype)
     return buffers[name][:size]
-
-
-# --- write ---------------------------------------------------------------------------------------------------------
-
-
-def _matrix_writer(
-    spec: MatrixSpec, options: Options, n_obs: int, task: GatherTask, folder: Folder, group: zarr.Group
-) -> _SparseWriter | _DenseWriter:
-    for parent in spec.name.split("/")[:-1]:
-        encoding = "raw" if parent == "raw" else "dict"
-        group.require_group(parent).attrs.update({"encoding-type": encoding, "encoding-version": "0.1.0"})
-    kind = _SparseWriter if spec.kind == "csr" else _DenseWriter
-    return kind(spec, options, n_obs, task, folder, group)
-
-
-class _SparseWriter(contextlib.ExitStack):
-    """Writes a CSR group: data, indices and indptr, each sharded, with chunks of about ``n_obs_per_chunk`` rows."""
-
-    def __init__(
-        self, spec: MatrixSpec, options: Options, n_obs: int, task: GatherTask, folder: Folder, group: zarr.Group
-    ) -> None:
-        super().__init__()
-        nnz = task.nnz[spec.name]
-        attributes = {
-            "encoding-type": "csr_matrix",
-            "encoding-version": "0.1.0",
-            "shape": [n_obs, spec.n_cols],
-            SOURCE_DTYPE: spec.source_dtype,
-        }
-        group.create_group(spec.name, attributes=attributes)
-        chunk = max(1, min(round(options.n_obs_per_chunk * nnz / n_obs), nnz))
-        arrays = {
-            "data": (nnz, np.dtype(task.dtypes[spec.name])),
-            "indices": (nnz, index_dtype(spec.n_cols)),
-            "indptr": (n_obs + 1, np.dtype(np.int64)),
-        }
-        row_nbytes = max(1, nnz) / n_obs * max(d.itemsize for _, d in arrays.values())
-        self._name, self._at = spec.name, 0
-        self._writers = {
-            name: self.enter_context(
-                ShardWriter(
-                    folder,
-                    group.store,
-                    f"{spec.name}/{name}",
-                    shape=(length,),
-                    dtype=dtype,
-                    chunk_rows=chunk,
-                    shard_rows=_shard_rows(options, row_nbytes, chunk, length, scale=max(1, nnz) / n_obs),
-                    compressor=options.compressor,
-                    attributes={},
-                    packing=packing_of(name, dtype) if options.layout == "packed" else None,
-                )
-            )
-            for name, (length, dtype) in arrays.items()
-        }
-        self._writers["indptr"].append(np.zeros(1, np.int64))
-
-    @property
-    def files(self) -> FileSums:
-        """Checksums of the shards."""
-        return {name: sums for w in self._writers.values() for name, sums in w.files.items()}
-
-    def append(self, heads: Heads, flats: Flats) -> int:
-        """Append rows; returns their bytes."""
-        indices, bounds = flats[f"{self._name}#indices"]
-        values, _ = flats[f"{self._name}#values"]
-        self._writers["indices"].append(indices)
-        self._writers["data"].append(values)
-        self._writers["indptr"].append(bounds[1:] + self._at)
-        self._at += int(bounds[-1])
-        return int(indices.nbytes + values.nbytes + bounds.nbytes)
-
-
-def packing_of(array: str, dtype: np.dtype) -> PackedCodec | None:
-    """How one of a sparse matrix's arrays is packed; not at all where it is small, or holds no integers."""
-    return None if array == "indptr" or not packs(dtype) else PackedCodec(differences=array == "indices")
-
-
-class _DenseWriter(contextlib.ExitStack):
-    """Writes a dense array, sharded along its rows."""
-
-    def __init__(
-        self, spec: MatrixSpec, options: Options, n_obs: int, task: GatherTask, folder: Folder, group: zarr.Group
-    ) -> None:
-        super().__init__()
-        dtype = np.dtype(task.dtypes[spec.name])
-        chunk = min(options.n_obs_per_chunk, n_obs)
-        self._name, self._spec = spec.name, spec
-        self._writer = self.enter_context(
-            ShardWriter(
-                folder,
-                group.store,
-                spec.name,
-                shape=spec.shape(n_obs),
-                dtype=dtype,
-                chunk_rows=chunk,
-                shard_rows=_shard_rows(options, max(1, spec.n_cols) * dtype.itemsize, chunk, n_obs, scale=1),
-                compressor=options.compressor,
-                attributes={"encoding-type": "array", "encoding-version": "0.2.0", SOURCE_DTYPE: spec.source_dtype},
-            )
-        )
-
-    @property
-    def files(self) -> FileSums:
-        """Checksums of the shards."""
-        return self._writer.files
-
-    def append(self, heads: Heads, flats: Flats) -> int:
-        """Append rows; returns their bytes."""
-        values = heads[f"{self._name}#dense"]
-        self._writer.append(values.reshape(self._spec.shape(len(values))))
-        return int(values.nbytes)
-
-
-def _shard_rows(options: Options, row_nbytes: float, chunk: int, length: int, *, scale: float) -> int:
-    """Entries of a shard: the size asked for, rounded down to whole chunks, and no more than the array holds.
-
-    ``scale`` is the number of array entries a cell, ``row_nbytes`` the bytes of a cell.
-    """
-    rows = options.shard_rows if options.shard_rows is not None else (options.shard_nbytes or 2**30) / row_nbytes
-    chunks = int(rows * scale) // chunk
-    return chunk * max(1, min(chunks, -(-length // chunk)))
-
-
-class _ObsColumns:
-    """The dataset's obs, and the frames in its obsm, filled part by part; strings as the bytes they are."""
-
-    def __init__(self, columns: Sequence[ColumnSpec], n_rows: int) -> None:
-        self._columns, self._n_rows, self._at = columns, n_rows, 0
-        self._arrays: dict[str, NDArray] = {}
-        self._strings: dict[str, list[tuple[NDArray[np.int64], NDArray[np.uint8]]]] = {}
-
-    def append(self, heads: Heads, flats: Flats) -> None:
-        for c in self._columns:
-            if c.kind == "string":
-                data, bounds = flats[head(c, "bytes")]
-                self._strings.setdefault(c.path, []).append((bounds, data.copy()))
-            else:
-                self._put(head(c), heads[head(c)])
-            if c.nullable:
-                self._put(head(c, "mask"), heads[head(c, "mask")])
-        self._at += len(heads[PLACE])
-
-    def _put(self, name: str, rows: NDArray) -> None:
-        if name not in self._arrays:
-            self._arrays[name] = np.empty(self._n_rows, rows.dtype)
-        self._arrays[name][self._at : self._at + len(rows)] = rows
-
-    def _pop(self, c: ColumnSpec) -> tuple[NDArray, NDArray[np.bool_] | None]:
-        if c.path in self._strings:
-            return np.zeros(self._n_rows, np.int8), None
-        return self._arrays.pop(head(c)), self._arrays.pop(head(c, "mask"), None)
-
-    def _pop_strings(self, c: ColumnSpec) -> NDArray[np.object_]:
-        out, at, pieces = np.empty(self._n_rows, object), 0, self._strings.pop(c.path)
-        pieces.reverse()
-        while pieces:
-            strings = decode_strings(*pieces.pop())
-            out[at : at + len(strings)] = strings
-            at += len(strings)
-        return out
-
-    def frames(self, index_name: str | None) -> dict[str, pd.DataFrame]:
-        """obs, and those of obsm, with a place kept for each column of :meth:`strings`."""
-        names, *columns = self._columns
-        index = pd.Index(self._pop_strings(names), dtype=object, name=index_name)
-        places = (
-            replace(c, kind="numeric", dtype="int8", nullable=False) if c.kind == "string" else c for c in columns
-        )
-        return make_frames(index, places, self._pop)
-
-    def strings(self) -> Iterator[tuple[str, Any]]:
-        """Path and values of each column of strings: Python needs several times the bytes of one."""
-        for c in self._columns:
-            if c.path in self._strings:
-                mask = self._arrays.pop(head(c, "mask"), None)
-                yield c.path, to_pandas(c, self._pop_strings(c), mask)
-
-
-def publish_dataset(
-    folder: Folder, files: dict[str, bytes], shards: dict[str, tuple[int, str]]
-) -> dict[str, tuple[int, str]]:
-    """Write a dataset's small files, its root with the metadata and checksums of all at last; returns all checksums."""
-    nodes = nodes_of({name: content for name, content in files.items() if is_metadata(name)})
-    below = {name: content for name, content in files.items() if name != METADATA}
-    sums = dict(sorted((shards | {name: checksum_of(content) for name, content in below.items()}).items()))
-    root = group_document(nodes[""]["attributes"] | {FILES: {name: list(found) for name, found in sums.items()}}, nodes)
-    folder.write_all(below)
-    folder.write(METADATA, root, durable=False, parents=False)  # all is synced together
-    return sums | {METADATA: checksum_of(root)}

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
+from annbatch_dask.etl.blocks import read_columns
 from annbatch_dask.etl.job import Job, JobFile, load_job
 from annbatch_dask.etl.rows import group_keys
-from annbatch_dask.etl.scatter import read_columns
 from annbatch_dask.plan.grouping import Groups, group_layout
 
 __all__ = ["count_groups", "with_groups"]

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 __all__ = [
+    "GatherTask",
     "Job",
     "JobFile",
     "forget_inputs",
@@ -262,3 +263,25 @@ def trim_memory() -> None:
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+@dataclass(frozen=True)
+class GatherTask:
+    """What scatter found out that writing a dataset needs.
+
+    Attributes
+    ----------
+    dataset
+        Which.
+    dtypes
+        Stored dtype of each matrix, the same in all datasets.
+    nnz
+        Stored values of each sparse matrix in this dataset.
+    fingerprint
+        Of the rows as they were read.
+    """
+
+    dataset: int
+    dtypes: Mapping[str, str]
+    nnz: Mapping[str, int]
+    fingerprint: int

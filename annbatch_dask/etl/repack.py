@@ -17,10 +17,10 @@ from annbatch_dask.chunks.reader import RangeReader
 from annbatch_dask.errors import CollectionError, IntegrityError
 from annbatch_dask.etl.commit import record_of, write_root
 from annbatch_dask.etl.files import recorded_files
-from annbatch_dask.etl.gather import packing_of, publish_dataset
 from annbatch_dask.etl.inputs import known_inputs
 from annbatch_dask.etl.ours import dataset_attributes, first_document, is_dataset_of
 from annbatch_dask.etl.verify import check_dataset
+from annbatch_dask.etl.write import packing_of, publish_dataset
 from annbatch_dask.manifest import MANIFEST_KEY, Manifest
 from annbatch_dask.storage.checksums import FileSums, checksum_of
 from annbatch_dask.storage.folder import Folder

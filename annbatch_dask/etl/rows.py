@@ -25,16 +25,28 @@ from annbatch_dask.plan.schema import Categories, ColumnSpec, MatrixSpec
 from annbatch_dask.sources.columns import ColumnRows
 
 __all__ = [
+    "GROUP",
     "NAMES",
+    "PLACE",
+    "Flats",
+    "Heads",
     "all_columns",
+    "array_name",
     "decode_strings",
     "encode_strings",
     "group_keys",
-    "head",
     "row_hashes",
     "sum_hashes",
     "write_column",
 ]
+
+PLACE = "#place"
+"""Head array: a row's position within its part; with groupby, within its dataset."""
+GROUP = "#group"
+"""Head array: number of a row's group, with groupby."""
+Heads = dict[str, NDArray]
+Flats = dict[str, tuple[NDArray, NDArray[np.int64]]]
+
 
 HeadsLike = Mapping[str, NDArray]
 FlatsLike = Mapping[str, tuple[NDArray, NDArray[np.int64]]]
@@ -48,9 +60,18 @@ def all_columns(plan: Plan) -> tuple[ColumnSpec, ...]:
     return (NAMES, *plan.columns, plan.source_column)
 
 
-def head(spec: ColumnSpec, what: str = "values") -> str:
-    """Name of a column's head array: its ``values``, ``mask`` or string ``length``."""
-    return f"{spec.path}#{what}"
+def array_name(element: str, what: str = "values") -> str:
+    """Name of one of an element's arrays.
+
+    Parameters
+    ----------
+    element
+        Name of a matrix, or path of a column.
+    what
+        Of a matrix ``dense``, or ``indices``, ``values`` and ``length`` (stored values a row); of a column ``values``,
+        ``mask``, or of strings ``bytes`` and ``length``.
+    """
+    return f"{element}#{what}"
 
 
 def encode_strings(strings: NDArray[np.object_]) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
@@ -77,12 +98,12 @@ def write_column(
     """Add a column's rows, in the collection's dtype and codes, to the arrays of a block."""
     if spec.kind == "string":
         counts, data = encode_strings(rows.values)
-        heads[head(spec, "length")] = counts
-        flats[head(spec, "bytes")] = data, bounds_of(counts)
+        heads[array_name(spec.path, "length")] = counts
+        flats[array_name(spec.path, "bytes")] = data, bounds_of(counts)
     else:
-        heads[head(spec)] = rows.values
+        heads[array_name(spec.path)] = rows.values
     if spec.nullable:
-        heads[head(spec, "mask")] = np.zeros(len(rows.values), bool) if rows.mask is None else rows.mask
+        heads[array_name(spec.path, "mask")] = np.zeros(len(rows.values), bool) if rows.mask is None else rows.mask
 
 
 def group_keys(plan: Plan, heads: HeadsLike, flats: FlatsLike) -> list[NDArray]:
@@ -92,14 +113,14 @@ def group_keys(plan: Plan, heads: HeadsLike, flats: FlatsLike) -> list[NDArray]:
 
 def _sortable(column: ColumnSpec, heads: HeadsLike, flats: FlatsLike) -> tuple[NDArray, NDArray]:
     if column.kind == "string":
-        data, bounds = flats[head(column, "bytes")]
+        data, bounds = flats[array_name(column.path, "bytes")]
         values: NDArray = decode_strings(bounds, data)
     else:
-        values = heads[head(column)]
+        values = heads[array_name(column.path)]
     if column.categories is not None:
         missing = values < 0
     elif column.nullable:
-        missing = np.asarray(heads[head(column, "mask")], bool)
+        missing = np.asarray(heads[array_name(column.path, "mask")], bool)
     else:
         missing = np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), bool)
     nothing = np.asarray("" if values.dtype == object else 0, values.dtype)
@@ -121,10 +142,10 @@ def row_hashes(
     hashes = np.zeros(n_rows, np.uint64)
     for m in matrices:
         if m.kind == "csr":
-            indices, bounds = flats[f"{m.name}#indices"]
-            add_sparse(hashes, bounds, indices, flats[f"{m.name}#values"][0], field_salt(m.name))
+            indices, bounds = flats[array_name(m.name, "indices")]
+            add_sparse(hashes, bounds, indices, flats[array_name(m.name, "values")][0], field_salt(m.name))
         else:
-            add_dense(hashes, heads[f"{m.name}#dense"], field_salt(m.name))
+            add_dense(hashes, heads[array_name(m.name, "dense")], field_salt(m.name))
     for c in columns:
         hashes += _column_hashes(n_rows, c, heads, flats)
     return hashes
@@ -135,16 +156,16 @@ def _column_hashes(n_rows: int, spec: ColumnSpec, heads: HeadsLike, flats: Flats
     salt = field_salt(spec.path)
     if spec.categories is not None:
         table = np.append(_category_hashes(spec.categories, salt), [np.uint64(0)])
-        by_code: NDArray[np.uint64] = table[heads[head(spec)]]
+        by_code: NDArray[np.uint64] = table[heads[array_name(spec.path)]]
         return by_code
     hashes = np.zeros(n_rows, np.uint64)
     if spec.kind == "string":
-        data, bounds = flats[head(spec, "bytes")]
+        data, bounds = flats[array_name(spec.path, "bytes")]
         add_strings(hashes, bounds, data, salt)
     else:
-        add_dense(hashes, heads[head(spec)].reshape(n_rows, 1), salt)
+        add_dense(hashes, heads[array_name(spec.path)].reshape(n_rows, 1), salt)
     if spec.nullable:
-        hashes[heads[head(spec, "mask")]] = 0
+        hashes[heads[array_name(spec.path, "mask")]] = 0
     return hashes
 
 

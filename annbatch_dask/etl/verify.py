@@ -9,10 +9,10 @@ from pathlib import PurePath
 from typing import Any
 
 from annbatch_dask.errors import AnnbatchDaskError, CollectionError, IntegrityError
+from annbatch_dask.etl.blocks import hash_block, read_block
 from annbatch_dask.etl.files import recorded_files
 from annbatch_dask.etl.rows import sum_hashes
 from annbatch_dask.etl.scan import look, scan, with_ranges
-from annbatch_dask.etl.scatter import hash_block, read_block
 from annbatch_dask.manifest import DatasetRecord, Manifest, SourceRecord
 from annbatch_dask.plan.build import build_plan
 from annbatch_dask.plan.elements import Elements
