@@ -32,6 +32,7 @@ __all__ = [
     "Block",
     "CsrSource",
     "DenseBlock",
+    "Loaded",
     "Located",
     "Source",
     "SparseBlock",
@@ -400,3 +401,24 @@ class ArraySource(Source):
             values[...] = self._array[located.starts]
 
         return DenseBlock(values, np.arange(len(located.starts))), [copy]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The rows of one matrix in a load window.
+
+    Attributes
+    ----------
+    blocks, block, position
+        Row ``j`` is row ``position[j]`` of ``blocks[block[j]]``.
+    lengths
+        Entries of each row; zeros for dense blocks.
+    dtype
+        The dtype the values had in the sources.
+    """
+
+    blocks: list[Block]
+    block: Ints
+    position: Ints
+    lengths: Ints
+    dtype: np.dtype[Any]

@@ -24,9 +24,8 @@ from annbatch_dask.kernels.assemble import (
     select_rows,
     take_columns,
 )
-from annbatch_dask.loader.backing import DenseBlock, SparseBlock
+from annbatch_dask.loader.backing import DenseBlock, Loaded, SparseBlock
 from annbatch_dask.loader.pool import BufferPool
-from annbatch_dask.loader.requests import Loaded
 
 __all__ = [
     "BatchBuilder",

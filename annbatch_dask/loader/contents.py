@@ -15,7 +15,8 @@ from annbatch_dask.kernels.gpu import knows
 from annbatch_dask.loader.backing import Source
 from annbatch_dask.loader.batch import Form, Selection
 from annbatch_dask.loader.casts import check_cast
-from annbatch_dask.loader.device import Device, Placed, check_device, find_device, has_device
+from annbatch_dask.loader.gpu.device import Device, Placed
+from annbatch_dask.loader.gpu.find import check_device, find_device, has_device
 from annbatch_dask.loader.obs import Categories, Labels, ObsTable
 from annbatch_dask.loader.output import Framework, check_framework, make_deliver
 from annbatch_dask.loader.requests import Window

@@ -27,14 +27,16 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from annbatch_dask.chunks.reader import Task, deal
-from annbatch_dask.loader.backing import Located
+from annbatch_dask.loader.backing import Loaded, Located
 from annbatch_dask.loader.batch import BatchBuilder
 from annbatch_dask.loader.contents import Contents, Matrix
-from annbatch_dask.loader.device import DeviceBuilder, Handover, Placed, place
+from annbatch_dask.loader.gpu.builder import DeviceBuilder
+from annbatch_dask.loader.gpu.device import Handover, Placed
+from annbatch_dask.loader.gpu.place import place
+from annbatch_dask.loader.gpu.slab import Slab, room_for, room_of, stage
 from annbatch_dask.loader.helpers import Closed, Helpers, Job, LoaderThread
 from annbatch_dask.loader.pool import BufferPool
-from annbatch_dask.loader.requests import Assignment, Loaded, Window, assign, resolve_rows, resolve_splits
-from annbatch_dask.loader.slab import Slab, room_for, room_of, stage
+from annbatch_dask.loader.requests import Assignment, Window, assign, resolve_rows, resolve_splits
 from annbatch_dask.types import LoaderOutput, LoadRequest
 
 __all__ = ["END", "Budget", "End", "Pipeline", "PipelineOptions"]

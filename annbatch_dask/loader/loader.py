@@ -2,75 +2,48 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
-import pandas as pd
-import scipy.sparse as sp
-import zarr
-from anndata.abc import CSRDataset
 from humanfriendly import InvalidSize, parse_size
 from numpy.typing import DTypeLike
 
 from annbatch_dask.chunks.cache import RangeCache
-from annbatch_dask.loader.backing import Source, Values, make_source
-from annbatch_dask.loader.casts import Recorded, recorded_values, values_of
+from annbatch_dask.loader.added import AddedData, BackingArray_T, check_positive
+from annbatch_dask.loader.backing import Source
 from annbatch_dask.loader.contents import Casting, Codes, Dense, Key, Transform, Wanted
 from annbatch_dask.loader.fetch import Pipeline, PipelineOptions
 from annbatch_dask.loader.helpers import count_threads
+from annbatch_dask.loader.iterable import IterableDataset
 from annbatch_dask.loader.iteration import Iteration
-from annbatch_dask.loader.obs import Labels, ObsTable
 from annbatch_dask.loader.output import Framework
-from annbatch_dask.loader.reading import Backed, Opening, load_dataset
-from annbatch_dask.loader.selection import Selected, Where, select
+from annbatch_dask.loader.selection import Where
 from annbatch_dask.loader.state import Progress, Resumable, State, digest
-from annbatch_dask.samplers import DistributedSampler, RandomSampler, SequentialSampler
+from annbatch_dask.samplers import DistributedSampler
 from annbatch_dask.samplers.distributed import DistInfo, EvenOrAuto, resolve_even
+from annbatch_dask.samplers.runs import default_sampler
 from annbatch_dask.samplers.sampler import Sampler
-from annbatch_dask.storage.versions import Listing
 from annbatch_dask.types import LoadRequest
 from annbatch_dask.where import Condition
 
 if TYPE_CHECKING:
     import os
 
-    import anndata as ad
-
-    class _Base:
-        """torch's IterableDataset, or nothing."""
-
-else:
-    try:
-        from torch.utils.data import IterableDataset as _Base
-    except ImportError:
-
-        class _Base:
-            """Stands in for torch's IterableDataset."""
-
 
 __all__ = ["Loader"]
 
-BackingArray_T = TypeVar("BackingArray_T")
 OutputInMemoryArray_T = TypeVar("OutputInMemoryArray_T")
 
-_CHUNK_SIZE = 512
-_PRELOAD_NCHUNKS = 32
-_MAX_DEFAULT_PRELOAD = 4 * _PRELOAD_NCHUNKS
 _PREFETCH_NBYTES = 1024**3
-_MAX_PLAIN_NAMES = 1_000_000
-"""Obs names of a collection of more rows are kept compressed, which takes a millisecond of Python a window."""
-_ACCEPTED = (zarr.Array, CSRDataset, sp.csr_matrix, sp.csr_array, np.ndarray)
 
 
-class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
+class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[BackingArray_T, OutputInMemoryArray_T]):
     """Mini-batches from one or more datasets, loaded ahead in background threads.
 
     Iterating yields dictionaries with the keys ``X``, ``obs``, ``var`` and ``index``
@@ -252,8 +225,8 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
             msg = f"Cannot specify batch_size ({batch_size}) and global_batch_size ({global_batch_size}); give one"
             raise ValueError(msg)
         for name in ("chunk_size", "preload_nchunks", "batch_size", "global_batch_size"):
-            _check_positive(name, given[name])
-        _check_positive("prefetch_bytes", prefetch_bytes)
+            check_positive(name, given[name])
+        check_positive("prefetch_bytes", prefetch_bytes)
         self._wanted = Wanted.of(
             to=to,
             preload_to_gpu=preload_to_gpu,
@@ -269,7 +242,7 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         )
         self._all_of = {kind for kind, names in (("layers", layers), ("obsm", obsm)) if names == "all"}
         size = global_batch_size or batch_size or 1
-        self._batch_sampler: Sampler = batch_sampler or _default_sampler(
+        self._batch_sampler: Sampler = batch_sampler or default_sampler(
             chunk_size, preload_nchunks, size, shuffle=bool(shuffle), drop_last=bool(drop_last), rng=rng
         )
         if dist_info is not None or global_batch_size is not None:
@@ -279,25 +252,14 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
                 even=resolve_even(even, self._batch_sampler),
                 global_batches=global_batch_size is not None,
             )
+        AddedData.__init__(self)
         self._where = where
         self._where_columns = Condition.parse(where).columns if isinstance(where, str) else ()
-        self._selected: Selected | None = None
         self._return_index = return_index
         self._prefetch_nbytes = prefetch_bytes
         self._cache = None if cache_dir is None else RangeCache(Path(cache_dir).absolute(), _nbytes(cache_bytes))
         if self._cache is not None:
             self._cache.check_private()
-        # Replaced, never changed in place: a shallow copy keeps what it was copied with.
-        self._sources: tuple[Source, ...] = ()
-        self._beside: dict[Key, tuple[Source, ...]] = {}
-        self._named: frozenset[str] = frozenset()  # what was said to be left out
-        self._dataset_type: type[Any] | None = None
-        self._tables: tuple[ObsTable, ...] | None = None
-        self._labels: Labels | None = None
-        self._var: pd.DataFrame | None = None
-        self._collection_added = False
-        self._lease: Any = None
-        self._collection_digest = ""
         self._progress = Progress()
         self._resume_from: State | None = None
         self._passes: set[object] = set()  # that are under way
@@ -316,277 +278,11 @@ class Loader(Resumable, _Base, Generic[BackingArray_T, OutputInMemoryArray_T]):
         """The sampler in use."""
         return self._batch_sampler
 
-    @property
-    def dataset_type(self) -> type[Any]:
-        """Type of the datasets; IndexError before any was added."""
-        if self._dataset_type is None:
-            msg = "No datasets added yet"
-            raise IndexError(msg)
-        return self._dataset_type
-
-    @property
-    def n_obs(self) -> int:
-        """Rows of all datasets."""
-        return sum(source.n_obs for source in self._sources)
-
-    @property
-    def n_selected(self) -> int:
-        """Rows that take part in a pass: all, unless ``where`` was given."""
-        selected = self._select()
-        return self.n_obs if selected is None else len(selected)
-
-    def _select(self) -> Selected | None:
-        if self._where is not None and self._selected is None:
-            self._selected = select(self._where, self._table, self.n_obs)
-        return self._selected
-
-    @property
-    def _table(self) -> ObsTable | None:
-        """Table of obs over all datasets, joined when it is used first; None without."""
-        if self._tables is not None and len(self._tables) > 1:
-            self._tables = (ObsTable.joined(self._tables),)
-        return None if self._tables is None else self._tables[0]
-
-    @property
-    def _obs(self) -> list[pd.DataFrame] | None:
-        """A frame for each dataset, made anew each time; scvi-tools asks for it."""
-        table = self._table
-        return None if table is None else table.frames()
-
-    def _label(self) -> Labels | None:
-        """The label columns as codes, made once for all passes."""
-        table = self._table
-        if self._labels is None and table is not None and self._wanted.obs_codes:
-            selected = self._select()
-            self._labels = Labels(table, self._wanted.obs_codes, None if selected is None else selected.rows)
-        return self._labels
-
-    @property
-    def n_var(self) -> int:
-        """Columns of ``X`` in a batch."""
-        if not self._sources:
-            msg = "No datasets added yet"
-            raise ValueError(msg)
-        chosen = self._wanted.var_names
-        return self._sources[0].shape[1] if chosen is None else len(chosen)
-
-    @property
-    def var(self) -> pd.DataFrame | None:
-        """The ``var`` of every batch."""
-        chosen = None if self._var is None else self._wanted.select(self._var)
-        return self._var if self._var is None or chosen is None else self._var.iloc[chosen]
-
-    @property
-    def obs_categories(self) -> dict[str, pd.Index[Any]]:
-        """What the codes of each column of ``obs_codes`` stand for; grows when datasets are added.
-
-        Those that were given; else the categories of all datasets in order of first appearance, False and True, or
-        the sorted distinct values of any other column that is not categorical.
-        """
-        labels = self._label()
-        return {} if labels is None else labels.categories
-
-    # --- adding data
-
-    def use_collection(self, collection: Any, *, load_adata: Callable[[zarr.Group], ad.AnnData] | None = None) -> Self:
-        """Add all datasets of a collection, in its order.
-
-        Parameters
-        ----------
-        collection
-            A :class:`annbatch_dask.DatasetCollection` (annbatch's own works too).
-        load_adata
-            From a dataset's group to an AnnData whose matrices are backed; by default all that is asked for.
-
-        Raises
-        ------
-        IntegrityError
-            If a file of the collection is missing or damaged. A damaged chunk of a matrix, which is found when it is
-            read, ends the iteration with this error before any of its rows is delivered.
-        CollectionChangedError
-            If another collection stands at its path by now. A loader goes on with the files that it opened, or an
-            iteration ends with this error: every read compares the version of its file with that of now.
-        """
-        if collection.is_empty:
-            msg = "DatasetCollection is empty"
-            raise ValueError(msg)
-        if self._collection_added:
-            msg = (
-                "You should not add multiple collections: each was shuffled on its own. Shuffle them into one, or "
-                "use add_adatas if rows of different collections need not be mixed"
-            )
-            raise RuntimeError(msg)
-        names = self._wanted.obs_columns != ()
-        load = load_adata or partial(load_dataset, obs_columns=self._columns_to_read(), names=names)
-        if is_ours := hasattr(collection, "lease"):  # annbatch's has none
-            self._lease = collection.lease()
-        opening = Opening.of(collection.groups() if is_ours else list(collection))
-        if is_ours:
-            collection.check(None if load_adata is not None else self._columns_to_read())
-        manifest = getattr(collection, "manifest", None)  # annbatch's has none
-        recorded = recorded_values(manifest)
-        adatas = opening.load(load, in_threads=load_adata is None)
-        for adata, listing in zip(adatas, opening.listings, strict=True):
-            self._add_adata(adata, recorded, listing, is_ours=True)
-            if self._tables is not None and self.n_obs > _MAX_PLAIN_NAMES:
-                self._tables = tuple(table.packed() for table in self._tables)
-        self._collection_added = True
-        self._collection_digest = "" if manifest is None else manifest.identity
-        _warn_of_ranks(self._tables or (), [name for name, given in self._wanted.obs_codes.items() if given is None])
-        return self
-
-    def _columns_to_read(self) -> tuple[str, ...] | None:
-        """Columns of obs that batches or the selection need; None for all."""
-        columns = self._wanted.columns
-        return None if columns is None else tuple(dict.fromkeys((*columns, *self._where_columns)))
-
-    def add_adatas(self, adatas: Sequence[ad.AnnData]) -> Self:
-        """Add several AnnData objects; see :meth:`add_adata`."""
-        _check_positive("Number of adatas", len(adatas))
-        for adata in adatas:
-            self._add_adata(adata, {})
-        return self
-
-    def add_adata(self, adata: ad.AnnData) -> Self:
-        """Add the ``X``, ``obs``, ``var`` and what else is asked for; an ``obs`` without columns counts as none."""
-        self._add_adata(adata, {})
-        return self
-
-    def _add_adata(
-        self, adata: ad.AnnData | Backed, recorded: Recorded, listing: Listing | None = None, *, is_ours: bool = False
-    ) -> None:
-        """Add one; of ours, nobody else holds obs, and what is not needed is dropped."""
-        if not isinstance(adata.X, _ACCEPTED):
-            msg = f"Cannot add an AnnData with X of type {type(adata.X)}; use one of {_names(_ACCEPTED)}"
-            raise TypeError(msg)
-        for kind in self._all_of:
-            self._want_all(kind, adata)
-        self._say_what_is_left_out(_left_out(adata, self._wanted))
-        obs = adata.obs if adata.obs is not None and len(adata.obs.columns) else None
-        beside = {key: _element(adata, key) for key in self._wanted.keys}
-        has_names = not isinstance(adata, Backed) or adata.has_names
-        table = self._compact(obs, has_names=has_names) if is_ours and obs is not None else None
-        self._add(adata.X, obs, adata.var, beside, listing, values_of(adata.X, recorded), table)
-
-    def _want_all(self, kind: str, adata: ad.AnnData | Backed) -> None:
-        """Ask for everything of ``layers`` or ``obsm`` that the first AnnData has; the others must have the same."""
-        there = tuple(sorted(k for k, v in getattr(adata, kind).items() if k is not None and isinstance(v, _ACCEPTED)))
-        if not self._sources:
-            only: dict[str, Any] = {kind: there}
-            self._wanted = replace(self._wanted, **only)
-        elif there != (asked := getattr(self._wanted, kind)):
-            msg = (
-                f"{kind}='all' needs the same {kind} in all datasets: the first has {list(asked)}, the new one "
-                f"{list(there)}; name those to carry, {kind}=[...]"
-            )
-            raise ValueError(msg)
-
-    def _say_what_is_left_out(self, names: frozenset[str]) -> None:
-        """A warning that names what nobody asked for, each name once."""
-        for name in sorted(names - self._named):
-            kind, _, key = name.partition("/")
-            msg = (
-                f"Batches do not carry {name}. As annbatch has announced, a coming release carries what all AnnData "
-                f"have alike; pass {kind}=[{key!r}] to the Loader to have it now, or {kind}=[] to do without"
-            )
-            # stacklevel: user -> add_adata(s) or use_collection -> _add_adata -> here
-            warnings.warn(msg, FutureWarning, stacklevel=4)
-        self._named |= names
-
-    def add_datasets(
-        self,
-        datasets: Sequence[BackingArray_T],
-        obs: Sequence[pd.DataFrame | None] | None = None,
-        var: Sequence[pd.DataFrame | None] | None = None,
-    ) -> Self:
-        """Add several datasets, with one ``obs`` and ``var`` each or none at all."""
-        _check_positive("Number of datasets", len(datasets))
-        all_obs = [None] * len(datasets) if obs is None else obs
-        all_var = [None] * len(datasets) if var is None else var
-        for dataset, its_obs, its_var in zip(datasets, all_obs, all_var, strict=True):
-            self._add(dataset, its_obs, its_var)
-        return self
-
-    def add_dataset(
-        self, dataset: BackingArray_T, obs: pd.DataFrame | None = None, var: pd.DataFrame | None = None
-    ) -> Self:
-        """Add a dataset: a zarr array or CSR group, or an array or CSR matrix in memory."""
-        self._add(dataset, obs, var)
-        return self
-
-    def _add(
-        self,
-        dataset: Any,
-        obs: pd.DataFrame | None,
-        var: pd.DataFrame | None,
-        beside: Mapping[Key, Any] | None = None,
-        listing: Listing | None = None,
-        values: Values | None = None,
-        table: ObsTable | None = None,
-    ) -> None:
-        if self._passes:
-            msg = "Cannot add datasets while the loader is being iterated; finish or close the iterator first"
-            raise RuntimeError(msg)
-        if beside is None and self._wanted.keys:
-            msg = f"{self._wanted.keys[0]} is asked for, but only X can be added this way; use add_adata"
-            raise ValueError(msg)
-        _check_dataset(dataset, obs, var)
-        source = make_source(dataset, self._cache, listing, values)
-        others = {key: make_source(element, self._cache, listing) for key, element in (beside or {}).items()}
-        if obs is not None and len(obs) != source.n_obs:
-            msg = f"obs has {len(obs)} rows, the dataset has {source.n_obs}"
-            raise ValueError(msg)
-        if self._sources:
-            self._check_fits(dataset, source, obs, var)
-            _check_alike(self._beside, others)
-        self._wanted.check_data({Key("X"): source, **others}, obs, var)
-        self._tables = None if obs is None else (*(self._tables or ()), table or ObsTable.of(obs, obs.index))
-        if not self._sources:
-            self._dataset_type = _family(dataset)
-            self._var = var
-        self._sources = (*self._sources, source)
-        self._selected = self._labels = None
-        self._beside = {key: (*self._beside.get(key, ()), other) for key, other in others.items()}
-
-    def _compact(self, obs: pd.DataFrame, *, has_names: bool) -> ObsTable:
-        """What is needed of an obs that nobody else holds."""
-        needed = self._columns_to_read()
-        columns = obs.columns if needed is None else [name for name in needed if name in obs.columns]
-        return ObsTable.of(obs[columns], obs.index if has_names else None)
-
-    def _check_fits(self, dataset: Any, source: Source, obs: pd.DataFrame | None, var: pd.DataFrame | None) -> None:
-        """A dataset must be like those already there."""
-        if not isinstance(dataset, self.dataset_type):
-            msg = f"All datasets must be of the same type: {self.dataset_type}, got {type(dataset)}"
-            raise ValueError(msg)
-        for name, old, new in (("obs", self._tables, obs), ("var", self._var, var)):
-            if old is None and new is not None:
-                msg = f"Cannot add a dataset with {name} when datasets have already been added without {name}"
-                raise ValueError(msg)
-            if old is not None and new is None:
-                msg = f"Cannot add a dataset without {name} when datasets have already been added with {name}"
-                raise ValueError(msg)
-        if source.shape[1:] != self._sources[0].shape[1:]:
-            msg = (
-                "All datasets must have the same shape along the var axis: "
-                f"{self._sources[0].shape[1:]}, got {source.shape[1:]}"
-            )
-            raise ValueError(msg)
-        if var is not None and self._var is not None and not var.equals(self._var):
-            msg = "All datasets must have identical var DataFrames: that of the new one differs"
-            raise ValueError(msg)
-        if source.dtype != self._sources[0].dtype:
-            warnings.warn(
-                f"Adding dataset with dtype {source.dtype} to a loader whose first has {self._sources[0].dtype}: "
-                "batches get a dtype that holds both; pass dtype= to the Loader to fix one",
-                stacklevel=4,
-            )
-
     # --- iterating
 
     def __iter__(self) -> Iteration:
         """One pass. Close the iterator, or drop it, to stop its threads early."""
-        _check_positive("Number of datasets", len(self._sources))
+        check_positive("Number of datasets", len(self._sources))
         self._progress = Progress()
         return Iteration(self._progress, self._begin_pass, self._passes)
 
@@ -634,36 +330,6 @@ def _let_go(sources: Iterable[Source], cache: RangeCache | None) -> None:
         cache.flush()
 
 
-def _default_sampler(
-    chunk_size: int | None,
-    preload_nchunks: int | None,
-    batch_size: int,
-    *,
-    shuffle: bool,
-    drop_last: bool,
-    rng: np.random.Generator | int | None,
-) -> Sampler:
-    chunk_size = chunk_size or _CHUNK_SIZE
-    preload_nchunks = preload_nchunks or _fitting_preload(chunk_size, batch_size)
-    if not shuffle:
-        return SequentialSampler(chunk_size, preload_nchunks, batch_size, drop_last=drop_last)
-    if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
-        sampler = RandomSampler(
-            chunk_size, preload_nchunks, batch_size, drop_last=drop_last, rng=np.random.default_rng(rng)
-        )
-        sampler.seed = sampler.seed  # a number: ranks are taken to have the same
-        return sampler
-    return RandomSampler(chunk_size, preload_nchunks, batch_size, drop_last=drop_last, rng=rng)  # type: ignore[arg-type]
-
-
-def _fitting_preload(chunk_size: int, batch_size: int) -> int:
-    """The number of chunks near the default whose rows make whole batches, unless that needs far more."""
-    step = batch_size // math.gcd(chunk_size, batch_size)
-    if step > _MAX_DEFAULT_PRELOAD:
-        return _PRELOAD_NCHUNKS
-    return max(1, round(_PRELOAD_NCHUNKS / step)) * step
-
-
 def _nbytes(size: int | str) -> int:
     """A size in bytes, which may be written as in ``"64GB"``."""
     try:
@@ -671,81 +337,5 @@ def _nbytes(size: int | str) -> int:
     except InvalidSize:
         msg = f"cache_bytes is {size!r}; give a number of bytes, or a size such as '64GB'"
         raise ValueError(msg) from None
-    _check_positive("cache_bytes", nbytes)
+    check_positive("cache_bytes", nbytes)
     return nbytes
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if value is not None and value < 1:
-        msg = f"{name} must be greater than 1, got {value}"
-        raise ValueError(msg)
-
-
-def _names(types: Iterable[type]) -> str:
-    return ", ".join(kind.__name__ for kind in types)
-
-
-def _family(dataset: Any) -> type[Any]:
-    """The accepted type a dataset belongs to."""
-    return next(kind for kind in _ACCEPTED if isinstance(dataset, kind))
-
-
-def _check_dataset(dataset: Any, obs: Any, var: Any) -> None:
-    if not isinstance(dataset, _ACCEPTED):
-        msg = f"Cannot add dataset of type {type(dataset)}; use one of {_names(_ACCEPTED)}"
-        raise TypeError(msg)
-    if isinstance(dataset, CSRDataset) and not isinstance(dataset.group, zarr.Group):
-        msg = "Cannot add CSRDataset backed by h5ad; shuffle the file into a collection first, or read it into memory"
-        raise TypeError(msg)
-    for name, frame in (("obs", obs), ("var", var)):
-        if frame is not None and not isinstance(frame, pd.DataFrame):
-            msg = f"{name} must be a pandas DataFrame, got {type(frame)}"
-            raise TypeError(msg)
-
-
-def _element(adata: ad.AnnData | Backed, key: Key) -> Any:
-    """A layer or an entry of obsm; an error where it is absent or cannot be read row by row."""
-    there = getattr(adata, key.kind)
-    if key.name not in there:
-        names = ", ".join(sorted(k for k in there if k is not None)) or "none"
-        msg = f"{key} is asked for, the AnnData has of {key.kind}: {names}"
-        raise ValueError(msg)
-    if not isinstance(there[key.name], _ACCEPTED):
-        msg = f"Cannot add {key} of type {type(there[key.name])}; use one of {_names(_ACCEPTED)}"
-        raise TypeError(msg)
-    return there[key.name]
-
-
-def _check_alike(old: Mapping[Key, tuple[Source, ...]], new: Mapping[Key, Source]) -> None:
-    """A matrix beside X must be of one kind and width in all datasets."""
-    for key, source in new.items():
-        first = old[key][0]
-        if (source.is_sparse, source.shape[1:]) != (first.is_sparse, first.shape[1:]):
-            kinds = [
-                f"{'sparse' if s.is_sparse else 'dense'} with rows of shape {s.shape[1:]}" for s in (first, source)
-            ]
-            msg = f"{key} must be alike in all datasets: it was {kinds[0]}, and is {kinds[1]} in the new one"
-            raise ValueError(msg)
-
-
-def _warn_of_ranks(tables: Sequence[ObsTable], names: Sequence[str]) -> None:
-    """Say which codes would mean something else after the collection was extended."""
-    some = [name for name in names if any(name in table.columns and table.shifts(name) for table in tables)]
-    if some:
-        msg = (
-            f"obs_codes of {', '.join(map(repr, some))} are ranks of the values there are, and may mean others when "
-            f"the collection is extended: fix them with obs_codes={{{some[0]!r}: [...]}}, or make the column "
-            "categorical before it is built"
-        )
-        warnings.warn(msg, UserWarning, stacklevel=3)
-
-
-def _left_out(adata: ad.AnnData | Backed, wanted: Wanted) -> frozenset[str]:
-    """What batches will not carry because nobody asked for it, nor left it out on purpose."""
-    return frozenset(
-        f"{kind}/{key}"
-        for kind, asked in (("layers", wanted.layers), ("obsm", wanted.obsm))
-        if asked is None
-        for key in getattr(adata, kind)
-        if key is not None  # anndata 0.13 lists X as layer None
-    )

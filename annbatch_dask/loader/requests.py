@@ -4,45 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.kernels.row_runs import deal_rows
-from annbatch_dask.loader.backing import Block
+from annbatch_dask.loader.backing import Loaded
 from annbatch_dask.order.planned import expand
 from annbatch_dask.types import LoadRequest
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from annbatch_dask.loader.slab import Slab
+    from annbatch_dask.loader.gpu.slab import Slab
 
-__all__ = ["Assignment", "Loaded", "Window", "assign", "resolve_rows", "resolve_splits"]
+__all__ = ["Assignment", "Ints", "Window", "assign", "resolve_rows", "resolve_splits"]
 
 Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The rows of one matrix in a load window.
-
-    Attributes
-    ----------
-    blocks, block, position
-        Row ``j`` is row ``position[j]`` of ``blocks[block[j]]``.
-    lengths
-        Entries of each row; zeros for dense blocks.
-    dtype
-        The dtype the values had in the sources.
-    """
-
-    blocks: list[Block]
-    block: Ints
-    position: Ints
-    lengths: Ints
-    dtype: np.dtype[Any]
 
 
 @dataclass(frozen=True)

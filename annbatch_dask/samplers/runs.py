@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -11,7 +12,11 @@ from annbatch_dask.order.epoch import Epoch
 from annbatch_dask.order.keys import Key, Shuffled, generator
 from annbatch_dask.samplers.base import DRAW, ORDER, RunSampler, cyclic_run, mixed
 
-__all__ = ["RandomSampler", "SequentialSampler", "shuffled_runs"]
+__all__ = ["RandomSampler", "SequentialSampler", "default_sampler", "shuffled_runs"]
+
+_CHUNK_SIZE = 512
+_PRELOAD_NCHUNKS = 32
+_MAX_DEFAULT_PRELOAD = 4 * _PRELOAD_NCHUNKS
 
 
 class RandomSampler(RunSampler):
@@ -234,3 +239,34 @@ def _part(runs: list[slice], start: int, stop: int) -> list[slice]:
             found.append(slice(run.start + low, run.start + high))
         at += run.stop - run.start
     return found
+
+
+def default_sampler(
+    chunk_size: int | None,
+    preload_nchunks: int | None,
+    batch_size: int,
+    *,
+    shuffle: bool,
+    drop_last: bool,
+    rng: np.random.Generator | int | None,
+) -> RandomSampler | SequentialSampler:
+    """The sampler of a loader that was given none: chunks whose number makes whole batches."""
+    chunk_size = chunk_size or _CHUNK_SIZE
+    preload_nchunks = preload_nchunks or _fitting_preload(chunk_size, batch_size)
+    if not shuffle:
+        return SequentialSampler(chunk_size, preload_nchunks, batch_size, drop_last=drop_last)
+    if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
+        sampler = RandomSampler(
+            chunk_size, preload_nchunks, batch_size, drop_last=drop_last, rng=np.random.default_rng(rng)
+        )
+        sampler.seed = sampler.seed  # a number: ranks are taken to have the same
+        return sampler
+    return RandomSampler(chunk_size, preload_nchunks, batch_size, drop_last=drop_last, rng=rng)  # type: ignore[arg-type]
+
+
+def _fitting_preload(chunk_size: int, batch_size: int) -> int:
+    """The number of chunks near the default whose rows make whole batches, unless that needs far more."""
+    step = batch_size // math.gcd(chunk_size, batch_size)
+    if step > _MAX_DEFAULT_PRELOAD:
+        return _PRELOAD_NCHUNKS
+    return max(1, round(_PRELOAD_NCHUNKS / step)) * step

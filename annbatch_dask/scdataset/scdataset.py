@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from annbatch_dask.loader.iterable import IterableDataset
 from annbatch_dask.loader.state import Progress, Resumable, State, digest
 from annbatch_dask.order.planned import expand
 from annbatch_dask.order.share import current_worker
@@ -20,26 +21,12 @@ from annbatch_dask.samplers.distributed import DistributedSampler, EvenOrAuto, r
 from annbatch_dask.scdataset.strategy import SamplingStrategy, StrategySampler
 from annbatch_dask.types import LoadRequest
 
-if TYPE_CHECKING:
-
-    class _Base:
-        """torch's IterableDataset, or nothing."""
-
-else:
-    try:
-        from torch.utils.data import IterableDataset as _Base
-    except ImportError:
-
-        class _Base:
-            """Stands in for torch's IterableDataset."""
-
-
 __all__ = ["scDataset", "take_rows"]
 
 Ints = NDArray[np.integer[Any]]
 
 
-class scDataset(Resumable, _Base):  # noqa: N801 - scDataset's name
+class scDataset(Resumable, IterableDataset):  # noqa: N801 - scDataset's name
     """Batches of a collection in the order of a strategy.
 
     Rows are read ``batch_size * fetch_factor`` at a time, in ascending order, then cut into batches. Use it by

@@ -12,7 +12,8 @@ import scipy.sparse as sp
 
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.kernels import gpu
-from annbatch_dask.loader import Loader, device
+from annbatch_dask.loader import Loader
+from annbatch_dask.loader.gpu import find as device
 from annbatch_dask.transforms import NormalizeLog1p
 from tests.loader.data import dense, genes, quiet
 from tests.loader.test_contents import CHOSEN, SMALL

@@ -9,7 +9,7 @@ import scipy.sparse as sp
 
 from annbatch_dask.errors import DeviceError, IntegrityError
 from annbatch_dask.loader import Loader, contents
-from annbatch_dask.loader.device import TorchDevice
+from annbatch_dask.loader.gpu.torch import TorchDevice
 from annbatch_dask.transforms import NormalizeLog1p
 from tests.loader.data import genes, matrix, quiet
 from tests.loader.test_contents import CHOSEN, EVERYTHING, PLAIN, SMALL, adatas, stored  # noqa: F401 - fixtures

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from annbatch_dask import Loader
 from annbatch_dask.errors import SelectionError
-from annbatch_dask.loader import loader as loader_module
+from annbatch_dask.loader import added as loader_module
 from annbatch_dask.loader import obs as obs_module
 from annbatch_dask.loader.obs import Names, ObsTable
 from annbatch_dask.loader.requests import assign

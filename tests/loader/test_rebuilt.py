@@ -150,7 +150,7 @@ def test_obs_and_counts_are_of_one_version(path, atlas, monkeypatch):
             removed_and_built(path, atlas)
         return adata
 
-    monkeypatch.setattr("annbatch_dask.loader.loader.load_dataset", load_and_rebuild)
+    monkeypatch.setattr("annbatch_dask.loader.added.load_dataset", load_and_rebuild)
     with pytest.raises(CollectionChangedError, match="since it was opened"):
         loader_of(path)
 

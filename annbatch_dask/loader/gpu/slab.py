@@ -1,6 +1,6 @@
 """A window's bytes in one piece, to be copied to a device at once, and where the rows of each batch lie in it.
 
-No library of arrays is used here: what is found is handed to a device in :mod:`annbatch_dask.loader.device`.
+No library of arrays is used here: what is found is handed to a device in :mod:`annbatch_dask.loader.gpu.device`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from annbatch_dask.chunks.reader import Task
 from annbatch_dask.kernels.assemble import copy_rows
-from annbatch_dask.loader.backing import Block, DenseBlock, Located, Source, SparseBlock
-from annbatch_dask.loader.requests import Loaded
+from annbatch_dask.loader.backing import Block, DenseBlock, Loaded, Located, Source, SparseBlock
 
 __all__ = ["Group", "Piece", "RowTable", "Slab", "deal", "room_for", "room_of", "stage", "tabulate"]
 
