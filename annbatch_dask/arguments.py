@@ -19,7 +19,8 @@ from annbatch_dask.plan.elements import Elements
 from annbatch_dask.plan.options import Options
 from annbatch_dask.sources.identity import function_identity, where_of
 from annbatch_dask.sources.open import SourceRef
-from annbatch_dask.storage.folder import Folder, StorageOptions, folder_of, shown, without_secrets
+from annbatch_dask.storage.folder import Folder, StorageOptions, folder_of
+from annbatch_dask.storage.secrets import shown, without_secrets
 from annbatch_dask.storage.shards import compressor_json
 
 if TYPE_CHECKING:

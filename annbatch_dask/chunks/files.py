@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from annbatch_dask.chunks.cache import RangeCache, RemoteFile
 from annbatch_dask.errors import CollectionError, IntegrityError
-from annbatch_dask.storage.folder import Folder, RemoteRanges, folder_of
+from annbatch_dask.storage.filesystems import RemoteRanges
+from annbatch_dask.storage.folder import Folder, folder_of
 from annbatch_dask.storage.versions import Listing, Version, changed, list_files, version_on_disk
 
 if TYPE_CHECKING:

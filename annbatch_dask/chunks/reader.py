@@ -25,14 +25,12 @@ What guarantees each read:
 from __future__ import annotations
 
 import itertools
-import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import google_crc32c
 import numcodecs
 import numcodecs.blosc
 import numcodecs.zstd
@@ -42,38 +40,25 @@ from numpy.typing import NDArray
 from annbatch_dask.chunks import native
 from annbatch_dask.chunks.cache import RangeCache
 from annbatch_dask.chunks.files import ChunkFiles, Held, chunk_files, scratch
+from annbatch_dask.chunks.layout import Array, ChunkLayout, GridColumn, Ints, ShardIndex, checked, find_layout
 from annbatch_dask.errors import IntegrityError
-from annbatch_dask.kernels.chunk_plan import find_shards, plan_chunks
 from annbatch_dask.kernels.packed import unpacker
-from annbatch_dask.manifest import ALL_WRITTEN
-from annbatch_dask.storage.packed import PACKED, packs, unpack_chunk
+from annbatch_dask.storage.packed import PACKED, unpack_chunk
 from annbatch_dask.storage.versions import Listing
 
 if TYPE_CHECKING:
     import zarr
 
-__all__ = ["MAX_GAP_NBYTES", "MAX_READ_NBYTES", "RangeReader", "Task", "deal"]
+__all__ = ["MAX_READ_NBYTES", "RangeReader", "Task", "deal"]
 
 Task = Callable[[], object]
-Array = NDArray[Any]
-Ints = NDArray[np.int64]
-
-MAX_GAP_NBYTES = 64 * 1024
-"""Chunks at most this far apart in a file are fetched by one read."""
-
 MAX_READ_NBYTES = 2 * 1024 * 1024
 """A read grows no further than this (a single chunk may be larger)."""
-
 _MAX_FILL_NBYTES = 256 * 1024
 """The same where one call makes many reads: what was read is still in a core's cache when it is decoded."""
-
 _MIN_PART_NBYTES = 512 * 1024
 """Less is not worth a thread's waking up."""
-
-_MISSING = -1
-_CRC_NBYTES = 4
 _BLOSC_HEADER_NBYTES = 16
-_EMPTY_ENTRY = np.iinfo(np.uint64).max
 
 
 class RangeReader:
@@ -103,11 +88,11 @@ class RangeReader:
     ) -> None:
         self.array = array
         self._files = chunk_files(array, cache, listing)
-        self._layout = None if self._files is None or not fast else _find_layout(array, self._files)
-        self._index = None if self._layout is None else _Index(self._layout)
+        self._layout = None if self._files is None or not fast else find_layout(array, self._files)
+        self._index = None if self._layout is None else ShardIndex(self._layout)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_index": None if self._layout is None else _Index(self._layout)}
+        return self.__dict__ | {"_index": None if self._layout is None else ShardIndex(self._layout)}
 
     @property
     def is_fast(self) -> bool:
@@ -190,287 +175,23 @@ def _read_plain(array: zarr.Array[Any], files: ChunkFiles | None, start: int, st
             files.check(array.metadata.encode_chunk_key(shard))
 
 
-# ---------------------------------------------------------------------------------------------- layout
-
-
-@dataclass(frozen=True)
-class _Codec:
-    """What became of the values of a chunk: bytes, by one compressor or none, or packed; a checksum follows or none."""
-
-    name: str | None
-    has_crc: bool
-
-
-@dataclass(frozen=True)
-class _Column:
-    """One cell of the chunk grid over all axes but the first.
-
-    ``shard`` and ``inner`` number the file and the chunk in it, among those of the same rows; ``rows_out`` and
-    ``rows_in`` index one run of rows of the destination and of the decoded chunk.
-    """
-
-    shard: int
-    inner: int
-    rows_out: tuple[slice, ...]
-    rows_in: tuple[slice, ...]
-    is_full_width: bool
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where the chunks of an array lie and how they are packed. An array without shards has one chunk a file."""
-
-    files: ChunkFiles
-    key: Callable[[tuple[int, ...]], str]
-    shape: tuple[int, ...]
-    shard_shape: tuple[int, ...]
-    chunk_shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    fill: Any
-    codec: _Codec
-    is_sharded: bool
-    index_at_end: bool
-    index_has_crc: bool
-    all_written: bool
-
-    @property
-    def chunks_per_shard(self) -> tuple[int, ...]:
-        return tuple(s // c for s, c in zip(self.shard_shape, self.chunk_shape, strict=True))
-
-    @property
-    def n_shards(self) -> tuple[int, ...]:
-        return tuple(-(-n // s) for n, s in zip(self.shape, self.shard_shape, strict=True))
-
-    @property
-    def index_nbytes(self) -> int:
-        return 16 * math.prod(self.chunks_per_shard) + (_CRC_NBYTES if self.index_has_crc else 0)
-
-    @property
-    def row_nbytes(self) -> int:
-        return math.prod(self.chunk_shape[1:]) * self.dtype.itemsize
-
-    @property
-    def chunk_nbytes(self) -> int:
-        return self.chunk_shape[0] * self.row_nbytes
-
-    def columns(self) -> Iterator[_Column]:
-        """The cells of the chunk grid over the trailing axes; exactly one where chunks span whole rows."""
-        shape, chunk, per_shard = self.shape[1:], self.chunk_shape[1:], self.chunks_per_shard[1:]
-        grid = [range(-(-n // c)) for n, c in zip(shape, chunk, strict=True)]
-        for cell in itertools.product(*grid):
-            starts = [i * c for i, c in zip(cell, chunk, strict=True)]
-            widths = [min(c, n - s) for n, c, s in zip(shape, chunk, starts, strict=True)]
-            yield _Column(
-                shard=_ravel([i // k for i, k in zip(cell, per_shard, strict=True)], self.n_shards[1:]),
-                inner=_ravel([i % k for i, k in zip(cell, per_shard, strict=True)], per_shard),
-                rows_out=tuple(slice(s, s + w) for s, w in zip(starts, widths, strict=True)),
-                rows_in=tuple(slice(0, w) for w in widths),
-                is_full_width=chunk == shape,
-            )
-
-
-def _ravel(place: Sequence[int], shape: Sequence[int]) -> int:
-    number = 0
-    for i, n in zip(place, shape, strict=True):
-        number = number * n + i
-    return number
-
-
-_COMPRESSORS = ("blosc", "zstd", "gzip")
-
-
-def _find_layout(array: zarr.Array[Any], files: ChunkFiles) -> _Layout | None:
-    """How to read the array directly, or None where only zarr knows."""
-    metadata: Any = array.metadata
-    if metadata.zarr_format != 3:
-        return None
-    dtype = np.dtype(array.dtype)
-    if dtype.kind not in "biufc" or array.ndim == 0:
-        return None
-    described = metadata.to_dict()
-    grid = described["chunk_grid"]
-    if grid["name"] != "regular" or described.get("storage_transformers"):
-        return None
-    outer_shape = tuple(int(n) for n in grid["configuration"]["chunk_shape"])
-    packing = _find_packing(described["codecs"], outer_shape, dtype)
-    if packing is None or not all(packing.chunk_shape):
-        return None
-    return _Layout(
-        files=files,
-        key=metadata.chunk_key_encoding.encode_chunk_key,
-        shape=tuple(array.shape),
-        shard_shape=outer_shape,
-        chunk_shape=packing.chunk_shape,
-        dtype=dtype.newbyteorder("="),
-        fill=np.asarray(metadata.fill_value, dtype=dtype),
-        codec=packing.codec,
-        is_sharded=packing.is_sharded,
-        index_at_end=packing.index_at_end,
-        index_has_crc=packing.index_has_crc,
-        all_written=bool(array.attrs.get(ALL_WRITTEN)),
-    )
-
-
-@dataclass(frozen=True)
-class _Packing:
-    chunk_shape: tuple[int, ...]
-    codec: _Codec
-    is_sharded: bool = False
-    index_at_end: bool = True
-    index_has_crc: bool = False
-
-
-def _find_packing(
-    codecs: Sequence[Mapping[str, Any]], outer_shape: tuple[int, ...], dtype: np.dtype[Any]
-) -> _Packing | None:
-    if len(codecs) != 1 or codecs[0]["name"] != "sharding_indexed":
-        codec = _find_codec(codecs, dtype)
-        return None if codec is None else _Packing(outer_shape, codec)
-    configuration = codecs[0]["configuration"]
-    codec = _find_codec(configuration["codecs"], dtype)
-    index_codec = _find_codec(configuration["index_codecs"], np.dtype(np.uint64))
-    if codec is None or index_codec is None or index_codec.name is not None:
-        return None
-    return _Packing(
-        chunk_shape=tuple(int(n) for n in configuration["chunk_shape"]),
-        codec=codec,
-        is_sharded=True,
-        index_at_end=configuration.get("index_location", "end") == "end",
-        index_has_crc=index_codec.has_crc,
-    )
-
-
-def _find_codec(codecs: Sequence[Mapping[str, Any]], dtype: np.dtype[Any]) -> _Codec | None:
-    """The codec where the chain is bytes, at most one compressor, at most one checksum, or is packed; else None."""
-    names = [codec["name"] for codec in codecs]
-    if names in ([PACKED], [PACKED, "crc32c"]) and packs(dtype):
-        return _Codec(PACKED, len(names) > 1)
-    if not names or names[0] != "bytes":
-        return None
-    endian = (codecs[0].get("configuration") or {}).get("endian")
-    if dtype.itemsize > 1 and getattr(endian, "value", endian) != "little":
-        return None
-    rest = names[1:]
-    has_crc = bool(rest) and rest[-1] == "crc32c"
-    if has_crc:
-        rest = rest[:-1]
-    if len(rest) > 1 or not set(rest) <= set(_COMPRESSORS):
-        return None
-    return _Codec(rest[0] if rest else None, has_crc)
-
-
-# ------------------------------------------------------------------------------------------ shard index
-
-
-class _Index:
-    """Where every chunk of an array is, of the shards that were asked for so far.
-
-    A shard has the number of its cell in the grid of shards; memory of those not asked for is never touched.
-
-    Attributes
-    ----------
-    offsets, sizes
-        (n_shards, n_chunks) of each chunk in its file; size -1 where it was not written.
-    keys
-        Of the files, by shard.
-    """
-
-    def __init__(self, layout: _Layout) -> None:
-        self.layout = layout
-        self.columns = tuple(layout.columns())
-        n_shards, n_chunks = math.prod(layout.n_shards), math.prod(layout.chunks_per_shard)
-        self.offsets, self.sizes = np.empty((n_shards, n_chunks), np.int64), np.empty((n_shards, n_chunks), np.int64)
-        self.keys: dict[int, str] = {}
-
-    def unknown(self, spans: Ints) -> list[int]:
-        """The shards of some rows that were not loaded yet."""
-        n_each = math.prod(self.layout.n_shards[1:])
-        rows = find_shards(spans, self.layout.shard_shape[0]).tolist()
-        shards = [row * n_each + shard for row in rows for shard in dict.fromkeys(c.shard for c in self.columns)]
-        return [shard for shard in shards if shard not in self.keys]
-
-    def load(self, shard: int) -> None:
-        """Read the index of a shard, in any thread."""
-        place = np.unravel_index(shard, self.layout.n_shards)
-        key = self.layout.key(tuple(int(i) for i in place))
-        self.offsets[shard], self.sizes[shard] = _read_index(self.layout, key)
-        self.keys[shard] = key
-
-    def plan(self, column: _Column, spans: Ints, max_read: int) -> tuple[Ints, Ints, Ints, Ints]:
-        """Reads, chunks, pieces and missing pieces, see :func:`annbatch_dask.kernels.chunk_plan.plan_chunks`."""
-        per_shard, n_shards = self.layout.chunks_per_shard, self.layout.n_shards
-        grid = (per_shard[0], math.prod(n_shards[1:]), column.shard, math.prod(per_shard[1:]), column.inner)
-        length = self.layout.chunk_shape[0]
-        plan = plan_chunks(spans, length, grid, self.offsets, self.sizes, MAX_GAP_NBYTES, max_read)
-        reads, chunks, pieces, missing = plan
-        return reads, chunks, pieces, missing
-
-
-def _read_index(layout: _Layout, key: str) -> tuple[Ints, Ints]:
-    """Offset and size of every chunk of one file; size -1 where the chunk was not written."""
-    version, path = layout.files.version(key), layout.files.name(key)
-    n_chunks = math.prod(layout.chunks_per_shard)
-    if version is None:  # a file of nothing but fill values is not written
-        if layout.all_written:
-            msg = f"{path} is missing, and it was written; restore it, or build the collection again"
-            raise IntegrityError(msg)
-        return np.zeros(n_chunks, np.int64), np.full(n_chunks, _MISSING)
-    file_nbytes = version[-1]
-    if not layout.is_sharded:
-        return np.zeros(1, np.int64), np.array([file_nbytes], np.int64)
-    nbytes = layout.index_nbytes
-    if file_nbytes < nbytes:
-        msg = f"{path} has {file_nbytes} bytes, its shard index alone needs {nbytes}: the file is truncated"
-        raise IntegrityError(msg)
-    start = file_nbytes - nbytes if layout.index_at_end else 0
-    raw = layout.files.read(key, start, start + nbytes)
-    if layout.index_has_crc:
-        try:
-            raw = _checked(raw, path)
-        except IntegrityError:
-            if not layout.files.is_cached:
-                raise
-            raw = _checked(layout.files.read(key, start, start + nbytes, anew=True), path)
-    entries = np.frombuffer(raw, dtype="<u8").reshape(n_chunks, 2)
-    is_missing = entries[:, 0] == _EMPTY_ENTRY
-    entries = np.where(is_missing[:, None], 0, entries).astype(np.int64)
-    if (entries < 0).any() or (entries.sum(axis=1) > file_nbytes).any():
-        msg = f"the shard index of {path} points beyond the file's {file_nbytes} bytes"
-        raise IntegrityError(msg)
-    return entries[:, 0], np.where(is_missing, _MISSING, entries[:, 1])
-
-
-def _checked(raw: memoryview, path: str, offset: int | None = None) -> memoryview:
-    """The bytes of a chunk, or of a file's shard index, without their trailing crc32c, once it matches."""
-    body, stored = raw[:-_CRC_NBYTES], int.from_bytes(raw[-_CRC_NBYTES:], "little")
-    computed = google_crc32c.value(np.asarray(body))  # takes an array as it lies, but no memoryview
-    if computed != stored:
-        what = "the shard index" if offset is None else f"the chunk at byte {offset}"
-        msg = f"{what} of {path} is damaged: checksum {computed:#010x}, stored {stored:#010x}; restore the file"
-        raise IntegrityError(msg)
-    return body
-
-
-# ------------------------------------------------------------------------------------------------ tasks
-
-
 @dataclass(frozen=True)
 class _Plan:
     """What is to be read of one column, see :func:`annbatch_dask.kernels.chunk_plan.plan_chunks`."""
 
-    index: _Index
-    column: _Column
+    index: ShardIndex
+    column: GridColumn
     reads: Ints
     chunks: Ints
     pieces: Ints
     out: Array
 
     @property
-    def layout(self) -> _Layout:
+    def layout(self) -> ChunkLayout:
         return self.index.layout
 
 
-def _how(layout: _Layout, column: _Column, out: Array) -> list[int] | None:
+def _how(layout: ChunkLayout, column: GridColumn, out: Array) -> list[int] | None:
     """A row of :func:`annbatch_dask.chunks.native.fill`'s ``hows``, without bases; None where it does not know how."""
     name, has_crc = layout.codec.name, layout.codec.has_crc
     if name not in (None, "blosc", PACKED) or not out.flags.c_contiguous or (name == PACKED and out.ndim != 1):
@@ -487,7 +208,7 @@ def _how(layout: _Layout, column: _Column, out: Array) -> list[int] | None:
     return [kind, has_crc, layout.chunk_shape[0], layout.row_nbytes, width, out.ctypes.data + start, stride]
 
 
-def _tasks_of(index: _Index, column: _Column, spans: Ints, out: Array) -> Iterator[Task]:
+def _tasks_of(index: ShardIndex, column: GridColumn, spans: Ints, out: Array) -> Iterator[Task]:
     layout, how = index.layout, _how(index.layout, column, out)
     is_each = how is None or layout.files.is_remote
     reads, chunks, pieces, missing = index.plan(column, spans, MAX_READ_NBYTES if is_each else _MAX_FILL_NBYTES)
@@ -603,7 +324,7 @@ def _run(plan: _Plan, how: list[int] | None, number: int, chunks: Sequence[int] 
         part = slice(offset - begin, offset - begin + size)
         while True:
             try:
-                encoded = _checked(raw[part], path, offset) if layout.codec.has_crc else raw[part]
+                encoded = checked(raw[part], path, offset) if layout.codec.has_crc else raw[part]
                 _place(plan, encoded, chunk)
                 break
             except Exception as error:
@@ -641,10 +362,7 @@ def _place(plan: _Plan, raw: memoryview, chunk: int) -> None:
         out[(slice(dest, dest + stop - start), *column.rows_out)] = decoded[(slice(start, stop), *column.rows_in)]
 
 
-# ----------------------------------------------------------------------------------------------- decode
-
-
-def _decode(layout: _Layout, raw: memoryview, dest: Array) -> None:
+def _decode(layout: ChunkLayout, raw: memoryview, dest: Array) -> None:
     """Unpack one chunk into ``dest``, C-contiguous and exactly as large."""
     if layout.codec.name == "blosc":
         _check_size(int.from_bytes(raw[4:8], "little"), dest)  # numcodecs accepts a short chunk

@@ -27,7 +27,8 @@ from annbatch_dask.manifest import DATASET_PREFIX
 from annbatch_dask.plan.dtypes import index_dtype
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.storage.checksums import FileSums, checksum
-from annbatch_dask.storage.folder import Folder, name_errors
+from annbatch_dask.storage.filesystems import name_errors
+from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.lock import is_held
 from annbatch_dask.storage.metadata import METADATA
 from annbatch_dask.storage.spill import SpillError, SpillReader, check_scratch, find_receipt, write_receipt

@@ -20,11 +20,28 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic
-from numpy.typing import NDArray
 
 from annbatch_dask.kernels.compiled import compiled, compiled_for_c
 
-__all__ = ["BLOCK_VALUES", "DAMAGED", "MAGIC", "VERSION", "bound_nbytes", "pack", "unpack", "unpacker"]
+__all__ = [
+    "BLOCK_VALUES",
+    "DAMAGED",
+    "HEADER_NBYTES",
+    "MAGIC",
+    "TAIL_NBYTES",
+    "U64",
+    "VERSION",
+    "bits_of",
+    "bound_nbytes",
+    "table_entry_nbytes",
+    "length_of",
+    "magic_number",
+    "shift_left",
+    "shift_right",
+    "unpack",
+    "unpacker",
+    "write_number",
+]
 
 MAGIC = b"ABPK"
 VERSION = 1
@@ -32,9 +49,6 @@ BLOCK_VALUES = 1024
 HEADER_NBYTES = 16
 TAIL_NBYTES = 8
 """Zeros behind the last block: whoever reads eight bytes at a time reads no further."""
-_PATCH_COST = 4
-"""Bits that a patch is taken to cost beside its own: at less than 1 % more bytes a third fewer of them."""
-
 DAMAGED = {
     1: "it is shorter than its header and block table",
     2: "it does not begin as a packed chunk does, or a later release wrote it",
@@ -44,13 +58,9 @@ DAMAGED = {
     6: "a block has a width that its integers have not",
 }
 """What each status of :func:`unpack` but 0 says of a chunk."""
-
 _U64, _I32 = ir.IntType(64), ir.IntType(32)
 _ROW_NBITS, _SUM_NBITS, _SHUFFLE_NBITS = 1024, 512, 128
-_magic = int.from_bytes(MAGIC, "little")
-
-
-# ---------------------------------------------------------------------------------------- in LLVM's terms
+magic_number = int.from_bytes(MAGIC, "little")
 
 
 def _bits(_typing: Any, array: Any) -> Any:
@@ -164,33 +174,29 @@ shift_right: Any = intrinsic(_narrow("lshr"))
 length_of: Any = intrinsic(_length)
 take_row: Any = intrinsic(_take_row)
 add_up: Any = intrinsic(_add_up)
-
-
-# ------------------------------------------------------------------------------------------------ layout
-
-_U = np.uint64  # an index of this type is not looked at for a sign
+U64 = np.uint64  # an index of this type is not looked at for a sign
 
 
 @compiled
-def _entry_nbytes(n_bits):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def table_entry_nbytes(n_bits):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """Of a block in the table: 12, 16 or 20, of which the last bytes are the base."""
-    return (_U(10) + n_bits // _U(8) + _U(3)) & ~_U(3)
+    return (U64(10) + n_bits // U64(8) + U64(3)) & ~U64(3)
 
 
 @compiled
 def _read(raw, at, n):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     """A little-endian number of n bytes."""
-    value = _U(0)
+    value = U64(0)
     for k in range(n):
-        value |= _U(raw[at + _U(k)]) << _U(8 * k)
+        value |= U64(raw[at + U64(k)]) << U64(8 * k)
     return value
 
 
 @compiled
-def _write(raw, at, n, value):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def write_number(raw, at, n, value):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """The same, written."""
     for k in range(n):
-        raw[at + _U(k)] = np.uint8((_U(value) >> _U(8 * k)) & _U(255))
+        raw[at + U64(k)] = np.uint8((U64(value) >> U64(8 * k)) & U64(255))
 
 
 def bound_nbytes(n_values: int, dtype: np.dtype) -> int:
@@ -199,26 +205,23 @@ def bound_nbytes(n_values: int, dtype: np.dtype) -> int:
     return HEADER_NBYTES + TAIL_NBYTES + n_blocks * (24 + BLOCK_VALUES * dtype.itemsize)
 
 
-# ------------------------------------------------------------------------------------------------- unpack
-
-
 @compiled
 def _unpack_words(raw, at, width, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     """The packed part of a block, whose words begin at byte ``at``."""
     ty = out.dtype.type
     n_bits = bits_of(out)
-    n_lanes = _U(BLOCK_VALUES) // n_bits
-    if width == _U(0):
-        for k in range(_U(BLOCK_VALUES)):
+    n_lanes = U64(BLOCK_VALUES) // n_bits
+    if width == U64(0):
+        for k in range(U64(BLOCK_VALUES)):
             out[k] = ty(0)
         return
     mask = ty(shift_right(ty(-1), n_bits - width))
-    bit = _U(0)
+    bit = U64(0)
     for row in range(n_bits):
-        word = at + bit // n_bits * _U(128)
+        word = at + bit // n_bits * U64(128)
         shift = bit % n_bits
-        next_word = word if shift + width <= n_bits else word + _U(128)
-        take_row(raw, word, next_word, shift, mask, out, _U(row) * n_lanes)
+        next_word = word if shift + width <= n_bits else word + U64(128)
+        take_row(raw, word, next_word, shift, mask, out, U64(row) * n_lanes)
         bit += width
 
 
@@ -226,19 +229,19 @@ def _unpack_words(raw, at, width, out):  # type: ignore[no-untyped-def]  # noqa:
 def _patch(raw, at, counts, width, high, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913, PLR0917
     """Put the bits above ``width`` into the values that have some; ``at`` is the first of their places."""
     ty = out.dtype.type
-    n = _U(0)
+    n = U64(0)
     for quarter in range(4):
-        n += (counts >> _U(8 * quarter)) & _U(255)
-    highs, bit, k = at + n, _U(0), at
-    mask = ~_U(0) >> (_U(64) - high)
+        n += (counts >> U64(8 * quarter)) & U64(255)
+    highs, bit, k = at + n, U64(0), at
+    mask = ~U64(0) >> (U64(64) - high)
     for quarter in range(4):
-        first, end = _U(256 * quarter), k + ((counts >> _U(8 * quarter)) & _U(255))
+        first, end = U64(256 * quarter), k + ((counts >> U64(8 * quarter)) & U64(255))
         while k < end:
-            place = first + _U(raw[k])
-            found = (_read(raw, highs + (bit >> _U(3)), 8) >> (bit & _U(7))) & mask
+            place = first + U64(raw[k])
+            found = (_read(raw, highs + (bit >> U64(3)), 8) >> (bit & U64(7))) & mask
             out[place] = out[place] | ty(shift_left(ty(found), width))
             bit += high
-            k += _U(1)
+            k += U64(1)
 
 
 @compiled
@@ -247,10 +250,10 @@ def _finish(values, base, differences, out, to):  # type: ignore[no-untyped-def]
     ty = values.dtype.type
     if differences:
         last = base
-        for k in range(_U(0), _U(BLOCK_VALUES), _U(_SUM_NBITS) // bits_of(values)):
+        for k in range(U64(0), U64(BLOCK_VALUES), U64(_SUM_NBITS) // bits_of(values)):
             last = add_up(values, k, last, out, to + k)
     else:
-        for k in range(_U(BLOCK_VALUES)):
+        for k in range(U64(BLOCK_VALUES)):
             out[to + k] = ty(values[k] + base)
 
 
@@ -273,47 +276,49 @@ def unpack(raw, n_values, start, out):  # type: ignore[no-untyped-def]  # noqa: 
         1-D contiguous, of the unsigned dtype that is as large as that of the values.
     """
     n_bits = bits_of(out)
-    nbytes = _U(raw.shape[0])
-    n_blocks = (_U(n_values) + _U(BLOCK_VALUES - 1)) // _U(BLOCK_VALUES)
-    entry_nbytes = _entry_nbytes(n_bits)
-    if nbytes < _U(HEADER_NBYTES + TAIL_NBYTES):
+    nbytes = U64(raw.shape[0])
+    n_blocks = (U64(n_values) + U64(BLOCK_VALUES - 1)) // U64(BLOCK_VALUES)
+    entry_nbytes = table_entry_nbytes(n_bits)
+    if nbytes < U64(HEADER_NBYTES + TAIL_NBYTES):
         return 1
-    if _read(raw, _U(0), 4) != _U(_magic) or raw[_U(4)] != VERSION or raw[_U(6)] > 1 or raw[_U(7)] != 0:
+    if _read(raw, U64(0), 4) != U64(magic_number) or raw[U64(4)] != VERSION or raw[U64(6)] > 1 or raw[U64(7)] != 0:
         return 2
-    if _U(raw[_U(5)]) != n_bits:
+    if U64(raw[U64(5)]) != n_bits:
         return 3
-    if _read(raw, _U(8), 8) != _U(n_values) or start < 0 or start > n_values or out.shape[0] > n_values - start:
+    if _read(raw, U64(8), 8) != U64(n_values) or start < 0 or start > n_values or out.shape[0] > n_values - start:
         return 4
-    if (nbytes - _U(HEADER_NBYTES)) // entry_nbytes < n_blocks:
+    if (nbytes - U64(HEADER_NBYTES)) // entry_nbytes < n_blocks:
         return 1
-    differences = raw[_U(6)] == 1
-    first, stop = _U(start), _U(start + out.shape[0])
+    differences = raw[U64(6)] == 1
+    first, stop = U64(start), U64(start + out.shape[0])
     values, spare = np.empty(BLOCK_VALUES, out.dtype), np.empty(BLOCK_VALUES, out.dtype)
     at = first
     while at < stop:
-        block = at // _U(BLOCK_VALUES)
-        entry = _U(HEADER_NBYTES) + block * entry_nbytes
-        place = _read(raw, entry, 4) * _U(4)
-        counts = _read(raw, entry + _U(4), 4)
-        width, high = _U(raw[entry + _U(8)]), _U(raw[entry + _U(9)])
-        base = out.dtype.type(_read(raw, entry + entry_nbytes - n_bits // _U(8), bits_of(out) // _U(8)))
-        n_patches = (counts & _U(255)) + (counts >> _U(8) & _U(255)) + (counts >> _U(16) & _U(255)) + (counts >> _U(24))
-        if width + high > n_bits or _U(56) < high < _U(64) or (n_patches > _U(0) and high == _U(0)):
+        block = at // U64(BLOCK_VALUES)
+        entry = U64(HEADER_NBYTES) + block * entry_nbytes
+        place = _read(raw, entry, 4) * U64(4)
+        counts = _read(raw, entry + U64(4), 4)
+        width, high = U64(raw[entry + U64(8)]), U64(raw[entry + U64(9)])
+        base = out.dtype.type(_read(raw, entry + entry_nbytes - n_bits // U64(8), bits_of(out) // U64(8)))
+        n_patches = (
+            (counts & U64(255)) + (counts >> U64(8) & U64(255)) + (counts >> U64(16) & U64(255)) + (counts >> U64(24))
+        )
+        if width + high > n_bits or U64(56) < high < U64(64) or (n_patches > U64(0) and high == U64(0)):
             return 6
-        used = _U(128) * width + n_patches + (n_patches * high + _U(7)) // _U(8)
-        if place + (used + _U(3) & ~_U(3)) + _U(TAIL_NBYTES) > nbytes:
+        used = U64(128) * width + n_patches + (n_patches * high + U64(7)) // U64(8)
+        if place + (used + U64(3) & ~U64(3)) + U64(TAIL_NBYTES) > nbytes:
             return 5
         _unpack_words(raw, place, width, values)
-        if n_patches > _U(0):
-            _patch(raw, place + _U(128) * width, counts, width, high, values)
-        block_start = block * _U(BLOCK_VALUES)
-        end = min(block_start + _U(BLOCK_VALUES), stop)
-        if end - at == _U(BLOCK_VALUES):
+        if n_patches > U64(0):
+            _patch(raw, place + U64(128) * width, counts, width, high, values)
+        block_start = block * U64(BLOCK_VALUES)
+        end = min(block_start + U64(BLOCK_VALUES), stop)
+        if end - at == U64(BLOCK_VALUES):
             _finish(values, base, differences, out, at - first)
         else:
-            _finish(values, base, differences, spare, _U(0))
+            _finish(values, base, differences, spare, U64(0))
             for k in range(end - at):
-                out[at - first + _U(k)] = spare[at - block_start + _U(k)]
+                out[at - first + U64(k)] = spare[at - block_start + U64(k)]
         at = end
     return 0
 
@@ -332,174 +337,3 @@ def unpacker(itemsize: int) -> Any:
     number, out = numba.int64, numba.types.CPointer(getattr(numba, f"uint{8 * itemsize}"))
     raw = numba.types.CPointer(numba.uint8)
     return compiled_for_c(number(raw, number, number, number, out, number), _unpack_at)
-
-
-# --------------------------------------------------------------------------------------------------- pack
-
-
-@compiled
-def _choose_width(values, lengths):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    """(width, high) of fewest bits: what all values are packed in, and what is stored of each that needs more."""
-    n_bits = bits_of(values)
-    for quarter in range(4):
-        for k in range(65):
-            lengths[quarter, k] = 0
-    for k in range(_U(256)):  # the quarters in turn: a count that was just raised is not there yet to be raised again
-        lengths[_U(0), length_of(values[k])] += 1
-        lengths[_U(1), length_of(values[_U(256) + k])] += 1
-        lengths[_U(2), length_of(values[_U(512) + k])] += 1
-        lengths[_U(3), length_of(values[_U(768) + k])] += 1
-    longest = n_bits
-    while longest > _U(0) and not (
-        lengths[0, longest] or lengths[1, longest] or lengths[2, longest] or lengths[3, longest]
-    ):
-        longest -= _U(1)
-    width, fewest = longest, _U(BLOCK_VALUES) * longest
-    best = width
-    longer = np.zeros(4, np.int64)
-    while width > _U(0):
-        n, most = 0, 0
-        for quarter in range(4):
-            longer[quarter] += lengths[quarter, width]
-            n += longer[quarter]
-            most = max(most, longer[quarter])
-        width -= _U(1)
-        high = longest - width
-        if most > 255:
-            break
-        if high > _U(56) and (width > _U(0) or n_bits < _U(64)):
-            continue
-        high = _U(64) if high > _U(56) else high
-        cost = _U(BLOCK_VALUES) * width + _U(n) * (_U(8 + _PATCH_COST) + high)
-        if cost < fewest:
-            best, fewest = width, cost
-    high = longest - best
-    return best, _U(64) if high > _U(56) else high
-
-
-@compiled
-def _pack_words(values, width, words):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    """The low bits of a block's values; ``words`` has room for all bits, and is zero."""
-    ty = values.dtype.type
-    n_bits = bits_of(values)
-    n_lanes = _U(BLOCK_VALUES) // n_bits
-    mask = ty(shift_right(ty(-1), n_bits - width))
-    bit = _U(0)
-    for row in range(n_bits):
-        word, shift, first = bit // n_bits * n_lanes, bit % n_bits, _U(row) * n_lanes
-        for k in range(n_lanes):
-            words[word + _U(k)] |= shift_left(values[first + _U(k)] & mask, shift)
-        if shift + width > n_bits:
-            for k in range(n_lanes):
-                words[word + n_lanes + _U(k)] |= shift_right(values[first + _U(k)] & mask, n_bits - shift)
-        bit += width
-
-
-@compiled
-def _pack_patches(values, width, high, raw, at, counts):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913, PLR0917
-    """Places and high bits of the values that need more than ``width`` bits; returns where they end."""
-    ty = values.dtype.type
-    highs, limit = at, ty(shift_left(ty(1), width) - ty(1))
-    for quarter in range(4):
-        first = highs
-        for k in range(_U(256)):
-            raw[highs] = np.uint8(k)
-            highs += _U(values[_U(256) * _U(quarter) + k] > limit)
-        counts[quarter] = highs - first
-    waiting, n_waiting = _U(0), _U(0)
-    end, k = highs, at
-    for quarter in range(4):
-        for _ in range(counts[quarter]):
-            value = values[_U(256) * _U(quarter) + _U(raw[k])]
-            k += _U(1)
-            waiting |= _U(shift_right(value, width)) << n_waiting
-            n_waiting += high
-            while n_waiting >= _U(8):
-                raw[end] = np.uint8(waiting & _U(255))
-                waiting, n_waiting = waiting >> _U(8), n_waiting - _U(8)
-                end += _U(1)
-    if n_waiting > _U(0):
-        raw[end] = np.uint8(waiting)
-        end += _U(1)
-    return end
-
-
-@compiled
-def _subtract(values, first, n, differences, sign, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913, PLR0917
-    """What is packed of ``values[first:][:n]``, and the base; zeros behind."""
-    ty = values.dtype.type
-    if differences:
-        base = ty(values[first] - ty(1))
-        out[0] = 0
-        for k in range(_U(1), n):
-            out[k] = ty(values[first + k] - values[first + k - _U(1)] - ty(1))
-    else:
-        least = ty(-1)
-        for k in range(n):
-            least = min(least, ty(values[first + _U(k)] ^ sign))
-        base = ty(least ^ sign)
-        for k in range(n):
-            out[_U(k)] = ty(values[first + _U(k)] - base)
-    for k in range(n, _U(BLOCK_VALUES)):
-        out[k] = 0
-    return base
-
-
-@compiled
-def _pack(values, differences, sign, raw):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    n_bits, n_values = bits_of(values), _U(values.shape[0])
-    n_blocks, entry_nbytes = (n_values + _U(BLOCK_VALUES - 1)) // _U(BLOCK_VALUES), _entry_nbytes(n_bits)
-    _write(raw, _U(0), 4, _magic)
-    _write(raw, _U(4), 4, _U(VERSION) | n_bits << _U(8) | _U(differences) << _U(16))
-    _write(raw, _U(8), 8, n_values)
-    rest, words = np.empty(BLOCK_VALUES, values.dtype), np.empty(BLOCK_VALUES, values.dtype)
-    lengths, counts = np.empty((4, 65), np.int64), np.empty(4, np.int64)
-    at = _U(HEADER_NBYTES) + n_blocks * entry_nbytes
-    for block in range(n_blocks):
-        first = _U(block) * _U(BLOCK_VALUES)
-        base = _subtract(values, first, min(_U(BLOCK_VALUES), n_values - first), differences, sign, rest)
-        width, high = _choose_width(rest, lengths)
-        entry = _U(HEADER_NBYTES) + _U(block) * entry_nbytes
-        for k in range(entry_nbytes):
-            raw[entry + _U(k)] = 0
-        _write(raw, entry, 4, at // _U(4))
-        if width > _U(0):
-            words[:] = 0
-            _pack_words(rest, width, words)
-            packed = words.view(np.uint8)
-            for k in range(_U(128) * width):
-                raw[at + _U(k)] = packed[_U(k)]
-            at += _U(128) * width
-        counts[:] = 0
-        if high > _U(0):
-            at = _pack_patches(rest, width, high, raw, at, counts)
-        for quarter in range(4):
-            raw[entry + _U(4 + quarter)] = np.uint8(counts[quarter])
-        raw[entry + _U(8)], raw[entry + _U(9)] = np.uint8(width), np.uint8(high)
-        _write(raw, entry + entry_nbytes - n_bits // _U(8), n_bits // _U(8), base)
-        while at & _U(3):
-            raw[at] = 0
-            at += _U(1)
-    for k in range(TAIL_NBYTES):
-        raw[at + _U(k)] = 0
-    return at + _U(TAIL_NBYTES)
-
-
-def pack(values: NDArray, *, differences: bool) -> NDArray[np.uint8]:
-    """Pack integers; the same ones become the same bytes on every machine.
-
-    Parameters
-    ----------
-    values
-        1-D contiguous, of any integer dtype, in this machine's byte order.
-    differences
-        Store each value less the one before it, which makes small numbers of ascending ones; any order may follow.
-
-    Returns
-    -------
-    The chunk, for :func:`unpack`.
-    """
-    raw = np.empty(bound_nbytes(len(values), values.dtype), np.uint8)
-    unsigned = values.view(f"u{values.dtype.itemsize}")
-    sign = unsigned.dtype.type(2 ** (8 * values.dtype.itemsize - 1) if values.dtype.kind == "i" else 0)
-    return raw[: _pack(unsigned, differences, sign, raw)]

@@ -6,13 +6,13 @@ collection's ``[]`` or a ``fetch_callback`` does.
 
 from annbatch_dask.scdataset.experimental import estimate_sample_size, suggest_parameters
 from annbatch_dask.scdataset.multiindexable import MultiIndexable
+from annbatch_dask.scdataset.sampler import StrategySampler
 from annbatch_dask.scdataset.scdataset import scDataset
 from annbatch_dask.scdataset.strategy import (
     BlockShuffling,
     BlockWeightedSampling,
     ClassBalancedSampling,
     SamplingStrategy,
-    StrategySampler,
     Streaming,
 )
 from annbatch_dask.scdataset.transforms import adata_to_mindex, bionemo_to_tensor, hf_tahoe_to_tensor

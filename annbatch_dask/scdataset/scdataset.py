@@ -18,7 +18,8 @@ from annbatch_dask.loader.state import Progress, Resumable, State, digest
 from annbatch_dask.order.planned import expand
 from annbatch_dask.order.share import current_worker
 from annbatch_dask.samplers.distributed import DistributedSampler, EvenOrAuto, resolve_even
-from annbatch_dask.scdataset.strategy import SamplingStrategy, StrategySampler
+from annbatch_dask.scdataset.sampler import StrategySampler
+from annbatch_dask.scdataset.strategy import SamplingStrategy
 from annbatch_dask.types import LoadRequest
 
 __all__ = ["scDataset", "take_rows"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from functools import cached_property, partial
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any
 
@@ -11,18 +11,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from annbatch_dask.order.epoch import Epoch
 from annbatch_dask.order.keys import Key
 from annbatch_dask.order.rows import Blocks, Given, InOrder, Order, Rounds, Weighted, WeightTable
-from annbatch_dask.samplers.base import SeededSampler, mixed
 from annbatch_dask.samplers.sampler import caller_stacklevel
 
 __all__ = [
     "BlockShuffling",
     "BlockWeightedSampling",
     "ClassBalancedSampling",
+    "Ints",
     "SamplingStrategy",
-    "StrategySampler",
     "Streaming",
     "count_rows",
 ]
@@ -378,82 +376,6 @@ class ClassBalancedSampling(BlockWeightedSampling):
             raise ValueError(msg)
         weights = 1 / np.bincount(codes)[codes]
         super().__init__(block_size, indices, weights, total_size, replace, sampling_size)
-
-
-class StrategySampler(SeededSampler):
-    """A strategy as a sampler, for ``Loader(batch_sampler=...)`` and :class:`scDataset` alike.
-
-    Parameters
-    ----------
-    strategy
-        Which rows, in which order.
-    batch_size
-        Rows in a batch.
-    fetch_factor
-        Batches loaded together.
-    drop_last
-        Leave out the last batch if it is not full.
-    rng
-        Where the seed is drawn from, once; by default a fresh one.
-
-    Examples
-    --------
-    >>> sampler = scdataset.StrategySampler(scdataset.BlockShuffling(16), batch_size=64)
-    >>> len(list(Loader(batch_sampler=sampler).use_collection(collection)))
-    8
-    """
-
-    def __init__(
-        self,
-        strategy: SamplingStrategy,
-        batch_size: int,
-        fetch_factor: int = 16,
-        *,
-        drop_last: bool = False,
-        rng: np.random.Generator | None = None,
-    ) -> None:
-        self._strategy = strategy
-        self._batch_size = batch_size
-        self._fetch_size = batch_size * fetch_factor
-        self._drop_last = drop_last
-        self.rng = rng
-
-    @property
-    def batch_size(self) -> int:
-        """Rows in a batch."""
-        return self._batch_size
-
-    @property
-    def shuffle(self) -> bool:
-        """Whether the order is a random one."""
-        return not isinstance(self._strategy, Streaming) or self._strategy.shuffle
-
-    def n_batches(self, n_obs: int) -> int:
-        """Batches of one pass over ``n_obs`` rows."""
-        n_rows = self._strategy.get_len(range(n_obs))
-        return n_rows // self._batch_size if self._drop_last else -(-n_rows // self._batch_size)
-
-    def validate(self, n_obs: int) -> None:
-        """ValueError where the strategy's rows are not among ``n_obs``."""
-        self._strategy._check_range(n_obs)  # noqa: SLF001
-
-    def epoch(self, n_obs: int, key: Key) -> Epoch:
-        """The pass with this key over ``n_obs`` rows."""
-        order = self._strategy.order(n_obs, key)
-        mix = partial(mixed, key) if self._strategy._shuffle_before_yield else _as_fetched  # noqa: SLF001
-        return Epoch(len(order), self._fetch_size, self._batch_size, self._drop_last, partial(_take, order), mix)
-
-    def state_identity(self) -> tuple[object, ...]:
-        """What a saved state must have in common with the sampler that goes on from it."""
-        return (*super().state_identity(), self._fetch_size, self._drop_last, *self._strategy.identity())
-
-
-def _take(order: Order, _: int, start: int, stop: int) -> Ints:
-    return np.sort(order.take(start, stop))
-
-
-def _as_fetched(_: int, n_rows: int) -> Ints:
-    return np.arange(n_rows)
 
 
 def _seed_of(key: Key) -> int:

@@ -22,8 +22,10 @@ import numpy as np
 
 from annbatch_dask.errors import SourceError
 from annbatch_dask.sources.open import SourceRef, hiding_secrets_of, is_hdf5
-from annbatch_dask.storage.folder import Folder, shown, version_of
+from annbatch_dask.storage.filesystems import version_of
+from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.metadata import METADATA
+from annbatch_dask.storage.secrets import shown
 from annbatch_dask.storage.transient import raise_not_found
 
 __all__ = [

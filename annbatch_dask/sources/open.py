@@ -21,8 +21,9 @@ from annbatch_dask.sources.files import GroupSource, is_current
 from annbatch_dask.sources.garbage import no_garbage_collection
 from annbatch_dask.sources.matrices import CsrRows
 from annbatch_dask.sources.tenx import is_tenx_file, is_tenx_folder, read_tenx
-from annbatch_dask.storage.folder import Folder, StorageOptions, hiding_secrets
+from annbatch_dask.storage.folder import Folder, StorageOptions
 from annbatch_dask.storage.metadata import METADATA
+from annbatch_dask.storage.secrets import hiding_secrets
 from annbatch_dask.storage.transient import is_transient
 
 if TYPE_CHECKING:

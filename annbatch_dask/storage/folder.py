@@ -9,13 +9,11 @@ import logging
 import os
 import re
 import shutil
-import traceback
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from functools import lru_cache
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any
 
 import fsspec
 import fsspec.asyn
@@ -25,35 +23,25 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 
-from annbatch_dask.errors import (
-    AnnbatchDaskError,
-    CollectionBusyError,
-    CollectionError,
-    MissingPackageError,
-    StorageError,
+from annbatch_dask.errors import CollectionBusyError, CollectionError, MissingPackageError
+from annbatch_dask.storage.filesystems import (
+    LocalRanges,
+    RangeFile,
+    RemoteRanges,
+    cat_range,
+    is_refused,
+    name_errors,
+    protocols,
+    version_of,
 )
-from annbatch_dask.storage.transient import is_transient
+from annbatch_dask.storage.secrets import shown
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
 
-__all__ = [
-    "UNFINISHED",
-    "Folder",
-    "RangeFile",
-    "RemoteRanges",
-    "StorageOptions",
-    "folder_of",
-    "hiding_secrets",
-    "name_errors",
-    "shown",
-    "sync_path",
-    "version_of",
-    "without_secrets",
-]
+__all__ = ["UNFINISHED", "Folder", "StorageOptions", "folder_of", "sync_path"]
 
 logger = logging.getLogger(__name__)
-
 _TMP = ".tmp-"
 UNFINISHED = re.compile(rf"{re.escape(_TMP)}[0-9a-f]{{8}}-(?P<name>.+)")
 """Name of a file that is being written, or was when its writer died."""
@@ -62,20 +50,8 @@ _PART_NBYTES = 8 * 2**20
 _BLOCK_NBYTES = 4 * 2**20
 _N_BLOCKS = 8
 """A remote file read here and there keeps this many blocks, read whole and once as long as they stay."""
-
-
 _N_REMOVALS = 10
 """How often a folder is removed into which somebody still writes."""
-_VERSION_KEYS = ("ETag", "etag", "generation", "mtime", "LastModified", "Last-Modified", "created", "CRC")
-"""Where file systems say which content a file has, the surest first."""
-
-
-def version_of(info: Mapping[str, Any]) -> str:
-    """What tells one content of a file from another, as its file system says; empty where it says nothing."""
-    found = next(filter(None, map(info.get, _VERSION_KEYS)), "")
-    return str(found.timestamp() if isinstance(found, datetime) else found)  # a listing may have either
-
-
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}
 """Extra of ours that brings what fsspec needs for a protocol."""
 
@@ -156,7 +132,7 @@ class Folder:
 
     def read(self, name: str) -> bytes:
         """All bytes of a file."""
-        return _cat_range(self.fs, f"{self.path}/{name}", 0, None)  # without a start, s3fs asks for the size first
+        return cat_range(self.fs, f"{self.path}/{name}", 0, None)  # without a start, s3fs asks for the size first
 
     def find(self, name: str) -> bytes | None:
         """All bytes of a file, or None where there is none."""
@@ -175,7 +151,7 @@ class Folder:
 
     def first_bytes(self, n: int) -> bytes:
         """The first ``n`` bytes of the file at this path, or as many as it has."""
-        return _cat_range(self.fs, self.path, 0, n)
+        return cat_range(self.fs, self.path, 0, n)
 
     def open(self) -> IO[bytes]:
         """The file at this path, for reads anywhere in it; a remote one is read in blocks."""
@@ -190,7 +166,7 @@ class Folder:
         """A file to read ranges of."""
         path = f"{self.path}/{name}"
         if self.is_local:
-            return _LocalRanges(path, os.open(path, os.O_RDONLY) if keep_open else None)
+            return LocalRanges(path, os.open(path, os.O_RDONLY) if keep_open else None)
         return RemoteRanges(self.fs, path)
 
     def names(self) -> list[str]:
@@ -322,16 +298,16 @@ class Folder:
         try:
             if self.is_local:
                 self.write(name, payload)
-            elif "s3" in _protocols(self.fs):
+            elif "s3" in protocols(self.fs):
                 condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
                 self.fs.pipe_file(path, payload, chunksize=_MAX_PUT_NBYTES, **condition)
             elif self.version(name) != version:
                 raise FileExistsError(path)
             else:
-                _warn_plain(_protocols(self.fs)[0])
+                _warn_plain(protocols(self.fs)[0])
                 self.write(name, payload)
         except OSError as e:
-            if not _is_refused(e):
+            if not is_refused(e):
                 raise
             if self.find(name) == payload:  # a write whose answer was lost was tried again
                 return
@@ -375,27 +351,10 @@ _MAX_PUT_NBYTES = 2**32
 """S3 takes 5 GB in one request, and compares versions for that alone."""
 
 
-def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
-
-
 @lru_cache
 def _warn_plain(protocol: str) -> None:
     """Once a process."""
     logger.warning("%s cannot compare and write in one step: make sure that only one build works there", protocol)
-
-
-def _is_refused(error: OSError) -> bool:
-    """Whether a store said that the file is not the version it should replace."""
-    refusals = ("PreconditionFailed", "ConditionalRequestConflict", "412")
-    return isinstance(error, FileExistsError) or _error_code(error) in refusals
-
-
-def _error_code(error: OSError) -> str | None:
-    """S3's, where s3fs made the error of one."""
-    response = getattr(error.__cause__, "response", None) or {}
-    code: str | None = response.get("Error", {}).get("Code")
-    return code
 
 
 @contextlib.contextmanager
@@ -416,126 +375,6 @@ def _upload(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
     file.close()
 
 
-class RangeFile(Protocol):
-    """A file to read ranges of; any number of threads may."""
-
-    def read_into(self, start: int, out: memoryview) -> int:
-        """Fill ``out`` from byte ``start`` on; returns the bytes there were."""
-
-    def close(self) -> None:
-        """Let go of it."""
-
-
-@dataclass
-class _LocalRanges:
-    path: str
-    fd: int | None
-
-    def read_into(self, start: int, out: memoryview) -> int:
-        with name_errors(self.path):
-            return self._read_into(start, out)
-
-    def _read_into(self, start: int, out: memoryview) -> int:
-        fd = os.open(self.path, os.O_RDONLY) if self.fd is None else self.fd
-        try:
-            at = 0
-            while at < len(out) and (n := os.preadv(fd, [out[at:]], start + at)):
-                at += n
-        finally:
-            if self.fd is None:
-                os.close(fd)
-        return at
-
-    def close(self) -> None:
-        if self.fd is not None:
-            os.close(self.fd)
-
-
-@dataclass
-class RemoteRanges:
-    """A file of any fsspec file system."""
-
-    fs: fsspec.AbstractFileSystem
-    path: str
-
-    def read_version(self, start: int, out: memoryview, version: tuple[str, int]) -> int:
-        """The same of one version of the file, as :meth:`identity` gives it, and of no other.
-
-        S3 compares in the same request. Elsewhere the file is asked for its version after it was read.
-
-        Raises
-        ------
-        FileExistsError
-            If it has another version by now.
-        """
-        if "s3" in _protocols(self.fs) and version[0].startswith('"'):  # an entity tag
-            found = _get_version(self.fs, self.path, start, start + len(out), version[0]) if len(out) else b""
-            out[: len(found)] = found
-            return len(found)
-        n = self.read_into(start, out)
-        if self.identity() != version:
-            raise FileExistsError(self.path)
-        return n
-
-    def identity(self) -> tuple[str, int] | None:
-        """Its version, as in :meth:`Folder.version`, and its bytes; None where there is no such file."""
-        self.fs.invalidate_cache(self.path)  # or a listing of old would be asked
-        try:
-            info = self.fs.info(self.path)
-        except FileNotFoundError:
-            return None
-        return version_of(info), int(info["size"])
-
-    def read_into(self, start: int, out: memoryview) -> int:
-        """Fill ``out`` from byte ``start`` on; returns the bytes there were."""
-        if isinstance(self.fs, MemoryFileSystem):  # its cat_file moves a position that all threads share
-            file = self.fs.store.get(self.path)
-            if file is None:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.path)
-            found = file.getbuffer()[start : start + len(out)]
-        else:
-            found = _cat_range(self.fs, self.path, start, start + len(out)) if len(out) else b""
-        out[: len(found)] = found
-        return len(found)
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-def _cat_range(fs: fsspec.AbstractFileSystem, path: str, start: int, stop: int | None) -> bytes:
-    """Bytes [start, stop) of a file, those there are."""
-    try:
-        return bytes(fs.cat_file(path, start=start, end=stop))
-    except OSError as e:
-        if _error_code(e) in ("InvalidRange", "416"):  # the file ends before
-            return b""
-        raise
-
-
-def _get_version(fs: Any, path: str, start: int, stop: int, tag: str) -> bytes:
-    """Bytes [start, stop) of an object of S3, if it has an entity tag. s3fs's own ``cat_file`` takes no condition."""
-    from s3fs.core import _error_wrapper  # tries again what s3fs tries again, as its own reads do
-
-    bucket, key, _ = fs.split_path(path)
-    asked = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{stop - 1}", "IfMatch": tag}
-
-    async def get() -> bytes:
-        answer = await fs._call_s3("get_object", **asked)
-        async with answer["Body"] as body:
-            payload: bytes = await body.read()
-        return payload
-
-    try:
-        found: bytes = fsspec.asyn.sync(fs.loop, _error_wrapper, get, retries=fs.retries)
-    except OSError as e:
-        if _is_refused(e):
-            raise FileExistsError(path) from e
-        if _error_code(e) in ("InvalidRange", "416"):  # the file ends before
-            return b""
-        raise
-    return found
-
-
 def sync_path(path: str) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     fd = os.open(path, os.O_RDONLY)
@@ -547,88 +386,6 @@ def sync_path(path: str) -> None:
 
 def _private_opener(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
-
-
-@contextlib.contextmanager
-def name_errors(path: str) -> Iterator[None]:
-    """Errors of the system in the block say which file they are about, and how much room there is if that is short.
-
-    Raises
-    ------
-    StorageError
-        For a full disk.
-    """
-    try:
-        yield
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT) and not isinstance(e, AnnbatchDaskError):
-            msg = f"{path} cannot be written: {_room(path)}; make room, or give another scratch folder, and call again"
-            raise StorageError(f"{msg} to go on") from e
-        if e.errno is None or e.filename is not None:  # no error of the system, or it says where
-            raise
-        raise OSError(e.errno, e.strerror, path) from e
-
-
-def _room(path: str) -> str:
-    """What is short, in numbers where the system tells."""
-    folder = os.path.dirname(path)
-    while folder and not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    if not os.path.isabs(folder):
-        return "no space is left on the store"
-    found = shutil.disk_usage(folder)
-    return f"{found.free:,} of {found.total:,} bytes are free on the disk of {folder}"
-
-
-def shown(url: str) -> str:
-    """A path or URL as others may see it: without users' names and passwords, or a query, which may be a signature.
-
-    Each part of a chain is looked at, as in ``zip://a.h5ad::s3://bucket/all.zip``. The container of an Azure URL stays.
-    """
-    return "::".join(map(_shown_part, url.split("::")))
-
-
-def _shown_part(url: str) -> str:
-    scheme, sign, rest = url.partition("://")
-    if not sign:
-        return url
-    if scheme not in _ANY_NAMES:
-        rest = re.split("[?#]", rest, maxsplit=1)[0]
-    host, slash, path = rest.partition("/")
-    user, at, name = host.rpartition("@")
-    keeps_user = scheme in _AZURE and ":" not in user
-    return f"{scheme}://{user + at if keeps_user else ''}{name}{slash}{path}"
-
-
-_AZURE = ("abfs", "abfss", "wasb", "wasbs", "az")
-"""Schemes with a container where others have a user."""
-_ANY_NAMES = ("file", "local", "memory", "s3", "s3a", "gs", "gcs", "zip", "tar", "simplecache", "filecache")
-"""Schemes without queries: files may be called what one looks like."""
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>)\]]+")
-
-
-def without_secrets(text: str) -> str:
-    """A text with each URL in it as others may see it."""
-    return _URL.sub(lambda found: shown(found[0]), text)
-
-
-@contextlib.contextmanager
-def hiding_secrets(url: str) -> Iterator[None]:
-    """Errors in the block that tell what :func:`shown` leaves out of a URL are raised without it."""
-    try:
-        yield
-    except Exception as e:
-        said = "".join(traceback.format_exception(e))
-        hidden = without_secrets(said.replace(url, shown(url)))
-        if shown(url) == url or hidden == said:
-            raise
-        text = without_secrets(str(e).replace(url, shown(url)))
-        if is_transient(e):  # as it stays, to who tries again
-            raise StorageError(errno.EIO, f"{type(e).__name__}: {text}", shown(url)) from None
-        if isinstance(e, AnnbatchDaskError | FileNotFoundError):
-            raise type(e)(text).with_traceback(e.__traceback__) from None
-        msg = f"{shown(url)}: {type(e).__name__}: {text}"
-        raise StorageError(msg).with_traceback(e.__traceback__) from None
 
 
 def folder_of(group: zarr.Group | zarr.Array[Any]) -> Folder:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from zarr.abc.codec import ArrayBytesCodec
 
 from annbatch_dask.errors import IntegrityError, LayoutError
-from annbatch_dask.kernels.packed import DAMAGED, pack, unpack
+from annbatch_dask.kernels.packed import DAMAGED, unpack
+from annbatch_dask.kernels.packing import pack
 
 if TYPE_CHECKING:
     from zarr.core.array_spec import ArraySpec

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import LayoutError
 from annbatch_dask.manifest import ALL_WRITTEN
-from annbatch_dask.storage.folder import Folder, name_errors
+from annbatch_dask.storage.filesystems import name_errors
+from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.packed import PackedCodec
 from annbatch_dask.storage.threads import MAX_THREADS, map_ordered
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from annbatch_dask.errors import CollectionChangedError
-from annbatch_dask.storage.folder import Folder, version_of
+from annbatch_dask.storage.filesystems import version_of
+from annbatch_dask.storage.folder import Folder
 
 __all__ = ["Listing", "Version", "changed", "list_all", "list_files", "version_on_disk"]
 

@@ -23,8 +23,9 @@ from annbatch_dask.cli import main
 from annbatch_dask.errors import ForeignScratchError, IntegrityError, SourceError
 from annbatch_dask.etl.job import Job, load_job, save_job
 from annbatch_dask.events import Callback
-from annbatch_dask.storage.folder import Folder, hiding_secrets, shown, without_secrets
+from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.private import check_private, make_private
+from annbatch_dask.storage.secrets import hiding_secrets, shown, without_secrets
 from annbatch_dask.storage.spill import SpillError, SpillReader, write_spill
 from annbatch_dask.testing import make_adata
 from tests.s3.test_other_stores import RangeHandler

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from annbatch_dask.kernels.packed import DAMAGED, bound_nbytes, pack, unpack
+from annbatch_dask.kernels.packed import DAMAGED, bound_nbytes, unpack
+from annbatch_dask.kernels.packing import pack
 
 DTYPES = [f"{kind}int{n}" for kind in ("u", "") for n in (8, 16, 32, 64)]
 CANARY = 0xA5

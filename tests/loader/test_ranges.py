@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, ZstdCodec
 
 from annbatch_dask.chunks import files as chunk_files
-from annbatch_dask.chunks import reader as ranges
 from annbatch_dask.chunks.reader import RangeReader
 from annbatch_dask.errors import CollectionChangedError, IntegrityError
+from annbatch_dask.manifest import ALL_WRITTEN
 from tests.leaks import open_files
 
 CODECS = {
@@ -225,7 +225,7 @@ def test_bytes_that_rot_after_they_were_read_are_noticed(tmp_path, codec, layout
 
 
 def test_a_file_that_was_written_and_is_missing_is_no_fill_value(tmp_path):
-    array = create(tmp_path / "a", attributes={ranges.ALL_WRITTEN: True})
+    array = create(tmp_path / "a", attributes={ALL_WRITTEN: True})
     shard(tmp_path / "a").unlink()
     with pytest.raises(IntegrityError, match="/c/0 is missing, and it was written"):
         read(array, [(0, 10)])

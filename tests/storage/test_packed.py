@@ -17,7 +17,7 @@ from zarrs.pipeline import UnsupportedMetadataError
 
 import annbatch_dask
 from annbatch_dask.errors import IntegrityError, LayoutError
-from annbatch_dask.kernels.packed import pack
+from annbatch_dask.kernels.packing import pack
 from annbatch_dask.storage.packed import PACKED, PackedCodec, unpack_chunk
 
 ROOT = Path(annbatch_dask.__file__).parents[1]

@@ -1,0 +1,211 @@
+"""What file systems differ in: versions of files, ranges of them, and what their errors mean."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol
+
+import fsspec
+import fsspec.asyn
+from fsspec.implementations.memory import MemoryFileSystem
+
+from annbatch_dask.errors import AnnbatchDaskError, StorageError
+
+__all__ = [
+    "LocalRanges",
+    "RangeFile",
+    "RemoteRanges",
+    "cat_range",
+    "is_refused",
+    "name_errors",
+    "protocols",
+    "version_of",
+]
+
+_VERSION_KEYS = ("ETag", "etag", "generation", "mtime", "LastModified", "Last-Modified", "created", "CRC")
+"""Where file systems say which content a file has, the surest first."""
+
+
+def version_of(info: Mapping[str, Any]) -> str:
+    """What tells one content of a file from another, as its file system says; empty where it says nothing."""
+    found = next(filter(None, map(info.get, _VERSION_KEYS)), "")
+    return str(found.timestamp() if isinstance(found, datetime) else found)  # a listing may have either
+
+
+def protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    """Names of a file system's protocol."""
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def is_refused(error: OSError) -> bool:
+    """Whether a store said that the file is not the version it should replace."""
+    refusals = ("PreconditionFailed", "ConditionalRequestConflict", "412")
+    return isinstance(error, FileExistsError) or _error_code(error) in refusals
+
+
+def _error_code(error: OSError) -> str | None:
+    """S3's, where s3fs made the error of one."""
+    response = getattr(error.__cause__, "response", None) or {}
+    code: str | None = response.get("Error", {}).get("Code")
+    return code
+
+
+class RangeFile(Protocol):
+    """A file to read ranges of; any number of threads may."""
+
+    def read_into(self, start: int, out: memoryview) -> int:
+        """Fill ``out`` from byte ``start`` on; returns the bytes there were."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+@dataclass
+class LocalRanges:
+    """Of a local file, which is open where ``fd`` is given."""
+
+    path: str
+    fd: int | None
+
+    def read_into(self, start: int, out: memoryview) -> int:
+        """Fill ``out`` from byte ``start`` on; returns the bytes there were."""
+        with name_errors(self.path):
+            return self._read_into(start, out)
+
+    def _read_into(self, start: int, out: memoryview) -> int:
+        fd = os.open(self.path, os.O_RDONLY) if self.fd is None else self.fd
+        try:
+            at = 0
+            while at < len(out) and (n := os.preadv(fd, [out[at:]], start + at)):
+                at += n
+        finally:
+            if self.fd is None:
+                os.close(fd)
+        return at
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self.fd is not None:
+            os.close(self.fd)
+
+
+@dataclass
+class RemoteRanges:
+    """A file of any fsspec file system."""
+
+    fs: fsspec.AbstractFileSystem
+    path: str
+
+    def read_version(self, start: int, out: memoryview, version: tuple[str, int]) -> int:
+        """The same of one version of the file, as :meth:`identity` gives it, and of no other.
+
+        S3 compares in the same request. Elsewhere the file is asked for its version after it was read.
+
+        Raises
+        ------
+        FileExistsError
+            If it has another version by now.
+        """
+        if "s3" in protocols(self.fs) and version[0].startswith('"'):  # an entity tag
+            found = _get_version(self.fs, self.path, start, start + len(out), version[0]) if len(out) else b""
+            out[: len(found)] = found
+            return len(found)
+        n = self.read_into(start, out)
+        if self.identity() != version:
+            raise FileExistsError(self.path)
+        return n
+
+    def identity(self) -> tuple[str, int] | None:
+        """Its version, as in :meth:`Folder.version`, and its bytes; None where there is no such file."""
+        self.fs.invalidate_cache(self.path)  # or a listing of old would be asked
+        try:
+            info = self.fs.info(self.path)
+        except FileNotFoundError:
+            return None
+        return version_of(info), int(info["size"])
+
+    def read_into(self, start: int, out: memoryview) -> int:
+        """Fill ``out`` from byte ``start`` on; returns the bytes there were."""
+        if isinstance(self.fs, MemoryFileSystem):  # its cat_file moves a position that all threads share
+            file = self.fs.store.get(self.path)
+            if file is None:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.path)
+            found = file.getbuffer()[start : start + len(out)]
+        else:
+            found = cat_range(self.fs, self.path, start, start + len(out)) if len(out) else b""
+        out[: len(found)] = found
+        return len(found)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def cat_range(fs: fsspec.AbstractFileSystem, path: str, start: int, stop: int | None) -> bytes:
+    """Bytes [start, stop) of a file, those there are."""
+    try:
+        return bytes(fs.cat_file(path, start=start, end=stop))
+    except OSError as e:
+        if _error_code(e) in ("InvalidRange", "416"):  # the file ends before
+            return b""
+        raise
+
+
+def _get_version(fs: Any, path: str, start: int, stop: int, tag: str) -> bytes:
+    """Bytes [start, stop) of an object of S3, if it has an entity tag. s3fs's own ``cat_file`` takes no condition."""
+    from s3fs.core import _error_wrapper  # tries again what s3fs tries again, as its own reads do
+
+    bucket, key, _ = fs.split_path(path)
+    asked = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{stop - 1}", "IfMatch": tag}
+
+    async def get() -> bytes:
+        answer = await fs._call_s3("get_object", **asked)
+        async with answer["Body"] as body:
+            payload: bytes = await body.read()
+        return payload
+
+    try:
+        found: bytes = fsspec.asyn.sync(fs.loop, _error_wrapper, get, retries=fs.retries)
+    except OSError as e:
+        if is_refused(e):
+            raise FileExistsError(path) from e
+        if _error_code(e) in ("InvalidRange", "416"):  # the file ends before
+            return b""
+        raise
+    return found
+
+
+@contextlib.contextmanager
+def name_errors(path: str) -> Iterator[None]:
+    """Errors of the system in the block say which file they are about, and how much room there is if that is short.
+
+    Raises
+    ------
+    StorageError
+        For a full disk.
+    """
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT) and not isinstance(e, AnnbatchDaskError):
+            msg = f"{path} cannot be written: {_room(path)}; make room, or give another scratch folder, and call again"
+            raise StorageError(f"{msg} to go on") from e
+        if e.errno is None or e.filename is not None:  # no error of the system, or it says where
+            raise
+        raise OSError(e.errno, e.strerror, path) from e
+
+
+def _room(path: str) -> str:
+    """What is short, in numbers where the system tells."""
+    folder = os.path.dirname(path)
+    while folder and not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isabs(folder):
+        return "no space is left on the store"
+    found = shutil.disk_usage(folder)
+    return f"{found.free:,} of {found.total:,} bytes are free on the disk of {folder}"
