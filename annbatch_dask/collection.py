@@ -31,7 +31,7 @@ from annbatch_dask.arguments import (
     resolve_options,
     resolve_seed,
 )
-from annbatch_dask.engines.base import Engine, EngineChoice, run_check, run_stage
+from annbatch_dask.engines.base import Engine, EngineChoice, run_stage
 from annbatch_dask.engines.choose import choose_engine
 from annbatch_dask.errors import CollectionBusyError, CollectionChangedError, CollectionError, LayoutError
 from annbatch_dask.etl.build import build
@@ -52,6 +52,7 @@ from annbatch_dask.etl.verify import (
     check_source,
     match_sources,
     not_compared,
+    run_check,
 )
 from annbatch_dask.events import Callback, Callbacks
 from annbatch_dask.html import render
@@ -62,6 +63,7 @@ from annbatch_dask.manifest import (
     SRC_PATH,
     DatasetRecord,
     Manifest,
+    MatrixRecord,
     dataset_names,
     dataset_number,
 )
@@ -1105,10 +1107,10 @@ class DatasetCollection:
                 tasks,
                 callback,
                 size=(sum(some[0].record.n_obs for some in candidates), 0),
-                measure=lambda _, r: (r["n_rows"], r["n_bytes"]),
+                measure=lambda _, r: (r.n_rows, r.n_bytes),
                 describe=lambda i: refs[i].label,
             )
-            problems += [*not_compared(manifest, candidates, results), *(p for r in results for p in r["problems"])]
+            problems += [*not_compared(manifest, candidates, results), *(p for r in results for p in r.problems)]
         return Verification(
             path=self.path,
             problems=tuple(problems),
@@ -1200,11 +1202,11 @@ class DatasetCollection:
         )
         stored = describe_matrix("X", first["X"])
         dtype = "float32" if stored is None else stored.dtype
-        about = {"kind": "dense" if stored is None else stored.kind, "dtype": dtype, "source_dtype": dtype}
+        kind = "dense" if stored is None else stored.kind
         return Manifest(
             n_obs=sum(r.n_obs for r in records),
             n_vars=len(self.var),
-            matrices={"X": about | {"n_nan": 0, "n_inf": 0}},
+            matrices={"X": MatrixRecord(kind, dtype, dtype)},
             datasets=records,
             sources=(),
             builds=(),

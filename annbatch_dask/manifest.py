@@ -24,6 +24,7 @@ __all__ = [
     "BuildRecord",
     "DatasetRecord",
     "Manifest",
+    "MatrixRecord",
     "SourceRecord",
     "dataset_names",
     "dataset_number",
@@ -127,6 +128,39 @@ class DatasetRecord:
 
 
 @dataclass(frozen=True)
+class MatrixRecord:
+    """A matrix, over all datasets.
+
+    Attributes
+    ----------
+    kind
+        ``"csr"`` or ``"dense"``.
+    dtype, source_dtype
+        Of the values as they are stored, and as the sources had them.
+    n_nan, n_inf
+        How many values are NaN and infinite.
+    integral
+        Whether all values are whole numbers: no NaN, infinity or negative zero. None where an earlier release, or
+        annbatch, wrote the collection, which recorded none of the last three.
+    low, high
+        Least and greatest of the finite values and 0; None likewise.
+    """
+
+    kind: str
+    dtype: str
+    source_dtype: str
+    n_nan: int = 0
+    n_inf: int = 0
+    integral: bool | None = None
+    low: float | None = None
+    high: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; what is not recorded is left out."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+
+@dataclass(frozen=True)
 class BuildRecord:
     """One build: ``"create"``, ``"extend"``, ``"append"`` or ``"reshuffle"``; or a ``"repack"``, which has no inputs.
 
@@ -186,9 +220,7 @@ class Manifest:
     n_obs, n_vars
         Cells and genes.
     matrices
-        Of each: ``{"kind", "dtype", "source_dtype", "n_nan", "n_inf", "integral", "low", "high"}``. The two after the
-        dtypes count values; the last three, which earlier releases did not record, say whether all values are whole
-        numbers (no NaN, infinity or negative zero), and the least and greatest of the finite ones and 0.
+        By name.
     datasets
         In their order.
     sources
@@ -209,7 +241,7 @@ class Manifest:
 
     n_obs: int
     n_vars: int
-    matrices: Mapping[str, Mapping[str, Any]]
+    matrices: Mapping[str, MatrixRecord]
     datasets: tuple[DatasetRecord, ...]
     sources: tuple[SourceRecord, ...]
     builds: tuple[BuildRecord, ...]
@@ -251,6 +283,7 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """As JSON values, with a checksum of themselves."""
         values = asdict(self) | {
+            "matrices": {name: matrix.to_json() for name, matrix in self.matrices.items()},
             "datasets": [d.to_json() for d in self.datasets],
             "sources": [asdict(s) for s in self.sources],
             "inherited": list(self.inherited),
@@ -280,6 +313,7 @@ class Manifest:
             raise CollectionError(msg)
         try:
             records = {
+                "matrices": {name: MatrixRecord(**m) for name, m in values["matrices"].items()},
                 "datasets": tuple(map(DatasetRecord.from_json, values["datasets"])),
                 "sources": tuple(SourceRecord(**s) for s in values["sources"]),
                 "builds": tuple(BuildRecord.from_json(b) for b in values["builds"]),

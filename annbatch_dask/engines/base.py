@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -97,7 +97,7 @@ def run_stage(  # noqa: PLR0913 - mostly keywords
     callback.on_stage_start(StageStart(stage, len(tasks), *size))
 
     def on_result(i: int, result: Any) -> None:
-        reused = isinstance(result, Mapping) and bool(result.get("reused"))
+        reused = bool(getattr(result, "reused", False))
         callback.on_task_end(TaskEnd(stage, i, *measure(i, result), reused=reused))
 
     results = engine.run(stage, fn, tasks, on_result, describe)
@@ -105,26 +105,3 @@ def run_stage(  # noqa: PLR0913 - mostly keywords
     callback.on_stage_end(StageEnd(stage, seconds))
     logger.info("%s: %d tasks in %.1f s", stage, len(tasks), seconds)
     return results
-
-
-def run_check(
-    engine: Engine,
-    stage: str,
-    fn: Callable[..., Any],
-    tasks: Sequence[tuple[Any, ...]],
-    callback: Callback,
-    size: tuple[int, int],
-    names: Sequence[str],
-) -> list[Any]:
-    """Run checks, whose results hold ``problems``, of what has these names; returns all of the problems."""
-    results = run_stage(
-        engine,
-        stage,
-        fn,
-        tasks,
-        callback,
-        size=size,
-        measure=lambda _, r: (r["n_rows"], r["n_bytes"]),
-        describe=names.__getitem__,
-    )
-    return [problem for r in results for problem in r["problems"]]

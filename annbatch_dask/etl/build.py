@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from annbatch_dask.etl.gather import gather
 from annbatch_dask.etl.group import count_groups, with_groups
 from annbatch_dask.etl.inputs import forget_inputs_of
 from annbatch_dask.etl.job import GatherTask, Job, forget_job, save_job
+from annbatch_dask.etl.receipts import ScatterReceipt
 from annbatch_dask.etl.scatter import forget_task, scatter
 from annbatch_dask.etl.sweep import clean_up, withdraw
 from annbatch_dask.etl.totals import Totals
@@ -72,11 +72,11 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
             [(file, t) for t in tasks],
             callback,
             size=(plan.n_obs, _gather_nbytes(plan, tasks)),
-            measure=lambda _, r: (r["n_rows"], r["n_bytes"]),
+            measure=lambda _, r: (r.n_rows, r.n_bytes),
             describe=lambda k: f"{DATASET_PREFIX}_{job.first_dataset + k}",
         )
         manifest = make_manifest(job, scattered, gathered, tasks)
-        written = {r["name"]: r["folder"] for r in gathered}
+        written = {r.name: r.folder for r in gathered}
         run_stage(
             LocalEngine("synchronous", engine.budget, patient=False),  # who wrote a root may not write it again
             "commit",
@@ -107,10 +107,10 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
         callback.on_build_end(BuildEnd(error))
 
 
-def _take(totals: Totals, _: int, receipt: dict[str, Any]) -> tuple[int, int]:
+def _take(totals: Totals, _: int, receipt: ScatterReceipt) -> tuple[int, int]:
     """Rows and bytes of a scatter task, whose receipt is let go of but for its sums."""
     totals.take(receipt)
-    return receipt["n_rows"], receipt["n_bytes"]
+    return receipt.n_rows, receipt.n_bytes
 
 
 def _end(job: Job) -> None:
@@ -172,7 +172,7 @@ def check_inputs(job: Job, engine: Engine) -> None:
         engine.run("check", raise_if_changed, tasks, lambda *_: None, lambda i: tasks[i][0].label)
 
 
-def check_old_rows(job: Job, scattered: Sequence[Mapping[str, Any]]) -> None:
+def check_old_rows(job: Job, scattered: Sequence[ScatterReceipt]) -> None:
     """Refuse to carry over rows of the collection that are not what its manifest says.
 
     Raises
@@ -200,7 +200,7 @@ def _forget_dataset(job: Job, name: str) -> None:
             forget_task(job.scratch, k)
 
 
-def gather_tasks(plan: Plan, scattered: Sequence[Mapping[str, Any]], totals: Totals) -> list[GatherTask]:
+def gather_tasks(plan: Plan, scattered: Sequence[ScatterReceipt], totals: Totals) -> list[GatherTask]:
     """The barrier: what all scatter tasks together say about dtypes, sizes and fingerprints."""
     dtypes = {}
     for m in plan.matrices:

@@ -18,17 +18,20 @@ from annbatch_dask.etl.files import recorded_files
 from annbatch_dask.etl.inputs import Input, known_inputs, record_inputs
 from annbatch_dask.etl.job import GatherTask, Job
 from annbatch_dask.etl.ours import remove_dataset
+from annbatch_dask.etl.receipts import GatherReceipt, ScatterReceipt
 from annbatch_dask.manifest import (
     ANNBATCH_ENCODING,
     MANIFEST_KEY,
     BuildRecord,
     DatasetRecord,
     Manifest,
+    MatrixRecord,
     SourceRecord,
 )
 from annbatch_dask.plan.dtypes import ValueRange, merge_ranges
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.sources.identity import where_of
+from annbatch_dask.storage.checksums import FileSums
 from annbatch_dask.storage.folder import Folder, sync_path
 from annbatch_dask.storage.lock import check_unchanged, keep_generation
 from annbatch_dask.storage.metadata import METADATA, consolidated, group_document, metadata_below, nodes_checksum
@@ -44,8 +47,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-Receipt = Mapping[str, Any]
 
 MAX_CONSOLIDATED_NBYTES = 8 * 2**20
 """Metadata of all datasets stand in the root document too, up to this size, so that opening it is one read. zarr takes
@@ -144,7 +145,7 @@ def _plans(job: Job) -> list[str]:
 
 
 def make_manifest(
-    job: Job, scattered: Sequence[Receipt], gathered: Sequence[Receipt], tasks: Sequence[GatherTask]
+    job: Job, scattered: Sequence[ScatterReceipt], gathered: Sequence[GatherReceipt], tasks: Sequence[GatherTask]
 ) -> Manifest:
     """The manifest of the collection after the build."""
     plan, base, extension = job.plan, job.base, job.plan.extension
@@ -161,9 +162,9 @@ def make_manifest(
         layout=plan.options.layout,
         gene_order=plan.options.gene_order,
     )
-    written = tuple(map(record_of, gathered))
+    written = tuple(record_of(r.name, r.files, n_obs=r.n_rows, nnz=r.nnz, fingerprint=r.fingerprint) for r in gathered)
     sources = _sources(plan, scattered)
-    matrices: dict[str, Mapping[str, Any]] = _matrices(plan, scattered, tasks)
+    matrices = _matrices(plan, scattered, tasks)
     last = job.first_dataset + plan.n_datasets - 1
     if base is None:
         return Manifest(
@@ -193,45 +194,52 @@ def make_manifest(
     )
 
 
-def record_of(receipt: Receipt) -> DatasetRecord:
-    """What the manifest says of a dataset, from a receipt of gather."""
-    files = receipt["files"]
+def record_of(name: str, files: FileSums, *, n_obs: int, nnz: int, fingerprint: str) -> DatasetRecord:
+    """What the manifest says of a dataset with these files."""
     return DatasetRecord(
-        receipt["name"],
-        receipt["n_rows"],
-        receipt["nnz"],
-        receipt["fingerprint"],
-        metadata=tuple(files[METADATA]),
+        name,
+        n_obs,
+        nnz,
+        fingerprint,
+        metadata=(files[METADATA][0], files[METADATA][1]),
         n_files=len(files),
         n_bytes=sum(size for size, _ in files.values()),
     )
 
 
-def _united(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> Mapping[str, Any]:
+def _united(old: MatrixRecord | None, new: MatrixRecord) -> MatrixRecord:
     """A matrix over datasets that stay and datasets that come: dtypes promoted, counts added."""
     if old is None:
         return new
-    promoted = {k: np.promote_types(old[k], new[k]).name for k in ("dtype", "source_dtype")}
-    counts = {k: old[k] + new[k] for k in ("n_nan", "n_inf")}
-    merged = {**new, **promoted, **counts}
-    if "low" not in old:  # an earlier release did not record it
-        return {k: v for k, v in merged.items() if k not in ("integral", "low", "high")}
-    ends = {"low": min(old["low"], new["low"]), "high": max(old["high"], new["high"])}
-    return {**merged, **ends, "integral": old["integral"] and new["integral"]}
+    merged = replace(
+        new,
+        dtype=np.promote_types(old.dtype, new.dtype).name,
+        source_dtype=np.promote_types(old.source_dtype, new.source_dtype).name,
+        n_nan=old.n_nan + new.n_nan,
+        n_inf=old.n_inf + new.n_inf,
+    )
+    if old.low is None or old.high is None or new.low is None or new.high is None:  # an earlier release had none
+        return replace(merged, integral=None, low=None, high=None)
+    return replace(
+        merged,
+        integral=old.integral and new.integral,
+        low=min(old.low, new.low),
+        high=max(old.high, new.high),
+    )
 
 
-def source_fingerprints(plan: Plan, scattered: Sequence[Receipt]) -> list[str]:
+def source_fingerprints(plan: Plan, scattered: Sequence[ScatterReceipt]) -> list[str]:
     """Fingerprint of each source's rows, as they were read."""
     totals = [0] * len(plan.sources)
     for block, receipt in zip(plan.blocks, scattered, strict=True):
-        totals[block.source] += int(receipt["fingerprint"], 16)
+        totals[block.source] += int(receipt.fingerprint, 16)
     return [f"{total % 2**64:016x}" for total in totals]
 
 
-def _sources(plan: Plan, scattered: Sequence[Receipt]) -> tuple[SourceRecord, ...]:
+def _sources(plan: Plan, scattered: Sequence[ScatterReceipt]) -> tuple[SourceRecord, ...]:
     nnz = np.zeros(len(plan.sources), np.int64)
     for block, receipt in zip(plan.blocks, scattered, strict=True):
-        nnz[block.source] += receipt["nnz"].get("X", 0)
+        nnz[block.source] += receipt.nnz.get("X", 0)
     fingerprints = source_fingerprints(plan, scattered)
     return tuple(
         SourceRecord(s.path, s.n_obs, int(nnz[k]), fingerprints[k], s.x.source_name, plan.n_genes_of(k))
@@ -246,13 +254,13 @@ def _gene_overlaps(plan: Plan) -> dict[str, int]:
     return {f"{mask:x}": n for mask, n in found[:_MAX_OVERLAPS]} | ({"": rest} if rest else {})
 
 
-def merged_range(scattered: Sequence[Receipt], matrix: str) -> ValueRange:
+def merged_range(scattered: Sequence[ScatterReceipt], matrix: str) -> ValueRange:
     """Range of a matrix's values over all blocks."""
-    return merge_ranges(ValueRange(**r["ranges"][matrix]) for r in scattered)
+    return merge_ranges(r.ranges[matrix] for r in scattered)
 
 
-def _matrices(plan: Plan, scattered: Sequence[Receipt], tasks: Sequence[GatherTask]) -> dict[str, Mapping[str, Any]]:
-    out: dict[str, Mapping[str, Any]] = {}
+def _matrices(plan: Plan, scattered: Sequence[ScatterReceipt], tasks: Sequence[GatherTask]) -> dict[str, MatrixRecord]:
+    out: dict[str, MatrixRecord] = {}
     for m in plan.matrices:
         found = merged_range(scattered, m.name)
         if found.n_nan or found.n_inf:
@@ -260,14 +268,14 @@ def _matrices(plan: Plan, scattered: Sequence[Receipt], tasks: Sequence[GatherTa
         dtype = tasks[0].dtypes[m.name]
         if plan.options.layout == "packed" and not (m.kind == "csr" and packs(np.dtype(dtype))):
             logger.info("%s: %s %s values are not packed, but stored as in layout 'open'", m.name, m.kind, dtype)
-        out[m.name] = {
-            "kind": m.kind,
-            "dtype": dtype,
-            "source_dtype": m.source_dtype,
-            "n_nan": found.n_nan,
-            "n_inf": found.n_inf,
-            "integral": found.integral,
-            "low": found.low,
-            "high": found.high,
-        }
+        out[m.name] = MatrixRecord(
+            kind=m.kind,
+            dtype=dtype,
+            source_dtype=m.source_dtype,
+            n_nan=found.n_nan,
+            n_inf=found.n_inf,
+            integral=found.integral,
+            low=found.low,
+            high=found.high,
+        )
     return out

@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import cycle
 from typing import Any
 from uuid import uuid4
@@ -19,6 +20,7 @@ from annbatch_dask.errors import IntegrityError
 from annbatch_dask.etl.frames import annotation_frames, write_frames
 from annbatch_dask.etl.job import GatherTask, Job, JobFile, forget_inputs, load_job
 from annbatch_dask.etl.ours import ATTEMPT_NAME, dataset_attributes, first_document
+from annbatch_dask.etl.receipts import GatherReceipt
 from annbatch_dask.etl.rows import GROUP, PLACE, Flats, Heads, all_columns, array_name, row_hashes, sum_hashes
 from annbatch_dask.etl.scatter import scatter_again
 from annbatch_dask.etl.write import ObsColumns, matrix_writer, publish_dataset
@@ -41,13 +43,8 @@ _MAX_OPEN = 128
 """Spill files a task keeps open; with more of them, each read opens its file."""
 
 
-def gather(file: JobFile, task: GatherTask) -> dict[str, Any]:
+def gather(file: JobFile, task: GatherTask) -> GatherReceipt:
     """Run one gather task, unless it was run before.
-
-    Returns
-    -------
-    The task's receipt: ``name``, ``n_rows``, ``nnz`` of X, ``fingerprint``, ``n_bytes`` (uncompressed,
-    written), the size and checksum of all ``files``, and the blocks ``scattered_again``.
 
     Raises
     ------
@@ -59,17 +56,17 @@ def gather(file: JobFile, task: GatherTask) -> dict[str, Any]:
     job = load_job(file)
     dataset = f"{DATASET_PREFIX}_{job.first_dataset + task.dataset}"
     # a receipt lies in the scratch folder, its dataset in the target, which others may have removed or replaced since
-    if (done := find_receipt(job.scratch, name)) is not None:
-        written = done.get("folder", dataset)  # on a store perhaps by another run of this build, under its own name
-        for folder in (written, dataset) if ATTEMPT_NAME.fullmatch(written) else (dataset,):
-            if _is_intact(job.target / folder, done["files"]):
-                return done | {"reused": True, "name": dataset, "folder": folder}
+    if (found := find_receipt(job.scratch, name)) is not None:
+        done = GatherReceipt.from_json(found)  # on a store perhaps of another run of this build, under its own name
+        for folder in (done.folder, dataset) if ATTEMPT_NAME.fullmatch(done.folder) else (dataset,):
+            if _is_intact(job.target / folder, done.files):
+                return replace(done, name=dataset, folder=folder)
     try:
         receipt = _write_and_repair(file, job, task, dataset)
     except Exception as e:
         e.add_note(f"while writing {job.target.url}/{dataset}")
         raise
-    write_receipt(job.scratch, name, receipt)
+    write_receipt(job.scratch, name, receipt.to_json())
     return receipt
 
 
@@ -80,7 +77,7 @@ def _is_intact(folder: Folder, files: FileSums) -> bool:
     return checksum(folder, METADATA) == tuple(files[METADATA])
 
 
-def _write_and_repair(file: JobFile, job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
+def _write_and_repair(file: JobFile, job: Job, task: GatherTask, dataset: str) -> GatherReceipt:
     """Write a dataset; a block whose spill file turns out to be damaged is scattered again, by this task, once.
 
     That needs the memory of a scatter task, and not that of the gather task beside it, which has ended by then.
@@ -89,7 +86,7 @@ def _write_and_repair(file: JobFile, job: Job, task: GatherTask, dataset: str) -
     while True:
         try:
             with name_errors(f"{job.target.url}/{dataset}"):  # of what zarr and anndata write
-                return _write_dataset(job, task, dataset) | {"scattered_again": again}
+                return replace(_write_dataset(job, task, dataset), scattered_again=tuple(again))
         except SpillError as e:
             if e.block in again:
                 msg = f"{e}, and so it was after it was written anew; check the disk under the scratch folder"
@@ -152,13 +149,12 @@ def _remove_dead_attempts(job: Job, dataset: str) -> None:
                 folder.remove(last=METADATA)
 
 
-def _write_dataset(job: Job, task: GatherTask, dataset: str) -> dict[str, Any]:
+def _write_dataset(job: Job, task: GatherTask, dataset: str) -> GatherReceipt:
     with _new_dataset(job, dataset) as folder:
-        receipt = _fill_dataset(job, task, dataset, folder)
-    return receipt | {"folder": folder.url.rsplit("/", 1)[1]}
+        return _fill_dataset(job, task, dataset, folder)
 
 
-def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> dict[str, Any]:
+def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> GatherReceipt:
     plan = job.plan
     attributes = {"encoding-type": "anndata", "encoding-version": "0.1.0"}
     attributes |= dataset_attributes(plan.fingerprint, job.collection_id)
@@ -193,14 +189,15 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> d
     shards = {name: found for w in writers for name, found in w.files.items()}
     sums = publish_dataset(folder, {name: content.to_bytes() for name, content in files.items()}, shards)
     folder.sync()
-    return {
-        "name": dataset,
-        "files": dict(sorted(sums.items())),
-        "n_rows": stop - start,
-        "nnz": task.nnz.get("X", 0),
-        "fingerprint": f"{total:016x}",
-        "n_bytes": n_bytes,
-    }
+    return GatherReceipt(
+        name=dataset,
+        files=dict(sorted(sums.items())),
+        n_rows=stop - start,
+        nnz=task.nnz.get("X", 0),
+        fingerprint=f"{total:016x}",
+        n_bytes=n_bytes,
+        folder=folder.url.rsplit("/", 1)[1],
+    )
 
 
 def _parts(job: Job, task: GatherTask) -> Iterator[tuple[Heads, Flats]]:

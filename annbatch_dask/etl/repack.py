@@ -69,9 +69,8 @@ def repack(source: Folder, manifest: Manifest, target: Folder, layout: str, attr
         written = _finished(target / record.name, about)
         if written is None:
             written = _write(source / record.name, target / record.name, files, about, manifest)
-        receipt = {"name": record.name, "n_rows": record.n_obs, "nnz": record.nnz, "fingerprint": record.fingerprint}
-        now = record_of(receipt | {"files": written})
-        if problems := check_dataset(target, now, manifest.n_vars)["problems"]:
+        now = record_of(record.name, written, n_obs=record.n_obs, nnz=record.nnz, fingerprint=record.fingerprint)
+        if problems := check_dataset(target, now, manifest.n_vars).problems:
             (target / record.name).remove(last=METADATA)
             msg = f"{target.url}/{problems[0]}; it was removed: check the disk, and call again"
             raise IntegrityError(msg)
@@ -119,7 +118,7 @@ def _write(source: Folder, folder: Folder, files: FileSums, about: dict[str, Any
     del root[FILES]
     small[METADATA] = group_document(root, None)
     store, sums, left = zarr.storage.MemoryStore(), Sums(), dict(files)
-    for key in (f"{name}/{part}" for name, m in manifest.matrices.items() if m["kind"] == "csr" for part in _PARTS):
+    for key in (f"{name}/{part}" for name, m in manifest.matrices.items() if m.kind == "csr" for part in _PARTS):
         array: Any = zarr.open_array(source.zarr_store(read_only=True), path=key, mode="r")
         packing = packing_of(key.rpartition("/")[2], array.dtype)
         if packing is None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
-
 import numpy as np
 
 from annbatch_dask.etl.blocks import BlockRows, hash_block, read_block
 from annbatch_dask.etl.job import JobFile, load_job, trim_memory
+from annbatch_dask.etl.receipts import ScatterReceipt
 from annbatch_dask.etl.rows import GROUP, PLACE, array_name, group_keys, sum_hashes
 from annbatch_dask.etl.totals import packed
 from annbatch_dask.kernels.rows import bounds_of
@@ -21,18 +19,13 @@ from annbatch_dask.storage.spill import find_receipt, forget_receipt, is_spilled
 __all__ = ["forget_task", "scatter", "scatter_again"]
 
 
-def scatter(file: JobFile, index: int) -> dict[str, Any]:
-    """Run one scatter task, unless it was run before.
-
-    Returns
-    -------
-    The task's receipt: the rows' ``fingerprint`` and each sparse matrix's ``nnz``, also of each dataset, see
-    :class:`annbatch_dask.etl.totals.Totals`; ``ranges`` of values; ``n_rows``, ``n_bytes`` (uncompressed, read) and
-    ``spilled`` bytes.
-    """
+def scatter(file: JobFile, index: int) -> ScatterReceipt:
+    """Run one scatter task, unless it was run before."""
     task = _name(index)
-    if (done := find_receipt(file.scratch, task)) is not None and is_spilled(file.scratch, index, done["spilled"]):
-        return done | {"reused": True}
+    if (found := find_receipt(file.scratch, task)) is not None:
+        done = ScatterReceipt.from_json(found)
+        if is_spilled(file.scratch, index, done.spilled):
+            return done
     job = load_job(file)
     plan, block = job.plan, job.plan.blocks[index]
     source = plan.sources[block.source]
@@ -43,7 +36,7 @@ def scatter(file: JobFile, index: int) -> dict[str, Any]:
         e.add_note(f"while reading {source.path}, rows {block.start:,} to {block.stop:,}")
         raise
     receipt = _spill(plan, block, index, rows, file.scratch)
-    write_receipt(file.scratch, task, receipt)
+    write_receipt(file.scratch, task, receipt.to_json())
     del rows
     trim_memory()
     return receipt
@@ -64,7 +57,7 @@ def _name(index: int) -> str:
     return f"scatter-{index:06d}"
 
 
-def _spill(plan: Plan, block: Block, index: int, rows: BlockRows, scratch: Folder) -> dict[str, Any]:
+def _spill(plan: Plan, block: Block, index: int, rows: BlockRows, scratch: Folder) -> ScatterReceipt:
     layout = plan.layout
     dest = plan.placement.forward(np.arange(block.first, block.first + block.n_rows))
     groups = None if plan.groups is None else plan.groups.codes(group_keys(plan, rows.heads, rows.flats))
@@ -89,9 +82,10 @@ def _spill(plan: Plan, block: Block, index: int, rows: BlockRows, scratch: Folde
     ordered = hashes[order]
     pairs = zip(dataset_rows[:-1], dataset_rows[1:], strict=True)
     fingerprint = np.array([sum_hashes(ordered[a:b]) for a, b in pairs], np.uint64)
-    return {
-        "n_rows": block.n_rows,
-        "n_bytes": block.n_bytes,
-        "spilled": spilled,
-        "ranges": {name: asdict(r) for name, r in rows.ranges.items()},
-    } | packed(fingerprint, nnz)
+    return ScatterReceipt(
+        n_rows=block.n_rows,
+        n_bytes=block.n_bytes,
+        spilled=spilled,
+        ranges=rows.ranges,
+        **packed(fingerprint, nnz),
+    )

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from annbatch_dask.etl.receipts import ScatterReceipt
+
 __all__ = ["Totals", "packed"]
 
-_DATASETS = "datasets"
 _FINGERPRINT = "fingerprint"
 
 
@@ -26,7 +27,7 @@ def packed(fingerprint: NDArray[np.uint64], nnz: Mapping[str, NDArray[np.int64]]
         Of each sparse matrix: (n_datasets,) stored values in each.
     """
     return {
-        _DATASETS: {_FINGERPRINT: _encode(fingerprint)} | {f"nnz/{name}": _encode(n) for name, n in nnz.items()},
+        "datasets": {_FINGERPRINT: _encode(fingerprint)} | {f"nnz/{name}": _encode(n) for name, n in nnz.items()},
         "nnz": {name: int(n.sum()) for name, n in nnz.items()},
         _FINGERPRINT: f"{int(fingerprint.sum()):016x}",
     }
@@ -58,9 +59,10 @@ class Totals:
         self.fingerprint = np.zeros(n_datasets, np.uint64)
         self.nnz: dict[str, NDArray[np.int64]] = {}
 
-    def take(self, receipt: dict[str, Any]) -> None:
-        """Add what a receipt says of each dataset, and remove it there."""
-        found = {name: _decode(text) for name, text in receipt.pop(_DATASETS).items()}
+    def take(self, receipt: ScatterReceipt) -> None:
+        """Add what a receipt says of each dataset, and let go of it there."""
+        found = {name: _decode(text) for name, text in receipt.datasets.items()}
+        receipt.datasets.clear()
         self.fingerprint += found.pop(_FINGERPRINT)
         for name, values in found.items():
             matrix = name.removeprefix("nnz/")

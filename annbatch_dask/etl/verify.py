@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
+from annbatch_dask.engines.base import Engine, run_stage
 from annbatch_dask.errors import AnnbatchDaskError, CollectionError, IntegrityError
 from annbatch_dask.etl.blocks import hash_block, read_block
 from annbatch_dask.etl.files import recorded_files
-from annbatch_dask.etl.rows import sum_hashes
+from annbatch_dask.etl.rows import array_name, sum_hashes
 from annbatch_dask.etl.scan import look, scan, with_ranges
+from annbatch_dask.events import Callback
 from annbatch_dask.manifest import DatasetRecord, Manifest, SourceRecord
 from annbatch_dask.plan.build import build_plan
 from annbatch_dask.plan.elements import Elements
@@ -25,6 +27,7 @@ from annbatch_dask.storage.metadata import METADATA, consolidated_below, metadat
 from annbatch_dask.storage.versions import list_files
 
 __all__ = [
+    "CheckResult",
     "Problem",
     "Verification",
     "check_dataset",
@@ -33,6 +36,7 @@ __all__ = [
     "check_source",
     "match_sources",
     "not_compared",
+    "run_check",
 ]
 
 _ALL = Elements()
@@ -100,6 +104,26 @@ class Verification:
             raise IntegrityError(msg)
 
 
+@dataclass(frozen=True)
+class CheckResult:
+    """What a check found.
+
+    Attributes
+    ----------
+    problems
+        All of them.
+    n_rows, n_bytes
+        Rows that were compared, and bytes read.
+    matched
+        Indices of the sources that an input was found to be.
+    """
+
+    problems: tuple[Problem, ...]
+    n_rows: int
+    n_bytes: int
+    matched: tuple[int, ...] = ()
+
+
 def check_root(target: Folder, manifest: Manifest) -> list[Problem]:
     """Whether the manifest agrees with itself and with the consolidated metadata beside it."""
     problems = []
@@ -128,18 +152,14 @@ def _recorded(manifest: Manifest) -> bool:
     return all(d.fingerprint for d in manifest.datasets)
 
 
-def check_dataset(target: Folder, record: DatasetRecord, n_vars: int) -> dict[str, Any]:
-    """Compare a dataset's files and rows with its record: ``problems``, ``n_rows`` and ``n_bytes`` read."""
+def check_dataset(target: Folder, record: DatasetRecord, n_vars: int) -> CheckResult:
+    """Compare a dataset's files and rows with its record."""
     folder = target / record.name
     problems = _check_files(target, record, lambda _: True)
     if not problems:
         ref = SourceRef(record.name, folder.url, tagged=True, options=folder.options)
         problems = _check_rows(ref, record, n_vars=n_vars)
-    return {
-        "problems": problems,
-        "n_rows": record.n_obs,
-        "n_bytes": record.n_bytes,
-    }
+    return CheckResult(tuple(problems), record.n_obs, record.n_bytes)
 
 
 def check_readable(target: Folder, manifest: Manifest, reads: Callable[[str], bool] | None = None) -> None:
@@ -220,7 +240,7 @@ def _check_rows(ref: SourceRef, record: DatasetRecord, *, n_vars: int) -> list[P
     return problems
 
 
-def check_source(ref: SourceRef, candidates: Sequence[Candidate], dataset: SourceRef) -> dict[str, Any]:
+def check_source(ref: SourceRef, candidates: Sequence[Candidate], dataset: SourceRef) -> CheckResult:
     """Compare the rows of an input, as the collection of ``dataset`` would hold them, with what builds read.
 
     One of the candidates must agree: a file may have been added twice, or have the name of another. Those that do are
@@ -237,8 +257,8 @@ def check_source(ref: SourceRef, candidates: Sequence[Candidate], dataset: Sourc
     pairs = list(zip(candidates, found, strict=True))
     matched = [c.index for c, is_now in pairs if is_now == (c.record.n_obs, c.record.fingerprint)]
     where = ref.label if len(candidates) > 1 else candidates[0].record.path
-    problems = [] if matched else [Problem(where, _difference(candidates, *found[0]))]
-    return {"problems": problems, "matched": matched, "n_rows": found[0][0], "n_bytes": 0}
+    problems = () if matched else (Problem(where, _difference(candidates, *found[0])),)
+    return CheckResult(problems, found[0][0], 0, tuple(matched))
 
 
 def _difference(candidates: Sequence[Candidate], n_obs: int, fingerprint: str) -> str:
@@ -262,10 +282,11 @@ def _fingerprint(ref: SourceRef, dataset: SourceRef | None, elements: Elements =
     options = Options(seed=0, shuffle=False, elements=elements, allow_mixed_counts=True)
     plan = build_plan(schemas, options, budget=_BUDGET, extension=extension)
     total, nnz = 0, 0
+    x = array_name("X", "indices")
     with open_source(ref) as opened:
         for block in plan.blocks:
             rows = read_block(plan, block, plan.sources[block.source], opened)
-            nnz += len(rows.flats["X#indices"][0]) if "X#indices" in rows.flats else 0
+            nnz += len(rows.flats[x][0]) if x in rows.flats else 0
             total += sum_hashes(hash_block(plan, block, rows))
     return plan.n_obs, nnz, f"{total % 2**64:016x}", plan.n_vars
 
@@ -302,11 +323,11 @@ def match_sources(paths: Sequence[str], manifest: Manifest) -> list[tuple[Candid
 
 
 def not_compared(
-    manifest: Manifest, candidates: Sequence[Sequence[Candidate]], results: Sequence[Mapping[str, Any]]
+    manifest: Manifest, candidates: Sequence[Sequence[Candidate]], results: Sequence[CheckResult]
 ) -> list[Problem]:
     """Sources that no input was found to be, nor may have been."""
-    accounted = {k for r in results for k in r["matched"]}
-    accounted |= {c.index for some, r in zip(candidates, results, strict=True) if not r["matched"] for c in some}
+    accounted = {k for r in results for k in r.matched}
+    accounted |= {c.index for some, r in zip(candidates, results, strict=True) if not r.matched for c in some}
     missing = [s for k, s in enumerate(manifest.sources) if k not in accounted]
     return [
         Problem(s.path, f"was not given: {s.n_obs:,} cells were not compared")
@@ -317,3 +338,26 @@ def not_compared(
 def _some(paths: Mapping[str, Any] | Iterable[str]) -> str:
     shown = list(paths)
     return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")  # noqa: PLR2004
+
+
+def run_check(
+    engine: Engine,
+    stage: str,
+    fn: Callable[..., CheckResult],
+    tasks: Sequence[tuple[Any, ...]],
+    callback: Callback,
+    size: tuple[int, int],
+    names: Sequence[str],
+) -> list[Problem]:
+    """Run checks of what has these names; returns all of their problems."""
+    results = run_stage(
+        engine,
+        stage,
+        fn,
+        tasks,
+        callback,
+        size=size,
+        measure=lambda _, r: (r.n_rows, r.n_bytes),
+        describe=names.__getitem__,
+    )
+    return [problem for r in results for problem in r.problems]

@@ -11,7 +11,7 @@ from anndata.abc import CSRDataset
 
 from annbatch_dask.errors import SchemaError
 from annbatch_dask.loader.backing import Source, Values
-from annbatch_dask.manifest import DATASET_NAME
+from annbatch_dask.manifest import DATASET_NAME, MatrixRecord
 
 __all__ = ["Recorded", "check_cast", "recorded_values", "values_of"]
 
@@ -21,8 +21,12 @@ Recorded = Mapping[str, Values]
 
 def recorded_values(manifest: Any) -> Recorded:
     """From a manifest; nothing where there is none, or of matrices whose range it does not have."""
-    matrices: Mapping[str, Mapping[str, Any]] = {} if manifest is None else manifest.matrices
-    return {name: Values(m["low"], m["high"], m["integral"]) for name, m in matrices.items() if "low" in m}
+    matrices: Mapping[str, MatrixRecord] = {} if manifest is None else manifest.matrices
+    return {
+        name: Values(m.low, m.high, is_whole=bool(m.integral))
+        for name, m in matrices.items()
+        if m.low is not None and m.high is not None
+    }
 
 
 def values_of(dataset: Any, recorded: Recorded) -> Values | None:

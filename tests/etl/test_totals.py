@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from annbatch_dask.etl.receipts import ScatterReceipt
 from annbatch_dask.etl.totals import Totals, packed
 
 RECEIPTS = st.lists(
@@ -22,11 +23,13 @@ def test_sums_are_exact_and_nothing_is_kept(found):
     totals, whole = Totals(3), 0
     for fingerprints, nnz in found:
         parts = packed(np.array(fingerprints, np.uint64), {"X": np.array(nnz, np.int64)})
-        receipt = json.loads(json.dumps({"n_rows": 7} | parts))
+        stored = json.dumps({"n_rows": 7, "n_bytes": 8, "spilled": 9, "ranges": {}} | parts)
+        receipt = ScatterReceipt.from_json(json.loads(stored))
+        assert json.loads(json.dumps(receipt.to_json())) == json.loads(stored)
         totals.take(receipt)
-        assert set(receipt) == {"n_rows", "nnz", "fingerprint"}
-        assert receipt["nnz"] == {"X": sum(nnz)}
-        whole += int(receipt["fingerprint"], 16)
+        assert not receipt.datasets
+        assert receipt.nnz == {"X": sum(nnz)}
+        whole += int(receipt.fingerprint, 16)
     want = [sum(f[k] for f, _ in found) % 2**64 for k in range(3)]
     assert totals.fingerprint.tolist() == want
     assert whole % 2**64 == sum(want) % 2**64

@@ -1,0 +1,105 @@
+"""What a finished task reports, and how it lies in the scratch folder: a file of JSON that a later call reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from annbatch_dask.plan.dtypes import ValueRange
+from annbatch_dask.storage.checksums import FileSums
+
+__all__ = ["GatherReceipt", "ScatterReceipt"]
+
+
+@dataclass(frozen=True)
+class ScatterReceipt:
+    """What a scatter task did.
+
+    Attributes
+    ----------
+    n_rows
+        Rows of the block.
+    n_bytes
+        Bytes read, uncompressed.
+    spilled
+        Bytes of the spill file.
+    ranges
+        Range of each matrix's values.
+    nnz
+        Stored values of each sparse matrix.
+    fingerprint
+        Of the rows, 16 hex digits.
+    datasets
+        The last two of each dataset, encoded: see :class:`annbatch_dask.etl.totals.Totals`, which empties it.
+    reused
+        Whether the task had been run before.
+    """
+
+    n_rows: int
+    n_bytes: int
+    spilled: int
+    ranges: Mapping[str, ValueRange]
+    nnz: Mapping[str, int]
+    fingerprint: str
+    datasets: dict[str, str] = field(repr=False)
+    reused: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        values = {**vars(self), "ranges": {name: asdict(found) for name, found in self.ranges.items()}}
+        del values["reused"]
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The receipt of a task that was run before."""
+        ranges = {name: ValueRange(**found) for name, found in values["ranges"].items()}
+        return cls(**{**values, "ranges": ranges, "reused": True})
+
+
+@dataclass(frozen=True)
+class GatherReceipt:
+    """What a gather task wrote.
+
+    Attributes
+    ----------
+    name
+        Of the dataset.
+    files
+        Size and checksum of each of its files.
+    n_rows, nnz
+        Rows, and stored values of X.
+    fingerprint
+        Of the rows, 16 hex digits.
+    n_bytes
+        Bytes written, uncompressed.
+    folder
+        Where the files lie until the commit; the dataset's name where that is their place.
+    scattered_again
+        Blocks whose spill files were damaged.
+    reused
+        Whether the task had been run before.
+    """
+
+    name: str
+    files: FileSums
+    n_rows: int
+    nnz: int
+    fingerprint: str
+    n_bytes: int
+    folder: str
+    scattered_again: tuple[int, ...] = ()
+    reused: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        values = {**vars(self), "scattered_again": list(self.scattered_again)}
+        del values["reused"]
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The receipt of a task that was run before, in this release or an earlier one."""
+        again = tuple(values.get("scattered_again", ()))
+        return cls(**{"folder": values["name"], **values, "scattered_again": again, "reused": True})
