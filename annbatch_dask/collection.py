@@ -40,7 +40,7 @@ from annbatch_dask.etl.h5ad import DATASET_FILE, write_datasets
 from annbatch_dask.etl.inputs import Input, known_inputs
 from annbatch_dask.etl.job import Job, say_what_is_lost, work_folder
 from annbatch_dask.etl.log import Recorder
-from annbatch_dask.etl.ours import Contents, Scratch, contents_of, default_scratch
+from annbatch_dask.etl.ours import FolderContents, Scratch, contents_of, default_scratch
 from annbatch_dask.etl.repack import repack
 from annbatch_dask.etl.scan import look, merge_annotations, scan, with_ranges
 from annbatch_dask.etl.sweep import leftovers, sweep, sweep_idle
@@ -948,7 +948,7 @@ class DatasetCollection:
         engine: Engine,
         callback: Callback,
         scratch: Folder,
-        found: Contents,
+        found: FolderContents,
         request: str,
     ) -> None:
         target = self._target
@@ -986,7 +986,7 @@ class DatasetCollection:
         self._replaces = False
         self._refresh()
 
-    def _inherited(self, found: Contents) -> tuple[str, ...]:
+    def _inherited(self, found: FolderContents) -> tuple[str, ...]:
         """Datasets that do not say that they are of the collection after the build, and may be removed."""
         if self.manifest is not None:
             return found.inherited

@@ -27,7 +27,7 @@ from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.frames import n_rows
 from annbatch_dask.storage.metadata import METADATA
 
-__all__ = ["Categories", "Element", "Report", "Values", "describe_element", "element_names", "make_report"]
+__all__ = ["CategoryCounts", "Element", "Report", "ValueSummary", "describe_element", "element_names", "make_report"]
 
 _MAX_ROWS = 40
 """Rows of a table on the page; what is beyond is summed."""
@@ -39,7 +39,7 @@ _NESTED = ("layers", "obsm", "obsp", "raw", "varm", "varp")
 
 
 @dataclass(frozen=True)
-class Categories:
+class CategoryCounts:
     """A categorical column of obs.
 
     Attributes
@@ -55,7 +55,7 @@ class Categories:
 
 
 @dataclass(frozen=True)
-class Values:
+class ValueSummary:
     """Stored values of X by cell.
 
     Attributes
@@ -124,8 +124,8 @@ class Report:
     n_datasets: int
     sources: tuple[SourceRecord, ...]
     builds: tuple[tuple[BuildRecord, BuildLog | None], ...]
-    categories: tuple[Categories, ...]
-    values: Values | None
+    categories: tuple[CategoryCounts, ...]
+    values: ValueSummary | None
     elements: tuple[Element, ...]
     mixing: tuple[tuple[str, Mixing], ...]
     mixing_rows: int = field(default=_MIXING_ROWS)
@@ -252,13 +252,13 @@ def _codes(groups: Sequence[zarr.Group], column: str) -> tuple[list[Any], NDArra
     return list(places), np.concatenate(parts)
 
 
-def _count(column: str, names: Sequence[Any], codes: NDArray[np.int32]) -> Categories:
+def _count(column: str, names: Sequence[Any], codes: NDArray[np.int32]) -> CategoryCounts:
     n_missing, *counts = np.bincount(codes + 1, minlength=len(names) + 1).tolist()
     named = [*((str(name), n) for name, n in zip(names, counts, strict=True)), (None, n_missing)]
-    return Categories(column, tuple(sorted((c for c in named if c[1]), key=lambda c: -c[1])))
+    return CategoryCounts(column, tuple(sorted((c for c in named if c[1]), key=lambda c: -c[1])))
 
 
-def _values(groups: Sequence[zarr.Group]) -> Values | None:
+def _values(groups: Sequence[zarr.Group]) -> ValueSummary | None:
     """From the row pointers of X."""
     counts = np.zeros(1, np.int64)  # cells by their number of values
     for x in (group["X"] for group in groups):
@@ -273,7 +273,7 @@ def _values(groups: Sequence[zarr.Group]) -> Values | None:
     numbers = np.arange(low, high + 1)
     bins, _ = np.histogram(numbers, min(_N_BINS, len(numbers)), weights=counts[low : high + 1])
     mean = float(numbers @ counts[low : high + 1]) / n_obs
-    return Values(low, float(middle.mean()), mean, high, tuple(bins.astype(int).tolist()))
+    return ValueSummary(low, float(middle.mean()), mean, high, tuple(bins.astype(int).tolist()))
 
 
 def _files(groups: Sequence[zarr.Group], manifest: Manifest | None, target: Folder | None) -> Counter[str]:

@@ -81,15 +81,15 @@ class RangeCache:
 
     folder: Path
     limit_nbytes: int
-    _states: dict[int, _State] = field(default_factory=dict, repr=False, compare=False)
+    _states: dict[int, _CacheState] = field(default_factory=dict, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[object, ...]:
         return RangeCache, (self.folder, self.limit_nbytes)
 
     @property
-    def _state(self) -> _State:
+    def _state(self) -> _CacheState:
         """Each process has its own: a forked one would share neither locks nor what is still to be logged."""
-        return self._states.setdefault(os.getpid(), _State())
+        return self._states.setdefault(os.getpid(), _CacheState())
 
     def read_into(self, file: RemoteFile, start: int, out: memoryview, fetch: Fetch) -> int:
         """Fill ``out`` from byte ``start`` of a file on; returns the bytes there were.
@@ -148,7 +148,7 @@ class RangeCache:
         with state.lock:
             state.is_full = False  # others may have made room by the next epoch
 
-    def _read_kept(self, state: _State, file: RemoteFile, start: int, out: memoryview) -> tuple[int, int] | None:
+    def _read_kept(self, state: _CacheState, file: RemoteFile, start: int, out: memoryview) -> tuple[int, int] | None:
         """Fill in what is kept; returns the run that is still missing."""
         kept: _Kept | None = None
         for _ in range(2):  # once more if another process has removed what is remembered, and perhaps made it anew
@@ -171,7 +171,7 @@ class RangeCache:
                 return _Kept.load(logs[0].with_suffix(""), file.nbytes)
             return _Kept.create(self.folder / f"{file.digest}-{uuid.uuid4().hex[:8]}")
 
-    def _keep(self, state: _State, file: RemoteFile, start: int, payload: memoryview) -> None:
+    def _keep(self, state: _CacheState, file: RemoteFile, start: int, payload: memoryview) -> None:
         with state.lock:
             kept = state.files.get(file)
             if kept is None:
@@ -198,7 +198,7 @@ class RangeCache:
     def _grant(self) -> int:
         return min(_GRANT_NBYTES, self.limit_nbytes // 8)
 
-    def _reserve(self, state: _State, nbytes: int) -> bool:
+    def _reserve(self, state: _CacheState, nbytes: int) -> bool:
         """Whether there is room for so much."""
         if nbytes > state.room and not state.is_full:
             asked = state.n_pending + max(self._grant, nbytes)
@@ -214,7 +214,7 @@ class RangeCache:
         state.n_pending += nbytes
         return True
 
-    def _make_room(self, state: _State, nbytes: int) -> int:
+    def _make_room(self, state: _CacheState, nbytes: int) -> int:
         """Remove what nobody uses, the oldest first, until so much fits; returns the bytes that are in use."""
         own = {kept.name for kept in state.files.values()}
         with self._locked():
@@ -241,7 +241,7 @@ class RangeCache:
         finally:
             os.close(fd)
 
-    def _log(self, state: _State) -> None:
+    def _log(self, state: _CacheState) -> None:
         with state.lock:
             unlogged, n_unlogged = state.unlogged, state.n_unlogged
             state.unlogged, state.n_unlogged = {}, 0
@@ -251,7 +251,7 @@ class RangeCache:
             state.n_pending -= n_unlogged
 
     @contextlib.contextmanager
-    def _giving_up(self, state: _State) -> Iterator[None]:
+    def _giving_up(self, state: _CacheState) -> Iterator[None]:
         """A full or failing disk must not end a training."""
         try:
             yield
@@ -262,7 +262,7 @@ class RangeCache:
                 logger.warning("%s is not used as a cache any more, the store is read instead: %s", self.folder, error)
 
 
-class _State:
+class _CacheState:
     """What one process knows of a cache."""
 
     def __init__(self) -> None:

@@ -176,7 +176,7 @@ def _read_plain(array: zarr.Array[Any], files: ChunkFiles | None, start: int, st
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _ColumnPlan:
     """What is to be read of one column, see :func:`annbatch_dask.kernels.chunk_plan.plan_chunks`."""
 
     index: ShardIndex
@@ -212,7 +212,7 @@ def _tasks_of(index: ShardIndex, column: GridColumn, spans: Ints, out: Array) ->
     layout, how = index.layout, _how(index.layout, column, out)
     is_each = how is None or layout.files.is_remote
     reads, chunks, pieces, missing = index.plan(column, spans, MAX_READ_NBYTES if is_each else _MAX_FILL_NBYTES)
-    plan = _Plan(index, column, reads, chunks, pieces, out)
+    plan = _ColumnPlan(index, column, reads, chunks, pieces, out)
     if len(missing):
         yield partial(_fill, plan, missing)
     if is_each:
@@ -225,7 +225,7 @@ def _tasks_of(index: ShardIndex, column: GridColumn, spans: Ints, out: Array) ->
 class _Fill:
     """Reads of local files that one call can make, or several about equal ones."""
 
-    plan: _Plan
+    plan: _ColumnPlan
     how: list[int]
 
     def __call__(self) -> None:
@@ -291,7 +291,7 @@ class _Fills:
                 _run(self.fills[which].plan, None, number - int(firsts[which]), left)
 
 
-def _opened(plan: _Plan, number: int, held: list[Held]) -> Ints:
+def _opened(plan: _ColumnPlan, number: int, held: list[Held]) -> Ints:
     """The reads of a plan as :func:`native.fill` has them, of files that are open from now on."""
     files, keys, shards = plan.layout.files, plan.index.keys, plan.reads[:, 0]
     firsts = np.flatnonzero(np.diff(shards, prepend=-1))
@@ -307,13 +307,13 @@ def _opened(plan: _Plan, number: int, held: list[Held]) -> Ints:
     return reads
 
 
-def _fill(plan: _Plan, missing: Ints) -> None:
+def _fill(plan: _ColumnPlan, missing: Ints) -> None:
     for first, end in missing.tolist():
         for start, stop, dest in plan.pieces[first:end].tolist():
             plan.out[(slice(dest, dest + stop - start), *plan.column.rows_out)] = plan.layout.fill
 
 
-def _run(plan: _Plan, how: list[int] | None, number: int, chunks: Sequence[int] | None = None) -> None:
+def _run(plan: _ColumnPlan, how: list[int] | None, number: int, chunks: Sequence[int] | None = None) -> None:
     """Make one read and place its chunks, or some of them."""
     layout, (shard, begin, nbytes) = plan.layout, plan.reads[number, :3].tolist()
     key = plan.index.keys[shard]
@@ -334,7 +334,7 @@ def _run(plan: _Plan, how: list[int] | None, number: int, chunks: Sequence[int] 
             raw, is_copy = layout.files.read(key, begin, begin + nbytes, anew=True), False
 
 
-def _unplaced(plan: _Plan, how: list[int] | None, number: int, raw: memoryview) -> Sequence[int]:
+def _unplaced(plan: _ColumnPlan, how: list[int] | None, number: int, raw: memoryview) -> Sequence[int]:
     """The chunks of a read that are still to be placed, after one call has placed those it can."""
     offset, nbytes, first, stop = plan.reads[number, 1:].tolist()
     if how is None:
@@ -347,7 +347,7 @@ def _unplaced(plan: _Plan, how: list[int] | None, number: int, raw: memoryview) 
     return [first + k for k in range(stop - first) if not is_done[k]]
 
 
-def _place(plan: _Plan, raw: memoryview, chunk: int) -> None:
+def _place(plan: _ColumnPlan, raw: memoryview, chunk: int) -> None:
     """Decode one chunk: to where it belongs if all of it is wanted, else by way of a scratch chunk."""
     layout, column, out = plan.layout, plan.column, plan.out
     first, last = plan.chunks[chunk, 2:4].tolist()

@@ -30,7 +30,7 @@ from annbatch_dask.storage.spill import OWNER
 
 __all__ = [
     "ATTEMPT_NAME",
-    "Contents",
+    "FolderContents",
     "Scratch",
     "added_files",
     "contents_of",
@@ -120,7 +120,7 @@ class _Root:
 
 
 @dataclass(frozen=True)
-class Contents:
+class FolderContents:
     """What lies in a collection's folder beside the root document.
 
     Attributes
@@ -224,7 +224,7 @@ def _number(name: str) -> int:
     return int(name.rsplit("_", 1)[1])
 
 
-def contents_of(target: Folder) -> Contents:
+def contents_of(target: Folder) -> FolderContents:
     """Tell apart what lies in a collection's folder."""
     version, names = target.version(METADATA), target.names()
     root = _Root.of(target.find(METADATA))
@@ -263,7 +263,7 @@ def contents_of(target: Folder) -> Contents:
             files.append(name)
         elif name not in {c.name for c in claims}:
             strangers.append(name)
-    return Contents(
+    return FolderContents(
         target=target,
         version=version,
         named=frozenset(named),

@@ -15,9 +15,9 @@ import zarr
 from anndata.abc import CSRDataset
 
 from annbatch_dask.chunks.cache import RangeCache
-from annbatch_dask.loader.backing import Source, Values, make_source
+from annbatch_dask.loader.backing import RowSource, ValueBounds, make_source
 from annbatch_dask.loader.casts import Recorded, recorded_values, values_of
-from annbatch_dask.loader.contents import Key, Wanted
+from annbatch_dask.loader.contents import BatchSpec, Key
 from annbatch_dask.loader.obs import Labels, ObsTable
 from annbatch_dask.loader.reading import Backed, Opening, load_dataset
 from annbatch_dask.loader.selection import Selected, Where, select
@@ -39,7 +39,7 @@ _ACCEPTED = (zarr.Array, CSRDataset, sp.csr_matrix, sp.csr_array, np.ndarray)
 class AddedData(Generic[BackingArray_T]):
     """The datasets of a loader, and what is known of their rows."""
 
-    _wanted: Wanted
+    _wanted: BatchSpec
     _all_of: set[str]
     _where: Where | None
     _where_columns: Sequence[str]
@@ -48,8 +48,8 @@ class AddedData(Generic[BackingArray_T]):
 
     def __init__(self) -> None:
         # Replaced, never changed in place: a shallow copy keeps what it was copied with.
-        self._sources: tuple[Source, ...] = ()
-        self._beside: dict[Key, tuple[Source, ...]] = {}
+        self._sources: tuple[RowSource, ...] = ()
+        self._beside: dict[Key, tuple[RowSource, ...]] = {}
         self._named: frozenset[str] = frozenset()  # what was said to be left out
         self._dataset_type: type[Any] | None = None
         self._tables: tuple[ObsTable, ...] | None = None
@@ -265,7 +265,7 @@ class AddedData(Generic[BackingArray_T]):
         var: pd.DataFrame | None,
         beside: Mapping[Key, Any] | None = None,
         listing: Listing | None = None,
-        values: Values | None = None,
+        values: ValueBounds | None = None,
         table: ObsTable | None = None,
     ) -> None:
         if self._passes:
@@ -298,7 +298,7 @@ class AddedData(Generic[BackingArray_T]):
         columns = obs.columns if needed is None else [name for name in needed if name in obs.columns]
         return ObsTable.of(obs[columns], obs.index if has_names else None)
 
-    def _check_fits(self, dataset: Any, source: Source, obs: pd.DataFrame | None, var: pd.DataFrame | None) -> None:
+    def _check_fits(self, dataset: Any, source: RowSource, obs: pd.DataFrame | None, var: pd.DataFrame | None) -> None:
         """A dataset must be like those already there."""
         if not isinstance(dataset, self.dataset_type):
             msg = f"All datasets must be of the same type: {self.dataset_type}, got {type(dataset)}"
@@ -369,7 +369,7 @@ def _element(adata: ad.AnnData | Backed, key: Key) -> Any:
     return there[key.name]
 
 
-def _check_alike(old: Mapping[Key, tuple[Source, ...]], new: Mapping[Key, Source]) -> None:
+def _check_alike(old: Mapping[Key, tuple[RowSource, ...]], new: Mapping[Key, RowSource]) -> None:
     """A matrix beside X must be of one kind and width in all datasets."""
     for key, source in new.items():
         first = old[key][0]
@@ -393,7 +393,7 @@ def _warn_of_ranks(tables: Sequence[ObsTable], names: Sequence[str]) -> None:
         warnings.warn(msg, UserWarning, stacklevel=3)
 
 
-def _left_out(adata: ad.AnnData | Backed, wanted: Wanted) -> frozenset[str]:
+def _left_out(adata: ad.AnnData | Backed, wanted: BatchSpec) -> frozenset[str]:
     """What batches will not carry because nobody asked for it, nor left it out on purpose."""
     return frozenset(
         f"{kind}/{key}"

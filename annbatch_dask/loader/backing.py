@@ -1,7 +1,7 @@
 """Where rows come from: zarr arrays and CSR groups on disk, arrays and CSR matrices in memory.
 
-A source answers in two steps. :meth:`Source.locate` says what the rows cost, so that bytes can be reserved
-before they exist; :meth:`Source.open` takes buffers and returns a block together with the tasks that fill it.
+A source answers in two steps. :meth:`RowSource.locate` says what the rows cost, so that bytes can be reserved
+before they exist; :meth:`RowSource.open` takes buffers and returns a block together with the tasks that fill it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ __all__ = [
     "DenseBlock",
     "Loaded",
     "Located",
-    "Source",
+    "RowSource",
     "SparseBlock",
-    "Values",
+    "ValueBounds",
     "ZarrArraySource",
     "ZarrCsrSource",
     "make_source",
@@ -89,7 +89,7 @@ class Located:
     lengths: Ints
 
 
-class Values(NamedTuple):
+class ValueBounds(NamedTuple):
     """The least and greatest of finite values and 0, and whether all values are whole numbers."""
 
     low: float
@@ -97,7 +97,7 @@ class Values(NamedTuple):
     is_whole: bool
 
     @classmethod
-    def of(cls, values: Array) -> Values:
+    def of(cls, values: Array) -> ValueBounds:
         """Of an array, which is read whole."""
         whole, low, high, *_ = range_of(values)
         return cls(low, high, whole)
@@ -110,7 +110,7 @@ class Arrays(Protocol):
         """An uninitialised array, C-contiguous."""
 
 
-class Source(ABC):
+class RowSource(ABC):
     """Rows of one dataset.
 
     Attributes
@@ -146,7 +146,7 @@ class Source(ABC):
         return self.shape[0]
 
     @abstractmethod
-    def values(self) -> Values | None:
+    def values(self) -> ValueBounds | None:
         """What is known of its values; None where only their dtype is."""
 
     @abstractmethod
@@ -166,8 +166,8 @@ class Source(ABC):
 
 
 def make_source(
-    dataset: Any, cache: RangeCache | None = None, listing: Listing | None = None, recorded: Values | None = None
-) -> Source:
+    dataset: Any, cache: RangeCache | None = None, listing: Listing | None = None, recorded: ValueBounds | None = None
+) -> RowSource:
     """The source for a dataset the loader accepts; a remote one's files are kept in the cache.
 
     ``listing`` says what the files of a folder above are; by default they are as they are now. ``recorded`` says what
@@ -182,7 +182,7 @@ def make_source(
     return CsrSource(dataset)
 
 
-class ZarrCsrSource(Source):
+class ZarrCsrSource(RowSource):
     """A CSR group in a zarr store. Row pointers are kept in memory from the first use on."""
 
     is_sparse = True
@@ -192,7 +192,7 @@ class ZarrCsrSource(Source):
         group: zarr.Group,
         cache: RangeCache | None = None,
         listing: Listing | None = None,
-        recorded: Values | None = None,
+        recorded: ValueBounds | None = None,
     ) -> None:
         self._group = group
         self._recorded = recorded
@@ -232,7 +232,7 @@ class ZarrCsrSource(Source):
         """Whether the row pointers are there."""
         return self._indptr is not None
 
-    def values(self) -> Values | None:
+    def values(self) -> ValueBounds | None:
         """What was recorded."""
         return self._recorded
 
@@ -286,7 +286,7 @@ def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     return array
 
 
-class ZarrArraySource(Source):
+class ZarrArraySource(RowSource):
     """A zarr array of two dimensions or more."""
 
     is_sparse = False
@@ -296,7 +296,7 @@ class ZarrArraySource(Source):
         array: zarr.Array[Any],
         cache: RangeCache | None = None,
         listing: Listing | None = None,
-        recorded: Values | None = None,
+        recorded: ValueBounds | None = None,
     ) -> None:
         self._recorded = recorded
         if array.ndim < 2:
@@ -312,7 +312,7 @@ class ZarrArraySource(Source):
         """Whether it lies in an object store."""
         return self._reader.is_remote
 
-    def values(self) -> Values | None:
+    def values(self) -> ValueBounds | None:
         """What was recorded."""
         return self._recorded
 
@@ -338,7 +338,7 @@ class ZarrArraySource(Source):
         self._reader.close()
 
 
-class CsrSource(Source):
+class CsrSource(RowSource):
     """A CSR matrix in memory, used where it lies."""
 
     is_sparse = True
@@ -350,13 +350,13 @@ class CsrSource(Source):
         self.shape = tuple(matrix.shape)
         self.dtype = self.stored_dtype = self._values.dtype
 
-    def values(self) -> Values:
+    def values(self) -> ValueBounds:
         """Of its entries, those added up that name a place twice."""
         matrix = sp.csr_matrix((self._values, self._columns, self._indptr), shape=self.shape, copy=False)
         if not matrix.has_canonical_format:
             matrix = matrix.copy()
             matrix.sum_duplicates()
-        return Values.of(matrix.data)
+        return ValueBounds.of(matrix.data)
 
     def locate(self, rows: Ints) -> Located:
         """Nothing to load."""
@@ -368,7 +368,7 @@ class CsrSource(Source):
         return SparseBlock(self._values, self._columns, located.starts, located.lengths), []
 
 
-class ArraySource(Source):
+class ArraySource(RowSource):
     """An array in memory; used where it lies if its rows are contiguous, else copied row by row."""
 
     is_sparse = False
@@ -378,9 +378,9 @@ class ArraySource(Source):
         self.shape = array.shape
         self.dtype = self.stored_dtype = array.dtype.newbyteorder("=")
 
-    def values(self) -> Values:
+    def values(self) -> ValueBounds:
         """Of all."""
-        return Values.of(np.ascontiguousarray(self._array, self.dtype))
+        return ValueBounds.of(np.ascontiguousarray(self._array, self.dtype))
 
     @property
     def _is_direct(self) -> bool:

@@ -10,12 +10,12 @@ import zarr
 from anndata.abc import CSRDataset
 
 from annbatch_dask.errors import SchemaError
-from annbatch_dask.loader.backing import Source, Values
+from annbatch_dask.loader.backing import RowSource, ValueBounds
 from annbatch_dask.manifest import DATASET_NAME, MatrixRecord
 
 __all__ = ["Recorded", "check_cast", "recorded_values", "values_of"]
 
-Recorded = Mapping[str, Values]
+Recorded = Mapping[str, ValueBounds]
 """What a collection knows of the values of its matrices, by their names in a dataset."""
 
 
@@ -23,13 +23,13 @@ def recorded_values(manifest: Any) -> Recorded:
     """From a manifest; nothing where there is none, or of matrices whose range it does not have."""
     matrices: Mapping[str, MatrixRecord] = {} if manifest is None else manifest.matrices
     return {
-        name: Values(m.low, m.high, is_whole=bool(m.integral))
+        name: ValueBounds(m.low, m.high, is_whole=bool(m.integral))
         for name, m in matrices.items()
         if m.low is not None and m.high is not None
     }
 
 
-def values_of(dataset: Any, recorded: Recorded) -> Values | None:
+def values_of(dataset: Any, recorded: Recorded) -> ValueBounds | None:
     """What is recorded of a matrix that lies in a dataset of the collection."""
     element = dataset.group if isinstance(dataset, CSRDataset) else dataset
     if not isinstance(element, zarr.Group | zarr.Array):
@@ -39,7 +39,7 @@ def values_of(dataset: Any, recorded: Recorded) -> Values | None:
     return recorded.get("/".join(parts[names[0] + 1 :])) if names else None
 
 
-def check_cast(name: str, source: Source, dtype: Any) -> None:
+def check_cast(name: str, source: RowSource, dtype: Any) -> None:
     """SchemaError where values would wrap around, become infinite or lose their fraction.
 
     That a float is rounded is no loss. bfloat16 has the range of float32 but for its last 0.2 %, not looked at here.
@@ -67,16 +67,16 @@ def check_cast(name: str, source: Source, dtype: Any) -> None:
     raise SchemaError(msg)
 
 
-def _fits(values: Values, dtype: np.dtype[Any]) -> bool:
+def _fits(values: ValueBounds, dtype: np.dtype[Any]) -> bool:
     holds = _values_of_dtype(dtype)
     return holds.low <= values.low and values.high <= holds.high and (values.is_whole or not holds.is_whole)
 
 
-def _values_of_dtype(dtype: np.dtype[Any]) -> Values:
+def _values_of_dtype(dtype: np.dtype[Any]) -> ValueBounds:
     if dtype.kind == "b":
-        return Values(0, 1, is_whole=True)
+        return ValueBounds(0, 1, is_whole=True)
     if dtype.kind in "iu":
         info = np.iinfo(dtype)
-        return Values(int(info.min), int(info.max), is_whole=True)
+        return ValueBounds(int(info.min), int(info.max), is_whole=True)
     top = float(np.finfo(dtype).max)
-    return Values(-top, top, is_whole=False)
+    return ValueBounds(-top, top, is_whole=False)

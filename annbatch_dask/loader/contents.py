@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import DTypeLike, NDArray
 
 from annbatch_dask.kernels.gpu import knows
-from annbatch_dask.loader.backing import Source
+from annbatch_dask.loader.backing import RowSource
 from annbatch_dask.loader.batch import Form, Selection
 from annbatch_dask.loader.casts import check_cast
 from annbatch_dask.loader.gpu.device import Device, Placed
@@ -22,7 +22,7 @@ from annbatch_dask.loader.output import Framework, check_framework, make_deliver
 from annbatch_dask.loader.requests import Window
 from annbatch_dask.transforms import NormalizeLog1p
 
-__all__ = ["Casting", "Contents", "Dense", "Key", "Matrix", "Transform", "Wanted"]
+__all__ = ["BatchSpec", "Casting", "Contents", "Dense", "Key", "Matrix", "Transform"]
 
 Array = NDArray[Any]
 Transform = NormalizeLog1p | Callable[[Any], Any]
@@ -50,7 +50,7 @@ class Matrix:
     """One matrix over all datasets, and how its rows are delivered."""
 
     key: Key
-    sources: tuple[Source, ...]
+    sources: tuple[RowSource, ...]
     form: Form
     deliver: Callable[[Any], Any]
 
@@ -117,7 +117,7 @@ class Contents:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class BatchSpec:
     """What a user asked batches to carry, checked as far as it can be before there is data."""
 
     to: Framework | None
@@ -148,7 +148,7 @@ class Wanted:
         obsm: Sequence[str] | None,
         obs_columns: Sequence[str] | None,
         obs_codes: Codes | None,
-    ) -> Wanted:
+    ) -> BatchSpec:
         """From the arguments of the Loader."""
         check_framework(to, preload_to_gpu=preload_to_gpu)
         made = _where_dense(dense, preload_to_gpu=preload_to_gpu)
@@ -214,7 +214,7 @@ class Wanted:
         _refuse_missing("var", [n for n, at in zip(self.var_names, found, strict=True) if at < 0], len(var))
         return found.astype(np.int64)
 
-    def check_data(self, sources: Mapping[Key, Source], obs: pd.DataFrame | None, var: pd.DataFrame | None) -> None:
+    def check_data(self, sources: Mapping[Key, RowSource], obs: pd.DataFrame | None, var: pd.DataFrame | None) -> None:
         """ValueError where a dataset cannot be delivered as asked for."""
         source = sources[X]
         self.select(var)
@@ -244,7 +244,7 @@ class Wanted:
 
     def contents(
         self,
-        sources: Mapping[Key, tuple[Source, ...]],
+        sources: Mapping[Key, tuple[RowSource, ...]],
         table: ObsTable | None,
         labels: Labels | None,
         var: pd.DataFrame | None,
@@ -276,7 +276,7 @@ class Wanted:
             is_made_there,
         )
 
-    def _makes_csr(self, device: Device | None, sources: Mapping[Key, tuple[Source, ...]]) -> bool:
+    def _makes_csr(self, device: Device | None, sources: Mapping[Key, tuple[RowSource, ...]]) -> bool:
         """Whether sparse batches are made on the device: not of chosen genes, whose entries it would have to count."""
         if device is None or not device.makes_csr or self.dense is not None or self.var_names is not None:
             return False
@@ -293,7 +293,7 @@ class Wanted:
             return partial(device.deliver, bfloat16=bfloat16)
         return make_deliver(self.to, on_gpu=self.on_gpu, bfloat16=bfloat16)
 
-    def _form_of_x(self, sources: tuple[Source, ...], form: Form) -> Form:
+    def _form_of_x(self, sources: tuple[RowSource, ...], form: Form) -> Form:
         is_bfloat16 = self.dtype == "bfloat16"
         if self.dtype == STORED:
             dtype: np.dtype[Any] | None = np.result_type(*(source.stored_dtype for source in sources))

@@ -34,12 +34,12 @@ from annbatch_dask.loader.gpu.builder import DeviceBuilder
 from annbatch_dask.loader.gpu.device import Handover, Placed
 from annbatch_dask.loader.gpu.place import place
 from annbatch_dask.loader.gpu.slab import Slab, room_for, room_of, stage
-from annbatch_dask.loader.helpers import Closed, Helpers, Job, LoaderThread
+from annbatch_dask.loader.helpers import Closed, Helpers, LoaderThread, SharedJob
 from annbatch_dask.loader.pool import BufferPool
 from annbatch_dask.loader.requests import Assignment, Window, assign, resolve_rows, resolve_splits
 from annbatch_dask.types import LoaderOutput, LoadRequest
 
-__all__ = ["END", "Budget", "End", "Pipeline", "PipelineOptions"]
+__all__ = ["END", "ByteLimit", "End", "Pipeline", "PipelineOptions"]
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class End:
 END = End()
 
 
-class Budget:
+class ByteLimit:
     """Bytes that may exist at a time, as one thread reserves them; a few reservations are granted whatever they ask."""
 
     def __init__(self, limit_nbytes: int, n_granted: int = 1) -> None:
@@ -107,7 +107,7 @@ class _Begun:
     """A window that is whole once its reading has ended."""
 
     window: Window
-    reading: Job[object]
+    reading: SharedJob[object]
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,10 @@ class Pipeline:
         else:
             self._builders = [_make_builder(matrix, self._pool, 4 * options.n_threads) for matrix in contents.matrices]
         window_nbytes = int(options.prefetch_nbytes * _WINDOW_SHARE)
-        self._window_budget = Budget(window_nbytes)
+        self._window_budget = ByteLimit(window_nbytes)
         # Batches on a device take none of the host's memory; the next one is begun while one lies ready.
         n_granted = 1 if device is None else _N_AHEAD_ON_DEVICE
-        self._batch_budget = Budget(options.prefetch_nbytes - window_nbytes, n_granted)
+        self._batch_budget = ByteLimit(options.prefetch_nbytes - window_nbytes, n_granted)
 
         self._requests: SimpleQueue[LoadRequest | _Failure | End] = SimpleQueue()
         self._windows: SimpleQueue[Window | _Failure | End] = SimpleQueue()

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 
 from annbatch_dask.storage.threads import n_cpus
 
-__all__ = ["THREAD_PREFIX", "Closed", "Helpers", "Job", "LoaderThread", "count_threads"]
+__all__ = ["THREAD_PREFIX", "Closed", "Helpers", "LoaderThread", "SharedJob", "count_threads"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def _end_threads() -> None:
         thread.join(max(0.0, until - time.monotonic()))
 
 
-class Job(Generic[T]):
+class SharedJob(Generic[T]):
     """Tasks that any number of threads take from, each the next one that is left."""
 
     def __init__(self, tasks: Sequence[Callable[[], T]], is_stopped: Callable[[], bool]) -> None:
@@ -143,15 +143,15 @@ class Helpers:
     def __init__(self, stage: str, n_threads: int) -> None:
         self._stage = stage
         self._n_helpers = n_threads
-        self._jobs: SimpleQueue[Job[Any] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[SharedJob[Any] | None] = SimpleQueue()
         self._threads: list[LoaderThread] = []
         self._is_stopped = False
 
-    def start(self, tasks: Sequence[Callable[[], T]]) -> Job[T]:
+    def start(self, tasks: Sequence[Callable[[], T]]) -> SharedJob[T]:
         """Let helpers begin with tasks, which are then to be waited for; raises Closed once stopped."""
         if self._is_stopped:
             raise Closed
-        job = Job(tasks, self._ask_stopped)
+        job = SharedJob(tasks, self._ask_stopped)
         n_asked = min(self._n_helpers, len(tasks))
         if len(self._threads) < n_asked:
             n_asked = self._hire(n_asked)

@@ -16,8 +16,8 @@ from numpy.typing import DTypeLike
 
 from annbatch_dask.chunks.cache import RangeCache
 from annbatch_dask.loader.added import AddedData, BackingArray_T, check_positive
-from annbatch_dask.loader.backing import Source
-from annbatch_dask.loader.contents import Casting, Codes, Dense, Key, Transform, Wanted
+from annbatch_dask.loader.backing import RowSource
+from annbatch_dask.loader.contents import BatchSpec, Casting, Codes, Dense, Key, Transform
 from annbatch_dask.loader.fetch import Pipeline, PipelineOptions
 from annbatch_dask.loader.helpers import count_threads
 from annbatch_dask.loader.iterable import IterableDataset
@@ -227,7 +227,7 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         for name in ("chunk_size", "preload_nchunks", "batch_size", "global_batch_size"):
             check_positive(name, given[name])
         check_positive("prefetch_bytes", prefetch_bytes)
-        self._wanted = Wanted.of(
+        self._wanted = BatchSpec.of(
             to=to,
             preload_to_gpu=preload_to_gpu,
             dense=dense,
@@ -322,7 +322,7 @@ def _older_to(to: Framework | None, *, to_torch: bool) -> Framework | None:
     return "torch" if to_torch else None
 
 
-def _let_go(sources: Iterable[Source], cache: RangeCache | None) -> None:
+def _let_go(sources: Iterable[RowSource], cache: RangeCache | None) -> None:
     """What is done when a pass reads nothing more."""
     for source in sources:
         source.close()

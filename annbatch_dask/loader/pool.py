@@ -35,7 +35,7 @@ class _Home:
             self.returned.append(memory)
 
 
-class _Lease:
+class _Loan:
     """Owns memory on behalf of the array made from it, which keeps it alive as its base.
 
     It describes the array itself, not the bytes: scipy copies an array that looks like a small part of its base.
@@ -82,7 +82,7 @@ class BufferPool:
         nbytes = math.prod(shape) * kind.itemsize
         if nbytes < _MIN_POOLED_NBYTES:
             return np.empty(shape, kind)
-        return np.asarray(_Lease(self._take(nbytes), shape, kind, self._home))
+        return np.asarray(_Loan(self._take(nbytes), shape, kind, self._home))
 
     def close(self) -> None:
         """Keep no memory from now on; what is idle goes with the pool. Takes no lock."""

@@ -18,7 +18,7 @@ from annbatch_dask.plan.genes import GeneSpace, check_unique, join_genes, order_
 from annbatch_dask.plan.memory import Budget
 from annbatch_dask.plan.options import Extension, Options
 from annbatch_dask.plan.permutation import IDENTITY, SWAP_OR_NOT, Permutation
-from annbatch_dask.plan.placement import Dealt, deal
+from annbatch_dask.plan.placement import ExtendPermutation, deal
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import INPUT_SRC_PATH, OBS, ColumnSpec, Genes, MatrixSchema, MatrixSpec, SourceSchema
 from annbatch_dask.plan.sizing import Sizing, check_chunk
@@ -244,11 +244,11 @@ def _check_carried(datasets: Sequence[SourceSchema], matrices: Sequence[MatrixSp
             raise SchemaError(msg)
 
 
-def _place(options: Options, sizes: Sequence[int], extension: Extension | None) -> Permutation | Dealt:
+def _place(options: Options, sizes: Sequence[int], extension: Extension | None) -> Permutation | ExtendPermutation:
     name = SWAP_OR_NOT if options.shuffle else IDENTITY
     if extension is not None and extension.mode == "extend":
         old = tuple(sizes[: extension.n_datasets])
-        return Dealt(old, deal(old, sum(sizes[extension.n_datasets :])), options.seed, name)
+        return ExtendPermutation(old, deal(old, sum(sizes[extension.n_datasets :])), options.seed, name)
     return Permutation(sum(sizes if extension is None else sizes[extension.n_kept :]), options.seed, name)
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.plan.permutation import SWAP_OR_NOT, Permutation
 
-__all__ = ["Dealt", "deal"]
+__all__ = ["ExtendPermutation", "deal"]
 
 
 def deal(old: tuple[int, ...], n_new: int) -> tuple[int, ...]:
@@ -38,7 +38,7 @@ def deal(old: tuple[int, ...], n_new: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Dealt:
+class ExtendPermutation:
     """A bijection that shuffles new rows into datasets that exist, whose own rows stay in them.
 
     Input rows are those of the datasets, one after another, and then the new ones; output rows are those of the

@@ -19,7 +19,7 @@ from annbatch_dask.plan.layout import Block, Layout
 from annbatch_dask.plan.memory import Budget
 from annbatch_dask.plan.options import Extension, Options
 from annbatch_dask.plan.permutation import Permutation
-from annbatch_dask.plan.placement import Dealt
+from annbatch_dask.plan.placement import ExtendPermutation
 from annbatch_dask.plan.schema import OBS, ColumnSpec, MatrixSchema, MatrixSpec, SourceSchema
 
 __all__ = ["WORK_DIGITS", "Plan"]
@@ -64,7 +64,7 @@ class Plan:
     sources: tuple[SourceSchema, ...]
     blocks: tuple[Block, ...]
     layout: Layout
-    placement: Permutation | Dealt
+    placement: Permutation | ExtendPermutation
     var: pd.DataFrame = field(repr=False)
     genes: Mapping[str, GeneSpace] = field(repr=False)
     matrices: tuple[MatrixSpec, ...]

@@ -28,7 +28,7 @@ from annbatch_dask.plan.layout import Block, Layout, Room, cut_blocks
 from annbatch_dask.plan.memory import IN_FLIGHT_NBYTES, MIB, SMALL_NBYTES, Budget, gather_peak_nbytes
 from annbatch_dask.plan.options import Options
 from annbatch_dask.plan.permutation import Permutation
-from annbatch_dask.plan.placement import Dealt
+from annbatch_dask.plan.placement import ExtendPermutation
 from annbatch_dask.plan.schema import ColumnSpec, MatrixSpec, SourceSchema
 
 __all__ = ["Sizing", "check_chunk"]
@@ -118,7 +118,7 @@ class Sizing:
         is_mixed = self.options.shuffle and not self.options.groupby
         return None if is_mixed else heaviest_rows(self._moved, self._part_weights)
 
-    def lay_out(self, placement: Permutation | Dealt) -> Layout:
+    def lay_out(self, placement: Permutation | ExtendPermutation) -> Layout:
         """Datasets of the size asked for, and parts that fit memory."""
         rows = int(self._piece / self.row_nbytes)
         if self._heaviest is not None:
@@ -187,9 +187,11 @@ def _whole(sources: Sequence[SourceSchema], weights: Sequence[Weight]) -> float:
     return sum(float(w.before(s, np.array([s.n_obs]))[0]) for s, w in zip(sources, weights, strict=True))
 
 
-def _lay_out(options: Options, placement: Permutation | Dealt, *, row_nbytes: float, part_rows: int) -> Layout:
+def _lay_out(
+    options: Options, placement: Permutation | ExtendPermutation, *, row_nbytes: float, part_rows: int
+) -> Layout:
     n_obs = placement.n_obs
-    if isinstance(placement, Dealt):
+    if isinstance(placement, ExtendPermutation):
         sizes = tuple(a + b for a, b in zip(placement.old, placement.new, strict=True))
         return Layout(sizes, min(part_rows, max(sizes)))
     if options.dataset_rows is not None:

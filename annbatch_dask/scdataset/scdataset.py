@@ -194,7 +194,7 @@ class scDataset(Resumable, IterableDataset):  # noqa: N801 - scDataset's name
 
 
 @dataclass(frozen=True)
-class _Backed:
+class _BackedRows:
     """A backed AnnData on its way to another process."""
 
     path: str
@@ -227,12 +227,12 @@ def _exchange(collection: Any, change: Callable[[Any], Any]) -> Any:
 def _portable(collection: Any) -> Any:
     """A stand-in for what cannot be pickled: an AnnData that holds an open HDF5 file."""
     if getattr(collection, "isbacked", False) and not getattr(collection, "is_view", False):
-        return _Backed(str(collection.filename), collection.obs)
+        return _BackedRows(str(collection.filename), collection.obs)
     return collection
 
 
 def _opened(collection: Any) -> Any:
-    return collection.open() if isinstance(collection, _Backed) else collection
+    return collection.open() if isinstance(collection, _BackedRows) else collection
 
 
 def take_rows(data: Any, rows: Ints) -> Any:

@@ -57,7 +57,7 @@ class AnnDataSource:
         for name, frame in self._frames.items():
             _check_names(label, name, frame.columns)
         self._columns = {(f, str(k)): k for f, frame in self._frames.items() for k in frame.columns}
-        self._blocks: dict[str, _Blocks] = {}
+        self._blocks: dict[str, _DaskBlocks] = {}
 
     def schema(self, *, metadata_only: bool = False) -> SourceSchema:
         """What it holds."""
@@ -127,7 +127,7 @@ class AnnDataSource:
         if not isinstance(values, da.Array):
             return matrix_rows(values, matrix, start, stop)
         if matrix.source_name not in self._blocks:
-            self._blocks[matrix.source_name] = _Blocks.of(values)
+            self._blocks[matrix.source_name] = _DaskBlocks.of(values)
         return matrix_rows(self._blocks[matrix.source_name].rows(start, stop), matrix, 0, stop - start)
 
     def column(self, column: ColumnSchema, start: int, stop: int) -> ColumnRows:
@@ -220,7 +220,7 @@ _NO_NAMES = ("_index", "_anndata_concat_index", "_anndata_merge_index")
 
 
 @dataclass(frozen=True)
-class _Blocks:
+class _DaskBlocks:
     """Row blocks of a dask array, whose graph is optimised once and not for each range of rows."""
 
     graph: dict[Any, Any]
@@ -228,7 +228,7 @@ class _Blocks:
     starts: NDArray[np.int64]
 
     @classmethod
-    def of(cls, values: da.Array) -> _Blocks:
+    def of(cls, values: da.Array) -> _DaskBlocks:
         values = values.rechunk(dict.fromkeys(range(1, values.ndim), -1))
         keys = [(values.name, i, *[0] * (values.ndim - 1)) for i in range(values.numblocks[0])]
         graph = dict(values.__dask_optimize__(values.dask, keys))

@@ -331,7 +331,7 @@ def _csc_rows(group: Any, start: int, stop: int) -> CsrRows:
 
 
 @dataclass(frozen=True)
-class _Slab:
+class _CscSlab:
     """Entries of some columns of a matrix that lie in some rows, counted from the first of these."""
 
     column: int
@@ -340,7 +340,7 @@ class _Slab:
     values: NDArray
 
 
-def _csc_slabs(group: Any, indptr: NDArray[np.int64], start: int, stop: int) -> Iterator[_Slab]:
+def _csc_slabs(group: Any, indptr: NDArray[np.int64], start: int, stop: int) -> Iterator[_CscSlab]:
     indices, data, n_rows = group["indices"], group["data"], n_rows_of(group)
     step = max(_whole_chunks(indices, _CSC_SLAB), _whole_chunks(data, _CSC_SLAB))
     for a in range(0, int(indptr[-1]), step):
@@ -351,7 +351,7 @@ def _csc_slabs(group: Any, indptr: NDArray[np.int64], start: int, stop: int) -> 
         n = find_rows(rows, start, stop, at)
         first, last = np.searchsorted(indptr, [a, b - 1], side="right").tolist()
         bounds = np.searchsorted(at[:n] + a, indptr[first - 1 : last + 1])
-        yield _Slab(first - 1, bounds, (rows[at[:n]] - start).astype(np.uint32), _read_flat(data, a, b)[at[:n]])
+        yield _CscSlab(first - 1, bounds, (rows[at[:n]] - start).astype(np.uint32), _read_flat(data, a, b)[at[:n]])
 
 
 def _whole_chunks(array: Any, size: int) -> int:

@@ -24,7 +24,7 @@ from annbatch_dask.errors import IntegrityError
 from annbatch_dask.loader import Loader, helpers
 from annbatch_dask.loader import fetch as fetch_module
 from annbatch_dask.loader.backing import ArraySource, ZarrCsrSource
-from annbatch_dask.loader.fetch import Budget
+from annbatch_dask.loader.fetch import ByteLimit
 from annbatch_dask.loader.helpers import Closed
 from tests.leaks import lasting_threads, loader_threads, open_files
 from tests.loader.data import dense, matrix, quiet, write_collection
@@ -303,7 +303,7 @@ def test_requests_without_batches_are_skipped():
 
 
 def test_budget():
-    budget = Budget(10)
+    budget = ByteLimit(10)
     budget.reserve(50)  # more than there is, but alone
     waiting = threading.Thread(target=budget.reserve, args=(1,))
     waiting.start()

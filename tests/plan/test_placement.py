@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from annbatch_dask.plan.permutation import IDENTITY
-from annbatch_dask.plan.placement import Dealt, deal
+from annbatch_dask.plan.placement import ExtendPermutation, deal
 
 sizes = st.lists(st.integers(1, 50), min_size=1, max_size=6).map(tuple)
 
@@ -20,7 +20,7 @@ def test_shares_are_in_proportion(old, n_new):
 
 @given(sizes, st.integers(0, 100), st.integers(0, 2**63), st.sampled_from(["swap-or-not", IDENTITY]))
 def test_every_place_is_taken_once_and_old_rows_stay_in_their_dataset(old, n_new, seed, name):
-    dealt = Dealt(old, deal(old, n_new), seed, name)
+    dealt = ExtendPermutation(old, deal(old, n_new), seed, name)
     places = dealt.forward(np.arange(dealt.n_obs))
     assert sorted(places.tolist()) == list(range(dealt.n_obs))
     sizes = np.add(dealt.old, dealt.new)
@@ -36,7 +36,7 @@ def test_every_place_is_taken_once_and_old_rows_stay_in_their_dataset(old, n_new
 
 def test_places_are_uniform_over_seeds():
     old, rows = (8, 4), np.array([0, 11, 12, 29])
-    places = np.array([Dealt(old, deal(old, 18), seed).forward(rows) for seed in range(1500)])
+    places = np.array([ExtendPermutation(old, deal(old, 18), seed).forward(rows) for seed in range(1500)])
     allowed = [range(20), range(20, 30), range(30), range(30)]
     for found, where in zip(places.T, allowed, strict=True):
         counts = np.bincount(found, minlength=30)[where]

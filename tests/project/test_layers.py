@@ -60,6 +60,9 @@ SLOW = ("bokeh", "matplotlib", "scipy.stats", "torch")
 """Each takes a second or more to import, in every process that opens a collection."""
 PURE_FORBIDS = {"anndata", "dask", "distributed", "fsspec", "h5py", "xarray", "zarr"}
 MAY_PRINT = {"cli.py"}
+MAX_LINES = 450
+MAY_BE_LONG = {"cli.py", "collection.py"}
+"""What each command says of itself takes half of the first."""
 
 
 def imports_of(path):
@@ -126,3 +129,19 @@ def test_slow_packages_are_imported_where_they_are_used():
 def test_every_layer_is_listed():
     top = {layer(n) for n in NAMES}
     assert top <= set(ALLOWED) | {"__init__", "arguments", "as_annbatch", "cli", "collection", "io"}
+
+
+def test_a_class_has_a_name_of_its_own():
+    named = [
+        (node.name.lstrip("_"), name)
+        for name in NAMES
+        for node in ast.parse((PACKAGE / name).read_text()).body
+        if isinstance(node, ast.ClassDef)
+    ]
+    names = [name for name, _ in named]
+    assert not [pair for pair in named if names.count(pair[0]) > 1]
+
+
+def test_no_module_is_long():
+    lengths = {name: len((PACKAGE / name).read_text().splitlines()) for name in NAMES}
+    assert not {name: n for name, n in lengths.items() if n > MAX_LINES and name not in MAY_BE_LONG}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from annbatch_dask.kernels import gpu
-from annbatch_dask.loader.backing import Loaded, Source
+from annbatch_dask.loader.backing import Loaded, RowSource
 from annbatch_dask.loader.batch import Form
 from annbatch_dask.loader.gpu.device import Device, Ints, Placed, Target
 from annbatch_dask.loader.gpu.slab import Group, Piece
@@ -48,7 +48,7 @@ class DeviceBuilder:
     number: int
 
     @classmethod
-    def of(cls, form: Form, source: Source, device: Device, number: int) -> DeviceBuilder:
+    def of(cls, form: Form, source: RowSource, device: Device, number: int) -> DeviceBuilder:
         """Bring the selection to the device; the source is one of the data."""
         chosen = form.selection
         columns, places = None, None

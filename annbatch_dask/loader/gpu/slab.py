@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from annbatch_dask.chunks.reader import Task
 from annbatch_dask.kernels.assemble import copy_rows
-from annbatch_dask.loader.backing import Block, DenseBlock, Loaded, Located, Source, SparseBlock
+from annbatch_dask.loader.backing import Block, DenseBlock, Loaded, Located, RowSource, SparseBlock
 
 __all__ = ["Group", "Piece", "RowTable", "Slab", "deal", "room_for", "room_of", "stage", "tabulate"]
 
@@ -67,7 +67,7 @@ def room_of(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def room_for(source: Source, located: Located) -> int:
+def room_for(source: RowSource, located: Located) -> int:
     """Bytes that the rows take in a slab at most: those that are read, or copies of rows that are in memory."""
     if located.nbytes:
         nbytes = located.nbytes
