@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
-from annbatch_dask.etl.rows import NAMES, Flats, Heads, all_columns, array_name, row_hashes, write_column
-from annbatch_dask.kernels.rows import bounds_of, map_indices, slabs, sort_entries
+from annbatch_dask.etl.rows import NAMES, FixedArrays, RaggedArrays, all_columns, array_name, row_hashes, write_column
+from annbatch_dask.kernels.rows import map_indices, offsets_of, slabs, sort_entries
 from annbatch_dask.kernels.values import narrow_counts, range_of
 from annbatch_dask.manifest import SRC_PATH
 from annbatch_dask.plan.dtypes import ValueRange, index_dtype, is_wide, merge_ranges, signed_dtype, smallest_dtype
@@ -44,8 +44,8 @@ _STRINGS_NBYTES = 2**23
 class BlockRows:
     """A block's rows in the source's order, and what was noticed while reading them."""
 
-    heads: Heads = field(default_factory=dict)
-    flats: Flats = field(default_factory=dict)
+    fixed: FixedArrays = field(default_factory=dict)
+    ragged: RaggedArrays = field(default_factory=dict)
     exact: dict[str, NDArray] = field(default_factory=dict)
     """Values in the source's dtype, of the arrays whose spilled form is smaller: what the fingerprint is taken of."""
     ranges: dict[str, ValueRange] = field(default_factory=dict)
@@ -59,27 +59,29 @@ def read_block(plan: Plan, block: Block, source: SourceSchema, opened: Source) -
         schema, read = schemas[spec.name], _read_sparse if spec.kind == "csr" else _read_dense
         gene_map = plan.gene_map(block.source, schema, spec)
         read(rows, spec, schema, opened.matrix(schema, block.start, block.stop), gene_map)
-    _write_strings(NAMES, lambda a, b: ColumnRows(opened.names(a, b)), block, source.name_width, rows.heads, rows.flats)
-    heads, flats = read_columns(plan, block, source, opened, (*plan.columns, plan.source_column))
-    rows.heads |= heads
-    rows.flats |= flats
+    _write_strings(
+        NAMES, lambda a, b: ColumnRows(opened.names(a, b)), block, source.name_width, rows.fixed, rows.ragged
+    )
+    fixed, ragged = read_columns(plan, block, source, opened, (*plan.columns, plan.source_column))
+    rows.fixed |= fixed
+    rows.ragged |= ragged
     return rows
 
 
 def read_columns(
     plan: Plan, block: Block, source: SourceSchema, opened: Source, columns: Sequence[ColumnSpec]
-) -> tuple[Heads, Flats]:
+) -> tuple[FixedArrays, RaggedArrays]:
     """Some columns of a block's rows."""
-    heads: Heads = {}
-    flats: Flats = {}
+    fixed: FixedArrays = {}
+    ragged: RaggedArrays = {}
     widths = {c.path: c.width for c in source.columns}
     for column in columns:
         if column.kind == "string":
             read = partial(_read_rows, column, block, source, opened)
-            _write_strings(column, read, block, widths.get(column.path, 0), heads, flats)
+            _write_strings(column, read, block, widths.get(column.path, 0), fixed, ragged)
         else:
-            write_column(column, read_column(column, block, source, opened), heads, flats)
-    return heads, flats
+            write_column(column, read_column(column, block, source, opened), fixed, ragged)
+    return fixed, ragged
 
 
 def _read_rows(column: ColumnSpec, block: Block, source: SourceSchema, opened: Source, a: int, b: int) -> ColumnRows:
@@ -91,19 +93,22 @@ def _write_strings(
     read: Callable[[int, int], ColumnRows],
     block: Block,
     width: int,
-    heads: Heads,
-    flats: Flats,
+    fixed: FixedArrays,
+    ragged: RaggedArrays,
 ) -> None:
     """Add a column of strings, some rows at a time: as Python has them, they take several times the bytes they have."""
     step = max(1, _STRINGS_NBYTES // (2 * width + 100))
-    pieces: list[tuple[Heads, Flats]] = []
+    pieces: list[tuple[FixedArrays, RaggedArrays]] = []
     for a in range(block.start, block.stop, step):
         pieces.append(({}, {}))
         write_column(spec, read(a, min(a + step, block.stop)), *pieces[-1])
     for name in pieces[0][0]:
-        heads[name] = np.concatenate([h[name] for h, _ in pieces])
+        fixed[name] = np.concatenate([h[name] for h, _ in pieces])
     for name in pieces[0][1]:
-        flats[name] = np.concatenate([f[name][0] for _, f in pieces]), bounds_of(heads[array_name(spec.path, "length")])
+        ragged[name] = (
+            np.concatenate([f[name][0] for _, f in pieces]),
+            offsets_of(fixed[array_name(spec.path, "length")]),
+        )
 
 
 def _read_sparse(
@@ -115,7 +120,7 @@ def _read_sparse(
 ) -> None:
     csr = found if isinstance(found, CsrRows) else dense_to_csr(found)
     del found
-    bounds, nnz = csr.bounds, int(csr.bounds[-1])
+    offsets, nnz = csr.offsets, int(csr.offsets[-1])
     if gene_map is None:
         gene_map = np.arange(spec.n_cols, dtype=np.int32)
     drops = bool((gene_map < 0).any())
@@ -123,15 +128,15 @@ def _read_sparse(
     indices = map_genes(csr, gene_map.astype(target), n_cols=schema.n_cols)
     exact, values_range = _collect_values(csr, nnz, np.dtype(schema.dtype))
     del csr  # and with it what it was made of
-    bounds, indices, exact = in_gene_order(bounds, indices, exact, gene_map)
+    offsets, indices, exact = in_gene_order(offsets, indices, exact, gene_map)
     if drops:
         indices = indices.astype(index_dtype(spec.n_cols))
         values_range = ValueRange(*range_of(exact))
-    rows.heads[array_name(spec.name, "length")] = np.diff(bounds).astype(np.uint32)
-    rows.flats[array_name(spec.name, "indices")] = indices, bounds
-    rows.flats[array_name(spec.name, "values")] = (
+    rows.fixed[array_name(spec.name, "length")] = np.diff(offsets).astype(np.uint32)
+    rows.ragged[array_name(spec.name, "indices")] = indices, offsets
+    rows.ragged[array_name(spec.name, "values")] = (
         exact.astype(smallest_dtype(values_range, exact.dtype), copy=False),
-        bounds,
+        offsets,
     )
     rows.exact[array_name(spec.name, "values")] = exact
     rows.ranges[spec.name] = values_range
@@ -192,23 +197,23 @@ def _read_dense(
     pieces = (values[a : a + step] for a in range(0, len(values), step))
     values_range = merge_ranges(ValueRange(*range_of(p)) for p in pieces)
     name = array_name(spec.name, "dense")
-    rows.heads[name] = values.astype(smallest_dtype(values_range, values.dtype), copy=False)
+    rows.fixed[name] = values.astype(smallest_dtype(values_range, values.dtype), copy=False)
     rows.exact[name] = values
     rows.ranges[spec.name] = values_range
 
 
 def hash_block(plan: Plan, block: Block, rows: BlockRows) -> NDArray[np.uint64]:
     """(n_rows,) hashes of the rows of a block."""
-    heads = rows.heads | _of(rows.exact, rows.heads)
-    return row_hashes(block.n_rows, plan.matrices, all_columns(plan), heads, _exact_flats(rows))
+    fixed = rows.fixed | _of(rows.exact, rows.fixed)
+    return row_hashes(block.n_rows, plan.matrices, all_columns(plan), fixed, _exact_ragged(rows))
 
 
-def _of(some: dict[str, NDArray], heads: Heads) -> Heads:
-    return {name: values for name, values in some.items() if name in heads}
+def _of(some: dict[str, NDArray], fixed: FixedArrays) -> FixedArrays:
+    return {name: values for name, values in some.items() if name in fixed}
 
 
-def _exact_flats(rows: BlockRows) -> Flats:
-    return {name: (rows.exact.get(name, values), bounds) for name, (values, bounds) in rows.flats.items()}
+def _exact_ragged(rows: BlockRows) -> RaggedArrays:
+    return {name: (rows.exact.get(name, values), offsets) for name, (values, offsets) in rows.ragged.items()}
 
 
 def cast_exactly(values: NDArray, dtype: str | np.dtype, what: str, used: NDArray[np.bool_] | None = None) -> NDArray:
@@ -243,8 +248,8 @@ def dense_to_csr(values: NDArray) -> CsrRows:
     """A dense source among sparse ones: its non-zeros (a NaN is not zero, a negative zero is), some rows at a time."""
     step = max(1, _STEP // max(1, values.shape[1]))
     pieces = [values[a : a + step] for a in range(0, len(values), step)]
-    bounds = bounds_of(np.concatenate([np.zeros(0, np.int64), *(np.count_nonzero(p, axis=1) for p in pieces)]))
-    firsts = bounds[::step].tolist()
+    offsets = offsets_of(np.concatenate([np.zeros(0, np.int64), *(np.count_nonzero(p, axis=1) for p in pieces)]))
+    firsts = offsets[::step].tolist()
 
     def indices(visit: Visitor) -> None:
         for first, piece in zip(firsts, pieces, strict=False):
@@ -254,7 +259,7 @@ def dense_to_csr(values: NDArray) -> CsrRows:
         for first, piece in zip(firsts, pieces, strict=False):
             visit(first, piece[piece != 0])
 
-    return CsrRows(bounds, indices, stored)
+    return CsrRows(offsets, indices, stored)
 
 
 def map_genes(csr: CsrRows, gene_map: NDArray, *, n_cols: int) -> NDArray:
@@ -265,7 +270,7 @@ def map_genes(csr: CsrRows, gene_map: NDArray, *, n_cols: int) -> NDArray:
     SchemaError
         For an index outside the ``n_cols`` columns of the source.
     """
-    out = np.empty(int(csr.bounds[-1]), gene_map.dtype)
+    out = np.empty(int(csr.offsets[-1]), gene_map.dtype)
 
     def visit(first: int, piece: NDArray) -> None:
         if not map_indices(piece, gene_map, out[first : first + len(piece)]):
@@ -280,26 +285,26 @@ def map_genes(csr: CsrRows, gene_map: NDArray, *, n_cols: int) -> NDArray:
 
 
 def in_gene_order(
-    bounds: NDArray[np.int64], indices: NDArray, values: NDArray, gene_map: NDArray[np.int32]
+    offsets: NDArray[np.int64], indices: NDArray, values: NDArray, gene_map: NDArray[np.int32]
 ) -> tuple[NDArray[np.int64], NDArray, NDArray]:
     """Mapped rows without the genes that are left out (-1), each in the order of its genes.
 
     ``indices`` and ``values`` are changed in place: the rows may be all that fits into memory.
     """
     if (gene_map < 0).any():
-        n_before = np.zeros(len(bounds), np.int64)
+        n_before = np.zeros(len(offsets), np.int64)
         n_kept = 0
-        for a, b in slabs(bounds, _STEP):
-            at = slice(int(bounds[a]), int(bounds[b]))
+        for a, b in slabs(offsets, _STEP):
+            at = slice(int(offsets[a]), int(offsets[b]))
             keep = indices[at] >= 0
-            n_before[a + 1 : b + 1] = n_kept + bounds_of(keep)[bounds[a + 1 : b + 1] - bounds[a]]
+            n_before[a + 1 : b + 1] = n_kept + offsets_of(keep)[offsets[a + 1 : b + 1] - offsets[a]]
             kept = slice(n_kept, int(n_before[b]))
             indices[kept], values[kept] = indices[at][keep], values[at][keep]
             n_kept = kept.stop
-        bounds, indices, values = n_before, indices[:n_kept], values[:n_kept]
+        offsets, indices, values = n_before, indices[:n_kept], values[:n_kept]
     if (np.diff(gene_map[gene_map >= 0]) < 0).any():
-        sort_entries(bounds, indices, values)
-    return bounds, indices, values
+        sort_entries(offsets, indices, values)
+    return offsets, indices, values
 
 
 def join_dense(values: NDArray, spec: MatrixSpec, gene_map: NDArray[np.int32] | None) -> NDArray:

@@ -21,10 +21,19 @@ from annbatch_dask.etl.frames import annotation_frames, write_frames
 from annbatch_dask.etl.job import GatherTask, Job, JobFile, forget_inputs, load_job
 from annbatch_dask.etl.ours import ATTEMPT_NAME, dataset_attributes, first_document
 from annbatch_dask.etl.receipts import GatherReceipt
-from annbatch_dask.etl.rows import GROUP, PLACE, Flats, Heads, all_columns, array_name, row_hashes, sum_hashes
+from annbatch_dask.etl.rows import (
+    GROUP,
+    PLACE,
+    FixedArrays,
+    RaggedArrays,
+    all_columns,
+    array_name,
+    row_hashes,
+    sum_hashes,
+)
 from annbatch_dask.etl.scatter import scatter_again
 from annbatch_dask.etl.write import ObsColumns, matrix_writer, publish_dataset
-from annbatch_dask.kernels.rows import bounds_of, copy_runs
+from annbatch_dask.kernels.rows import copy_runs, offsets_of
 from annbatch_dask.manifest import DATASET_PREFIX
 from annbatch_dask.plan.dtypes import index_dtype
 from annbatch_dask.plan.plan import Plan
@@ -168,15 +177,15 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
         for w in writers:
             open_shards.enter_context(w)
         parts = open_shards.enter_context(contextlib.closing(one_ahead(_parts(job, task))))
-        for heads, flats in parts:
+        for fixed, ragged in parts:
             if not folder.is_local:  # where nothing else tells a worker that its build is over
                 check_scratch(job.scratch)
-            hashes = row_hashes(len(heads[PLACE]), plan.matrices, all_columns(plan), heads, flats)
+            hashes = row_hashes(len(fixed[PLACE]), plan.matrices, all_columns(plan), fixed, ragged)
             total = (total + sum_hashes(hashes)) % 2**64
             for w in writers:
-                n_bytes += w.append(heads, flats)
-            obs.append(heads, flats)
-            del heads, flats  # before obs is written
+                n_bytes += w.append(fixed, ragged)
+            obs.append(fixed, ragged)
+            del fixed, ragged  # before obs is written
     if total != task.fingerprint:
         msg = (
             f"{dataset}: the rows written have fingerprint {total:016x} and those read {task.fingerprint:016x}; "
@@ -200,7 +209,7 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
     )
 
 
-def _parts(job: Job, task: GatherTask) -> Iterator[tuple[Heads, Flats]]:
+def _parts(job: Job, task: GatherTask) -> Iterator[tuple[FixedArrays, RaggedArrays]]:
     """The dataset's rows in their final order, part by part; the arrays are reused for the part after the next."""
     plan = job.plan
     parts = plan.layout.parts_of(task.dataset)
@@ -213,89 +222,89 @@ def _parts(job: Job, task: GatherTask) -> Iterator[tuple[Heads, Flats]]:
             for b in range(n_blocks)
         ]
         for part in parts:
-            segments = [(r, r.read_heads(part)) for r in readers if r.n_rows(part)]
+            segments = [(r, r.read_fixed(part)) for r in readers if r.n_rows(part)]
             if plan.groups is None:
                 n_rows = int(plan.layout.part_starts[part + 1] - plan.layout.part_starts[part])
             else:
-                n_rows = _place_by_group([heads for _, heads in segments])
+                n_rows = _place_by_group([fixed for _, fixed in segments])
             if not n_rows:  # a piece of a large group may have none
                 continue
             _check_places(segments, n_rows)
-            flats = _gather_flats(segments, n_rows, part, plan, task, next(buffer_sets), raw)
-            heads = _gather_heads(segments, n_rows)
+            ragged = _gather_ragged(segments, n_rows, part, plan, task, next(buffer_sets), raw)
+            fixed = _gather_fixed(segments, n_rows)
             for m in plan.matrices:
                 if m.kind == "dense":
-                    heads[array_name(m.name, "dense")] = flats.pop(array_name(m.name, "dense"))[0].reshape(
+                    fixed[array_name(m.name, "dense")] = ragged.pop(array_name(m.name, "dense"))[0].reshape(
                         n_rows, m.n_cols
                     )
-            yield heads, flats
+            yield fixed, ragged
 
 
-def _place_by_group(heads: Sequence[Heads]) -> int:
+def _place_by_group(fixed: Sequence[FixedArrays]) -> int:
     """Give each row its place in the part, by group and then by its position in the dataset; returns their number."""
-    if not heads:
+    if not fixed:
         return 0
-    counts = [len(h[PLACE]) for h in heads]
-    keys = [np.concatenate([h.pop(name) for h in heads]) for name in (PLACE, GROUP)]
+    counts = [len(h[PLACE]) for h in fixed]
+    keys = [np.concatenate([h.pop(name) for h in fixed]) for name in (PLACE, GROUP)]
     place = np.empty(sum(counts), np.uint32)
     place[np.lexsort(keys)] = np.arange(len(place))
-    for h, rows in zip(heads, np.split(place, np.cumsum(counts)[:-1]), strict=True):
+    for h, rows in zip(fixed, np.split(place, np.cumsum(counts)[:-1]), strict=True):
         h[PLACE] = rows
     return len(place)
 
 
-def _check_places(segments: Sequence[tuple[SpillReader, Heads]], n_rows: int) -> None:
+def _check_places(segments: Sequence[tuple[SpillReader, FixedArrays]], n_rows: int) -> None:
     """Every row of the part must be there exactly once."""
     seen = np.zeros(n_rows, np.uint8)
-    for _, heads in segments:
-        np.add.at(seen, heads[PLACE], 1)
+    for _, fixed in segments:
+        np.add.at(seen, fixed[PLACE], 1)
     if not (seen == 1).all():
         missing, twice = int((seen == 0).sum()), int((seen > 1).sum())
         msg = f"{missing:,} of {n_rows:,} rows are missing from the spill files, {twice:,} are there twice"
         raise IntegrityError(msg)
 
 
-def _gather_heads(segments: Sequence[tuple[SpillReader, Heads]], n_rows: int) -> Heads:
-    out: Heads = {}
+def _gather_fixed(segments: Sequence[tuple[SpillReader, FixedArrays]], n_rows: int) -> FixedArrays:
+    out: FixedArrays = {}
     for name, like in segments[0][1].items():
         values = np.empty((n_rows, *like.shape[1:]), like.dtype)
-        for _, heads in segments:
-            values[heads[PLACE]] = heads[name]
+        for _, fixed in segments:
+            values[fixed[PLACE]] = fixed[name]
         out[name] = values
     return out
 
 
-def _gather_flats(  # noqa: PLR0913 - buffers
-    segments: Sequence[tuple[SpillReader, Heads]],
+def _gather_ragged(  # noqa: PLR0913 - buffers
+    segments: Sequence[tuple[SpillReader, FixedArrays]],
     n_rows: int,
     part: int,
     plan: Plan,
     task: GatherTask,
     buffers: dict[str, NDArray],
     raw_buffers: dict[str, NDArray],
-) -> Flats:
-    arrays = list(_flat_arrays(plan, task))
-    out: Flats = {}
+) -> RaggedArrays:
+    arrays = list(_ragged_arrays(plan, task))
+    out: RaggedArrays = {}
     for name, dtype, length in arrays:
         counts = np.empty(n_rows, np.int64)
-        for _, heads in segments:
-            counts[heads[PLACE]] = heads[length] if isinstance(length, str) else length
-        bounds = bounds_of(counts)
-        out[name] = _buffer(buffers, name, int(bounds[-1]), dtype), bounds
-    raw = _buffer(raw_buffers, "raw", max(reader.flats_nbytes(part) for reader, _ in segments), np.dtype(np.uint8))
-    for reader, heads in segments:
-        found = reader.read_flats(part, raw)
+        for _, fixed in segments:
+            counts[fixed[PLACE]] = fixed[length] if isinstance(length, str) else length
+        offsets = offsets_of(counts)
+        out[name] = _buffer(buffers, name, int(offsets[-1]), dtype), offsets
+    raw = _buffer(raw_buffers, "raw", max(reader.ragged_nbytes(part) for reader, _ in segments), np.dtype(np.uint8))
+    for reader, fixed in segments:
+        found = reader.read_ragged(part, raw)
         for name, dtype, length in arrays:
-            values, bounds = out[name]
-            n = len(heads[PLACE])
-            lengths = heads[length].astype(np.int64) if isinstance(length, str) else np.full(n, length, np.int64)
+            values, offsets = out[name]
+            n = len(fixed[PLACE])
+            lengths = fixed[length].astype(np.int64) if isinstance(length, str) else np.full(n, length, np.int64)
             source = found[name].astype(dtype, copy=False)
-            copy_runs(source, bounds_of(lengths)[:-1], values, bounds[heads[PLACE]], lengths)
+            copy_runs(source, offsets_of(lengths)[:-1], values, offsets[fixed[PLACE]], lengths)
     return out
 
 
-def _flat_arrays(plan: Plan, task: GatherTask) -> Iterator[tuple[str, np.dtype, str | int]]:
-    """Name and dtype of every flat array, and the head that counts its entries, or how many each row has."""
+def _ragged_arrays(plan: Plan, task: GatherTask) -> Iterator[tuple[str, np.dtype, str | int]]:
+    """Name and dtype of every ragged array, and the array that counts its entries, or how many each row has."""
     for m in plan.matrices:
         if m.kind == "csr":
             yield array_name(m.name, "indices"), index_dtype(m.n_cols), array_name(m.name, "length")

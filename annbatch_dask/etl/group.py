@@ -23,8 +23,8 @@ def count_groups(file: JobFile, index: int) -> pd.DataFrame:
     job = load_job(file)
     plan, block = job.plan, job.plan.blocks[index]
     with job.open_source(block.source) as opened:
-        heads, flats = read_columns(plan, block, plan.sources[block.source], opened, plan.group_columns)
-    keys = group_keys(plan, heads, flats)
+        fixed, ragged = read_columns(plan, block, plan.sources[block.source], opened, plan.group_columns)
+    keys = group_keys(plan, fixed, ragged)
     dest = plan.placement.forward(np.arange(block.first, block.first + block.n_rows))
     frame = pd.DataFrame({_DATASET: np.searchsorted(plan.layout.dataset_starts, dest, side="right") - 1})
     for k, values in enumerate(keys):

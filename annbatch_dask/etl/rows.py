@@ -1,7 +1,7 @@
-"""Row-aligned elements as they travel from scatter to gather: head arrays and flat arrays with their names.
+"""Row-aligned elements as they travel from scatter to gather: fixed-size and ragged arrays with their names.
 
-A head has one entry (or one row) a cell: category codes, numbers, dense matrices, and how many flat entries the cell
-has. A flat has any number a cell: sparse indices and values, the bytes of strings.
+A fixed-size array has one entry (or one row) a cell: category codes, numbers, dense matrices, and how many ragged
+entries the cell has. A ragged one has any number a cell, and offsets: sparse indices and values, the bytes of strings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from annbatch_dask.kernels.fingerprint import (
     field_salt,
     finish_rows,
 )
-from annbatch_dask.kernels.rows import bounds_of
+from annbatch_dask.kernels.rows import offsets_of
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import Categories, ColumnSpec, MatrixSpec
 from annbatch_dask.sources.columns import ColumnRows
@@ -28,8 +28,8 @@ __all__ = [
     "GROUP",
     "NAMES",
     "PLACE",
-    "Flats",
-    "Heads",
+    "FixedArrays",
+    "RaggedArrays",
     "all_columns",
     "array_name",
     "decode_strings",
@@ -41,15 +41,15 @@ __all__ = [
 ]
 
 PLACE = "#place"
-"""Head array: a row's position within its part; with groupby, within its dataset."""
+"""Fixed-size array: a row's position within its part; with groupby, within its dataset."""
 GROUP = "#group"
-"""Head array: number of a row's group, with groupby."""
-Heads = dict[str, NDArray]
-Flats = dict[str, tuple[NDArray, NDArray[np.int64]]]
+"""Fixed-size array: number of a row's group, with groupby."""
+FixedArrays = dict[str, NDArray]
+RaggedArrays = dict[str, tuple[NDArray, NDArray[np.int64]]]
 
 
-HeadsLike = Mapping[str, NDArray]
-FlatsLike = Mapping[str, tuple[NDArray, NDArray[np.int64]]]
+FixedLike = Mapping[str, NDArray]
+RaggedLike = Mapping[str, tuple[NDArray, NDArray[np.int64]]]
 _STEP = 2**16
 NAMES = ColumnSpec("", "string")
 """The obs names, which travel like a column of strings."""
@@ -81,11 +81,11 @@ def encode_strings(strings: NDArray[np.object_]) -> tuple[NDArray[np.uint32], ND
     return counts, np.frombuffer(b"".join(encoded), np.uint8)
 
 
-def decode_strings(bounds: NDArray[np.int64], data: NDArray[np.uint8]) -> NDArray[np.object_]:
+def decode_strings(offsets: NDArray[np.int64], data: NDArray[np.uint8]) -> NDArray[np.object_]:
     """The strings again."""
-    out = np.empty(len(bounds) - 1, object)
+    out = np.empty(len(offsets) - 1, object)
     for a in range(0, len(out), _STEP):  # what Python needs beside them stays small
-        edges = bounds[a : a + _STEP + 1].tolist()
+        edges = offsets[a : a + _STEP + 1].tolist()
         first, raw = edges[0], data[edges[0] : edges[-1]].tobytes()
         strings = [raw[i - first : j - first].decode("utf-8", "surrogatepass") for i, j in pairwise(edges)]
         out[a : a + _STEP] = strings
@@ -93,34 +93,34 @@ def decode_strings(bounds: NDArray[np.int64], data: NDArray[np.uint8]) -> NDArra
 
 
 def write_column(
-    spec: ColumnSpec, rows: ColumnRows, heads: dict[str, NDArray], flats: dict[str, tuple[NDArray, NDArray[np.int64]]]
+    spec: ColumnSpec, rows: ColumnRows, fixed: dict[str, NDArray], ragged: dict[str, tuple[NDArray, NDArray[np.int64]]]
 ) -> None:
     """Add a column's rows, in the collection's dtype and codes, to the arrays of a block."""
     if spec.kind == "string":
         counts, data = encode_strings(rows.values)
-        heads[array_name(spec.path, "length")] = counts
-        flats[array_name(spec.path, "bytes")] = data, bounds_of(counts)
+        fixed[array_name(spec.path, "length")] = counts
+        ragged[array_name(spec.path, "bytes")] = data, offsets_of(counts)
     else:
-        heads[array_name(spec.path)] = rows.values
+        fixed[array_name(spec.path)] = rows.values
     if spec.nullable:
-        heads[array_name(spec.path, "mask")] = np.zeros(len(rows.values), bool) if rows.mask is None else rows.mask
+        fixed[array_name(spec.path, "mask")] = np.zeros(len(rows.values), bool) if rows.mask is None else rows.mask
 
 
-def group_keys(plan: Plan, heads: HeadsLike, flats: FlatsLike) -> list[NDArray]:
+def group_keys(plan: Plan, fixed: FixedLike, ragged: RaggedLike) -> list[NDArray]:
     """Of each column two keys, (n_rows,) each: whether it is missing, and values that sort as the column does."""
-    return [key for c in plan.group_columns for key in _sortable(c, heads, flats)]
+    return [key for c in plan.group_columns for key in _sortable(c, fixed, ragged)]
 
 
-def _sortable(column: ColumnSpec, heads: HeadsLike, flats: FlatsLike) -> tuple[NDArray, NDArray]:
+def _sortable(column: ColumnSpec, fixed: FixedLike, ragged: RaggedLike) -> tuple[NDArray, NDArray]:
     if column.kind == "string":
-        data, bounds = flats[array_name(column.path, "bytes")]
-        values: NDArray = decode_strings(bounds, data)
+        data, offsets = ragged[array_name(column.path, "bytes")]
+        values: NDArray = decode_strings(offsets, data)
     else:
-        values = heads[array_name(column.path)]
+        values = fixed[array_name(column.path)]
     if column.categories is not None:
         missing = values < 0
     elif column.nullable:
-        missing = np.asarray(heads[array_name(column.path, "mask")], bool)
+        missing = np.asarray(fixed[array_name(column.path, "mask")], bool)
     else:
         missing = np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), bool)
     nothing = np.asarray("" if values.dtype == object else 0, values.dtype)
@@ -131,8 +131,8 @@ def row_hashes(
     n_rows: int,
     matrices: Sequence[MatrixSpec],
     columns: Sequence[ColumnSpec],
-    heads: HeadsLike,
-    flats: FlatsLike,
+    fixed: FixedLike,
+    ragged: RaggedLike,
 ) -> NDArray[np.uint64]:
     """(n_rows,) hashes of whole rows; see :mod:`annbatch_dask.kernels.fingerprint`.
 
@@ -142,30 +142,30 @@ def row_hashes(
     hashes = np.zeros(n_rows, np.uint64)
     for m in matrices:
         if m.kind == "csr":
-            indices, bounds = flats[array_name(m.name, "indices")]
-            add_sparse(hashes, bounds, indices, flats[array_name(m.name, "values")][0], field_salt(m.name))
+            indices, offsets = ragged[array_name(m.name, "indices")]
+            add_sparse(hashes, offsets, indices, ragged[array_name(m.name, "values")][0], field_salt(m.name))
         else:
-            add_dense(hashes, heads[array_name(m.name, "dense")], field_salt(m.name))
+            add_dense(hashes, fixed[array_name(m.name, "dense")], field_salt(m.name))
     for c in columns:
-        hashes += _column_hashes(n_rows, c, heads, flats)
+        hashes += _column_hashes(n_rows, c, fixed, ragged)
     return hashes
 
 
-def _column_hashes(n_rows: int, spec: ColumnSpec, heads: HeadsLike, flats: FlatsLike) -> NDArray[np.uint64]:
+def _column_hashes(n_rows: int, spec: ColumnSpec, fixed: FixedLike, ragged: RaggedLike) -> NDArray[np.uint64]:
     """(n_rows,) hashes of a column's values, 0 where missing."""
     salt = field_salt(spec.path)
     if spec.categories is not None:
         table = np.append(_category_hashes(spec.categories, salt), [np.uint64(0)])
-        by_code: NDArray[np.uint64] = table[heads[array_name(spec.path)]]
+        by_code: NDArray[np.uint64] = table[fixed[array_name(spec.path)]]
         return by_code
     hashes = np.zeros(n_rows, np.uint64)
     if spec.kind == "string":
-        data, bounds = flats[array_name(spec.path, "bytes")]
-        add_strings(hashes, bounds, data, salt)
+        data, offsets = ragged[array_name(spec.path, "bytes")]
+        add_strings(hashes, offsets, data, salt)
     else:
-        add_dense(hashes, heads[array_name(spec.path)].reshape(n_rows, 1), salt)
+        add_dense(hashes, fixed[array_name(spec.path)].reshape(n_rows, 1), salt)
     if spec.nullable:
-        hashes[heads[array_name(spec.path, "mask")]] = 0
+        hashes[fixed[array_name(spec.path, "mask")]] = 0
     return hashes
 
 
@@ -174,7 +174,7 @@ def _category_hashes(categories: Categories, salt: np.uint64) -> NDArray[np.uint
     hashes = np.zeros(len(categories.values), np.uint64)
     if categories.dtype == "str":
         counts, data = encode_strings(np.array(categories.values, object))
-        add_strings(hashes, bounds_of(counts), data, salt)
+        add_strings(hashes, offsets_of(counts), data, salt)
     else:
         dtype = np.dtype(categories.dtype if categories.dtype in ("int64", "uint64") else np.float64)
         add_dense(hashes, np.array(categories.values, dtype).reshape(-1, 1), salt)

@@ -9,7 +9,7 @@ from annbatch_dask.etl.job import JobFile, load_job, trim_memory
 from annbatch_dask.etl.receipts import ScatterReceipt
 from annbatch_dask.etl.rows import GROUP, PLACE, array_name, group_keys, sum_hashes
 from annbatch_dask.etl.totals import packed
-from annbatch_dask.kernels.rows import bounds_of
+from annbatch_dask.kernels.rows import offsets_of
 from annbatch_dask.plan.layout import Block
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.sources.identity import unchanged
@@ -60,22 +60,22 @@ def _name(index: int) -> str:
 def _spill(plan: Plan, block: Block, index: int, rows: BlockRows, scratch: Folder) -> ScatterReceipt:
     layout = plan.layout
     dest = plan.placement.forward(np.arange(block.first, block.first + block.n_rows))
-    groups = None if plan.groups is None else plan.groups.codes(group_keys(plan, rows.heads, rows.flats))
+    groups = None if plan.groups is None else plan.groups.codes(group_keys(plan, rows.fixed, rows.ragged))
     part, place = layout.locate(dest, groups)
     order = np.argsort(part, kind="stable")
     part_rows = np.searchsorted(part[order], np.arange(layout.n_parts + 1))
     dataset_rows = part_rows[layout.first_part]
     hashes = hash_block(plan, block, rows)
     rows.exact.clear()
-    heads = {PLACE: place} | ({} if groups is None else {GROUP: groups.astype(np.uint32)}) | rows.heads
+    fixed = {PLACE: place} | ({} if groups is None else {GROUP: groups.astype(np.uint32)}) | rows.fixed
     dense = [array_name(m.name, "dense") for m in plan.matrices if m.kind == "dense"]
-    flats = rows.flats | {
+    ragged = rows.ragged | {
         name: (values.reshape(-1), np.arange(len(values) + 1) * values.shape[1])  # read one block at a time
-        for name, values in ((n, heads.pop(n)) for n in dense)
+        for name, values in ((n, fixed.pop(n)) for n in dense)
     }
-    spilled = write_spill(scratch, index, order=order, rows=part_rows, heads=heads, flats=flats)
+    spilled = write_spill(scratch, index, order=order, rows=part_rows, fixed=fixed, ragged=ragged)
     nnz = {
-        m.name: np.diff(bounds_of(heads[array_name(m.name, "length")][order])[dataset_rows])
+        m.name: np.diff(offsets_of(fixed[array_name(m.name, "length")][order])[dataset_rows])
         for m in plan.matrices
         if m.kind == "csr"
     }

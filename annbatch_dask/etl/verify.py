@@ -286,7 +286,7 @@ def _fingerprint(ref: SourceRef, dataset: SourceRef | None, elements: Elements =
     with open_source(ref) as opened:
         for block in plan.blocks:
             rows = read_block(plan, block, plan.sources[block.source], opened)
-            nnz += len(rows.flats[x][0]) if x in rows.flats else 0
+            nnz += len(rows.ragged[x][0]) if x in rows.ragged else 0
             total += sum_hashes(hash_block(plan, block, rows))
     return plan.n_obs, nnz, f"{total % 2**64:016x}", plan.n_vars
 

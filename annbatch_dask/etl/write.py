@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.etl.frames import make_frames
 from annbatch_dask.etl.job import GatherTask
-from annbatch_dask.etl.rows import PLACE, Flats, Heads, array_name, decode_strings
+from annbatch_dask.etl.rows import PLACE, FixedArrays, RaggedArrays, array_name, decode_strings
 from annbatch_dask.manifest import SOURCE_DTYPE
 from annbatch_dask.plan.dtypes import index_dtype
 from annbatch_dask.plan.options import Options
@@ -89,15 +89,15 @@ class SparseWriter(contextlib.ExitStack):
         """Checksums of the shards."""
         return {name: sums for w in self._writers.values() for name, sums in w.files.items()}
 
-    def append(self, heads: Heads, flats: Flats) -> int:
+    def append(self, fixed: FixedArrays, ragged: RaggedArrays) -> int:
         """Append rows; returns their bytes."""
-        indices, bounds = flats[array_name(self._name, "indices")]
-        values, _ = flats[array_name(self._name, "values")]
+        indices, offsets = ragged[array_name(self._name, "indices")]
+        values, _ = ragged[array_name(self._name, "values")]
         self._writers["indices"].append(indices)
         self._writers["data"].append(values)
-        self._writers["indptr"].append(bounds[1:] + self._at)
-        self._at += int(bounds[-1])
-        return int(indices.nbytes + values.nbytes + bounds.nbytes)
+        self._writers["indptr"].append(offsets[1:] + self._at)
+        self._at += int(offsets[-1])
+        return int(indices.nbytes + values.nbytes + offsets.nbytes)
 
 
 def packing_of(array: str, dtype: np.dtype) -> PackedCodec | None:
@@ -134,9 +134,9 @@ class DenseWriter(contextlib.ExitStack):
         """Checksums of the shards."""
         return self._writer.files
 
-    def append(self, heads: Heads, flats: Flats) -> int:
+    def append(self, fixed: FixedArrays, ragged: RaggedArrays) -> int:
         """Append rows; returns their bytes."""
-        values = heads[array_name(self._name, "dense")]
+        values = fixed[array_name(self._name, "dense")]
         self._writer.append(values.reshape(self._spec.shape(len(values))))
         return int(values.nbytes)
 
@@ -159,17 +159,17 @@ class ObsColumns:
         self._arrays: dict[str, NDArray] = {}
         self._strings: dict[str, list[tuple[NDArray[np.int64], NDArray[np.uint8]]]] = {}
 
-    def append(self, heads: Heads, flats: Flats) -> None:
+    def append(self, fixed: FixedArrays, ragged: RaggedArrays) -> None:
         """Append rows."""
         for c in self._columns:
             if c.kind == "string":
-                data, bounds = flats[array_name(c.path, "bytes")]
-                self._strings.setdefault(c.path, []).append((bounds, data.copy()))
+                data, offsets = ragged[array_name(c.path, "bytes")]
+                self._strings.setdefault(c.path, []).append((offsets, data.copy()))
             else:
-                self._put(array_name(c.path), heads[array_name(c.path)])
+                self._put(array_name(c.path), fixed[array_name(c.path)])
             if c.nullable:
-                self._put(array_name(c.path, "mask"), heads[array_name(c.path, "mask")])
-        self._at += len(heads[PLACE])
+                self._put(array_name(c.path, "mask"), fixed[array_name(c.path, "mask")])
+        self._at += len(fixed[PLACE])
 
     def _put(self, name: str, rows: NDArray) -> None:
         if name not in self._arrays:

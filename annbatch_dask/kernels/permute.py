@@ -5,6 +5,7 @@ from hashlib import blake2b
 import numpy as np
 
 from annbatch_dask.kernels.compiled import compiled
+from annbatch_dask.kernels.splitmix import finalise
 
 __all__ = ["count_rounds", "round_keys", "swap_or_not"]
 
@@ -73,7 +74,4 @@ def swap_or_not(x: np.ndarray, n: np.uint64, offsets: np.ndarray, keys: np.ndarr
             for i in range(part.shape[0]):
                 a = part[i]
                 b = offset - a if offset >= a else offset + (n - a)
-                z = max(a, b) + key
-                z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-                z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-                part[i] = b if z >> np.uint64(63) else a
+                part[i] = b if finalise(max(a, b) + key) >> np.uint64(63) else a

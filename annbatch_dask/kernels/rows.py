@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from annbatch_dask.kernels.compiled import compiled
 
 __all__ = [
-    "bounds_of",
     "copy_runs",
     "find_rows",
     "map_indices",
+    "offsets_of",
     "order_row",
     "place_columns",
     "slabs",
@@ -20,8 +20,8 @@ __all__ = [
 ]
 
 
-def bounds_of(counts: NDArray) -> NDArray[np.int64]:
-    """(n + 1,) running bounds, from 0, of (n,) counts."""
+def offsets_of(counts: NDArray) -> NDArray[np.int64]:
+    """(n + 1,) offsets, from 0, of (n,) counts."""
     out = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=out[1:])
     return out
@@ -107,24 +107,24 @@ def order_row(keys, order, spare):  # type: ignore[no-untyped-def]  # noqa: ANN0
 
 
 @compiled
-def sort_rows(bounds, keys, order):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def sort_rows(offsets, keys, order):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """``order[a:b]`` = stable order of ``keys[a:b]``, as positions in the whole, for each row [a, b)."""
     longest = 0
-    for r in range(bounds.shape[0] - 1):
-        longest = max(longest, bounds[r + 1] - bounds[r])
+    for r in range(offsets.shape[0] - 1):
+        longest = max(longest, offsets[r + 1] - offsets[r])
     spare = np.empty(longest, np.int64)
-    for r in range(bounds.shape[0] - 1):
-        a, b = bounds[r], bounds[r + 1]
+    for r in range(offsets.shape[0] - 1):
+        a, b = offsets[r], offsets[r + 1]
         order_row(keys[a:b], order[a:b], spare)
         for k in range(a, b):
             order[k] += a
 
 
-def slabs(bounds: NDArray[np.int64], size: int) -> Iterator[tuple[int, int]]:
+def slabs(offsets: NDArray[np.int64], size: int) -> Iterator[tuple[int, int]]:
     """Cut rows [a, b) of about ``size`` entries, one row at least, from all."""
-    a, n = 0, len(bounds) - 1
+    a, n = 0, len(offsets) - 1
     while a < n:
-        b = min(max(a + 1, int(np.searchsorted(bounds, bounds[a] + size, side="right")) - 1), n)
+        b = min(max(a + 1, int(np.searchsorted(offsets, offsets[a] + size, side="right")) - 1), n)
         yield a, b
         a = b
 
@@ -132,12 +132,12 @@ def slabs(bounds: NDArray[np.int64], size: int) -> Iterator[tuple[int, int]]:
 _SORT = 2**20
 
 
-def sort_entries(bounds: NDArray[np.int64], keys: NDArray, *values: NDArray) -> None:
+def sort_entries(offsets: NDArray[np.int64], keys: NDArray, *values: NDArray) -> None:
     """Put each row's keys, and the values beside them, in the stable order of the keys: in place, slab by slab."""
-    for a, b in slabs(bounds, _SORT):
-        at = slice(int(bounds[a]), int(bounds[b]))
+    for a, b in slabs(offsets, _SORT):
+        at = slice(int(offsets[a]), int(offsets[b]))
         order = np.empty(at.stop - at.start, np.int64)
-        sort_rows(bounds[a : b + 1] - bounds[a], keys[at], order)
+        sort_rows(offsets[a : b + 1] - offsets[a], keys[at], order)
         for entries in (keys, *values):
             entries[at] = entries[at][order]
 
@@ -153,9 +153,9 @@ def find_rows(rows, start, stop, at):  # type: ignore[no-untyped-def]  # noqa: A
 
 
 @compiled
-def _place(column, bounds, rows, values, at, out_columns, out_values):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    for c in range(bounds.shape[0] - 1):
-        for k in range(bounds[c], bounds[c + 1]):
+def _place(column, offsets, rows, values, at, out_columns, out_values):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    for c in range(offsets.shape[0] - 1):
+        for k in range(offsets[c], offsets[c + 1]):
             place = at[rows[k]]
             out_columns[place] = column + c
             out_values[place] = values[k]
@@ -164,7 +164,7 @@ def _place(column, bounds, rows, values, at, out_columns, out_values):  # type: 
 
 def place_columns(
     column: int,
-    bounds: NDArray[np.int64],
+    offsets: NDArray[np.int64],
     entries: tuple[NDArray, NDArray],
     at: NDArray[np.int64],
     out: tuple[NDArray[np.int32], NDArray],
@@ -173,8 +173,8 @@ def place_columns(
 
     Parameters
     ----------
-    column, bounds
-        The first column, and the (n_columns + 1,) bounds of the entries of each.
+    column, offsets
+        The first column, and the (n_columns + 1,) offsets of the entries of each.
     entries
         Rows and values, of which the second dtype is that of ``out``.
     at
@@ -183,4 +183,4 @@ def place_columns(
         Columns and values, row after row.
     """
     raw = np.dtype(f"u{entries[1].dtype.itemsize}")  # one compiled kernel serves each item size
-    _place(column, bounds, entries[0], entries[1].view(raw), at, out[0], out[1].view(raw))
+    _place(column, offsets, entries[0], entries[1].view(raw), at, out[0], out[1].view(raw))

@@ -80,6 +80,6 @@ def _read_csr(csr: CsrRows, schema: MatrixSchema, spec: MatrixSpec, gene_map: ND
         values[first : first + len(piece)] = piece
 
     csr.values(visit)
-    bounds, indices, values = in_gene_order(csr.bounds, indices, values, gene_map)
-    pointers = bounds.astype(np.int32) if bounds[-1] < 2**31 else bounds
-    return sp.csr_matrix((values, indices, pointers), shape=(len(bounds) - 1, spec.n_cols))
+    offsets, indices, values = in_gene_order(csr.offsets, indices, values, gene_map)
+    pointers = offsets.astype(np.int32) if offsets[-1] < 2**31 else offsets
+    return sp.csr_matrix((values, indices, pointers), shape=(len(offsets) - 1, spec.n_cols))

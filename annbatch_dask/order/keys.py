@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.kernels.permute import count_rounds, round_keys, swap_or_not
+from annbatch_dask.kernels.splitmix import finalise
 
 __all__ = ["Key", "Shuffled", "generator", "uniforms"]
 
@@ -26,9 +27,7 @@ def uniforms(key: Key, role: int, counters: NDArray[np.integer]) -> NDArray[np.f
     """
     start = generator(key, role).integers(2**64, dtype=np.uint64)
     z = counters.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    top_53_bits: NDArray[np.uint64] = (z ^ (z >> np.uint64(31))) >> np.uint64(11)
+    top_53_bits: NDArray[np.uint64] = finalise.py_func(z) >> np.uint64(11)
     return top_53_bits.astype(np.float64) * 2.0**-53
 
 

@@ -15,7 +15,7 @@ import zarr
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import IntegrityError, SchemaError
-from annbatch_dask.kernels.rows import bounds_of, find_rows, place_columns
+from annbatch_dask.kernels.rows import find_rows, offsets_of, place_columns
 from annbatch_dask.manifest import SOURCE_DTYPE
 from annbatch_dask.plan.schema import MatrixKind, MatrixSchema, heaviest_at
 from annbatch_dask.sources.hdf5 import SLAB_NBYTES, in_flight_nbytes, read_h5_rows, visit_h5
@@ -51,14 +51,14 @@ class CsrRows:
 
     Attributes
     ----------
-    bounds
+    offsets
         (n_rows + 1,) int64 first entry of each row, from 0.
     indices, values
         Call with a visitor ``(first_entry, entries)``; pieces come in no order and from several threads. Indices may
         be visited once only: they are let go of then.
     """
 
-    bounds: NDArray[np.int64]
+    offsets: NDArray[np.int64]
     indices: Callable[[Visitor], None]
     values: Callable[[Visitor], None]
 
@@ -213,33 +213,33 @@ def _native(values: NDArray) -> NDArray:
 
 
 def _csr_in_memory(rows: Any) -> CsrRows:
-    bounds = rows.indptr.astype(np.int64)
-    _check_pointers(bounds, rows.indices, rows.data)
-    return CsrRows(bounds, lambda visit: visit(0, _native(rows.indices)), lambda visit: visit(0, _native(rows.data)))
+    offsets = rows.indptr.astype(np.int64)
+    _check_pointers(offsets, rows.indices, rows.data)
+    return CsrRows(offsets, lambda visit: visit(0, _native(rows.indices)), lambda visit: visit(0, _native(rows.data)))
 
 
-def _check_pointers(bounds: NDArray[np.int64], indices: Any, data: Any) -> None:
+def _check_pointers(offsets: NDArray[np.int64], indices: Any, data: Any) -> None:
     """Refuse row pointers that go back, or beyond what is stored: values would be lost, or be whatever lay there."""
     stored = min(int(indices.shape[0]), int(data.shape[0]))
-    if bounds[0] < 0 or (np.diff(bounds) < 0).any() or bounds[-1] > stored:
+    if offsets[0] < 0 or (np.diff(offsets) < 0).any() or offsets[-1] > stored:
         msg = (
-            f"indptr runs from {bounds.min():,} to {bounds.max():,}, and {indices.shape[0]:,} indices and "
+            f"indptr runs from {offsets.min():,} to {offsets.max():,}, and {indices.shape[0]:,} indices and "
             f"{data.shape[0]:,} values are stored; it must never fall, nor pass their end: write the file anew"
         )
         raise SchemaError(msg)
 
 
 def _stored_csr(group: Any, start: int, stop: int) -> CsrRows:
-    bounds = _read_pointers(group, start, stop + 1)
-    if len(bounds) != stop - start + 1:
+    offsets = _read_pointers(group, start, stop + 1)
+    if len(offsets) != stop - start + 1:
         msg = (
-            f"indptr ends after {start + len(bounds) - 1:,} rows and shape says at least {stop:,}; write the file anew"
+            f"indptr ends after {start + len(offsets) - 1:,} rows and shape says at least {stop:,}; write the file anew"
         )
         raise SchemaError(msg)
-    _check_pointers(bounds, group["indices"], group["data"])
-    low, high = int(bounds[0]), int(bounds[-1])
+    _check_pointers(offsets, group["indices"], group["data"])
+    low, high = int(offsets[0]), int(offsets[-1])
     return CsrRows(
-        bounds - low,
+        offsets - low,
         lambda visit: _visit(group["indices"], low, high, visit),
         lambda visit: _visit(group["data"], low, high, visit),
     )
@@ -320,14 +320,14 @@ def _csc_rows(group: Any, start: int, stop: int) -> CsrRows:
     for slab in _csc_slabs(group, indptr, start, stop):
         counts += np.bincount(slab.rows, minlength=stop - start)
         kept.append(slab)
-    bounds = bounds_of(counts)
-    at, cols = bounds[:-1].copy(), [np.empty(int(bounds[-1]), np.int32)]
-    values = np.empty(int(bounds[-1]), group["data"].dtype.newbyteorder("="))
+    offsets = offsets_of(counts)
+    at, cols = offsets[:-1].copy(), [np.empty(int(offsets[-1]), np.int32)]
+    values = np.empty(int(offsets[-1]), group["data"].dtype.newbyteorder("="))
     kept.reverse()
     while kept:  # each slab is let go of as it is put into its rows
         slab = kept.pop()
-        place_columns(slab.column, slab.bounds, (slab.rows, slab.values), at, (cols[0], values))
-    return CsrRows(bounds, lambda visit: visit(0, cols.pop()), lambda visit: visit(0, values))
+        place_columns(slab.column, slab.offsets, (slab.rows, slab.values), at, (cols[0], values))
+    return CsrRows(offsets, lambda visit: visit(0, cols.pop()), lambda visit: visit(0, values))
 
 
 @dataclass(frozen=True)
@@ -335,7 +335,7 @@ class _CscSlab:
     """Entries of some columns of a matrix that lie in some rows, counted from the first of these."""
 
     column: int
-    bounds: NDArray[np.int64]
+    offsets: NDArray[np.int64]
     rows: NDArray[np.uint32]
     values: NDArray
 
@@ -350,8 +350,8 @@ def _csc_slabs(group: Any, indptr: NDArray[np.int64], start: int, stop: int) -> 
         _check_row_indices(rows, n_rows)
         n = find_rows(rows, start, stop, at)
         first, last = np.searchsorted(indptr, [a, b - 1], side="right").tolist()
-        bounds = np.searchsorted(at[:n] + a, indptr[first - 1 : last + 1])
-        yield _CscSlab(first - 1, bounds, (rows[at[:n]] - start).astype(np.uint32), _read_flat(data, a, b)[at[:n]])
+        offsets = np.searchsorted(at[:n] + a, indptr[first - 1 : last + 1])
+        yield _CscSlab(first - 1, offsets, (rows[at[:n]] - start).astype(np.uint32), _read_flat(data, a, b)[at[:n]])
 
 
 def _whole_chunks(array: Any, size: int) -> int:

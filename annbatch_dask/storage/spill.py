@@ -5,10 +5,10 @@ file; a file's header tells where, so the task reads of it only what concerns it
 
     uint64: length of the description, first byte of the table, crc32c of the description
     description (JSON: name, dtype, row shape of each array)
-    part 0: head arrays (one entry a row), then flat arrays (any number of entries a row)
+    part 0: fixed-size arrays (one entry a row), then ragged arrays (any number of entries a row)
     part 1: ...
-    table: (n_parts, 5 + n_flats) int64, per part: first byte, rows, entries of each flat array, then the crc32c of its
-    head arrays, of its flat arrays, and of this line
+    table: (n_parts, 5 + n_ragged) int64, per part: first byte, rows, entries of each ragged array, then the
+    crc32c of its fixed-size arrays, of its ragged arrays, and of this line
 
 Every array starts at a multiple of 8 bytes. The receipt, a JSON file written after it, says that a block is finished.
 Whatever is read is checked: a damaged file costs its block's work again, and no more.
@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import IntegrityError
-from annbatch_dask.kernels.rows import bounds_of, copy_runs
+from annbatch_dask.kernels.rows import copy_runs, offsets_of
 from annbatch_dask.storage.checksums import checksum_of
 from annbatch_dask.storage.folder import Folder
 
@@ -59,8 +59,8 @@ _HEADER_NBYTES = 24
 _COPY_NBYTES = 8 * 2**20
 """About what is put in order at once."""
 
-Heads = Mapping[str, NDArray]
-Flats = Mapping[str, tuple[NDArray, NDArray[np.int64]]]
+FixedArrays = Mapping[str, NDArray]
+RaggedArrays = Mapping[str, tuple[NDArray, NDArray[np.int64]]]
 
 
 class SpillError(IntegrityError):
@@ -174,8 +174,8 @@ def write_spill(
     *,
     order: NDArray[np.int64],
     rows: NDArray[np.int64],
-    heads: Heads,
-    flats: Flats,
+    fixed: FixedArrays,
+    ragged: RaggedArrays,
 ) -> int:
     """Write a block's rows in the order of their part; a few parts at a time, so that no second copy of all is held.
 
@@ -187,32 +187,32 @@ def write_spill(
         (n_rows,) the rows in the order of their part.
     rows
         (n_parts + 1,) first entry of ``order`` of each part.
-    heads
+    fixed
         Arrays with one entry (or one row) a row.
-    flats
-        Arrays with any number of entries a row: the entries, and the (n_rows + 1,) bounds of each row's.
+    ragged
+        Arrays with any number of entries a row: the entries, and the (n_rows + 1,) offsets of each row's.
 
     Returns
     -------
     Bytes written.
     """
-    arrays = [_Array(n, h.dtype, h.shape[1:]) for n, h in heads.items()]
-    arrays += [_Array(n, v.dtype) for n, (v, _) in flats.items()]
-    about = json.dumps({"n_heads": len(heads), "arrays": [(a.name, a.dtype.str, a.shape) for a in arrays]}).encode()
+    arrays = [_Array(n, h.dtype, h.shape[1:]) for n, h in fixed.items()]
+    arrays += [_Array(n, v.dtype) for n, (v, _) in ragged.items()]
+    about = json.dumps({"n_heads": len(fixed), "arrays": [(a.name, a.dtype.str, a.shape) for a in arrays]}).encode()
     about += b" " * (-len(about) % _ALIGN)
-    table = np.zeros((len(rows) - 1, 5 + len(flats)), np.int64)
+    table = np.zeros((len(rows) - 1, 5 + len(ragged)), np.int64)
     table[:, 1] = np.diff(rows)
-    for k, (_, bounds) in enumerate(flats.values()):
-        table[:, 2 + k] = np.diff(bounds_of(np.diff(bounds)[order])[rows])
-    sizes = np.array([_sizes(arrays, len(heads), line).sum() for line in table], np.int64)
+    for k, (_, offsets) in enumerate(ragged.values()):
+        table[:, 2 + k] = np.diff(offsets_of(np.diff(offsets)[order])[rows])
+    sizes = np.array([_sizes(arrays, len(fixed), line).sum() for line in table], np.int64)
     start = _HEADER_NBYTES + len(about)
-    table[:, 0] = start + bounds_of(sizes)[:-1]
+    table[:, 0] = start + offsets_of(sizes)[:-1]
     end = int(start + sizes.sum())
     with _still_there(folder), folder.create(_body(block), durable=False, parents=False) as f:
         f.write(np.array([len(about), end, google_crc32c.value(about)], np.uint64).tobytes() + about)
         for first, last in _runs(sizes):
             write = _write_part if last - first == 1 else _write_parts
-            crcs = write(f, order[rows[first] : rows[last]], rows[first : last + 1] - rows[first], heads, flats)
+            crcs = write(f, order[rows[first] : rows[last]], rows[first : last + 1] - rows[first], fixed, ragged)
             table[first:last, -3:-1] = crcs
         table[:, -1] = [google_crc32c.value(line[:-1]) for line in table]
         f.write(table.tobytes())
@@ -233,20 +233,20 @@ def _runs(sizes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
 
 
 def _write_parts(
-    f: IO[bytes], order: NDArray[np.int64], rows: NDArray[np.int64], heads: Heads, flats: Flats
+    f: IO[bytes], order: NDArray[np.int64], rows: NDArray[np.int64], fixed: FixedArrays, ragged: RaggedArrays
 ) -> list[tuple[int, int]]:
-    """Small parts, put in order together; returns the crc32c of the heads and of the flats of each."""
-    sorted_heads = [values[order] for values in heads.values()]
-    sorted_flats = [_reorder(values, bounds, order) for values, bounds in flats.values()]
+    """Small parts, put in order together; returns the crc32c of the fixed-size and of the ragged arrays of each."""
+    sorted_fixed = [values[order] for values in fixed.values()]
+    sorted_ragged = [_reorder(values, offsets, order) for values, offsets in ragged.values()]
     crcs = []
     for a, b in pairwise(rows.tolist()):
-        head_crc = _write_aligned(f, ([values[a:b]] for values in sorted_heads))
-        crcs.append((head_crc, _write_aligned(f, ([values[at[a] : at[b]]] for values, at in sorted_flats))))
+        fixed_crc = _write_aligned(f, ([values[a:b]] for values in sorted_fixed))
+        crcs.append((fixed_crc, _write_aligned(f, ([values[at[a] : at[b]]] for values, at in sorted_ragged))))
     return crcs
 
 
 def _write_part(
-    f: IO[bytes], order: NDArray[np.int64], _: NDArray[np.int64], heads: Heads, flats: Flats
+    f: IO[bytes], order: NDArray[np.int64], _: NDArray[np.int64], fixed: FixedArrays, ragged: RaggedArrays
 ) -> list[tuple[int, int]]:
     """One part of any size, some rows of an array at a time."""
 
@@ -254,26 +254,28 @@ def _write_part(
         step = max(1, _COPY_NBYTES // max(1, values[:1].nbytes))
         return (values[order[at : at + step]] for at in range(0, len(order), step))
 
-    def flat(values: NDArray, bounds: NDArray[np.int64]) -> Iterator[NDArray]:
+    def flat(values: NDArray, offsets: NDArray[np.int64]) -> Iterator[NDArray]:
         step = max(1, _COPY_NBYTES * len(order) // max(1, values.nbytes))
-        return (_reorder(values, bounds, order[at : at + step])[0] for at in range(0, len(order), step))
+        return (_reorder(values, offsets, order[at : at + step])[0] for at in range(0, len(order), step))
 
-    head_crc = _write_aligned(f, map(head, heads.values()))
-    return [(head_crc, _write_aligned(f, (flat(*pair) for pair in flats.values())))]
-
-
-def _reorder(values: NDArray, bounds: NDArray[np.int64], order: NDArray[np.int64]) -> tuple[NDArray, NDArray[np.int64]]:
-    """Some rows of a flat array, in any order."""
-    counts = np.diff(bounds)[order]
-    new_bounds = bounds_of(counts)
-    out = np.empty(int(new_bounds[-1]), values.dtype)
-    copy_runs(values, bounds[:-1][order], out, new_bounds[:-1], counts)
-    return out, new_bounds
+    fixed_crc = _write_aligned(f, map(head, fixed.values()))
+    return [(fixed_crc, _write_aligned(f, (flat(*pair) for pair in ragged.values())))]
 
 
-def _sizes(arrays: Sequence[_Array], n_heads: int, line: NDArray[np.int64]) -> NDArray[np.int64]:
+def _reorder(
+    values: NDArray, offsets: NDArray[np.int64], order: NDArray[np.int64]
+) -> tuple[NDArray, NDArray[np.int64]]:
+    """Some rows of a ragged array, in any order."""
+    counts = np.diff(offsets)[order]
+    new_offsets = offsets_of(counts)
+    out = np.empty(int(new_offsets[-1]), values.dtype)
+    copy_runs(values, offsets[:-1][order], out, new_offsets[:-1], counts)
+    return out, new_offsets
+
+
+def _sizes(arrays: Sequence[_Array], n_fixed: int, line: NDArray[np.int64]) -> NDArray[np.int64]:
     """Padded bytes of each array of a part, from its line of the table."""
-    counts = [line[1]] * n_heads + list(line[2:-3])
+    counts = [line[1]] * n_fixed + list(line[2:-3])
     return np.array([_aligned(a.nbytes(int(n))) for a, n in zip(arrays, counts, strict=True)], np.int64)
 
 
@@ -330,8 +332,8 @@ class SpillReader(AbstractContextManager["SpillReader"]):
         self._arrays = [_Array(name, np.dtype(d), tuple(shape)) for name, d, shape in about["arrays"]]
         if any(array.dtype.hasobject for array in self._arrays):  # its bytes would be taken for addresses
             raise self._damaged("names a dtype that no spill file has")
-        self._n_heads: int = about["n_heads"]
-        width = 8 * (5 + len(self._arrays) - self._n_heads)
+        self._n_fixed: int = about["n_heads"]
+        width = 8 * (5 + len(self._arrays) - self._n_fixed)
         raw = self._read(table + parts.start * width, np.empty(len(parts) * width, np.uint8))
         self._table = raw.view(np.int64).reshape(len(parts), -1)
         for line in self._table:
@@ -362,14 +364,14 @@ class SpillReader(AbstractContextManager["SpillReader"]):
         """Rows of the block that go to a part."""
         return int(self._table[part - self._first, 1])
 
-    def flats_nbytes(self, part: int) -> int:
-        """Bytes of all flat arrays of a part, as they lie in the file."""
-        return int(_sizes(self._arrays, self._n_heads, self._table[part - self._first])[self._n_heads :].sum())
+    def ragged_nbytes(self, part: int) -> int:
+        """Bytes of all ragged arrays of a part, as they lie in the file."""
+        return int(_sizes(self._arrays, self._n_fixed, self._table[part - self._first])[self._n_fixed :].sum())
 
-    def read_heads(self, part: int) -> dict[str, NDArray]:
+    def read_fixed(self, part: int) -> dict[str, NDArray]:
         """Arrays with one entry a row, each (n_rows(part), ...), from one read."""
         line = self._table[part - self._first]
-        sizes = _sizes(self._arrays, self._n_heads, line)[: self._n_heads]
+        sizes = _sizes(self._arrays, self._n_fixed, line)[: self._n_fixed]
         raw = self._checked(self._read(int(line[0]), np.empty(int(sizes.sum()), np.uint8)), int(line[-3]))
         out, at, n = {}, 0, int(line[1])
         for a, size in zip(self._arrays, sizes.tolist(), strict=False):
@@ -377,15 +379,15 @@ class SpillReader(AbstractContextManager["SpillReader"]):
             at += size
         return out
 
-    def read_flats(self, part: int, buffer: NDArray[np.uint8]) -> dict[str, NDArray]:
-        """Entries of each flat array, from one read into the front of ``buffer``, which holds ``flats_nbytes``."""
+    def read_ragged(self, part: int, buffer: NDArray[np.uint8]) -> dict[str, NDArray]:
+        """Entries of each ragged array, from one read into the front of ``buffer``, which holds ``ragged_nbytes``."""
         line = self._table[part - self._first]
-        sizes = _sizes(self._arrays, self._n_heads, line)
-        raw = self._read(int(line[0] + sizes[: self._n_heads].sum()), buffer[: self.flats_nbytes(part)])
+        sizes = _sizes(self._arrays, self._n_fixed, line)
+        raw = self._read(int(line[0] + sizes[: self._n_fixed].sum()), buffer[: self.ragged_nbytes(part)])
         self._checked(raw, int(line[-2]))
         out, at = {}, 0
-        flats = zip(self._arrays[self._n_heads :], line[2:-3].tolist(), sizes[self._n_heads :].tolist(), strict=True)
-        for a, n, size in flats:
+        ragged = zip(self._arrays[self._n_fixed :], line[2:-3].tolist(), sizes[self._n_fixed :].tolist(), strict=True)
+        for a, n, size in ragged:
             out[a.name] = raw[at : at + a.nbytes(n)].view(a.dtype)
             at += size
         return out

@@ -354,7 +354,7 @@ def test_a_worker_that_comes_back_after_the_commit_changes_nothing(tmp_path, pat
     """It was cut off while it wrote a dataset, which was written elsewhere, published, and the scratch folder removed."""
     out = tmp_path / "o.zarr"
     paused, go, end = threading.Event(), threading.Event(), []
-    method = "__init__" if where == "opening" else "read_flats"
+    method = "__init__" if where == "opening" else "read_ragged"
     original, gather = getattr(SpillReader, method), run_module.gather
     monkeypatch.setattr(gather_module, "_MAX_OPEN", 0)  # as with very many blocks
 

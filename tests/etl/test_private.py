@@ -142,10 +142,10 @@ def test_a_file_system_that_maps_users_is_taken_as_it_is(tmp_path, monkeypatch):
 def test_a_spill_file_names_plain_dtypes_only(tmp_path):
     folder = Folder(str(tmp_path))
     one = np.zeros(1, np.int64)
-    write_spill(folder, 0, order=one, rows=np.array([0, 1]), heads={"a": np.zeros(1, np.dtype("V8"))}, flats={})
+    write_spill(folder, 0, order=one, rows=np.array([0, 1]), fixed={"a": np.zeros(1, np.dtype("V8"))}, ragged={})
     with SpillReader(folder, 0, range(1)):
         pass
-    write_spill(folder, 0, order=one, rows=np.array([0, 1]), heads={"a": Named(1)}, flats={})
+    write_spill(folder, 0, order=one, rows=np.array([0, 1]), fixed={"a": Named(1)}, ragged={})
     with pytest.raises(SpillError, match="names a dtype that no spill file has"):
         SpillReader(folder, 0, range(1))
 

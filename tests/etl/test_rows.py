@@ -17,9 +17,9 @@ def hashes(values):
     series = pd.Series(values)
     schema = describe_series("k", series)
     spec = ColumnSpec("k", schema.kind, schema.dtype, schema.nullable, schema.categories)
-    heads, flats = {}, {}
-    write_column(spec, series_rows(schema, series), heads, flats)
-    return row_hashes(len(series), [], [spec], heads, flats)
+    fixed, ragged = {}, {}
+    write_column(spec, series_rows(schema, series), fixed, ragged)
+    return row_hashes(len(series), [], [spec], fixed, ragged)
 
 
 @pytest.mark.parametrize(
@@ -63,16 +63,16 @@ def test_columns_are_told_apart_by_name():
     values = np.array(["a", "b"], object)
     made = []
     for name in ("k", "l"):
-        spec, heads, flats = ColumnSpec(name, "string"), {}, {}
-        write_column(spec, ColumnRows(values), heads, flats)
-        made.append(row_hashes(2, [], [spec], heads, flats))
+        spec, fixed, ragged = ColumnSpec(name, "string"), {}, {}
+        write_column(spec, ColumnRows(values), fixed, ragged)
+        made.append(row_hashes(2, [], [spec], fixed, ragged))
     assert (made[0] != made[1]).all()
 
 
 def test_categories_by_code_are_looked_up_with_the_last_for_missing():
     spec = ColumnSpec("k", "categorical", categories=Categories(("x", "y"), "str"))
-    heads, flats = {}, {}
-    write_column(spec, ColumnRows(np.array([1, -1, 0, 1], np.int8)), heads, flats)
-    made = row_hashes(4, [], [spec], heads, flats)
+    fixed, ragged = {}, {}
+    write_column(spec, ColumnRows(np.array([1, -1, 0, 1], np.int8)), fixed, ragged)
+    made = row_hashes(4, [], [spec], fixed, ragged)
     assert made[0] == made[3] != made[2]
     assert made[1] == 0

@@ -89,11 +89,11 @@ def test_sort_rows_is_stable_within_rows():
 @pytest.mark.parametrize(("dtype", "highest"), [(np.uint16, 2**16 - 1), (np.int32, 2**31 - 1)])
 @given(rows=st.lists(st.integers(0, 70), max_size=5), width=st.integers(1, 32), seed=st.integers(0, 99))
 def test_sort_rows_is_numpys_stable_sort(dtype, highest, rows, width, seed):
-    bounds = np.cumsum([0, *rows])
-    keys = np.random.default_rng(seed).integers(0, min(highest, 2**width), bounds[-1], endpoint=True).astype(dtype)
+    offsets = np.cumsum([0, *rows])
+    keys = np.random.default_rng(seed).integers(0, min(highest, 2**width), offsets[-1], endpoint=True).astype(dtype)
     order = np.empty(len(keys), np.int64)
-    sort_rows(bounds, keys, order)
-    want = [a + np.argsort(keys[a:b], kind="stable") for a, b in zip(bounds, bounds[1:], strict=False)]
+    sort_rows(offsets, keys, order)
+    want = [a + np.argsort(keys[a:b], kind="stable") for a, b in zip(offsets, offsets[1:], strict=False)]
     assert order.tolist() == [*np.concatenate([*want, []])]
 
 
@@ -178,10 +178,10 @@ class TestFingerprint:
     def test_counts_take_a_fast_path_that_adds_the_same(self, dtype):
         m = self.matrix()
         m.data = np.ceil(m.data * 200)
-        bounds, keys = m.indptr.astype(np.int64), m.indices.astype(np.uint16)
+        offsets, keys = m.indptr.astype(np.int64), m.indices.astype(np.uint16)
         fast, plain = np.zeros(50, np.uint64), np.zeros(50, np.uint64)
-        add_sparse(fast, bounds, keys, m.data.astype(dtype), SALT)
-        add_sparse(plain, bounds, m.indices, m.data.astype(np.float64), SALT)
+        add_sparse(fast, offsets, keys, m.data.astype(dtype), SALT)
+        add_sparse(plain, offsets, m.indices, m.data.astype(np.float64), SALT)
         np.testing.assert_array_equal(fast, plain)
 
     @pytest.mark.parametrize("what", ["value", "column", "lost", "row"])
@@ -213,8 +213,8 @@ class TestFingerprint:
         def of(*strings):
             raw = [s.encode() for s in strings]
             hashes = np.zeros(len(raw), np.uint64)
-            bounds = np.cumsum([0, *map(len, raw)])
-            add_strings(hashes, bounds, np.frombuffer(b"".join(raw), np.uint8), SALT)
+            offsets = np.cumsum([0, *map(len, raw)])
+            add_strings(hashes, offsets, np.frombuffer(b"".join(raw), np.uint8), SALT)
             return hashes.tolist()
 
         assert of("a", "bc") == of("a") + of("bc")

@@ -42,10 +42,10 @@ def test_entries_are_those_of_the_rows(drawn, seed):
 
 @given(st.lists(parts, max_size=8), st.lists(st.integers(0, N_ROWS), max_size=5))
 def test_rows_are_dealt_to_the_parts_that_hold_them(drawn, cuts):
-    rows, bounds = rows_of(drawn), np.array([0, *sorted(cuts), N_ROWS])
-    firsts, places, local = deal_rows(rows, bounds)
-    part = np.searchsorted(bounds, rows, side="right") - 1
-    for k in range(len(bounds) - 1):
+    rows, offsets = rows_of(drawn), np.array([0, *sorted(cuts), N_ROWS])
+    firsts, places, local = deal_rows(rows, offsets)
+    part = np.searchsorted(offsets, rows, side="right") - 1
+    for k in range(len(offsets) - 1):
         own = slice(firsts[k], firsts[k + 1])
         np.testing.assert_array_equal(places[own], np.flatnonzero(part == k))
-        np.testing.assert_array_equal(local[own] + bounds[k], rows[part == k])
+        np.testing.assert_array_equal(local[own] + offsets[k], rows[part == k])

@@ -39,7 +39,7 @@ def stored(request, tmp_path):
 
 def collected(csr):
     """A CsrRows as scipy has it."""
-    n = int(csr.bounds[-1])
+    n = int(csr.offsets[-1])
     indices, values = np.full(n, -1, np.int64), np.full(n, np.nan)
     for into, visit in ((indices, csr.indices), (values, csr.values)):
 
@@ -47,7 +47,7 @@ def collected(csr):
             into[first : first + len(piece)] = piece
 
         visit(put)
-    return sp.csr_matrix((values, indices, csr.bounds), shape=(len(csr.bounds) - 1, X.shape[1]))
+    return sp.csr_matrix((values, indices, csr.offsets), shape=(len(csr.offsets) - 1, X.shape[1]))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "int8", "bool"])
@@ -83,7 +83,7 @@ def test_non_zeros_of_dense_rows(monkeypatch, step):
     np.testing.assert_array_equal(found.toarray(), np.where(x == 0, 0, x))
     assert found.nnz == (x != 0).sum()
     assert collected(dense_to_csr(x[:0])).shape == (0, 23)
-    assert dense_to_csr(x[:, :0]).bounds.tolist() == [0] * 71
+    assert dense_to_csr(x[:, :0]).offsets.tolist() == [0] * 71
 
 
 @pytest.mark.parametrize("step", [1, 50, 2**20])
@@ -96,12 +96,12 @@ def test_genes_left_out_and_put_in_order_in_place(monkeypatch, step, n_left_out,
     order = rng.permutation(23) if shuffled else np.arange(23)
     gene_map = order.astype(np.int32)
     gene_map[rng.permutation(23)[:n_left_out]] = -1
-    bounds, indices, values = in_gene_order(X.indptr.astype(np.int64), gene_map[X.indices], X.data.copy(), gene_map)
-    found = sp.csr_matrix((values, indices, bounds), shape=(70, 23))
+    offsets, indices, values = in_gene_order(X.indptr.astype(np.int64), gene_map[X.indices], X.data.copy(), gene_map)
+    found = sp.csr_matrix((values, indices, offsets), shape=(70, 23))
     want = np.zeros((70, 23))
     want[:, gene_map[gene_map >= 0]] = X.toarray()[:, gene_map >= 0]
     np.testing.assert_array_equal(found.toarray(), want)
-    assert all((np.diff(indices[a:b]) > 0).all() for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+    assert all((np.diff(indices[a:b]) > 0).all() for a, b in zip(offsets[:-1], offsets[1:], strict=True))
 
 
 @pytest.mark.parametrize("waiting", [1, 2**24])

@@ -202,16 +202,16 @@ def test_spill_files_give_back_what_they_took(parts, dtype, copy_nbytes, random)
     rows = np.concatenate([[0], np.cumsum([len(p) for p in parts])])
     order = np.array(random.sample(range(len(counts)), len(counts)), np.int64)
     at = np.argsort(order)  # where each row of the source goes
-    bounds = np.concatenate([[0], np.cumsum(counts)])
-    values = np.arange(bounds[-1]).astype(dtype)
-    heads = {"n": counts.astype(np.uint32), "grid": np.arange(2.0 * len(counts)).reshape(-1, 2)}
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    values = np.arange(offsets[-1]).astype(dtype)
+    fixed = {"n": counts.astype(np.uint32), "grid": np.arange(2.0 * len(counts)).reshape(-1, 2)}
     stored = np.concatenate([[0], np.cumsum(counts[at])])
-    shuffled = np.concatenate([*(values[bounds[i] : bounds[i + 1]] for i in at), np.empty(0, dtype)]).astype(dtype)
+    shuffled = np.concatenate([*(values[offsets[i] : offsets[i + 1]] for i in at), np.empty(0, dtype)]).astype(dtype)
     given = {
         "order": order,
         "rows": rows,
-        "heads": {n: h[at] for n, h in heads.items()},
-        "flats": {"v": (shuffled, stored)},
+        "fixed": {n: h[at] for n, h in fixed.items()},
+        "ragged": {"v": (shuffled, stored)},
     }
     with tempfile.TemporaryDirectory() as tmp, mock.patch.object(spill, "_COPY_NBYTES", copy_nbytes):
         folder = Folder(tmp)
@@ -219,27 +219,27 @@ def test_spill_files_give_back_what_they_took(parts, dtype, copy_nbytes, random)
         for wanted in (range(len(parts)), range(len(parts) // 2, len(parts))):
             for keep_open in (True, False):
                 with SpillReader(folder, 3, wanted, keep_open=keep_open) as reader:
-                    check_spilled(reader, wanted, rows, heads, values, bounds)
+                    check_spilled(reader, wanted, rows, fixed, values, offsets)
 
 
-def check_spilled(reader, wanted, rows, heads, values, bounds):
+def check_spilled(reader, wanted, rows, fixed, values, offsets):
     for p in wanted:
         a, b = rows[p], rows[p + 1]
         assert reader.n_rows(p) == b - a
-        got = reader.read_heads(p)
-        for name, want in heads.items():
+        got = reader.read_fixed(p)
+        for name, want in fixed.items():
             np.testing.assert_array_equal(got[name], want[a:b])
-        flats = reader.read_flats(p, np.empty(reader.flats_nbytes(p) + 5, np.uint8))
-        np.testing.assert_array_equal(flats["v"], values[bounds[a] : bounds[b]])
+        ragged = reader.read_ragged(p, np.empty(reader.ragged_nbytes(p) + 5, np.uint8))
+        np.testing.assert_array_equal(ragged["v"], values[offsets[a] : offsets[b]])
 
 
 def test_a_short_spill_file_is_an_error(tmp_path):
     folder = Folder(str(tmp_path))
-    write_spill(folder, 0, order=np.arange(4), rows=np.array([0, 4]), heads={"n": np.arange(4)}, flats={})
+    write_spill(folder, 0, order=np.arange(4), rows=np.array([0, 4]), fixed={"n": np.arange(4)}, ragged={})
     body = tmp_path / "spill-000000.bin"
     body.write_bytes(body.read_bytes()[:-8])
     with pytest.raises(IntegrityError, match="ends 8 bytes early"), SpillReader(folder, 0, range(1)) as reader:
-        reader.read_heads(0)
+        reader.read_fixed(0)
 
 
 def test_map_ordered_keeps_order_and_stops_at_the_first_error():
