@@ -1,4 +1,4 @@
-"""What a sampler has to provide."""
+"""The interface of a sampler."""
 
 from annbatch_dask.samplers.sampler import Sampler
 

@@ -13,7 +13,7 @@ _MODULES = ("abc", "io", "loader", "samplers", "types", "utils")
 def install_as_annbatch() -> None:
     """Let ``import annbatch`` find this package, in this process: for packages that use annbatch, such as scvi-tools.
 
-    Call it before they import it. Processes that are started anew need it too, but for DataLoader workers.
+    Call it before they import it. Processes that are started again need it too, but for DataLoader workers.
 
     Raises
     ------

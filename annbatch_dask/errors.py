@@ -67,11 +67,11 @@ class CollectionBusyError(CollectionError, BlockingIOError):
 
 
 class IntegrityError(AnnbatchDaskError, RuntimeError):
-    """What was written is not what was read."""
+    """Written data differ from the data that were read, or a file is damaged."""
 
 
 class CollectionChangedError(CollectionError, IntegrityError):
-    """What was opened is not there any more: a build or a copy replaced it under its reader."""
+    """A collection was replaced or changed while it was open."""
 
 
 class StorageError(AnnbatchDaskError, OSError):

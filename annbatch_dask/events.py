@@ -1,4 +1,4 @@
-"""What a running build tells its listeners. The library emits; progress bars and logs listen.
+"""Events of a running build. The library emits them; progress bars and logs listen.
 
 A listener subclasses :class:`Callback` and overrides what it wants to hear. All methods are called
 in the process that runs the build, never on a worker, and one at a time.

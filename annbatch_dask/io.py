@@ -39,7 +39,7 @@ def create_anndata_collection(
     adata_paths, options
         As for :meth:`DatasetCollection.add_adatas`.
     output_path
-        Of the collection, which must not exist yet.
+        Path of the collection, which must not exist yet.
 
     Raises
     ------

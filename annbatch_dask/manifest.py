@@ -59,11 +59,11 @@ class SourceRecord:
     Attributes
     ----------
     path
-        As the user gave it.
+        Path as the user gave it.
     n_obs, nnz
         Rows and stored values of X that it gave.
     fingerprint
-        Of its rows, 16 hex digits.
+        Fingerprint of its rows, 16 hex digits.
     counts
         Which of its matrices became X.
     n_vars
@@ -85,11 +85,11 @@ class DatasetRecord:
     Attributes
     ----------
     name
-        Of its group.
+        Name of its group.
     n_obs, nnz
         Rows, and stored values of X.
     fingerprint
-        Of its rows, 16 hex digits; "" where it was not recorded (a dataset that annbatch wrote).
+        Fingerprint of its rows, 16 hex digits; "" if not recorded (a dataset that annbatch wrote).
     metadata
         Bytes and crc32c (8 hex digits) of its ``zarr.json``, which lists its other files; None where not recorded.
     n_files, n_bytes
@@ -167,7 +167,7 @@ class BuildRecord:
     Attributes
     ----------
     seed, permutation
-        Of the shuffle; ``{"name", "version"}``.
+        Seed of the shuffle, and ``{"name", "version"}`` of its permutation.
     plan
         Fingerprint of the plan.
     sources
@@ -213,7 +213,7 @@ class BuildRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the builds were, and what lies there. Nothing in it varies between two runs of the same builds.
+    """Record of a collection's builds and contents. Equal builds have equal manifests.
 
     Attributes
     ----------
@@ -262,7 +262,7 @@ class Manifest:
         return blake2b(json.dumps(payload, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def is_shard(self, name: str) -> bool:
-        """Whether a file of a dataset is a shard of a matrix, whose chunks have checksums of their own."""
+        """True if a file of a dataset is a shard of a matrix, whose chunks have checksums of their own."""
         return any(name.startswith(f"{matrix}/") and "/c/" in name for matrix in self.matrices)
 
     @property
@@ -272,7 +272,7 @@ class Manifest:
 
     @property
     def layout(self) -> str:
-        """How sparse matrices are stored, which every build keeps: ``"open"`` or ``"packed"``."""
+        """Storage of sparse matrices, kept by every build: ``"open"`` or ``"packed"``."""
         return self.builds[-1].layout if self.builds else "open"
 
     @property

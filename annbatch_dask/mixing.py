@@ -1,4 +1,4 @@
-"""How well batches are mixed: the entropy of their classes against that of a uniformly random batch.
+"""Measures how well batches are mixed: the entropy of their classes relative to uniformly random batches.
 
 Drawing ``n`` rows without replacement from ``N`` rows, of which ``K_c`` are of class ``c``, gives counts
 ``k_c`` that are multivariate hypergeometric. The entropy of the batch's class shares, in bits, is
@@ -36,7 +36,7 @@ __all__ = ["Mixing", "batch_entropy", "expected_entropy", "measure_mixing", "plo
 
 @dataclass(frozen=True)
 class Mixing:
-    """What :func:`measure_mixing` found.
+    """Result of :func:`measure_mixing`.
 
     Attributes
     ----------
@@ -154,7 +154,7 @@ def plot_mixing(mixing: Mixing, path: str | os.PathLike[str], *, title: str = ""
     path
         Where to; its suffix is the format.
     title
-        Stands above.
+        Title of the figure.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What a collection holds and how it was built, as one page that needs nothing else."""
+"""Report of a collection's content and builds, as one self-contained page."""
 
 from __future__ import annotations
 
@@ -97,16 +97,16 @@ class Element:
 
 @dataclass(frozen=True)
 class Report:
-    """What :meth:`annbatch_dask.DatasetCollection.report` found. A notebook shows it as a page.
+    """Result of :meth:`annbatch_dask.DatasetCollection.report`. A notebook shows it as a page.
 
     Attributes
     ----------
     path
-        Of the collection.
+        Path of the collection.
     n_obs, n_vars, n_datasets
         Cells, genes and datasets.
     sources, builds
-        As the manifest has them, each build with its log where that lies beside the collection; empty for a
+        As the manifest has them, each build with its log where that is beside the collection; empty for a
         collection that annbatch wrote.
     categories
         Cells per category, by categorical column of obs.
@@ -152,7 +152,7 @@ class Report:
 
     @property
     def source_folder(self) -> str:
-        """What all paths of sources begin with, up to a slash."""
+        """Common prefix of the paths of all sources, up to a slash."""
         common = os.path.commonprefix([s.path for s in self.sources])
         return common[: common.rfind("/") + 1]
 
@@ -202,7 +202,7 @@ def make_report(path: str, groups: Sequence[zarr.Group], manifest: Manifest | No
     groups
         The datasets.
     manifest
-        Of the collection, if it has one.
+        Manifest of the collection, if it has one.
     target
         Its folder, beside which the logs of its builds are; None in memory.
     """
@@ -315,7 +315,7 @@ def element_names(group: zarr.Group) -> list[str]:
 
 
 def describe_element(group: zarr.Group, name: str) -> str:
-    """How an element is stored, in words: its encoding and dtypes."""
+    """Describe how an element is stored: its encoding and dtypes."""
     element: Any = group[name]
     kind = element.attrs.get("encoding-type", "array")
     dtypes = ", ".join(f"{array.dtype} {key}".strip() for key, array in _arrays(element).items() if key != "indptr")

@@ -139,7 +139,7 @@ def _number(obs: pd.DataFrame, columns: Sequence[str]) -> NDArray[np.int64]:
 def _deal_rows(strata: NDArray[np.int64], shares: NDArray[np.float64], rng: Any) -> NDArray[np.uint8]:
     """Each row by itself; each stratum, and so the whole, in the given shares but for rounding."""
     order = np.lexsort((rng.permutation(len(strata)), strata))
-    # Rows lie stratum by stratum, shuffled within: dealing them out like cards keeps the shares in every stretch.
+    # Rows are stratum by stratum, shuffled within: dealing them out like cards keeps the shares in every stretch.
     turns = _interleave(shares, len(strata))
     codes = np.empty(len(strata), np.uint8)
     codes[order] = turns
@@ -156,7 +156,7 @@ def _interleave(shares: NDArray[np.float64], n: int) -> NDArray[np.uint8]:
 def _deal_groups(
     groups: NDArray[np.int64], strata: NDArray[np.int64], shares: NDArray[np.float64], rng: Any
 ) -> NDArray[np.uint8]:
-    """Whole groups, the largest first, each to the part that then lies nearest to its shares of every stratum."""
+    """Whole groups, the largest first, each to the part that then is nearest to its shares of every stratum."""
     n_groups, n_strata = int(groups.max(initial=-1)) + 1, int(strata.max(initial=-1)) + 1
     counts = np.zeros((n_groups, n_strata))
     np.add.at(counts, (groups, strata), 1)

@@ -1,4 +1,4 @@
-"""What can be done to the values of a batch while it is put together."""
+"""Transforms of a batch's values, applied while it is assembled."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class CSRContainer:
     elems
         ``data``, ``indices`` and ``indptr``.
     shape, dtype
-        Of the matrix.
+        Shape and dtype of the matrix.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Which rows take part, said in words: a small grammar of conditions on columns of obs. Data, never run as code.
+"""Conditions on columns of obs, in a small grammar. They are parsed as data and never run as code.
 
 A condition is parsed as Python's expressions are, and refused unless every part of it is one of those below. Only then
 is it worked out, column by column, by operations that stand in this file; no attribute of any object is looked up by a
@@ -130,7 +130,7 @@ class Condition:
         return cls(text, tuple(reader.columns), run)
 
     def mask(self, column: Column, n_rows: int) -> NDArray[np.bool_]:
-        """Which rows meet it: (n_rows,) bool. ``column`` gives the (n_rows,) values of one.
+        """Return the rows that meet the condition: (n_rows,) bool. ``column`` returns the (n_rows,) values of a column.
 
         Raises
         ------
@@ -186,7 +186,7 @@ class _Reader:
         return self._checked(whole, lambda column: compare(a(column), b(column)), must_be_true_or_false=True)
 
     def _side(self, node: ast.expr) -> _Run:
-        """What is compared: values, or what is true or false (``(n > 3) == passed``)."""
+        """Evaluate one side of a comparison: values, or a condition (``(n > 3) == passed``)."""
         is_truth = isinstance(node, ast.BoolOp | ast.Compare | ast.Call) or (
             isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.Invert)
         )
@@ -276,7 +276,7 @@ class _Reader:
         return run
 
     def _checked(self, node: ast.expr, run: _Run, *, must_be_true_or_false: bool = False) -> _Run:
-        """The same, whose errors say in which part it happened."""
+        """Evaluate with errors that name the part of the condition."""
         shown = self._shown(node)
 
         def checked(column: Column) -> Any:
@@ -330,7 +330,7 @@ def _widened(values: Any) -> Any:
 
 
 def _found(find: Callable[..., Any], column: pd.Series, text: str, options: Mapping[str, Any]) -> Any:
-    """Whether texts hold another; unknown where one is missing. Of a categorical, each category is looked at once."""
+    """Find the texts that contain another; unknown if one is missing. Each category of a categorical is tested once."""
     if not isinstance(column.dtype, pd.CategoricalDtype):
         return find(column, text, **options).astype("boolean")
     of_each = find(pd.Series(column.cat.categories), text, **options).astype("boolean")

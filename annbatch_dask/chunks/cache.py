@@ -1,6 +1,6 @@
 """Ranges of remote files, kept on a local disk up to a number of bytes.
 
-A remote file has two local ones: ``NAME.bytes``, sparse, with what was read where it lies in the file, and
+A remote file has two local ones: ``NAME.bytes``, sparse, with what was read where it is in the file, and
 ``NAME.spans``, a log of what is there. A range is logged once its bytes are on the disk, so a log never claims what a
 crash or a power cut has taken. Names hold a random part and are never used twice: a process that remembers spans of
 files that another one has removed finds nothing under them, rather than somebody else's holes.
@@ -13,7 +13,7 @@ What is kept may be private. Files are for their owner alone, as is a folder tha
 may write to, is refused.
 
 What came first stays: an epoch reads everything once, in another order each time, so what came last is no likelier
-than anything else to be read next. Only what nobody has begun to use for an hour gives way.
+than anything else to be read next. Only files unused for an hour are evicted.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class RangeCache:
             raise StorageError(msg)
 
     def forget(self, file: RemoteFile) -> None:
-        """Remove what is kept of a file, as it is damaged; it may be kept anew."""
+        """Remove what is kept of a file, as it is damaged; it may be kept again."""
         state = self._state
         with self._giving_up(state), state.lock:
             kept = state.files.pop(file, None) or self._open(file)
@@ -151,7 +151,7 @@ class RangeCache:
     def _read_kept(self, state: _CacheState, file: RemoteFile, start: int, out: memoryview) -> tuple[int, int] | None:
         """Fill in what is kept; returns the run that is still missing."""
         kept: _Kept | None = None
-        for _ in range(2):  # once more if another process has removed what is remembered, and perhaps made it anew
+        for _ in range(2):  # once more if another process has removed what is remembered, and perhaps made it again
             with state.lock:
                 if state.files.get(file) in (None, kept):
                     state.files[file] = self._open(file)
@@ -199,7 +199,7 @@ class RangeCache:
         return min(_GRANT_NBYTES, self.limit_nbytes // 8)
 
     def _reserve(self, state: _CacheState, nbytes: int) -> bool:
-        """Whether there is room for so much."""
+        """True if there is room for so much."""
         if nbytes > state.room and not state.is_full:
             asked = state.n_pending + max(self._grant, nbytes)
             used = self._make_room(state, asked)
@@ -215,7 +215,7 @@ class RangeCache:
         return True
 
     def _make_room(self, state: _CacheState, nbytes: int) -> int:
-        """Remove what nobody uses, the oldest first, until so much fits; returns the bytes that are in use."""
+        """Evict unused files, the oldest first, until enough space is free; returns the bytes in use."""
         own = {kept.name for kept in state.files.values()}
         with self._locked():
             used: dict[Path, float] = {}
@@ -263,7 +263,7 @@ class RangeCache:
 
 
 class _CacheState:
-    """What one process knows of a cache."""
+    """State of a cache in one process."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -278,7 +278,7 @@ class _CacheState:
 
 @dataclass(eq=False)
 class _Kept:
-    """What is kept of one remote file: two files that begin with ``name``, made together and removed together."""
+    """Cached ranges of one remote file: two files that begin with ``name``, created and removed together."""
 
     name: Path
     spans: Spans

@@ -35,7 +35,7 @@ _MAX_OPEN = 4096
 
 
 def _n_permits() -> int:
-    """How many files may be kept open: a fourth of what the system allows the process."""
+    """Number of files that may be kept open: a fourth of the process's limit."""
     try:
         import resource
     except ImportError:  # not on this system
@@ -58,7 +58,7 @@ class ChunkFiles(Protocol):
 
     @property
     def is_cached(self) -> bool:
-        """Whether bytes may come from a copy."""
+        """True if bytes may come from a copy."""
 
     def name(self, key: str) -> str:
         """Of a file, for people."""
@@ -81,10 +81,10 @@ class ChunkFiles(Protocol):
         Parameters
         ----------
         key
-            Of the file.
+            Identity of the file.
         start, stop
             Half-open.
-        anew
+        again
             Not from a copy, which is damaged and forgotten.
 
         Raises
@@ -131,14 +131,14 @@ def chunk_files(
 
 
 class Held:
-    """A file that is kept open until nobody refers to it; ``fd`` is its descriptor."""
+    """A file that is kept open until no reference is left; ``fd`` is its descriptor."""
 
     def __init__(self, fd: int, permit: int | None) -> None:
         self.fd, self._permit = fd, permit
 
     @property
     def is_kept(self) -> bool:
-        """Whether it may stay open."""
+        """True if it may stay open."""
         return self._permit is not None
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # the module may be gone by then

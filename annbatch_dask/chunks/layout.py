@@ -1,4 +1,4 @@
-"""Where the chunks of an array lie: what its metadata say, and the indexes of its shards."""
+"""Locations of an array's chunks: from its metadata and the indexes of its shards."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _EMPTY_ENTRY = np.iinfo(np.uint64).max
 
 @dataclass(frozen=True)
 class ChunkCodec:
-    """What became of the values of a chunk: bytes, by one compressor or none, or packed; a checksum follows or none."""
+    """Encoding of a chunk: bytes with at most one compressor, or packed values; then a checksum or none."""
 
     name: str | None
     has_crc: bool
@@ -57,7 +57,7 @@ class GridColumn:
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """Where the chunks of an array lie and how they are packed. An array without shards has one chunk a file."""
+    """Locations and encoding of an array's chunks. An array without shards has one chunk per file."""
 
     files: ChunkFiles
     key: Callable[[tuple[int, ...]], str]
@@ -124,7 +124,7 @@ _COMPRESSORS = ("blosc", "zstd", "gzip")
 
 
 def find_layout(array: zarr.Array[Any], files: ChunkFiles) -> ChunkLayout | None:
-    """How to read the array directly, or None where only zarr knows."""
+    """Return the layout to read an array directly, or None if only zarr can read it."""
     metadata: Any = array.metadata
     if metadata.zarr_format != 3:
         return None
@@ -204,7 +204,7 @@ def _find_codec(codecs: Sequence[Mapping[str, Any]], dtype: np.dtype[Any]) -> Ch
 
 
 class ShardIndex:
-    """Where every chunk of an array is, of the shards that were asked for so far.
+    """Chunk locations of the shards whose indexes were read so far.
 
     A shard has the number of its cell in the grid of shards; memory of those not asked for is never touched.
 
@@ -213,7 +213,7 @@ class ShardIndex:
     offsets, sizes
         (n_shards, n_chunks) of each chunk in its file; size -1 where it was not written.
     keys
-        Of the files, by shard.
+        Names of the files, by shard.
     """
 
     def __init__(self, layout: ChunkLayout) -> None:
@@ -284,7 +284,7 @@ def _read_index(layout: ChunkLayout, key: str) -> tuple[Ints, Ints]:
 def checked(raw: memoryview, path: str, offset: int | None = None) -> memoryview:
     """The bytes of a chunk, or of a file's shard index, without their trailing crc32c, once it matches."""
     body, stored = raw[:-_CRC_NBYTES], int.from_bytes(raw[-_CRC_NBYTES:], "little")
-    computed = google_crc32c.value(np.asarray(body))  # takes an array as it lies, but no memoryview
+    computed = google_crc32c.value(np.asarray(body))  # takes an array as it is, but no memoryview
     if computed != stored:
         what = "the shard index" if offset is None else f"the chunk at byte {offset}"
         msg = f"{what} of {path} is damaged: checksum {computed:#010x}, stored {stored:#010x}; restore the file"

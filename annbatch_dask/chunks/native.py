@@ -102,12 +102,12 @@ def _find_inflate() -> list[int]:
 
 
 def can_inflate() -> bool:
-    """Whether all functions are there that :func:`inflate_names` needs."""
+    """True if all functions are there that :func:`inflate_names` needs."""
     return bool(functions()[[_MEMCPY, _ALLOCATE, _INFLATE, _FREE]].all())
 
 
 def can_fill(*, is_blosc: bool, has_crc: bool, from_files: bool) -> bool:
-    """Whether all functions are there that such chunks need."""
+    """True if all functions are there that such chunks need."""
     needed = [_MEMCPY, *([_BLOSC] if is_blosc else []), *([_CRC] if has_crc else [])]
     needed += [_PREAD, _STATX] if from_files else []
     return bool(functions()[needed].all())
@@ -336,7 +336,7 @@ def inflate_names(  # noqa: PLR0913, PLR0917 - a kernel
 
 @compiled
 def _find_names(text: Any, n_bytes: int, separator: Any, firsts: Any) -> None:
-    """Where each name of a block begins, as if a separator followed each; all the same behind the last."""
+    """Offsets of the names of a block, as if a separator followed each; padded with the last offset."""
     width, k, at = len(separator), 0, 0
     firsts[:] = n_bytes + width
     firsts[0] = 0

@@ -2,10 +2,10 @@
 
 zarr reads chunk by chunk through its codec pipeline. For the arrays that matter here (zarr v3 arrays,
 sharded or not, whose chunks are plain little-endian bytes under at most one common compressor, or integers packed by
-this package's codec) it is enough to know where the chunks lie: the shard's index is read once, the bytes of
+this package's codec) it is enough to know where the chunks are: the shard's index is read once, the bytes of
 neighbouring chunks come in one ``pread``, and every chunk that is wanted whole is decompressed to where it belongs,
 with no copy in between.
-What lies in local files is read and decoded by :mod:`annbatch_dask.chunks.native`, many chunks in a call without the
+What is in local files is read and decoded by :mod:`annbatch_dask.chunks.native`, many chunks in a call without the
 GIL; :func:`deal` makes the calls about equal. What it does not place is read again one by one, by numcodecs, which
 also handles other codecs; that way says what is wrong.
 
@@ -75,7 +75,7 @@ class RangeReader:
     cache
         Where to keep what comes from an object store.
     listing
-        Of a folder above the array, from the moment since which nothing may have changed; None lists its files now.
+        Files of a folder above the array, listed when it was opened; None lists them now.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class RangeReader:
 
     @property
     def is_fast(self) -> bool:
-        """Whether chunks are read directly rather than through zarr."""
+        """True if chunks are read directly rather than through zarr."""
         return self._layout is not None
 
     @property
     def is_remote(self) -> bool:
-        """Whether each task waits for a request to a store."""
+        """True if each task waits for a request to a store."""
         return self._layout is not None and self._layout.files.is_remote
 
     @property
@@ -151,7 +151,7 @@ class RangeReader:
             self._files.close()
 
     def index_tasks(self, spans: Ints) -> list[Task]:
-        """What :meth:`tasks` would do first, one after the other: read the indexes of shards not met before."""
+        """Return tasks that read the shard indexes :meth:`tasks` would otherwise read one after the other."""
         if self._index is None:
             return []
         spans = np.ascontiguousarray(spans[spans[:, 1] > spans[:, 0]], np.int64)
@@ -177,7 +177,7 @@ def _read_plain(array: zarr.Array[Any], files: ChunkFiles | None, start: int, st
 
 @dataclass(frozen=True)
 class _ColumnPlan:
-    """What is to be read of one column, see :func:`annbatch_dask.kernels.chunk_plan.plan_chunks`."""
+    """Reads planned for one column, see :func:`annbatch_dask.kernels.chunk_plan.plan_chunks`."""
 
     index: ShardIndex
     column: GridColumn
@@ -233,7 +233,7 @@ class _Fill:
 
 
 def deal(tasks: Sequence[Task], n_parts: int) -> list[Task]:
-    """The same work as at most ``n_parts`` calls about equal, and those of other tasks that cannot be dealt out."""
+    """Split the work into at most ``n_parts`` calls of about equal size, and tasks that cannot be split."""
     fills = [task for task in tasks if isinstance(task, _Fill)]
     if not fills:
         return list(tasks)

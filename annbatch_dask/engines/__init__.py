@@ -1,1 +1,1 @@
-"""What runs the tasks of a build: Dask, on a cluster or in this process."""
+"""Engines that run the tasks of a build: Dask, on a cluster or in this process."""

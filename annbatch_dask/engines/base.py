@@ -1,4 +1,4 @@
-"""What an engine is: something that runs independent tasks, and reports each as it is done."""
+"""The interface of an engine: it runs independent tasks and reports each one that finishes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which engine runs a build, and the memory that its workers have."""
+"""Chooses the engine of a build and finds the memory of its workers."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _refuse_asynchronous(client: Client) -> None:
 
 
 def _cluster_budget(client: Client, memory_limit: int | str | None) -> Budget:
-    """What the smallest worker of a cluster can give; the first one is waited for."""
+    """Memory and threads of the smallest worker of a cluster; waits for the first worker."""
     workers = _workers(client)
     if not workers:
         _wait_for_a_worker(client)

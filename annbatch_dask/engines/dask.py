@@ -86,7 +86,7 @@ class LocalEngine:
 
 @dataclass(frozen=True)
 class _Failed:
-    """What a task returns instead of raising: Dask would log the traceback on the worker, and try again at once.
+    """Return value of a failed task. If it raised, Dask would log the traceback on the worker and retry at once.
 
     ``lasts``: trying again cannot help.
     """
@@ -103,7 +103,7 @@ def _attempt(fn: Callable[..., Any], *args: Any) -> Any:
 
 
 class _WorkerTracebackError(Exception):
-    """What a worker would have printed: the cause of an error in the client's traceback."""
+    """Traceback of a worker, as the cause of the error in the client."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
     """Run a plan and commit its result.
 
-    Each task leaves a receipt in the scratch folder, so a build that was interrupted goes on where it stopped when it
+    Each task leaves a receipt in the scratch folder, so a build that was interrupted continues where it stopped when it
     is called again with the same plan. The scratch folder is removed after the commit.
     """
     plan = job.plan
@@ -146,7 +146,7 @@ def _block(plan: Plan, index: int) -> str:
 
 
 def _overtaken(job: Job) -> CollectionBusyError | None:
-    """Whether another build published something meanwhile, and removed what this one wrote: then that is the error."""
+    """Return the error to raise if another build published meanwhile and removed what this one wrote; else None."""
     try:
         check_unchanged(job.target, job.base_version)
     except CollectionBusyError as busy:
@@ -217,7 +217,7 @@ def gather_tasks(plan: Plan, scattered: Sequence[ScatterReceipt], totals: Totals
 
 
 def _gather_nbytes(plan: Plan, tasks: Sequence[GatherTask]) -> int:
-    """What the gather tasks will report as written, to the byte: the length of the progress bar."""
+    """Bytes that the gather tasks will report as written: the length of the progress bar."""
     total = 0
     for m in plan.matrices:
         item = np.dtype(tasks[0].dtypes[m.name]).itemsize

@@ -57,7 +57,7 @@ _MAX_OVERLAPS = 64
 
 
 def commit(job: Job, manifest: Manifest, written: Mapping[str, str]) -> None:
-    """Publish a collection: its datasets lie there, and nobody sees them before this returns.
+    """Publish a collection: its datasets are there, and nobody sees them before this returns.
 
     The root's ``zarr.json`` holds the attributes annbatch looks for, the manifest, and the metadata of all datasets.
 
@@ -100,7 +100,7 @@ def write_root(
 
 
 def _inputs(job: Job) -> list[Input]:
-    """Of every source in the manifest, in its order: where it lies and which content it had, where that is known."""
+    """Of every source in the manifest, in its order: where it is and which content it had, where that is known."""
     before = [] if job.base is None else known_inputs(job.target, job.base)
     new = [(ref, source) for ref, source in zip(job.refs, job.plan.sources, strict=True) if not source.tagged]
     return [*before, *(Input.of(where_of(ref), source.identity) for ref, source in new)]
@@ -195,7 +195,7 @@ def make_manifest(
 
 
 def record_of(name: str, files: FileSums, *, n_obs: int, nnz: int, fingerprint: str) -> DatasetRecord:
-    """What the manifest says of a dataset with these files."""
+    """Make the manifest record of a dataset with these files."""
     return DatasetRecord(
         name,
         n_obs,

@@ -1,4 +1,4 @@
-"""What a dataset has beside its matrices: obs, frames in obsm, what is said of genes; written with anndata itself."""
+"""Writes a dataset's data frames with anndata: obs, frames in obsm, and annotations of genes."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def try_frames(plan: Plan, annotations: AnnData | None) -> None:
 
 
 def _pieces(plan: Plan, annotations: AnnData | None) -> Iterator[tuple[str, Any]]:
-    """What would be written, by name. Of obs and frames in obsm the names of columns alone: what is in them is ours."""
+    """Elements that would be written, by name; of obs and of frames in obsm only the names of their columns."""
     index = pd.Index(np.zeros(0, object), name=plan.index_name)
     frames: dict[str, pd.DataFrame] = {}
     for c in (*plan.columns, plan.source_column):
@@ -120,7 +120,7 @@ _PLAIN = re.compile("[A-Za-z0-9][A-Za-z0-9_ -]*")
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a frame can be stored for sure, as nearly all can. To try it takes a part of a small build's time."""
+    """True if a frame can be stored for sure, as nearly all can. To try it takes a part of a small build's time."""
     if not isinstance(value, pd.DataFrame) or value.index.name in value.columns:
         return False
     names = [*value.columns, *([] if value.index.name is None else [value.index.name])]

@@ -64,7 +64,7 @@ def gather(file: JobFile, task: GatherTask) -> GatherReceipt:
     forget_inputs()  # all of them have been scattered
     job = load_job(file)
     dataset = f"{DATASET_PREFIX}_{job.first_dataset + task.dataset}"
-    # a receipt lies in the scratch folder, its dataset in the target, which others may have removed or replaced since
+    # a receipt is in the scratch folder, its dataset in the target, which others may have removed or replaced since
     if (found := find_receipt(job.scratch, name)) is not None:
         done = GatherReceipt.from_json(found)  # on a store perhaps of another run of this build, under its own name
         for folder in (done.folder, dataset) if ATTEMPT_NAME.fullmatch(done.folder) else (dataset,):
@@ -80,7 +80,7 @@ def gather(file: JobFile, task: GatherTask) -> GatherReceipt:
 
 
 def _is_intact(folder: Folder, files: FileSums) -> bool:
-    """Whether a dataset's files are those that were written, by their sizes, and by content where they are metadata."""
+    """True if a dataset's files are those that were written, by their sizes, and by content where they are metadata."""
     if folder.sizes() != {name: size for name, (size, _) in files.items()}:
         return False
     return checksum(folder, METADATA) == tuple(files[METADATA])

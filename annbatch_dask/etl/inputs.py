@@ -1,4 +1,4 @@
-"""Which inputs a collection was made of: where they lie and which content they had, in a document among its logs.
+"""A record of a collection's inputs, in its log folder: their locations and contents.
 
 The collection itself holds nothing that differs between two builds of equal files, such as paths and times. The
 document is written before the commit, under a name that the committed manifest alone has, so it is there when that is.

@@ -1,7 +1,7 @@
-"""What every task of a build shares. It lies in the scratch folder, so tasks are a few bytes and graphs stay small.
+"""The job that all tasks of a build share. It is a file in the scratch folder, so tasks and graphs stay small.
 
 It is a pickle, which may run code, and hold credentials: of signed URLs, of stores, of what ``load_adata`` knows. So it
-lies there encrypted and authenticated, under a key of its own that goes through the scheduler with each task.
+is there encrypted and authenticated, under a key of its own that goes through the scheduler with each task.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Job:
     base
         Manifest of the collection as it is, where the build extends one.
     base_version
-        Of its root document; None where there is none yet.
+        Version of its root document; None if there is none yet.
     request
         Identity of the call, see :meth:`annbatch_dask.plan.options.Options.request`.
     claim
@@ -85,7 +85,7 @@ class Job:
     inherited
         See :class:`annbatch_dask.manifest.Manifest`.
     attributes
-        Of the root document, what others put there: it stays.
+        Attributes of the root document that others wrote; they are kept.
     """
 
     plan: Plan
@@ -145,7 +145,7 @@ def forget_inputs() -> None:
 
 @dataclass(frozen=True)
 class JobFile:
-    """What a task is given: where the job lies, and its key."""
+    """Location and key of the job file, passed to each task."""
 
     scratch: Folder
     key: bytes = field(default_factory=partial(secrets.token_bytes, 32), repr=False)
@@ -198,7 +198,7 @@ def work_folder(plan: Plan, target: Folder, request: str) -> str:
 
 
 def say_what_is_lost(scratch: Folder, work: str) -> None:
-    """Warn of the same work, cut in other pieces: it was begun on workers of another memory, and is done anew."""
+    """Warn of the same work, cut in other pieces: it was begun on workers of another memory, and is done again."""
     end = work.rpartition("-")[2]
     for name in scratch.names():
         if name != work and name.startswith(work[:WORK_DIGITS]) and name.endswith(f"-{end}"):
@@ -267,18 +267,18 @@ def trim_memory() -> None:
 
 @dataclass(frozen=True)
 class GatherTask:
-    """What scatter found out that writing a dataset needs.
+    """Task that writes one dataset, with the results of scatter that it needs.
 
     Attributes
     ----------
     dataset
-        Which.
+        Number of the dataset within this build.
     dtypes
         Stored dtype of each matrix, the same in all datasets.
     nnz
         Stored values of each sparse matrix in this dataset.
     fingerprint
-        Of the rows as they were read.
+        Fingerprint of the rows as they were read.
     """
 
     dataset: int

@@ -1,4 +1,4 @@
-"""What of a folder is ours to remove, and what of it somebody still needs.
+"""Ownership of folders: which ones a build or gc may remove, and which are still in use.
 
 The one rule: a folder is removed only if a document inside says that this package wrote it for this collection. A
 dataset's ``zarr.json``, the first of its files that is written and the last that is removed, names its plan and its
@@ -52,12 +52,12 @@ _N_THREADS = 16
 
 
 def dataset_attributes(plan: str, collection: str) -> dict[str, Any]:
-    """What a dataset says of whose it is: the fingerprint of its plan, and its collection's id."""
+    """Attributes that say who owns a dataset: the fingerprint of its plan and its collection's id."""
     return {MANIFEST_KEY: {"plan": plan, "collection": collection}}
 
 
 def first_document(attributes: dict[str, Any]) -> bytes:
-    """What a dataset's folder holds from its beginning."""
+    """The first document of a dataset's folder."""
     return group_document(attributes, {})
 
 
@@ -71,7 +71,7 @@ def _attributes(document: bytes | None) -> dict[str, Any]:
 
 
 def is_dataset_of(document: bytes | None, plans: Iterable[str], ids: Iterable[str]) -> bool:
-    """Whether a dataset's document says that it was written by one of these plans, or for one of these collections."""
+    """True if a dataset's document says that it was written by one of these plans, or for one of these collections."""
     about = _attributes(document).get(MANIFEST_KEY)
     if not isinstance(about, dict):  # a damaged one may still say so
         return document is not None and any(f'"{plan}"'.encode() in document for plan in plans)
@@ -80,12 +80,12 @@ def is_dataset_of(document: bytes | None, plans: Iterable[str], ids: Iterable[st
 
 @dataclass(frozen=True)
 class _Root:
-    """What a root document says.
+    """Content of a root document.
 
     Attributes
     ----------
     names
-        Of the datasets in it.
+        Names of its datasets.
     plans, ids
         By which its datasets know themselves.
     inherited
@@ -121,12 +121,12 @@ class _Root:
 
 @dataclass(frozen=True)
 class FolderContents:
-    """What lies in a collection's folder beside the root document.
+    """Content of a collection's folder beside the root document.
 
     Attributes
     ----------
     version
-        Of the root document; None where there is none.
+        Version of the root document; None if there is none.
     named
         Datasets of the collection as it is.
     datasets
@@ -134,7 +134,7 @@ class FolderContents:
     files
         Our files that are not finished, and root documents that were replaced and are not held.
     claims
-        Of builds that run, or were interrupted.
+        Claims of builds that run or were interrupted.
     inherited
         Datasets among ours that were an earlier collection's at this place.
     last
@@ -225,7 +225,7 @@ def _number(name: str) -> int:
 
 
 def contents_of(target: Folder) -> FolderContents:
-    """Tell apart what lies in a collection's folder."""
+    """Tell apart what is in a collection's folder."""
     version, names = target.version(METADATA), target.names()
     root = _Root.of(target.find(METADATA))
     claims = find_claims(target, names)
@@ -278,7 +278,7 @@ def contents_of(target: Folder) -> FolderContents:
 
 
 def _is_plain_group(document: bytes | None) -> bool:
-    """Whether a root document is that of an empty group, which ``zarr.open(path, mode="w")`` makes."""
+    """True if a root document is that of an empty group, which ``zarr.open(path, mode="w")`` makes."""
     try:
         return json.loads(document or b"{}").get("node_type") == "group" and not _attributes(document)
     except (ValueError, AttributeError):
@@ -309,7 +309,7 @@ def added_files(target: Folder, name: str, document: bytes | None = None) -> lis
 
 
 def _is_blank(folder: Folder) -> bool:
-    """Whether nothing is there but what may be the beginning of our own document."""
+    """True if the file is empty or the beginning of our own document."""
     return all(n == f"{METADATA}~" or (m := UNFINISHED.fullmatch(n)) and m["name"] == OWNER for n in folder.names())
 
 
@@ -341,7 +341,7 @@ def remove_dataset(target: Folder, name: str, plans: Iterable[str], ids: Iterabl
 
 
 def default_scratch(target: Folder) -> Folder:
-    """The folder beside the collection that its scratch folders lie in, where none is given."""
+    """The folder beside the collection that its scratch folders are in, where none is given."""
     return Folder(target.url.rstrip("/") + _SCRATCH, target.options)
 
 
@@ -354,7 +354,7 @@ class Scratch:
     target
         The collection's folder, by which its own know themselves.
     options
-        Of the store that scratch folders lie on, as no claim holds any; none stands for the collection's own, where
+        Of the store that scratch folders are on, as no claim holds any; none stands for the collection's own, where
         that is the same store.
     """
 
@@ -368,11 +368,11 @@ class Scratch:
         return Folder(url, self.options or (self.target.options if is_same else StorageOptions()))
 
     def find(self, works: Iterable[Work], *roots: Folder) -> list[tuple[Folder, bool]]:
-        """Folders of these works, and whatever of this collection's lies in some folders.
+        """Folders of these works, and whatever of this collection's is in some folders.
 
         Returns
         -------
-        Each, and whether the folder that it lies in may go with it.
+        Each, and whether the folder that it is in may go with it.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""What a finished task reports, and how it lies in the scratch folder: a file of JSON that a later call reads."""
+"""What a finished task reports, and how it is in the scratch folder: a file of JSON that a later call reads."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class GatherReceipt:
     n_bytes
         Bytes written, uncompressed.
     folder
-        Where the files lie until the commit; the dataset's name where that is their place.
+        Where the files are until the commit; the dataset's name where that is their place.
     scattered_again
         Blocks whose spill files were damaged.
     reused

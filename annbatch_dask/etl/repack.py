@@ -38,7 +38,7 @@ Sums = dict[str, tuple[int, str]]
 
 
 def repack(source: Folder, manifest: Manifest, target: Folder, layout: str, attributes: dict[str, Any]) -> None:
-    """Write a collection anew in a layout; what an interrupted call has written is kept.
+    """Write a collection again in a layout; what an interrupted call has written is kept.
 
     Each dataset is read back, and its rows have the fingerprint they had, before the collection is there.
 
@@ -49,7 +49,7 @@ def repack(source: Folder, manifest: Manifest, target: Folder, layout: str, attr
     target
         Where nothing is yet, but perhaps what such a call left.
     attributes
-        Of others, in the source's root.
+        Attributes of the source's root that others wrote.
 
     Raises
     ------
@@ -91,7 +91,7 @@ def _check_target(target: Folder, manifest: Manifest) -> None:
 
 
 def _about(document: bytes, fingerprint: str, layout: str) -> dict[str, Any]:
-    """What a dataset says of itself: whose it is, as that it is a copy of says, and of which rows in which layout."""
+    """Attributes of a copied dataset: those of the original, and the rows and layout of the copy."""
     whose = json.loads(document)["attributes"][MANIFEST_KEY]
     about = dataset_attributes(whose["plan"], whose["collection"])
     about[MANIFEST_KEY]["repacked"] = [fingerprint, layout]

@@ -68,7 +68,7 @@ def array_name(element: str, what: str = "values") -> str:
     element
         Name of a matrix, or path of a column.
     what
-        Of a matrix ``dense``, or ``indices``, ``values`` and ``length`` (stored values a row); of a column ``values``,
+        For a matrix ``dense``, or ``indices``, ``values`` and ``length`` (values per row); for a column ``values``,
         ``mask``, or of strings ``bytes`` and ``length``.
     """
     return f"{element}#{what}"

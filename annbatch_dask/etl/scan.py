@@ -190,6 +190,6 @@ def merge_annotations(found: Sequence[ad.AnnData], merge: str | None) -> ad.AnnD
 
 
 def raw_var(genes: pd.Index, annotations: ad.AnnData | None) -> pd.DataFrame:
-    """What is said of ``raw``'s genes, in their order; no columns where nothing is."""
+    """Annotations of the genes of ``raw``, in their order; no columns if there are none."""
     raw = None if annotations is None else annotations.raw
     return pd.DataFrame(index=genes) if raw is None else raw.var.loc[genes]

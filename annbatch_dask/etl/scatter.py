@@ -43,7 +43,7 @@ def scatter(file: JobFile, index: int) -> ScatterReceipt:
 
 
 def scatter_again(file: JobFile, index: int) -> None:
-    """Write anew the spill file of a task that was finished, because it was damaged since."""
+    """Write again the spill file of a task that was finished, because it was damaged since."""
     forget_task(file.scratch, index)
     scatter(file, index)
 

@@ -1,4 +1,4 @@
-"""What is removed of a collection's folder and of scratch folders, and when: after a build, and by gc."""
+"""Removes leftovers of builds from a collection's folder and scratch folders: after a build, and by gc."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def withdraw(job: Job) -> None:
-    """Remove what a build wrote that was refused: nobody can use it any more.
+    """Remove the files of a build that was refused.
 
     Its numbers are its own, as long as its claim is there. What the root document names stays nevertheless.
     """
@@ -43,7 +43,7 @@ def sweep(
     Parameters
     ----------
     roots
-        Folders in which scratch folders may lie that no claim tells of.
+        Folders in which scratch folders may be that no claim tells of.
     dry_run
         Remove nothing.
     abandoned
@@ -81,7 +81,7 @@ def sweep_idle(target: Folder, scratch: Scratch) -> None:
 
 
 def leftovers(target: Folder) -> list[str]:
-    """Names in a collection's folder that are ours, and that nobody needs; builds that run may."""
+    """Names of our files in a collection's folder that no reader needs; running builds may need them."""
     found = contents_of(target)
     return sorted([*found.datasets, *found.files, *(c.name for c in found.claims)])
 

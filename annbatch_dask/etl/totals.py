@@ -1,4 +1,4 @@
-"""What scatter tasks report of each dataset, added up as it comes: blocks times datasets are too many to keep."""
+"""Sums of the scatter receipts per dataset, updated as each arrives: blocks times datasets are too many to keep."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def packed(fingerprint: NDArray[np.uint64], nnz: Mapping[str, NDArray[np.int64]]
     fingerprint
         (n_datasets,) of the block's rows in each.
     nnz
-        Of each sparse matrix: (n_datasets,) stored values in each.
+        Stored values of each sparse matrix in each dataset: (n_datasets,).
     """
     return {
         "datasets": {_FINGERPRINT: _encode(fingerprint)} | {f"nnz/{name}": _encode(n) for name, n in nnz.items()},
@@ -52,7 +52,7 @@ class Totals:
     fingerprint
         (n_datasets,) uint64, modulo 2**64.
     nnz
-        Of each sparse matrix: (n_datasets,) int64.
+        Stored values of each sparse matrix: (n_datasets,) int64.
     """
 
     def __init__(self, n_datasets: int) -> None:

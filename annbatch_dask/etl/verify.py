@@ -1,4 +1,4 @@
-"""verify: what lies on disk, against the manifest and, if asked, against the files it was made of."""
+"""verify: what is on disk, against the manifest and, if asked, against the files it was made of."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verification:
-    """What :meth:`annbatch_dask.DatasetCollection.verify` found.
+    """Result of :meth:`annbatch_dask.DatasetCollection.verify`.
 
     Attributes
     ----------
     path
-        Of the collection.
+        Path of the collection.
     problems
         Empty where all is as it was written.
     leftovers
@@ -85,7 +85,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether there is no problem."""
+        """True if no problem was found."""
         return not self.problems
 
     def raise_for_problems(self) -> None:
@@ -125,7 +125,7 @@ class CheckResult:
 
 
 def check_root(target: Folder, manifest: Manifest) -> list[Problem]:
-    """Whether the manifest agrees with itself and with the consolidated metadata beside it."""
+    """Compare the manifest with itself and with the consolidated metadata beside it."""
     problems = []
     for name, rows in (("datasets", manifest.datasets), ("sources", manifest.sources)):
         if (n := sum(r.n_obs for r in rows)) != manifest.n_obs and (name == "datasets" or _recorded(manifest)):
@@ -148,7 +148,7 @@ def check_root(target: Folder, manifest: Manifest) -> list[Problem]:
 
 
 def _recorded(manifest: Manifest) -> bool:
-    """Whether every row's origin is on record; it is not where annbatch wrote some."""
+    """True if every row's origin is recorded; it is not where annbatch wrote some."""
     return all(d.fingerprint for d in manifest.datasets)
 
 
@@ -199,7 +199,7 @@ def _unreadable(target: Folder, problem: Problem) -> IntegrityError:
 
 
 def _check_files(target: Folder, record: DatasetRecord, reads: Callable[[str], bool]) -> list[Problem]:
-    """What differs from the record: sizes of all files, and checksums of those that ``reads`` names."""
+    """Problems of a dataset's files: sizes of all, and checksums of those that ``reads`` names."""
     try:
         files = recorded_files(target, record)
     except IntegrityError as e:
@@ -301,7 +301,7 @@ class Candidate:
 
 
 def match_sources(paths: Sequence[str], manifest: Manifest) -> list[tuple[Candidate, ...]]:
-    """Which records each path may stand for: those of the whole path, or else of its last part.
+    """Match each path with source records: by the whole path, or else by its last part.
 
     Raises
     ------

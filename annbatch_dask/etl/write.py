@@ -101,7 +101,7 @@ class SparseWriter(contextlib.ExitStack):
 
 
 def packing_of(array: str, dtype: np.dtype) -> PackedCodec | None:
-    """How one of a sparse matrix's arrays is packed; not at all where it is small, or holds no integers."""
+    """Codec of one array of a sparse matrix; None if the array is small or holds no integers."""
     return None if array == "indptr" or not packs(dtype) else PackedCodec(differences=array == "indices")
 
 

@@ -1,4 +1,4 @@
-"""What pages and notebooks show: templates, and rows of tables made for them."""
+"""Templates of pages and notebook outputs, and the rows of their tables."""
 
 from annbatch_dask.html.genes import OverlapRow, overlap_rows
 from annbatch_dask.html.pages import render

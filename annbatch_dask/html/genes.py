@@ -1,4 +1,4 @@
-"""Which genes which sources share, as rows of a table: an UpSet plot lying on its side."""
+"""Genes shared by sources, as the rows of an UpSet plot."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class OverlapRow:
     n_genes
         How many genes.
     share
-        Of the most frequent row's, in (0, 1].
+        Relative to the most frequent row, in (0, 1].
     """
 
     label: str

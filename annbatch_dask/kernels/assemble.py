@@ -37,7 +37,7 @@ Places = NDArray[np.int32]
 _Rows = tuple[Array, Ints, Array, Ints, Ints]
 
 if hasattr(os, "register_at_fork"):
-    # A worker that is forked while a thread compiles would get a copy of the compiler's lock that nobody lets go of.
+    # A worker that is forked while a thread compiles would inherit the compiler's lock in a locked state.
     os.register_at_fork(
         before=global_compiler_lock.acquire,
         after_in_parent=global_compiler_lock.release,
@@ -150,7 +150,7 @@ def scatter_rows(
 def _scatter_plain(
     sparse: SparseRows, starts: Ints, lengths: Ints, dest: Array, dest_rows: Ints, places: Places | None
 ) -> tuple[int, int]:
-    """The same in numpy, for dtypes that numba does not know."""
+    """Like `scatter_rows`, in numpy, for dtypes that numba does not support."""
     values, value_starts, columns, *_ = sparse.at(starts, lengths)
     n_columns, n_outside = dest.shape[1] if places is None else len(places), 0
     for start, value_start, length, row in zip(starts, value_starts, lengths, dest_rows, strict=True):
@@ -165,7 +165,7 @@ def _scatter_plain(
 
 
 def count_selected(columns: Array, starts: Ints, lengths: Ints, places: Places) -> tuple[Ints, int]:
-    """How many entries of each row stay where ``places`` leaves columns out; entries whose column does not exist."""
+    """Count the entries of each row that ``places`` keeps, and the entries whose column does not exist."""
     counts = np.empty(len(starts), np.int64)
     return counts, int(_count(columns, starts, lengths, places, counts))
 
@@ -208,7 +208,7 @@ def _as_unsigned(source: Array, dest: Array) -> tuple[Array, Array]:
 
 
 def _has_kernels(dtype: np.dtype[Any]) -> bool:
-    """Whether numba computes with it on a CPU."""
+    """True if numba computes with it on a CPU."""
     return dtype.isnative and (dtype.kind in "biu" or dtype in (np.float32, np.float64, np.complex64, np.complex128))
 
 
@@ -248,7 +248,7 @@ def _normalize(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_sta
 
 @compiled
 def _is_plain(columns: Array, n_columns: np.uint64) -> bool:
-    """Whether a row's columns ascend and all exist, as anndata writes them: then each is there once."""
+    """True if a row's columns ascend and all exist, as anndata writes them: then each is there once."""
     n = columns.shape[0]
     n_down = 0
     for j in range(1, n):
@@ -297,7 +297,7 @@ def _scatter_selected(rows: _Rows, places: Places, dest: Array, dest_rows: Ints)
         row = dest[dest_rows[i]]
         row[:] = 0
         prefetch_row(dest[dest_rows[min(i + 1, last)]])
-        # Which entries stay is found first, without a branch: nobody can predict the few chosen ones.
+        # Which entries stay is found first, without a branch: the few chosen ones cannot be predicted.
         n_kept = 0
         if _is_plain(row_columns, n_columns):
             for j in range(row_columns.shape[0]):

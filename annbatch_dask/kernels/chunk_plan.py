@@ -1,4 +1,4 @@
-"""Which bytes of which files hold some rows of a chunked array, and where its chunks go."""
+"""Plans the byte ranges that hold some rows of a chunked array, and the destination of each chunk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def find_shards(spans: Any, n_rows: int) -> Any:
     spans
         (n, 2) half-open runs of rows, ascending, disjoint, not empty.
     n_rows
-        Of a shard.
+        Rows of a shard.
     """
     found = np.empty(spans[-1, 1] // n_rows - spans[0, 0] // n_rows + 1 if len(spans) else 0, np.int64)
     n_found = 0
@@ -38,7 +38,7 @@ def find_shards(spans: Any, n_rows: int) -> Any:
 
 @compiled
 def _cut(spans: Any, chunk_len: int) -> Any:
-    """What each run takes from each row of chunks, the rows of chunks, and the first piece of each and the end."""
+    """Cut runs of rows at chunk boundaries: the pieces, their rows of chunks, and the offsets of the pieces."""
     n_pieces = 0
     for i in range(len(spans)):
         n_pieces += (spans[i, 1] - 1) // chunk_len - spans[i, 0] // chunk_len + 1
@@ -108,7 +108,7 @@ def _order_by_offset(chunks: Any) -> None:
 def plan_chunks(  # noqa: PLR0913
     spans: Any, chunk_len: int, grid: Any, offsets: Any, sizes: Any, max_gap: int, max_read: int
 ) -> Any:
-    """How to read some rows of an array.
+    """Plan the reads of some rows of an array.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""How kernels are compiled: once a machine where numba finds a folder to keep them in, else once a process."""
+"""Compilation of kernels: cached per machine if numba finds a writable folder, else once per process."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def compiled(fn: Callable[..., Any]) -> Any:
     """A function compiled at its first call for each combination of dtypes, which releases the GIL while it runs.
 
     What was compiled is kept in ``NUMBA_CACHE_DIR`` where that is set, else beside the package, else in the user's
-    cache folder. In a container that another user runs none of them may be writable: then each process compiles anew.
+    cache folder. In a container that another user runs none of them may be writable: then each process compiles again.
     """
     return _kept(lambda cache: numba.njit(nogil=True, cache=cache)(fn))
 
 
 def compiled_for_c(signature: Any, fn: Callable[..., Any]) -> Any:
-    """The same, compiled at once for one combination of dtypes, to be called as C does at its ``address``."""
+    """Compile a kernel for one combination of dtypes, to be called from C at its ``address``."""
     return _kept(lambda cache: numba.cfunc(signature, nopython=True, cache=cache)(fn))
 
 

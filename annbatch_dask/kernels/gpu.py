@@ -1,7 +1,7 @@
 """Rows on a CUDA device: one kernel makes the batch, each of its elements written once, in the delivered dtype.
 
 A block of threads makes a stretch of columns of one row: in shared memory, where entries are added up, and from there
-in order. Rows lie in a slab, the bytes of a window as they were loaded; tables say where each begins.
+in order. Rows are in a slab, the bytes of a window as they were loaded; tables say where each begins.
 
 The twins on the CPU are :func:`annbatch_dask.kernels.assemble.scatter_rows` and ``take_columns``; the source below is
 also C++, and the tests run it as such.
@@ -231,13 +231,13 @@ def kernel_name(
     kernel
         Makes dense rows of sparse ones, sparse ones of sparse ones, or dense ones of dense ones.
     stored
-        Of values, and of columns where rows are sparse.
+        Dtypes of values, and of columns for sparse rows.
     total
-        Of sums: float32, float64, int32 or int64.
+        Dtype of sums: float32, float64, int32 or int64.
     delivered
-        Of what is written; None for bfloat16.
+        Dtype of the output; None for bfloat16.
     index
-        Of columns that are written, for ``"gather"``.
+        Dtype of output columns, for ``"gather"``.
 
     Raises
     ------
@@ -250,7 +250,7 @@ def kernel_name(
 
 
 def knows(dtype: DTypeLike) -> bool:
-    """Whether kernels read and write a dtype."""
+    """True if kernels read and write a dtype."""
     return np.dtype(dtype).isnative and np.dtype(dtype).str[1:] in _NAMES
 
 
@@ -259,7 +259,7 @@ def _name(dtype: DTypeLike) -> str:
 
 
 def find_compiler(library: Literal["cupy", "torch"]) -> Literal["cupy", "torch"] | None:
-    """What compiles kernels for arrays of a library; None where nothing does.
+    """Return the kernel compiler for arrays of a library, or None.
 
     torch's arrays take cupy's compiler where cupy is installed, else torch's own, which has it since 2.8.
     """

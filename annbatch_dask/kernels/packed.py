@@ -1,6 +1,6 @@
 """Integers in few bits: blocks of 1,024 values, each packed in as many bits as most of them need.
 
-Within a block, value ``i`` lies in lane ``i % L`` of ``L`` lanes, so that one step of a loop moves 1,024 bits of
+Within a block, value ``i`` is in lane ``i % L`` of ``L`` lanes, so that one step of a loop moves 1,024 bits of
 neighbours, which compilers make vector instructions of (the vertical layout of D. Lemire and L. Boytsov, "Decoding
 billions of integers per second through vectorization", 2015, and of A. Afroozeh and P. Boncz, "The FastLanes
 Compression Layout", 2023). The few values that need more bits are patched (M. Zukowski et al., "Super-Scalar RAM-CPU
@@ -97,7 +97,7 @@ def _length(_typing: Any, value: Any) -> Any:
 
 
 def _pointer(builder: Any, context: Any, kind: Any, array: Any, at: Any, vector: Any) -> Any:
-    """Where ``array[at]`` lies, to read or write a vector there."""
+    """Pointer to ``array[at]``, to read or write a vector there."""
     data = context.make_array(kind)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [at]), vector.as_pointer())
 
@@ -135,7 +135,7 @@ def _take_row(_typing: Any, raw: Any, at: Any, next_at: Any, shift: Any, mask: A
 
 
 def _sum_steps(n: int, n_near: int) -> Iterator[list[int]]:
-    """What to add to each of n lanes, step by step, so that all hold running sums; lane ``n`` is a zero.
+    """Lane indices of each step of a running sum over n lanes; lane ``n`` is zero.
 
     At first within ``n_near`` lanes, which processors move with less effort, then the last of them to those behind.
     """
@@ -194,7 +194,7 @@ def _read(raw, at, n):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
 
 @compiled
 def write_number(raw, at, n, value):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
-    """The same, written."""
+    """Like `_read`, but writes the number."""
     for k in range(n):
         raw[at + U64(k)] = np.uint8((U64(value) >> U64(8 * k)) & U64(255))
 

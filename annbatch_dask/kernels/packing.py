@@ -117,7 +117,7 @@ def _pack_patches(values, width, high, raw, at, counts):  # type: ignore[no-unty
 
 @compiled
 def _subtract(values, first, n, differences, sign, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913, PLR0917
-    """What is packed of ``values[first:][:n]``, and the base; zeros behind."""
+    """Subtract the base of ``values[first:][:n]``; pads with zeros."""
     ty = values.dtype.type
     if differences:
         base = ty(values[first] - ty(1))

@@ -11,7 +11,7 @@ __all__ = ["count_rounds", "round_keys", "swap_or_not"]
 
 
 def count_rounds(n: int) -> int:
-    """How many rounds make pairs of rows indistinguishable from uniform; see :func:`swap_or_not`."""
+    """Number of rounds after which pairs of rows are indistinguishable from uniform; see :func:`swap_or_not`."""
     return 96 + 6 * max(1, n).bit_length()
 
 

@@ -144,7 +144,7 @@ def sort_entries(offsets: NDArray[np.int64], keys: NDArray, *values: NDArray) ->
 
 @compiled
 def find_rows(rows, start, stop, at):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
-    """``at[:n]`` = where ``rows`` lie in [start, stop); returns n. ``at`` has one place more than there are rows."""
+    """``at[:n]`` = where ``rows`` are in [start, stop); returns n. ``at`` has one place more than there are rows."""
     n = 0
     for k in range(rows.shape[0]):
         at[n] = k

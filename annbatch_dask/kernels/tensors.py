@@ -1,4 +1,4 @@
-"""Sparse and dense rows in operations of torch, on whatever device they lie: where no kernel can be compiled.
+"""Sparse and dense rows in operations of torch, on whatever device they are: where no kernel can be compiled.
 
 They make what :mod:`annbatch_dask.kernels.gpu` makes, and are tested on the CPU.
 """
@@ -20,7 +20,7 @@ def gather(slab: Any, at: Any, lengths: Any, dtype: Any) -> Any:
     at, lengths
         (n,) int64: where each stretch begins in bytes, a multiple of the item's size; and its items.
     dtype
-        Of the items.
+        Dtype of the items.
     """
     import torch
 
@@ -50,7 +50,7 @@ def densify(
     n_columns, width
         Columns of the data, and of the result.
     dtype
-        Of the result: torch's float32, float64, int32 or int64.
+        Dtype of the result: torch's float32, float64, int32 or int64.
     places
         (n_columns,) int32: where each column goes, -1 for one that is left out; None puts each where it was.
     target_sum
@@ -92,5 +92,5 @@ def normalized(rows: Any, target_sum: float) -> Any:
 
 
 def _scales(totals: Any, target_sum: float) -> Any:
-    """What rows with these sums are multiplied by; 1 where there is nothing to scale."""
+    """Scale factors of rows with these sums; 1 for empty rows."""
     return (target_sum / totals).where(totals != 0, totals.new_ones(()))

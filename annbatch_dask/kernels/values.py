@@ -31,7 +31,7 @@ def float_range(values):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
 
 @compiled
 def all_whole(values, bits):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, ANN202
-    """Whether every float is a whole number and none a negative zero, whose sign an integer would lose."""
+    """True if every float is a whole number and none a negative zero, whose sign an integer would lose."""
     fractions, negative_zeros = 0, 0
     sign = bits.dtype.type(1) << bits.dtype.type(8 * bits.itemsize - 1)
     for k in range(values.shape[0]):
@@ -57,7 +57,7 @@ def narrow_counts(values, bits, out):  # type: ignore[no-untyped-def]  # noqa: A
 
 
 def range_of(values: NDArray) -> tuple[bool, float, float, bool, int, int, bool]:
-    """The same for any real dtype, with exact integers, and whether float64 holds them; 0 counts among the values.
+    """Like `float_range`, for any real dtype, with exact integer bounds, and whether float64 holds them; includes 0.
 
     Whole numbers from 2**63 on are not called integral, as they fit no signed integer.
     """

@@ -1,4 +1,4 @@
-"""Which row a share of the sum of all weights falls on."""
+"""Weighted draws: the row that a share of the sum of all weights falls on."""
 
 import numpy as np
 

@@ -79,7 +79,7 @@ class SourceRows:
 
     @cached_property
     def _token(self) -> str:
-        """The same for the same sources, where it can be known that they are the same."""
+        """Deterministic token: equal for equal sources, if their identity is known."""
         known = all(self.identities)
         return str(tokenize([s.path for s in self.sources], self.identities) if known else uuid4().hex)
 
@@ -88,7 +88,7 @@ class SourceRows:
         return self._variable(_NAMES, _read_names, dim)
 
     def labels(self, spec: ColumnSpec, dim: str) -> xr.Variable:
-        """Which source each row is of; ``spec`` is a plan's ``source_column``."""
+        """The source of each row; ``spec`` is a plan's ``source_column``."""
         return self._variable(spec, _read_label, dim)
 
     def _variable(self, spec: ColumnSpec, reader: Reader, dim: str, *, keep_unused: bool = True) -> xr.Variable:

@@ -159,7 +159,7 @@ class View:
                 elements=Elements.parse(sorted({f"-{name}" for s in schemas for name in s.unsupported})),
                 allow_mixed_counts=True,
             ),
-            budget=Budget(2**62),  # who will compute, nobody knows
+            budget=Budget(2**62),  # the engine that will compute is unknown
             var=None if annotations is None else annotations.var,
         )
         if plan.left_out:
@@ -233,7 +233,7 @@ def _dataset_2d(dataset: xr.Dataset, index: str) -> Dataset2D:
 
 
 def _inner(plan: Plan, schemas: Sequence[SourceSchema]) -> Plan:
-    """The same with the genes that all sources have, in the order of :func:`anndata.concat`."""
+    """Restrict to the genes that all sources have, in the order of :func:`anndata.concat`."""
     genes = {}
     for name, space in plan.genes.items():
         listed = {

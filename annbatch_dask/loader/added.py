@@ -1,4 +1,4 @@
-"""What a loader reads: the datasets that were added to it, with their obs and var."""
+"""The datasets that were added to a loader, with their obs and var."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class AddedData(Generic[BackingArray_T]):
 
     @property
     def _obs(self) -> list[pd.DataFrame] | None:
-        """A frame for each dataset, made anew each time; scvi-tools asks for it."""
+        """A frame for each dataset, made again each time; scvi-tools asks for it."""
         table = self._table
         return None if table is None else table.frames()
 
@@ -122,7 +122,7 @@ class AddedData(Generic[BackingArray_T]):
 
     @property
     def obs_categories(self) -> dict[str, pd.Index[Any]]:
-        """What the codes of each column of ``obs_codes`` stand for; grows when datasets are added.
+        """Categories of each column of ``obs_codes``; grows when datasets are added.
 
         Those that were given; else the categories of all datasets in order of first appearance, False and True, or
         the sorted distinct values of any other column that is not categorical.
@@ -148,7 +148,7 @@ class AddedData(Generic[BackingArray_T]):
             If a file of the collection is missing or damaged. A damaged chunk of a matrix, which is found when it is
             read, ends the iteration with this error before any of its rows is delivered.
         CollectionChangedError
-            If another collection stands at its path by now. A loader goes on with the files that it opened, or an
+            If another collection stands at its path by now. A loader continues with the files that it opened, or an
             iteration ends with this error: every read compares the version of its file with that of now.
         """
         if collection.is_empty:
@@ -199,7 +199,7 @@ class AddedData(Generic[BackingArray_T]):
     def _add_adata(
         self, adata: ad.AnnData | Backed, recorded: Recorded, listing: Listing | None = None, *, is_ours: bool = False
     ) -> None:
-        """Add one; of ours, nobody else holds obs, and what is not needed is dropped."""
+        """Add a dataset. If the loader alone holds its obs, columns that are not needed are dropped."""
         if not isinstance(adata.X, _ACCEPTED):
             msg = f"Cannot add an AnnData with X of type {type(adata.X)}; use one of {_names(_ACCEPTED)}"
             raise TypeError(msg)
@@ -226,7 +226,7 @@ class AddedData(Generic[BackingArray_T]):
             raise ValueError(msg)
 
     def _say_what_is_left_out(self, names: frozenset[str]) -> None:
-        """A warning that names what nobody asked for, each name once."""
+        """Warn of matrices that were not requested, each name once."""
         for name in sorted(names - self._named):
             kind, _, key = name.partition("/")
             msg = (
@@ -293,7 +293,7 @@ class AddedData(Generic[BackingArray_T]):
         self._beside = {key: (*self._beside.get(key, ()), other) for key, other in others.items()}
 
     def _compact(self, obs: pd.DataFrame, *, has_names: bool) -> ObsTable:
-        """What is needed of an obs that nobody else holds."""
+        """The columns of an obs that batches need, as a copy."""
         needed = self._columns_to_read()
         columns = obs.columns if needed is None else [name for name in needed if name in obs.columns]
         return ObsTable.of(obs[columns], obs.index if has_names else None)
@@ -394,7 +394,7 @@ def _warn_of_ranks(tables: Sequence[ObsTable], names: Sequence[str]) -> None:
 
 
 def _left_out(adata: ad.AnnData | Backed, wanted: BatchSpec) -> frozenset[str]:
-    """What batches will not carry because nobody asked for it, nor left it out on purpose."""
+    """Names of matrices that batches will not carry and that the user did not exclude."""
     return frozenset(
         f"{kind}/{key}"
         for kind, asked in (("layers", wanted.layers), ("obsm", wanted.obsm))

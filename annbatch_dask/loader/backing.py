@@ -1,4 +1,4 @@
-"""Where rows come from: zarr arrays and CSR groups on disk, arrays and CSR matrices in memory.
+"""Sources of rows: zarr arrays and CSR groups on disk, arrays and CSR matrices in memory.
 
 A source answers in two steps. :meth:`RowSource.locate` says what the rows cost, so that bytes can be reserved
 before they exist; :meth:`RowSource.open` takes buffers and returns a block together with the tasks that fill it.
@@ -69,7 +69,7 @@ Block = SparseBlock | DenseBlock
 
 @dataclass(frozen=True)
 class Located:
-    """What a request means to a source.
+    """Rows of a request, resolved for one source.
 
     Attributes
     ----------
@@ -104,7 +104,7 @@ class ValueBounds(NamedTuple):
 
 
 class Arrays(Protocol):
-    """Where arrays for what is loaded come from."""
+    """Allocator of arrays for loaded rows."""
 
     def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Array:
         """An uninitialised array, C-contiguous."""
@@ -132,12 +132,12 @@ class RowSource(ABC):
 
     @property
     def is_remote(self) -> bool:
-        """Whether its tasks wait for a store most of the time."""
+        """True if its tasks wait for a store most of the time."""
         return False
 
     @property
     def is_ready(self) -> bool:
-        """Whether :meth:`locate` reads no file."""
+        """True if :meth:`locate` reads no file."""
         return True
 
     @property
@@ -147,14 +147,14 @@ class RowSource(ABC):
 
     @abstractmethod
     def values(self) -> ValueBounds | None:
-        """What is known of its values; None where only their dtype is."""
+        """Recorded range of the values; None if only their dtype is known."""
 
     @abstractmethod
     def locate(self, rows: Ints) -> Located:
         """Find the rows (any order, repeats allowed); reads no values."""
 
     def prepare(self, located: Located) -> list[Task]:  # noqa: ARG002
-        """What is best done in many threads before :meth:`open`."""
+        """Tasks to run in threads before :meth:`open`."""
         return []
 
     @abstractmethod
@@ -224,16 +224,16 @@ class ZarrCsrSource(RowSource):
 
     @property
     def is_remote(self) -> bool:
-        """Whether it lies in an object store."""
+        """True if it is in an object store."""
         return self._values.is_remote
 
     @property
     def is_ready(self) -> bool:
-        """Whether the row pointers are there."""
+        """True if the row pointers are there."""
         return self._indptr is not None
 
     def values(self) -> ValueBounds | None:
-        """What was recorded."""
+        """Recorded range of the values."""
         return self._recorded
 
     def prepare(self, located: Located) -> list[Task]:
@@ -309,11 +309,11 @@ class ZarrArraySource(RowSource):
 
     @property
     def is_remote(self) -> bool:
-        """Whether it lies in an object store."""
+        """True if it is in an object store."""
         return self._reader.is_remote
 
     def values(self) -> ValueBounds | None:
-        """What was recorded."""
+        """Recorded range of the values."""
         return self._recorded
 
     def prepare(self, located: Located) -> list[Task]:
@@ -339,7 +339,7 @@ class ZarrArraySource(RowSource):
 
 
 class CsrSource(RowSource):
-    """A CSR matrix in memory, used where it lies."""
+    """A CSR matrix in memory, used where it is."""
 
     is_sparse = True
 
@@ -369,7 +369,7 @@ class CsrSource(RowSource):
 
 
 class ArraySource(RowSource):
-    """An array in memory; used where it lies if its rows are contiguous, else copied row by row."""
+    """An array in memory; used where it is if its rows are contiguous, else copied row by row."""
 
     is_sparse = False
 

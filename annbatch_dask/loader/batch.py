@@ -83,7 +83,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Form:
-    """What rows are delivered as.
+    """Form in which rows are delivered.
 
     Attributes
     ----------
@@ -108,16 +108,16 @@ class Form:
 
     @property
     def is_half(self) -> bool:
-        """Whether values are delivered in half precision."""
+        """True if values are delivered in half precision."""
         return self.is_bfloat16 or self.dtype == np.float16
 
     @property
     def is_computed(self) -> bool:
-        """Whether values take more than a cast."""
+        """True if values take more than a cast."""
         return self.is_half or self.target_sum is not None
 
     def dtype_of(self, loaded: Loaded) -> np.dtype[Any]:
-        """What the values of a window are delivered in."""
+        """Dtype in which the values of a window are delivered."""
         if self.dtype is not None:
             return self.dtype
         if self.target_sum is None or loaded.dtype == np.float64:
@@ -227,7 +227,7 @@ def row_parts(loaded: Loaded, split: Ints, n_parts: int) -> Iterator[tuple[int, 
 
 
 def sparse_parts(loaded: Loaded, split: Ints, n_parts: int) -> Iterator[tuple[SparseBlock, Ints, Ints, Ints]]:
-    """The same of sparse blocks: the block, the places, where each row begins in it, and its length."""
+    """Like `row_parts`, for sparse blocks: the block, the slots, and the offset and length of each row in it."""
     for b, places in row_parts(loaded, split, n_parts):
         source = loaded.blocks[b]
         assert isinstance(source, SparseBlock)  # noqa: S101
@@ -318,7 +318,7 @@ def _compute(form: Form, values: Array, starts: Ints, lengths: Ints, dtype: np.d
 
 
 def _bits(out: Array, form: Form) -> Array:
-    """Where values of half precision go: the same memory as integers."""
+    """View half-precision output as integers."""
     return out.view(np.uint16) if form.is_half else out
 
 

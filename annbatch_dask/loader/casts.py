@@ -1,4 +1,4 @@
-"""Whether the values of a dataset fit the dtype in which they are asked for."""
+"""Checks that the values of a dataset fit the requested dtype."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def recorded_values(manifest: Any) -> Recorded:
 
 
 def values_of(dataset: Any, recorded: Recorded) -> ValueBounds | None:
-    """What is recorded of a matrix that lies in a dataset of the collection."""
+    """Recorded range of values of a matrix of the collection."""
     element = dataset.group if isinstance(dataset, CSRDataset) else dataset
     if not isinstance(element, zarr.Group | zarr.Array):
         return None

@@ -1,4 +1,4 @@
-"""What batches carry: X and what lies beside it, in the form that was asked for."""
+"""The contents of batches: X and the other elements, in the requested form."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STORED = "stored"
 
 
 class Key(NamedTuple):
-    """Where a matrix stands in an AnnData, and in a batch. ``Key("X")`` is X itself."""
+    """Location of a matrix in an AnnData and in a batch. ``Key("X")`` is X."""
 
     kind: Literal["X", "layers", "obsm"]
     name: str = ""
@@ -67,7 +67,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Contents:
-    """What the batches of one iteration are made of.
+    """Contents of the batches of one iteration.
 
     Attributes
     ----------
@@ -118,7 +118,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """What a user asked batches to carry, checked as far as it can be before there is data."""
+    """Contents that a user requested for batches, checked as far as possible without data."""
 
     to: Framework | None
     on_gpu: bool
@@ -277,7 +277,7 @@ class BatchSpec:
         )
 
     def _makes_csr(self, device: Device | None, sources: Mapping[Key, tuple[RowSource, ...]]) -> bool:
-        """Whether sparse batches are made on the device: not of chosen genes, whose entries it would have to count."""
+        """True if sparse batches are made on the device: not of chosen genes, whose entries it would have to count."""
         if device is None or not device.makes_csr or self.dense is not None or self.var_names is not None:
             return False
         asked = () if self.dtype in (None, STORED, "bfloat16") else (self.dtype,)
@@ -306,7 +306,7 @@ class BatchSpec:
 
 
 def _where_dense(dense: Dense, *, preload_to_gpu: bool) -> Literal["cpu", "gpu"] | None:
-    """Where dense batches are made; None for sparse ones."""
+    """Device on which dense batches are made; None for sparse batches."""
     if dense is False:
         return None
     if dense is True:
@@ -372,7 +372,7 @@ def _checked_dtype(dtype: Any) -> Any:
 def _split_transform(
     transform: Transform | Sequence[Transform] | None,
 ) -> tuple[NormalizeLog1p | None, Callable[[Any], Any] | None]:
-    """What is fused, and what is called with the batch."""
+    """Split a transform into the fused part and the functions called with the batch."""
     steps: list[Any] = [] if transform is None else list(transform) if isinstance(transform, Sequence) else [transform]
     normalize = steps.pop(0) if steps and isinstance(steps[0], NormalizeLog1p) else None
     functions: list[Callable[[Any], Any]] = []

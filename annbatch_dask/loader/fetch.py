@@ -76,7 +76,7 @@ class ByteLimit:
         self._n_held += 1
 
     def has_room(self, nbytes: int) -> bool:
-        """Whether ``nbytes`` more fit now; raises Closed when the iteration ends."""
+        """True if ``nbytes`` more fit now; raises Closed when the iteration ends."""
         while not self._returned.empty():
             self._take_back()
         return self._n_held < self._n_granted or self._used + nbytes <= self._limit
@@ -119,12 +119,12 @@ class _Ready(Generic[T]):
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """How an iteration is run.
+    """Options of the pipeline of an iteration.
 
     Attributes
     ----------
     prefetch_nbytes
-        Bytes of windows and batches that may lie ready or be under way.
+        Bytes of windows and batches that may be ready or be under way.
     n_threads
         Helpers of each of the two stages. More of them fetch from an object store, where they wait.
     """
@@ -162,7 +162,7 @@ class Pipeline:
             self._builders = [_make_builder(matrix, self._pool, 4 * options.n_threads) for matrix in contents.matrices]
         window_nbytes = int(options.prefetch_nbytes * _WINDOW_SHARE)
         self._window_budget = ByteLimit(window_nbytes)
-        # Batches on a device take none of the host's memory; the next one is begun while one lies ready.
+        # Batches on a device take none of the host's memory; the next one is begun while one is ready.
         n_granted = 1 if device is None else _N_AHEAD_ON_DEVICE
         self._batch_budget = ByteLimit(options.prefetch_nbytes - window_nbytes, n_granted)
 

@@ -137,9 +137,9 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         Instead of ``batch_size``: rows of the batches of all ranks together, which are then the same on any number
         of ranks.
     prefetch_bytes
-        How many bytes of loaded windows (three quarters) and finished batches (one quarter) may lie ready or be under
+        How many bytes of loaded windows (three quarters) and finished batches (one quarter) may be ready or be under
         way. One of each is always allowed, however large. Batches the user holds, and buffers waiting to be used
-        again, come on top. A batch made on a GPU counts, though it lies there.
+        again, come on top. A batch made on a GPU counts, though it is there.
     cache_dir
         A folder on a local disk where what is read from an object store is kept for later epochs and runs. Loaders
         and processes of one user share it while they run. It is made for that user alone, and a folder that others
@@ -313,7 +313,7 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
 
 
 def _older_to(to: Framework | None, *, to_torch: bool) -> Framework | None:
-    """What ``to_torch`` means, annbatch's name for it before 0.3; scvi-tools 1.5 uses it."""
+    """Translate ``to_torch``, annbatch's name before 0.3, which scvi-tools 1.5 uses."""
     if to is not None:
         msg = f"Cannot specify to={to!r} and to_torch={to_torch}; give to alone"
         raise ValueError(msg)
@@ -323,7 +323,7 @@ def _older_to(to: Framework | None, *, to_torch: bool) -> Framework | None:
 
 
 def _let_go(sources: Iterable[RowSource], cache: RangeCache | None) -> None:
-    """What is done when a pass reads nothing more."""
+    """Release the resources of a finished pass."""
     for source in sources:
         source.close()
     if cache is not None:

@@ -41,7 +41,7 @@ class Names:
     largest
         Bytes of the largest block and of the largest name, with a separator.
     dtype, name
-        Of the index.
+        Dtype and name of the index.
     """
 
     separator: str
@@ -98,7 +98,7 @@ class Names:
         return text.split(self.separator)
 
     def _pick_plainly(self, rows: Ints) -> list[str]:
-        """The same, block by block."""
+        """Like `_pick`, one block at a time."""
         blocks = rows // _BLOCK
         firsts = np.flatnonzero(np.diff(blocks, prepend=-1)).tolist()
         places = (rows - blocks * _BLOCK).tolist()
@@ -131,7 +131,7 @@ class ObsTable:
     columns
         Each over all rows: arrays of numpy or pandas.
     indexes
-        Of each dataset: its obs names, compressed, or the index that the user's frame has; None where names were not
+        For each dataset its compressed obs names, or the index of the user's frame; None where names were not
         read.
     bounds
         (n_datasets + 1,) dataset ``d`` has rows ``bounds[d]:bounds[d + 1]``.
@@ -159,7 +159,7 @@ class ObsTable:
         return cls(columns, indexes, np.concatenate([[0], np.cumsum(sizes)]))
 
     def packed(self) -> ObsTable:
-        """The same, its names compressed."""
+        """A copy with compressed names."""
         indexes = (Names.of(index) or index if isinstance(index, pd.Index) else index for index in self.indexes)
         return replace(self, indexes=tuple(indexes))
 
@@ -181,13 +181,13 @@ class ObsTable:
         return pd.concat([pd.Series(_whole(index)) for index in self.indexes], ignore_index=True)
 
     def shifts(self, name: Any) -> bool:
-        """Whether the codes of a column are ranks of its values, which other values that come later would shift."""
+        """True if the codes of a column are ranks of its values, which other values that come later would shift."""
         dtype = self.columns[name].dtype
         return not isinstance(dtype, pd.CategoricalDtype) and not pd.api.types.is_bool_dtype(dtype)
 
     @property
     def index_names(self) -> set[str]:
-        """What the datasets call their obs names."""
+        """Name of the index of obs."""
         return {str(index.name) for index in self.indexes if index is not None and index.name is not None}
 
     def ends(self) -> list[list[str]]:

@@ -35,7 +35,7 @@ def check_framework(to: Framework | None, *, preload_to_gpu: bool) -> None:
 
 
 def _has_cuda(to: Framework | None) -> bool:
-    """Whether torch alone delivers on a GPU."""
+    """True if torch alone delivers on a GPU."""
     return to == "torch" and bool(_import_torch().cuda.is_available())
 
 
@@ -80,7 +80,7 @@ def tensors_of(value: Any, depth: int = 6) -> Iterator[Any]:
 
 
 def _parts_of(sparse: Any) -> Iterator[Any]:
-    """What a sparse tensor consists of."""
+    """Component arrays of a sparse tensor."""
     torch: Any = _import_torch()
     if sparse.layout is torch.sparse_coo:
         yield from (sparse._indices(), sparse._values())
@@ -122,7 +122,7 @@ def _import_torch() -> Any:
     import torch
 
     with warnings.catch_warnings():
-        # torch says once per process that sparse CSR is in beta; it is said here, where nobody has to hear it.
+        # torch says once per process that sparse CSR is in beta; it is triggered here, where it is suppressed.
         warnings.simplefilter("ignore", UserWarning)
         index = torch.zeros(2, dtype=torch.int32)
         torch.sparse_csr_tensor(index, index[:0], torch.zeros(0), size=(1, 1))

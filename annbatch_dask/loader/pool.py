@@ -1,7 +1,7 @@
-"""Buffers that are used again: on fresh hundreds of megabytes, page faults cost as much as decoding.
+"""A pool of reusable buffers: page faults on freshly allocated memory cost as much as decoding into it.
 
 An array from the pool is an ordinary numpy array. Its memory returns to the pool when the last array, view or
-tensor on it is gone, wherever that happens; nobody gives anything back by hand, so what a user keeps is never
+tensor on it is gone, wherever that happens; nothing is returned explicitly, so what a user keeps is never
 overwritten.
 """
 
@@ -24,7 +24,7 @@ _MAX_IDLE_TAKES = 32
 
 
 class _Home:
-    """Where memory returns to. Appending to a deque needs no lock, so this may run inside a garbage collection."""
+    """Queue of returned memory. Appending to a deque needs no lock, so this may run during garbage collection."""
 
     def __init__(self) -> None:
         self.returned: deque[NDArray[np.uint8]] = deque()

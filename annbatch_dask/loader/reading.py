@@ -89,7 +89,7 @@ def load_all_aligned(group: zarr.Group) -> ad.AnnData:
 
 @dataclass(frozen=True)
 class Backed:
-    """What is asked for of a dataset, its matrices left on disk: like an AnnData, which always has names.
+    """The requested elements of a dataset, with matrices on disk: like an AnnData, which always has names.
 
     Attributes
     ----------
@@ -106,7 +106,7 @@ class Backed:
 
 
 def load_dataset(group: zarr.Group, obs_columns: Sequence[str] | None, *, names: bool) -> Backed:
-    """The same with some columns of ``obs``; None reads all. Its names are read where they are asked for.
+    """Load some columns of ``obs``; None reads all. Names are read on request.
 
     That is by ``names``, or by a column that is none: the names may be called so.
     """

@@ -43,7 +43,7 @@ class Window:
     nbytes
         Memory reserved for the blocks.
     slab
-        Where all blocks lie, if they are to be copied at once.
+        Where all blocks are, if they are to be copied at once.
     """
 
     rows: Ints
@@ -55,7 +55,7 @@ class Window:
     slab: Slab | None = None
 
     def dealt(self, batch: int) -> slice:
-        """Where a batch stands among all batches, one behind the other."""
+        """Position of a batch among all batches."""
         start = sum(map(len, self.splits[:batch]))
         return slice(start, start + len(self.splits[batch]))
 

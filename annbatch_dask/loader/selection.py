@@ -1,4 +1,4 @@
-"""Which rows of the data take part: a condition on ``obs``, a mask, or indices."""
+"""Selection of rows: a condition on ``obs``, a mask, or indices."""
 
 from __future__ import annotations
 

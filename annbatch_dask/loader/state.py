@@ -1,4 +1,4 @@
-"""Where in an epoch a loader is: saved as a few integers, checked when it is loaded."""
+"""Position of a loader within an epoch: saved as a few integers, checked when loaded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _VERSION = 2
 
 @dataclass
 class Progress:
-    """How far one iteration has come.
+    """Progress of one iteration.
 
     Attributes
     ----------
@@ -60,7 +60,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class State:
-    """What :meth:`annbatch_dask.Loader.state_dict` holds.
+    """Content of :meth:`annbatch_dask.Loader.state_dict`.
 
     Attributes
     ----------
@@ -77,7 +77,7 @@ class State:
     worker, n_workers
         Place among the workers of a DataLoader; 0 and 0 without any. The rank is not told: all stand alike.
     version
-        Of this format and of the orders.
+        Version of this format and of the orders.
     """
 
     epoch: int
@@ -143,7 +143,7 @@ class State:
             raise StateError(msg)
 
     def check_place(self, worker: Worker | None) -> None:
-        """StateError where another process goes on than the one that stopped."""
+        """StateError where another process continues than the one that stopped."""
         found = (0, 0) if worker is None else (worker.id, worker.n_workers)
         if self.batch and found != (self.worker, self.n_workers):
             msg = (
@@ -162,7 +162,7 @@ class State:
 
 
 class Resumable(ABC):
-    """Passes over data that a sampler orders: counted, stopped and gone on with."""
+    """Passes over data that a sampler orders: counted, stopped and resumed."""
 
     _batch_sampler: Sampler
     _progress: Progress
@@ -184,7 +184,7 @@ class Resumable(ABC):
     def set_epoch(self, epoch: int) -> None:
         """Let the next pass be this one, counted from 0. Passes count themselves otherwise.
 
-        After :meth:`load_state_dict` of a state in the middle of this very epoch, the pass still goes on from there.
+        After :meth:`load_state_dict` of a state in the middle of this very epoch, the pass still continues from there.
         """
         if self._resume_from is not None and self._resume_from.epoch == epoch:
             return
@@ -192,7 +192,7 @@ class Resumable(ABC):
         self._batch_sampler.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the latest iteration is, by the batches that were taken from it: a few integers.
+        """Return the position of the latest iteration, counted in delivered batches: a few integers.
 
         Raises
         ------
@@ -212,7 +212,7 @@ class Resumable(ABC):
         return State.of(self._progress, epoch, self._batch_sampler, self._data_digest(), worker).to_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next pass go on after the last batch that was taken before the state was saved.
+        """Let the next pass continue after the last batch that was taken before the state was saved.
 
         Raises
         ------
@@ -235,7 +235,7 @@ class Resumable(ABC):
 
 
 def _rng_state(sampler: Sampler) -> dict[str, Any] | None:
-    """What the order depends on beside a seed: nothing, for our own samplers."""
+    """State of the random generator that the order depends on; None for our own samplers."""
     if isinstance(sampler, SeededSampler) or sampler.rng is None:
         return None
     return dict(sampler.rng.bit_generator.state)

@@ -52,7 +52,7 @@ class Shuffled:
         return self._n
 
     def at(self, positions: NDArray[np.integer]) -> Ints:
-        """(k,) int64, what lies at each of the (k,) positions."""
+        """(k,) int64, what is at each of the (k,) positions."""
         return self._apply(positions, self._rounds)
 
     def find(self, values: NDArray[np.integer]) -> Ints:

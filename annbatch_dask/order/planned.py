@@ -37,13 +37,13 @@ class Planned:
     make: Callable[[], LoadRequest]
 
     def pick(self, batches: Sequence[int]) -> Planned:
-        """The same with some of its batches only, and the rows they need."""
+        """Restrict a request to some of its batches and the rows they need."""
         if list(batches) == list(range(len(self.sizes))):
             return self
         return Planned(tuple(self.sizes[b] for b in batches), partial(_pick, self.make, list(batches)))
 
     def map_splits(self, sizes: tuple[int, ...], select: Callable[[AnyInts], AnyInts]) -> Planned:
-        """The same batches, each with only those of its positions that ``select`` takes; ``sizes`` of them."""
+        """Restrict each batch to the positions that ``select`` takes, ``sizes`` of them."""
         return Planned(sizes, partial(_map_splits, self.make, select))
 
     def fill(self, batch: int, size: int, donor: Planned) -> Planned:

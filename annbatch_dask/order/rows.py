@@ -32,7 +32,7 @@ class Order(Protocol):
     def __len__(self) -> int: ...
 
     def take(self, start: int, stop: int) -> Ints:
-        """(stop - start,) int64, what lies at these positions."""
+        """(stop - start,) int64, what is at these positions."""
         ...
 
 
@@ -51,7 +51,7 @@ class InOrder:
 
 
 class Given:
-    """What an array says."""
+    """Rows given by an array."""
 
     def __init__(self, values: Ints) -> None:
         self._values = values
@@ -127,7 +127,7 @@ class WeightTable:
 
     @cached_property
     def n_positive(self) -> int:
-        """How many rows can be drawn at all."""
+        """Number of rows that can be drawn."""
         return int(np.count_nonzero(self.weights))
 
     def find(self, shares: Floats) -> Ints:

@@ -27,7 +27,7 @@ Batch = tuple[Planned, int]
 
 
 class Worker(NamedTuple):
-    """Where this process stands among the workers of a torch DataLoader.
+    """Rank of this process among the workers of a torch DataLoader.
 
     All workers of one pass of a DataLoader have the same ``pass_id``, and so do those of other passes where the user
     seeds torch before each. ``first_process`` tells these apart: as many processes had been made before the pass's

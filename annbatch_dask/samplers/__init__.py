@@ -1,4 +1,4 @@
-"""Which rows, in which order.
+"""Samplers: the rows to load and their order.
 
 The k-th load request of an epoch is a function of the sampler's seed, the number of the epoch and k, and of
 nothing else: not of threads, workers, timing, or other passes that are open.

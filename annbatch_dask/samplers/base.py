@@ -1,4 +1,4 @@
-"""What the samplers have in common: a seed, windows of chunks, and epochs as functions of position."""
+"""Base of the samplers: a seed, windows of chunks, and epochs as functions of position."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class SeededSampler(Sampler):
 
     @property
     def rng(self) -> np.random.Generator | None:
-        """Where the seed was drawn from; setting it draws another one and starts with epoch 0 again."""
+        """Generator from which the seed was drawn; setting it draws a new seed and restarts at epoch 0."""
         return self._rng
 
     @rng.setter
@@ -68,17 +68,17 @@ class SeededSampler(Sampler):
 
     @property
     def seed_is_given(self) -> bool:
-        """Whether the seed was given, or comes from an ``rng`` that was passed in."""
+        """True if the seed was given, or comes from an ``rng`` that was passed in."""
         return self._seed_is_given
 
     @property
     def seed_is_number(self) -> bool:
-        """Whether the seed was given as a number, which whoever writes it sees to be the same on all ranks."""
+        """True if the seed was given as a number, which whoever writes it sees to be the same on all ranks."""
         return self._seed_is_number
 
     @property
     def drops_last(self) -> bool:
-        """Whether a last batch that is not full is left out."""
+        """True if a last batch that is not full is left out."""
         return self._drop_last
 
     @abstractmethod
@@ -138,7 +138,7 @@ class RunSampler(SeededSampler):
         self._range(n_obs)
 
     def state_identity(self) -> tuple[object, ...]:
-        """What a saved state must have in common with the sampler that goes on from it."""
+        """Identity that a saved state and the sampler that resumes from it must share."""
         return (*super().state_identity(), self._chunk_size, self._preload_nchunks, self._drop_last)
 
     def _range(self, n_obs: int) -> tuple[int, int]:
@@ -155,7 +155,7 @@ def mixed(key: Key, k: int, n_rows: int) -> Ints:
 
 
 def cyclic_run(first: int, length: int, start: int, stop: int) -> list[slice]:
-    """``length`` rows of ``start:stop`` from ``first`` on, going on from ``start`` after ``stop``.
+    """``length`` rows of ``start:stop`` from ``first`` on, continuing from ``start`` after ``stop``.
 
     A run that begins anywhere and wraps around has every row of the range equally often.
     """

@@ -27,7 +27,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _ClassRuns:
-    """Where the rows of the drawable classes lie, run by run, sorted by class.
+    """Runs of rows of the drawable classes, sorted by class.
 
     Attributes
     ----------
@@ -67,7 +67,7 @@ class _ClassRuns:
 class ClassSampler(RunSampler):
     """Batches of one class each, the classes drawn by their weights.
 
-    A class is drawn for every ``lcm(chunk_size, batch_size)`` rows. Each of its chunks lies in one run of it and has
+    A class is drawn for every ``lcm(chunk_size, batch_size)`` rows. Each of its chunks is in one run of it and has
     ``chunk_size`` rows, but for the last of a pass. All rows of a class are drawn equally often on average where its
     runs are whole numbers of chunks; in one of ``q`` chunks and some rows over, these are ``q / (q + 1)`` times as
     often drawn as the others, which is as even as whole chunks can be.
@@ -167,7 +167,7 @@ class ClassSampler(RunSampler):
             raise ValueError(msg)
 
     def state_identity(self) -> tuple[object, ...]:
-        """What a saved state must have in common with the sampler that goes on from it."""
+        """Identity that a saved state and the sampler that resumes from it must share."""
         return (*super().state_identity(), self._num_samples, self._digest)
 
     @cached_property

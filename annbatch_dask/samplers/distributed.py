@@ -31,7 +31,7 @@ EvenOrAuto = Even | Literal["auto"] | None
 
 
 def resolve_even(even: EvenOrAuto, sampler: Sampler) -> Even | None:
-    """What ``"auto"`` means for a sampler: every row once in a pass in order that drops nothing, else equal batches."""
+    """Resolve ``"auto"``: every row once for a pass in order that drops nothing, else equal numbers of batches."""
     if even != "auto":
         return even
     return None if sampler.shuffle is False and not getattr(sampler, "drops_last", False) else "drop"
@@ -60,7 +60,7 @@ class DistributedSampler(Sampler):
         last batches differ.
     global_batches
         The sampler's batches are those of all ranks together, and each rank yields its part of every one. They
-        are then the same on any number of ranks, and a saved state goes on on any number. Batches of a RandomSampler
+        are then the same on any number of ranks, and a saved state continues on any number. Batches of a RandomSampler
         take as many rows of each of up to 64 lanes, and a rank reads its lanes alone, if the number of ranks divides
         theirs (:attr:`n_lanes`); else, and with other samplers, each rank reads what all of them do.
 
@@ -149,7 +149,7 @@ class DistributedSampler(Sampler):
 
     @property
     def is_elastic(self) -> bool:
-        """Whether a saved state goes on on another number of ranks."""
+        """True if a saved state can be resumed on another number of ranks."""
         return self._global_batches
 
     def validate(self, n_obs: int) -> None:
@@ -174,7 +174,7 @@ class DistributedSampler(Sampler):
         return self._n_batches[1]
 
     def state_identity(self) -> tuple[object, ...]:
-        """What a saved state must have in common with the sampler that goes on from it."""
+        """Identity that a saved state and the sampler that resumes from it must share."""
         # Not the rank: all ranks are equally far, and one of them may save for all.
         where = (self.n_lanes,) if self._global_batches else (self._world_size,)
         return (*self._sampler.state_identity(), self._even, self._global_batches, *where)
@@ -195,7 +195,7 @@ class DistributedSampler(Sampler):
 
 
 def _check_seed(sampler: SeededSampler, dist_info: DistInfo, rank: int, world_size: int) -> None:
-    """RankError where another rank has another seed; a warning where nobody can tell."""
+    """Raise RankError if another rank has another seed; warn if that cannot be determined."""
     common = _ask_jax_seed(sampler.seed) if dist_info == "jax" else _ask_torch_seed(sampler, world_size)
     if common is not None and common != sampler.seed:
         msg = (

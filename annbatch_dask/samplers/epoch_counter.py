@@ -1,8 +1,8 @@
-"""Which epoch comes next, agreed upon by a process and the DataLoader workers it starts.
+"""Counter of epochs that a process shares with the DataLoader workers it starts.
 
-A DataLoader with worker processes starts them anew for each epoch, from copies of what the parent has: a count
-in the copies would be lost, and every epoch would be the first. So the count lies in memory they all share, and so does
-a seed that a worker was told to go on with.
+A DataLoader with worker processes starts new ones for each epoch, from copies of what the parent has: a count
+in the copies would be lost, and every epoch would be the first. So the count is in memory they all share, and so does
+a seed that a worker was told to continue with.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class EpochCounter:
         return _rebuild, (reduction.DupFd(self._fd),)
 
     def share(self) -> EpochCounter:
-        """What a copy of the owner should hold: itself for a process being started, else a counter of its own."""
+        """Return the counter for a copy of the owner: this one for a process being started, else an independent one."""
         return EpochCounter(self.peek(None)) if context.get_spawning_popen() is None else self
 
     def peek(self, worker: Worker | None) -> int:
@@ -86,13 +86,13 @@ class EpochCounter:
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether the latest pass was begun by a DataLoader's worker."""
+        """True if the latest pass was begun by a DataLoader's worker."""
         with self._cells() as cells:
             return bool(cells[_FOREIGN])
 
     @property
     def seed(self) -> int | None:
-        """The seed to go on with, whichever process was told; None where none was."""
+        """The seed to continue with, whichever process was told; None where none was."""
         with self._cells() as cells:
             return None if cells[_SEED] == _NOBODY else int(cells[_SEED])
 
@@ -102,7 +102,7 @@ class EpochCounter:
             cells[_SEED] = _NOBODY if value is None else value
 
     def _next_pass(self, worker: Worker | None) -> tuple[int, int]:
-        """Who makes the next pass. Persistent workers make several under one seed, all equally many."""
+        """Identify the next pass. Persistent workers make several under one seed, all equally many."""
         if worker is None:
             return _NOBODY, 0
         n_passes = self._n_passes if (worker.pass_id, worker.first_process) == self._who else 0
@@ -133,7 +133,7 @@ def _epoch_of(cells: NDArray[np.int64], who: tuple[int, int], worker: Worker | N
 
 
 def _is_near(first_process: np.int64, who: tuple[int, int], worker: Worker | None) -> bool:
-    """Whether these are workers of one pass: those of two have at least as many processes between them as there are."""
+    """True if these are workers of one pass: those of two have at least as many processes between them as there are."""
     return worker is not None and abs(int(first_process) - who[1]) < worker.n_workers
 
 

@@ -117,7 +117,7 @@ class MatchedControlSampler(RunSampler):
             raise ValueError(msg)
 
     def state_identity(self) -> tuple[object, ...]:
-        """What a saved state must have in common with the sampler that goes on from it."""
+        """Identity that a saved state and the sampler that resumes from it must share."""
         return (*super().state_identity(), self._n_controls, self._digest)
 
     @cached_property

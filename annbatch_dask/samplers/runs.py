@@ -34,7 +34,7 @@ class RandomSampler(RunSampler):
         Rows in a batch; must divide ``chunk_size * preload_nchunks``.
     replacement
         Draw runs that start anywhere, independently, instead of each once. One that reaches the end of the range
-        goes on at its start.
+        continues at its start.
     num_samples
         Rows in a pass; by default as many as the range has.
     drop_last
@@ -92,7 +92,7 @@ class RandomSampler(RunSampler):
             raise ValueError(msg)
 
     def state_identity(self) -> tuple[object, ...]:
-        """What a saved state must have in common with the sampler that goes on from it."""
+        """Identity that a saved state and the sampler that resumes from it must share."""
         return (*super().state_identity(), self._replacement, self._num_samples)
 
     def _n_rows(self, n_obs: int) -> int:

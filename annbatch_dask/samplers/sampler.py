@@ -1,4 +1,4 @@
-"""What a sampler has to provide."""
+"""The interface of a sampler."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def check_rng(rng: np.random.Generator | int | None) -> np.random.Generator | No
 
 
 def caller_stacklevel() -> int:
-    """How far up the first frame outside this package is, seen from the function that warns."""
+    """Stack level of the first frame outside this package, for warnings."""
     import sys
 
     level, frame = 0, sys._getframe(1)  # noqa: SLF001
@@ -99,7 +99,7 @@ class Sampler(ABC):
     @property
     @abstractmethod
     def shuffle(self) -> bool | None:
-        """Whether rows are mixed within a request; None only where requests bring their own splits."""
+        """True if rows are mixed within a request; None only where requests bring their own splits."""
 
     @property
     def mask(self) -> slice:
@@ -121,7 +121,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def n_batches(self, n_obs: int) -> int:
-        """How many batches one pass over ``n_obs`` rows yields."""
+        """Number of batches of one pass over ``n_obs`` rows."""
 
     @abstractmethod
     def validate(self, n_obs: int) -> None:
@@ -183,7 +183,7 @@ class Sampler(ABC):
                 close()
 
     def state_identity(self) -> tuple[object, ...]:
-        """What a saved state must have in common with the sampler that goes on from it."""
+        """Identity that a saved state and the sampler that resumes from it must share."""
         return (type(self).__qualname__, self.batch_size, self.shuffle, self.mask.start, self.mask.stop)
 
     def _default_splits(self, request: LoadRequest) -> list[NDArray[np.integer[Any]]]:

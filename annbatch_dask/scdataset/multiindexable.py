@@ -124,7 +124,7 @@ class MultiIndexable:
 
     @property
     def unstructured(self) -> dict[str, Any]:
-        """What travels along."""
+        """Values that are carried unchanged."""
         return self._unstructured
 
     @property

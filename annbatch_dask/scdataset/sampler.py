@@ -60,7 +60,7 @@ class StrategySampler(SeededSampler):
 
     @property
     def shuffle(self) -> bool:
-        """Whether the order is a random one."""
+        """True if the order is a random one."""
         return not isinstance(self._strategy, Streaming) or self._strategy.shuffle
 
     def n_batches(self, n_obs: int) -> int:
@@ -79,7 +79,7 @@ class StrategySampler(SeededSampler):
         return Epoch(len(order), self._fetch_size, self._batch_size, self._drop_last, partial(_take, order), mix)
 
     def state_identity(self) -> tuple[object, ...]:
-        """What a saved state must have in common with the sampler that goes on from it."""
+        """Identity that a saved state and the sampler that resumes from it must share."""
         return (*super().state_identity(), self._fetch_size, self._drop_last, *self._strategy.identity())
 
 

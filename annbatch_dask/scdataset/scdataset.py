@@ -54,9 +54,9 @@ class scDataset(Resumable, IterableDataset):  # noqa: N801 - scDataset's name
     batch_transform
         ``batch -> batch``.
     rank, world_size
-        Of this process; by default those of ``torch.distributed`` where it is initialised, else 0 and 1.
+        Rank of this process and number of ranks; by default of ``torch.distributed``, or 0 and 1.
     seed
-        Of the order; by default one is drawn from torch's generator and sent to all ranks.
+        Seed of the order; by default drawn from torch's generator and sent to all ranks.
     even
         How ranks come to equal numbers of batches, see :class:`annbatch_dask.samplers.DistributedSampler`. By default
         :class:`Streaming` without ``drop_last`` yields every row once, and the ranks' numbers may differ by one.
@@ -146,7 +146,7 @@ class scDataset(Resumable, IterableDataset):  # noqa: N801 - scDataset's name
         return self._iterate(self._progress)
 
     def _iterate(self, progress: Progress) -> Iterator[Any]:
-        if os.getpid() != self._pid:  # forked: HDF5 files must be opened anew
+        if os.getpid() != self._pid:  # forked: HDF5 files must be opened again
             self.collection = _exchange(self.collection, lambda part: _opened(_portable(part)))
             self._pid = os.getpid()
         for request in self._begin(progress, self._n_obs()):
@@ -201,7 +201,7 @@ class _BackedRows:
     obs: Any
 
     def open(self) -> Any:
-        """The same, with a file handle of this process."""
+        """Reopen with a file handle of this process."""
         import anndata as ad
 
         adata = ad.read_h5ad(self.path, backed="r")

@@ -75,7 +75,7 @@ class SamplingStrategy:
         data_collection
             Only its length matters.
         seed, rng
-            Of the order; ``rng`` wins.
+            Seed or generator of the order; ``rng`` takes precedence.
         """
         if type(self).order is SamplingStrategy.order:
             raise NotImplementedError
@@ -92,7 +92,7 @@ class SamplingStrategy:
         return Given(np.asarray(self.get_indices(range(n_obs), seed=_seed_of(key)), np.int64))
 
     def identity(self) -> tuple[object, ...]:
-        """What the order depends on beside the seed."""
+        """Identity of the order, apart from the seed."""
         return (type(self).__qualname__, self._indices_digest)
 
     @cached_property
@@ -204,7 +204,7 @@ class BlockShuffling(SamplingStrategy):
         return _Subset(Blocks(n, self.block_size, key, drop_last=self.drop_last), self._indices)
 
     def identity(self) -> tuple[object, ...]:
-        """What the order depends on beside the seed."""
+        """Identity of the order, apart from the seed."""
         return (*super().identity(), self.block_size, self.drop_last)
 
 
@@ -214,12 +214,12 @@ class BlockWeightedSampling(SamplingStrategy):
     Parameters
     ----------
     block_size
-        Draws of a block: they lie near each other in the collection.
+        Draws of a block: they are near each other in the collection.
     indices
         The rows to draw from; by default all.
     weights
         (n,) 0 or more, for all rows of the collection, or for ``indices`` in their order; by default all alike. Used
-        where they lie, not copied: do not change them afterwards.
+        where they are, not copied: do not change them afterwards.
     total_size
         Draws of an epoch; by default as many as there are rows to draw from.
     replace
@@ -290,7 +290,7 @@ class BlockWeightedSampling(SamplingStrategy):
         return _Subset(Rounds(table, n_draws, size, self.block_size, key), self._indices)
 
     def identity(self) -> tuple[object, ...]:
-        """What the order depends on beside the seed."""
+        """Identity of the order, apart from the seed."""
         settings = (self.block_size, self.total_size, self.replace, self.sampling_size)
         return (*super().identity(), self._weights_digest, *settings)
 

@@ -1,1 +1,1 @@
-"""What a user hands in, read as it lies there: files of anndata, HDF5 or zarr, and AnnData objects."""
+"""Readers of inputs: files of anndata, HDF5 or zarr, and AnnData objects."""

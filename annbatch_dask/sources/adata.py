@@ -60,7 +60,7 @@ class AnnDataSource:
         self._blocks: dict[str, _DaskBlocks] = {}
 
     def schema(self, *, metadata_only: bool = False) -> SourceSchema:
-        """What it holds."""
+        """Schema of the input."""
         adata = self._adata
         matrices, unsupported = [], []
         for name, genes, values in self._matrix_values():
@@ -114,7 +114,7 @@ class AnnDataSource:
                 yield f"obsm/{name}", "", self._adata.obsm[name]
 
     def annotations(self) -> ad.AnnData:
-        """What it says of genes and of itself: an AnnData of no cells, with var, varm, varp, uns and raw.var."""
+        """Annotations of genes and of the input: an AnnData without cells, with var, varm, varp, uns and raw.var."""
         found = {k: _in_memory(getattr(self._adata, k)) for k in GENE_WISE}
         return no_cells(**found, raw_var=None if self._adata.raw is None else _in_memory(self._adata.raw.var))
 
@@ -160,7 +160,7 @@ def _names_of(genes: Any) -> NDArray[np.object_]:
 
 
 def _in_memory(value: Any) -> Any:
-    """What may be lazy, stored, or a mapping of such values, in memory; a frame with its columns in their order."""
+    """Load a value that may be lazy, stored, or a mapping of such values; a frame keeps the order of its columns."""
     if isinstance(value, Dataset2D):
         columns = _LazyFrame(value).columns
         return Dataset2D(value.ds.compute(scheduler="synchronous")).to_memory()[columns]
@@ -246,7 +246,7 @@ class _DaskBlocks:
 
 
 def _cuts(matrices: Iterable[Any]) -> NDArray[np.int64] | None:
-    """Rows between which the blocks of the first lazy matrix lie, since a part of one costs as much as all of it."""
+    """Rows between which the blocks of the first lazy matrix are, since a part of one costs as much as all of it."""
     lazy = next((m for m in matrices if isinstance(m, da.Array)), None)
     return None if lazy is None else np.unique(np.concatenate([[0], np.cumsum(lazy.chunks[0])])).astype(np.int64)
 

@@ -51,7 +51,7 @@ class GroupSource:
         self._label, self._group = label, group
 
     def schema(self, *, metadata_only: bool = False) -> SourceSchema:
-        """What it holds. With ``metadata_only`` no value of a matrix is read, so stored values a row are guessed."""
+        """Schema of the input. With ``metadata_only``, no matrix value is read; stored values per row are guessed."""
         obs = self._group["obs"]
         index, n_obs = str(obs.attrs["_index"]), n_rows(obs)
         columns, matrices = self._columns(OBS, metadata_only=metadata_only), []
@@ -123,7 +123,7 @@ class GroupSource:
         return names.astype(str).astype(object)
 
     def annotations(self) -> AnnData:
-        """What it says of genes and of itself: an AnnData of no cells, with var, varm, varp, uns and raw.var."""
+        """Annotations of genes and of the input: an AnnData without cells, with var, varm, varp, uns and raw.var."""
         import anndata as ad  # see the module's first line
 
         found = {k: ad.io.read_elem(self._group[k]) for k in GENE_WISE if not self._is_absent(k)}

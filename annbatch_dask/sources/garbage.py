@@ -19,7 +19,7 @@ __all__ = ["no_garbage_collection"]
 
 
 class _Collector:
-    """What is known of the collector of this process."""
+    """State of the garbage collector of this process."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()  # a finalizer may leave a pause in the thread that is entering one
@@ -40,7 +40,7 @@ class _Collector:
             self.pauses += 1
 
     def resume(self) -> bool:
-        """Whether no pause is left."""
+        """True if no pause is left."""
         with self.lock:
             self.pauses -= 1
             if self.pauses == 0 and self.was_enabled:
@@ -56,7 +56,7 @@ def no_garbage_collection() -> Iterator[None]:
     """Pause the automatic collection of garbage; pauses of several threads may overlap.
 
     A collection that has begun is waited for, which is safe while this thread does not hold h5py's lock. Who leaves
-    while others go on collects in its own thread, which nobody waits for, so that garbage stays bounded.
+    while others continue collects in its own thread, which blocks no other, so that garbage stays bounded.
     """
     _collector.pause()
     try:

@@ -94,7 +94,7 @@ def _for_each_group(work: Callable[[list[RawChunk]], None], dataset: h5py.Datase
 
 
 def _in_flight(n_chunk_bytes: int) -> int:
-    """How many groups of chunks are read ahead: fewer where one chunk is large."""
+    """Number of groups of chunks to read ahead: fewer if a chunk is large."""
     return max(1, min(2 * MAX_THREADS, _WAITING_NBYTES // max(_GROUP_NBYTES, n_chunk_bytes)))
 
 
@@ -111,7 +111,7 @@ def in_flight_nbytes(dataset: h5py.Dataset) -> int:
 
 
 def _fast_filters(dataset: h5py.Dataset) -> bool | None:
-    """Whether bytes are shuffled, for a chunked dataset with deflate, or shuffle and deflate; None for any other."""
+    """True if bytes are shuffled, for a chunked dataset with deflate, or shuffle and deflate; None for any other."""
     if dataset.chunks is None or dataset.dtype.hasobject:
         return None
     plist = dataset.id.get_create_plist()

@@ -1,4 +1,4 @@
-"""What an input is: where it lies, and what tells one content of it from another, without reading its values.
+"""Identity of an input: its location and a version of its content, without reading its values.
 
 An identity is a short string. Two looks at an unchanged input give the same, on any machine that sees its files; a file
 that was replaced or written to gives another. The empty one stands for what cannot be known, and equals nothing.
@@ -45,7 +45,7 @@ _MANY_FILES = 2000
 
 
 def where_of(ref: SourceRef) -> str:
-    """The place of an input, one for all its spellings, without credentials; empty for what lies at none."""
+    """The place of an input, one for all its spellings, without credentials; empty for what is at none."""
     if not isinstance(ref.item, str | os.PathLike):
         return ""
     folder = ref.folder
@@ -85,13 +85,13 @@ def identity_of(ref: SourceRef, *, at_a_glance: bool = False, fresh: bool = Fals
 
 
 def has_many_files(identity: str) -> bool:
-    """Whether an input is a store of so many files that looking at them takes a while."""
+    """True if an input is a store of so many files that looking at them takes a while."""
     kind, _, rest = identity.partition(":")
     return kind == _STORE and int(rest.partition("/")[0]) > _MANY_FILES
 
 
 def is_known(identity: str) -> bool:
-    """Whether an identity says something: equal ones then mean equal contents."""
+    """True if an identity says something: equal ones then mean equal contents."""
     return bool(identity) and not identity.startswith(_UNKNOWN)
 
 
@@ -178,7 +178,7 @@ def _look(ref: SourceRef, *, at_a_glance: bool, fresh: bool) -> str:
 
 
 def _is_file(ref: SourceRef) -> bool:
-    """Whether a remote input is one file; what ``load_adata`` reads may be of any format."""
+    """True if a remote input is one file; what ``load_adata`` reads may be of any format."""
     if ref.load_adata is None:
         return is_hdf5(ref)
     return bool(ref.folder.fs.isfile(ref.folder.path))
@@ -249,7 +249,7 @@ def _refs_inside(item: Any) -> Iterator[SourceRef]:
 
 
 class _UnknownError(Exception):
-    """What something says cannot be told."""
+    """The identity of a value cannot be determined."""
 
 
 def function_identity(function: Callable[..., Any]) -> str:
@@ -265,7 +265,7 @@ def function_identity(function: Callable[..., Any]) -> str:
 
 
 def _said(value: Any, seen: set[int]) -> Iterator[str]:  # noqa: C901, PLR0912 - one line for each kind of value
-    """What a value is, as strings that are the same in every process."""
+    """Strings that identify a value, equal in every process."""
     if value is None or isinstance(value, bool | int | float | complex | str | bytes | np.generic | types.EllipsisType):
         yield f"{type(value).__name__} {value!r}"
         return
@@ -373,7 +373,7 @@ _LIBRARIES = tuple(
 
 @functools.cache
 def _is_installed(module: str | None) -> bool:
-    """Whether a module belongs to Python or an installed package, and so changes with its version alone."""
+    """True if a module belongs to Python or an installed package, and so changes with its version alone."""
     if module == "__main__":
         return False
     file = getattr(sys.modules.get(module or ""), "__file__", None)

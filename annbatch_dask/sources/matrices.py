@@ -96,12 +96,12 @@ def describe_matrix(name: str, values: Any, *, metadata_only: bool = False) -> M
 
 
 def _is_group(values: Any) -> bool:
-    """Whether a matrix is a group of arrays in a file. Data frames have both as well, arrays of AnnData views keys."""
+    """True if a matrix is a group of arrays in a file. Data frames have both as well, arrays of AnnData views keys."""
     return hasattr(values, "keys") and hasattr(values, "attrs") and not isinstance(values, pd.DataFrame)
 
 
 def is_matrix(name: str, dtype: np.dtype, ndim: int) -> bool:
-    """Whether rows of such an array can be carried: vectors of numbers, and in ``obsm`` arrays of any dimensions."""
+    """True if rows of such an array can be carried: vectors of numbers, and in ``obsm`` arrays of any dimensions."""
     return dtype.kind in "biuf" and (ndim == 2 or (ndim > 2 and name.startswith("obsm/")))
 
 
@@ -117,7 +117,7 @@ def _source_dtype(elem: Any, stored: np.dtype) -> str:
 
 
 def are_whole(values: Any) -> bool | None:
-    """Whether a sample of a matrix's values, from its start, middle and end, are whole numbers; None if all are 0."""
+    """True if a sample of a matrix's values, from its start, middle and end, are whole numbers; None if all are 0."""
     if sp.issparse(values):
         stored: Any = values.data
     else:
@@ -208,7 +208,7 @@ def matrix_rows(values: Any, matrix: MatrixSchema, start: int, stop: int) -> Csr
 
 
 def _native(values: NDArray) -> NDArray:
-    """The same values in this machine's byte order, which compiled kernels need."""
+    """Convert values to this machine's byte order, which compiled kernels need."""
     return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
 
 
@@ -307,7 +307,7 @@ def _zarr_rows(array: zarr.Array, start: int, stop: int) -> NDArray:
 
 
 def _csc_rows(group: Any, start: int, stop: int) -> CsrRows:
-    """Rows of a column-compressed matrix: all of it goes by, in slabs, and what lies in the rows stays.
+    """Rows of a column-compressed matrix: all of it goes by, in slabs, and what is in the rows stays.
 
     Raises
     ------
@@ -332,7 +332,7 @@ def _csc_rows(group: Any, start: int, stop: int) -> CsrRows:
 
 @dataclass(frozen=True)
 class _CscSlab:
-    """Entries of some columns of a matrix that lie in some rows, counted from the first of these."""
+    """Entries of some columns of a matrix that are in some rows, counted from the first of these."""
 
     column: int
     offsets: NDArray[np.int64]

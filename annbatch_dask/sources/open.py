@@ -38,7 +38,7 @@ class SourceRef:
 
     ``tagged``: a dataset of the collection that is extended, whose rows say where they came from. ``counts``: the
     matrix that becomes X. ``loader``: identity of ``load_adata``, see :mod:`annbatch_dask.sources.identity`. ``known``:
-    identity of the whole, where it is on record.
+    identity of the whole, where it is recorded.
     """
 
     label: str
@@ -60,10 +60,10 @@ class Source(Protocol):
     """An open input."""
 
     def schema(self, *, metadata_only: bool = False) -> SourceSchema:
-        """What it holds. With ``metadata_only`` no value of a matrix is read, so stored values a row are guessed."""
+        """Schema of the input. With ``metadata_only``, no matrix value is read; stored values per row are guessed."""
 
     def annotations(self) -> AnnData:
-        """What it says of genes and of itself: an AnnData of no cells, with var, varm, varp, uns and raw.var."""
+        """Annotations of genes and of the input: an AnnData without cells, with var, varm, varp, uns and raw.var."""
 
     def matrix(self, matrix: MatrixSchema, start: int, stop: int) -> CsrRows | NDArray:
         """Rows [start, stop) of a matrix: dense ones as an array."""

@@ -1,4 +1,4 @@
-"""What 10x Genomics' Cell Ranger writes: ``.h5`` files of a matrix, and folders with a ``matrix.mtx``."""
+"""Files of 10x Genomics' Cell Ranger: ``.h5`` files of a matrix, and folders with a ``matrix.mtx``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _MATRIX, _ENDINGS = "matrix.mtx", ("", ".gz")
 
 
 def is_tenx_file(group: h5py.Group) -> bool:
-    """Whether an HDF5 file is one of Cell Ranger's: a group, one a genome before version 3, holds barcodes."""
+    """True if an HDF5 file is one of Cell Ranger's: a group, one a genome before version 3, holds barcodes."""
     return any(isinstance(g, h5py.Group) and {"barcodes", "indptr"} <= g.keys() for g in group.values())
 
 
 def is_tenx_folder(path: str) -> bool:
-    """Whether a local folder is one of Cell Ranger's."""
+    """True if a local folder is one of Cell Ranger's."""
     return any(os.path.isfile(os.path.join(path, _MATRIX + ending)) for ending in _ENDINGS)
 
 

@@ -1,8 +1,8 @@
-"""What a build says of itself in the collection's folder while it works: its dataset numbers, and its scratch folder.
+"""Claims of running builds in a collection's folder: their dataset numbers and scratch folders.
 
 A claim is a small file, ``.claim-<first number>``. On an object store, where there are no locks, it keeps two builds
 from writing datasets of the same names. Everywhere it says which leftovers are those of a build, and where its scratch
-folder lies, until the build is over and its leftovers are gone: whoever comes later needs to know nothing else.
+folder is, until the build is over and its leftovers are gone: whoever comes later needs to know nothing else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _running: set[str] = set()
 
 @dataclass(frozen=True)
 class Work:
-    """What a build may leave.
+    """Leftovers of a build.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class Work:
     scratch
         URL of its own scratch folder.
     is_new
-        Whether it made the folder that this one lies in.
+        Whether it made the folder that this one is in.
     """
 
     plan: str
@@ -96,7 +96,7 @@ class Claim:
 
     @property
     def is_over(self) -> bool:
-        """Whether its build is known to run no more. That of another machine may run."""
+        """True if its build is known to run no more. That of another machine may run."""
         me = _process(os.getpid())
         if self.has_ended:
             return True
@@ -108,7 +108,7 @@ class Claim:
 
 
 def _process(pid: int) -> dict[str, Any]:
-    """What tells a process from all others that there were, on any machine."""
+    """Identity of a process, unique over time and machines."""
     boot, started, namespace = "", "", ""
     try:
         with open("/proc/sys/kernel/random/boot_id") as f:

@@ -1,4 +1,4 @@
-"""What file systems differ in: versions of files, ranges of them, and what their errors mean."""
+"""Differences between file systems: versions and ranges of files, and the meaning of errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _VERSION_KEYS = ("ETag", "etag", "generation", "mtime", "LastModified", "Last-Mo
 
 
 def version_of(info: Mapping[str, Any]) -> str:
-    """What tells one content of a file from another, as its file system says; empty where it says nothing."""
+    """Version of a file's content, from its file system; empty if it has none."""
     found = next(filter(None, map(info.get, _VERSION_KEYS)), "")
     return str(found.timestamp() if isinstance(found, datetime) else found)  # a listing may have either
 
@@ -44,7 +44,7 @@ def protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
 
 
 def is_refused(error: OSError) -> bool:
-    """Whether a store said that the file is not the version it should replace."""
+    """True if a store said that the file is not the version it should replace."""
     refusals = ("PreconditionFailed", "ConditionalRequestConflict", "412")
     return isinstance(error, FileExistsError) or _error_code(error) in refusals
 
@@ -103,7 +103,7 @@ class RemoteRanges:
     path: str
 
     def read_version(self, start: int, out: memoryview, version: tuple[str, int]) -> int:
-        """The same of one version of the file, as :meth:`identity` gives it, and of no other.
+        """Read from the version of the file that :meth:`identity` returned, and no other.
 
         S3 compares in the same request. Elsewhere the file is asked for its version after it was read.
 
@@ -201,7 +201,7 @@ def name_errors(path: str) -> Iterator[None]:
 
 
 def _room(path: str) -> str:
-    """What is short, in numbers where the system tells."""
+    """Describe what is missing (bytes, inodes, quota), with numbers if the system reports them."""
     folder = os.path.dirname(path)
     while folder and not os.path.exists(folder):
         folder = os.path.dirname(folder)

@@ -60,7 +60,7 @@ class StorageOptions(dict[str, Any]):
     """fsspec's ``storage_options``. They may hold credentials: no repr shows them, and no file gets them."""
 
     def __repr__(self) -> str:
-        """How many."""
+        """Show the number of options, not their values."""
         return f"<{len(self)} storage options>"
 
 
@@ -142,7 +142,7 @@ class Folder:
             return None
 
     def version(self, name: str) -> str | None:
-        """What tells one content of a file from another: the store's entity tag, or a time; None without a file."""
+        """Version of a file's content: the store's entity tag, or a time; None if there is no file."""
         try:
             info = self.fs.info(f"{self.path}/{name}")
         except (FileNotFoundError, NotADirectoryError):
@@ -222,7 +222,7 @@ class Folder:
 
         On a local disk it is written beside its place and renamed, after it was synced where ``durable``, so that
         it outlasts a power cut; an object store publishes at close by itself. Without ``parents`` a local folder is
-        not made anew: who removed it wants no more of it.
+        not made again: who removed it wants no more of it.
 
         Raises
         ------

@@ -95,7 +95,7 @@ def _open_lock(path: str) -> tuple[bool, int]:
 
 
 def _holder(fd: int, path: str) -> str:
-    """What a lock's file says; empty where its holder has not written yet."""
+    """Content of a lock's file; empty if its holder has not written yet."""
     text = os.pread(fd, 1000, 0).decode(errors="replace")
     if text and not _HOLDER.fullmatch(text):
         os.close(fd)
@@ -112,7 +112,7 @@ def _is_still_there(fd: int, path: str) -> bool:
 
 
 def check_unchanged(folder: Folder, version: str | None) -> None:
-    """Refuse to go on where another build has published something since the root document had this version.
+    """Refuse to continue where another build has published something since the root document had this version.
 
     Raises
     ------
@@ -141,7 +141,7 @@ class Lease:
     Parameters
     ----------
     folder
-        Of the collection; None where it lives in memory.
+        Folder of the collection; None if it is in memory.
     """
 
     def __init__(self, folder: Folder | None) -> None:
@@ -153,13 +153,13 @@ class Lease:
                     self.close()
 
     def _take(self, path: str) -> bool:
-        """Lock the root document; False where it was replaced meanwhile, and nobody waits for that one's readers."""
+        """Lock the root document; False if it was replaced meanwhile, so that the lock would protect nothing."""
         self._fd = os.open(path, os.O_RDONLY)
         fcntl.flock(self._fd, fcntl.LOCK_SH)
         return _is_still_there(self._fd, path)
 
     def __reduce__(self) -> tuple[type[Lease], tuple[Folder | None]]:
-        """Pickle as one to be taken anew."""
+        """Pickle as one to be taken again."""
         return Lease, (self._folder,)
 
     def document(self) -> bytes:
@@ -178,12 +178,12 @@ class Lease:
 def keep_generation(folder: Folder) -> None:
     """Give the root document a second name before it is replaced, so that its readers can be asked for."""
     if folder.is_local:
-        with contextlib.suppress(OSError):  # no root yet, or no hard links there: then nobody is waited for
+        with contextlib.suppress(OSError):  # no root yet, or no hard links: then no reader is waited for
             os.link(f"{folder.path}/{METADATA}", f"{folder.path}/{_GENERATION}{uuid.uuid4().hex[:8]}")
 
 
 def is_held(path: str) -> bool | None:
-    """Whether a process holds a file's lock; None where there are no locks.
+    """True if a process holds a file's lock; None where there are no locks.
 
     NFS grants an exclusive lock on a file that is open for writing alone. Where that is forbidden, the file counts as
     held.

@@ -28,7 +28,7 @@ FILES = "annbatch_dask_files"
 
 
 def is_metadata(name: str) -> bool:
-    """Whether a file of a zarr tree is metadata."""
+    """True if a file of a zarr tree is metadata."""
     return name == METADATA or name.endswith(f"/{METADATA}")
 
 
@@ -40,7 +40,7 @@ def metadata_below(folder: Folder, prefix: str = "") -> dict[str, Any]:
 
 
 def consolidated(document: bytes, prefix: str) -> dict[str, Any]:
-    """The same from the folder's own document alone; empty where that does not hold it."""
+    """Like `metadata_below`, read from the folder's consolidated document; empty if it has none."""
     root, below = _group(document)
     return {prefix: root} | {f"{prefix}/{path}": node for path, node in below.items()} if below else {}
 
@@ -68,7 +68,7 @@ def nodes_of(documents: Mapping[str, bytes], prefix: str = "") -> dict[str, Any]
 
 
 def group_document(attributes: Mapping[str, Any], nodes: Mapping[str, Any] | None) -> bytes:
-    """A group's metadata file, with those of what lies below it, or without where None.
+    """A group's metadata file, with those of what is below it, or without where None.
 
     The layout is that of ``zarr.consolidate_metadata``, which cannot write it together with the attributes in one step.
     """
@@ -80,7 +80,7 @@ def group_document(attributes: Mapping[str, Any], nodes: Mapping[str, Any] | Non
 
 
 def consolidated_below(folder: Folder) -> dict[str, Any]:
-    """What a folder's group document says of the nodes below it, as :func:`group_document` made it."""
+    """Metadata of the nodes below a folder, from its group document as :func:`group_document` made it."""
     return _group(folder.read(METADATA))[1]
 
 

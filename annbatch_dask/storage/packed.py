@@ -29,7 +29,7 @@ PACKED = "annbatch_dask.packed"
 
 
 def packs(dtype: np.dtype[Any]) -> bool:
-    """Whether the codec takes values of a dtype."""
+    """True if the codec takes values of a dtype."""
     return dtype.kind in "iu"
 
 
@@ -85,7 +85,7 @@ class PackedCodec(ArrayBytesCodec):
 
     The words are w rows of L = 1024 / T words of T bits. Value ``i`` of the block, with r = i div L and l = i mod L,
     is in lane l: its w bits are the bits from r w on of the number of w T bits whose k-th T bits (from the lowest) are
-    word l of row k. So they begin at bit (r w) mod T of the word l in row (r w) div T, and go on at bit 0 of the word
+    word l of row k. So they begin at bit (r w) mod T of word l in row (r w) div T, and continue at bit 0 of the word
     below it.
 
     The p-th place of quarter q, a byte x, says that the p-th patch of this quarter is to be shifted by w bits and
@@ -127,7 +127,7 @@ class PackedCodec(ArrayBytesCodec):
         return cls(differences)
 
     def to_dict(self) -> dict[str, Any]:
-        """What an array's metadata say of it."""
+        """Configuration of the codec for an array's metadata."""
         return {"name": PACKED, "configuration": {"differences": self.differences}}
 
     def validate(self, *, shape: tuple[int, ...], dtype: Any, chunk_grid: Any) -> None:  # noqa: ARG002 - zarr's
@@ -179,7 +179,7 @@ def unpack_chunk(raw: Any, out: NDArray, *, n_values: int | None = None, start: 
     out
         1-D contiguous, of the array's dtype in this machine's byte order: takes the values from ``start`` on.
     n_values
-        Of the whole chunk; None if they are those of ``out``.
+        Number of values of the whole chunk; None if equal to that of ``out``.
     start
         The first value wanted.
 

@@ -1,4 +1,4 @@
-"""Folders that nobody else may read or write: scratch folders, which hold all data of a build.
+"""Folders that only their user may read or write: scratch folders, which hold all data of a build.
 
 Their names can be foreseen, and what stands above them may be open to a group or to all, as ``/tmp`` is.
 """
@@ -61,7 +61,7 @@ def check_private(folder: Folder) -> None:
 
 
 def _owner_of_new_files(folder: Folder) -> int | None:
-    """Who owns what this process makes there: file systems that map users may name somebody else."""
+    """Owner of files that this process creates there: file systems that map users may report another user."""
     try:
         with tempfile.TemporaryFile(dir=folder.path) as f:
             return os.fstat(f.fileno()).st_uid

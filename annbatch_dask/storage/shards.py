@@ -95,9 +95,9 @@ class ShardWriter:
     key
         Path of the array within both.
     shape
-        Of the whole array: rows first.
+        Shape of the whole array: rows first.
     dtype
-        Of the stored values.
+        Dtype of the stored values.
     chunk_rows, shard_rows
         Rows of a chunk and of a shard; the second a multiple of the first.
     compressor

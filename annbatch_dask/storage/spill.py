@@ -94,7 +94,7 @@ def _body(block: int) -> str:
 
 
 def find_receipt(folder: Folder, task: str) -> dict[str, Any] | None:
-    """What a finished task reported, or None where it is not finished, or its receipt is damaged."""
+    """Return the receipt of a finished task, or None if it is not finished or its receipt is damaged."""
     name = f"{task}.json"
     if (found := folder.find(name)) is None:
         return None
@@ -137,7 +137,7 @@ def _still_there(folder: Folder) -> Iterator[None]:
 
 
 def check_scratch(folder: Folder) -> None:
-    """Refuse to go on with a build whose scratch folder is gone.
+    """Refuse to continue with a build whose scratch folder is gone.
 
     Raises
     ------
@@ -164,7 +164,7 @@ def forget_receipt(folder: Folder, task: str) -> None:
 
 
 def is_spilled(folder: Folder, block: int, n_bytes: int) -> bool:
-    """Whether a block's spill file is there, with the size it was written with."""
+    """True if a block's spill file is there, with the size it was written with."""
     return folder.size(_body(block)) == n_bytes
 
 
@@ -365,7 +365,7 @@ class SpillReader(AbstractContextManager["SpillReader"]):
         return int(self._table[part - self._first, 1])
 
     def ragged_nbytes(self, part: int) -> int:
-        """Bytes of all ragged arrays of a part, as they lie in the file."""
+        """Bytes of all ragged arrays of a part, as they are in the file."""
         return int(_sizes(self._arrays, self._n_fixed, self._table[part - self._first])[self._n_fixed :].sum())
 
     def read_fixed(self, part: int) -> dict[str, NDArray]:

@@ -29,7 +29,7 @@ def n_cpus() -> int:
 
 
 def codec_pool() -> ThreadPoolExecutor:
-    """The pool of this process; made at first use, and anew after a fork."""
+    """The pool of this process; made at first use, and again after a fork."""
     pid = os.getpid()
     if pid not in _pools:  # no lock, which a fork might copy while it is held: a pool too many has no threads yet
         _pools.setdefault(pid, ThreadPoolExecutor(min(MAX_THREADS, n_cpus()), thread_name_prefix="shuffle-codec"))
@@ -57,7 +57,7 @@ def map_ordered(fn: Callable[[T], R], items: Iterable[T], *, in_flight: int = 2 
 
 
 def one_ahead(items: Iterator[T]) -> Generator[T]:
-    """The same items, each drawn in a thread while the caller works on the one before."""
+    """Iterate with each next item drawn in a thread while the caller works on the current one."""
     done = object()
     with ThreadPoolExecutor(1, thread_name_prefix="shuffle-ahead") as ahead:
         future = ahead.submit(next, items, done)

@@ -40,7 +40,7 @@ _CLIENTS = ("aiohttp.ClientConnectionError", "aiohttp.ClientPayloadError", "boto
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether an error, or what caused it, may be gone at the next try. A full disk and a damaged file stay."""
+    """True if an error, or what caused it, may be gone at the next try. A full disk and a damaged file stay."""
     chain = list(_causes(error))
     for e in chain:  # a store's status says more than the errno that fsspec made of it
         if (status := _status(e)) is not None:

@@ -31,7 +31,7 @@ class Listing:
     Attributes
     ----------
     url
-        Of the folder.
+        URL of the folder.
     versions
         By path within the folder.
     """
@@ -85,7 +85,7 @@ def list_files(folder: Folder) -> Listing | None:
 
 
 def list_all(folders: Sequence[Folder]) -> list[Listing | None]:
-    """The same of many folders, several at a time: each waits for a disk or a store."""
+    """List many folders concurrently: each waits for a disk or a store."""
     if not folders:
         return []
     with ThreadPoolExecutor(min(_N_THREADS, len(folders)), thread_name_prefix="list") as pool:

@@ -64,7 +64,7 @@ class SamplerTests(ABC):
         return batch_rows(sampler.sample(self.n_obs))
 
     def test_rows_are_those_that_may_be_drawn(self) -> None:
-        """Every row is one of the loader, and lies within the mask."""
+        """Every row is one of the loader, and is within the mask."""
         sampler = self.make_sampler()
         rows = np.concatenate(self.draw(sampler))
         start, stop, _ = sampler.mask.indices(self.n_obs)
@@ -94,7 +94,7 @@ class SamplerTests(ABC):
             _assert_equal(batch_rows(one.sample(self.n_obs)), self.draw(two, epoch))
 
     def test_what_is_left_of_an_epoch(self) -> None:
-        """An epoch that goes on after some batches gives exactly the others."""
+        """An epoch that continues after some batches gives exactly the others."""
         whole = self.draw(self.make_sampler(), 1)
         for n_batches in {0, 1, len(whole) // 2, len(whole) - 1, len(whole)}:
             rest = self.make_sampler().resume_requests(self.n_obs, 1, n_batches)

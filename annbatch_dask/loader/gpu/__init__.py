@@ -2,8 +2,8 @@
 
 ``window -> pinned slab -> [one copy] -> rows as stored -> [one kernel a batch] -> batch``
 
-A device is torch's for batches of tensors, else cupy's. Tensors are made on a stream of the loader's own, which nobody
-waits for on the host: the consumer's stream waits for the batch, in the consumer's thread, as it takes it. Batches for
+A device is torch's for batches of tensors, else cupy's. Tensors are made on a stream of the loader's own, on which the
+host never waits: the consumer's stream waits for the batch, in the consumer's thread, as it takes it. Batches for
 cupy and jax are finished before they are handed over, and belong to the default stream.
 
 torch's device may be a CPU: the same code, without streams, in tests.

@@ -35,7 +35,7 @@ class DeviceBuilder:
     columns, places
         The selection of the form, on the device.
     number
-        Of the matrix among all.
+        Index of the matrix.
     """
 
     form: Form

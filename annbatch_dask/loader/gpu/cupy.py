@@ -27,7 +27,7 @@ class CupyDevice:
     Parameters
     ----------
     index
-        Of the device.
+        Index of the device.
     to
         What batches are delivered as.
     """

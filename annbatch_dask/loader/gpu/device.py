@@ -1,4 +1,4 @@
-"""What a device does for a loader, and what it is handed: protocols and values, without any library."""
+"""The interface of a device and the values passed to it, independent of any library."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Ints = NDArray[np.int64]
 
 
 class Handover(Protocol):
-    """What is done in the consumer's thread as it takes a batch, and what is known of the batch later."""
+    """Hand-over of a batch to the consumer's thread, and the check of the batch afterwards."""
 
     def take(self, batch: Any) -> None:
         """Let what the consumer does next with the batch wait until it is made."""
 
     def check(self, *, wait: bool) -> bool:
-        """Whether the batch is known to be sound; IntegrityError if it is not. With ``wait`` it is known."""
+        """True if the batch is known to be sound; IntegrityError if it is not. With ``wait`` it is known."""
 
 
 class Device(Protocol):
-    """Where batches are made; any number of iterations share one."""
+    """Device that makes batches; iterations may share one."""
 
     def allocate(self, nbytes: int) -> NDArray[np.uint8]:
         """Host memory that the device reads fast."""
@@ -49,26 +49,26 @@ class Device(Protocol):
         """Bytes on the device, sooner or later; until then the memory is kept, and must not change."""
 
     def view(self, uploaded: Any, offset: int, array: Array) -> Any:
-        """An array of which the copy lies at this offset of what was uploaded."""
+        """An array of which the copy is at this offset of what was uploaded."""
 
     def counts(self, n: int) -> Any:
         """That many counters, all 0."""
 
     @property
     def makes_csr(self) -> bool:
-        """Whether it makes sparse batches."""
+        """True if it makes sparse batches."""
 
     def make(self, target: Target, placed: Placed, batch: int) -> Any:
         """The rows of one batch, as they are delivered."""
 
     def make_csr(self, target: Target, placed: Placed, batch: int) -> Any:
-        """The same, as a sparse matrix."""
+        """Like `make`, as a sparse matrix."""
 
     def deliver(self, built: CsrParts | Array, *, bfloat16: bool) -> Any:
-        """What was built on the host."""
+        """Copy a batch that was built on the host."""
 
     def hand_over(self, placed: Placed | None, batch: int) -> Handover | None:
-        """What becomes of a batch whose making was begun; None where it is finished, and sound."""
+        """Hand-over of a batch that is still being made; None if it is finished and sound."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,13 @@ class PlacedMatrix:
     table, n_columns
         What rows there are, and their columns.
     value_at, column_at, lengths
-        Of the table, on the device.
+        Columns of the table, on the device.
     rows, dest
         On the device: of all batches one behind the other, rows of the window and their places in the batch.
     pieces
-        Of each batch.
+        Pieces of each batch.
     starts, ends
-        Of sparse batches, on the device: where each row begins in its batch, and behind the last one where that ends;
+        For sparse batches, on the device: offset of each row in its batch, and the end of the last one;
         of all batches one behind the other. On the host: where each batch ends.
     """
 
@@ -111,7 +111,7 @@ class Placed:
     slab
         Its bytes.
     matrices
-        Where their rows lie in it.
+        Where their rows are in it.
     bounds
         Batch ``b`` has rows ``bounds[b]:bounds[b + 1]`` of all batches one behind the other.
     codes
@@ -132,7 +132,7 @@ class Placed:
         return {name: codes[part] for name, codes in self.codes.items()}
 
     def counters(self, batch: int) -> slice:
-        """Which counters are of one batch."""
+        """Slice of the counters that belong to one batch."""
         return slice(batch * len(self.matrices), (batch + 1) * len(self.matrices))
 
     def check(self, counted: Sequence[int]) -> None:
@@ -143,22 +143,22 @@ class Placed:
 
 @dataclass(frozen=True)
 class Target:
-    """What rows become on a device.
+    """Output of rows on a device.
 
     Attributes
     ----------
     form
         As asked for.
     dtype
-        Of the result; uint16 for bfloat16.
+        Dtype of the result; uint16 for bfloat16.
     n_columns, width
         Columns of the data, and of the result.
     shape
-        Of a delivered row.
+        Shape of a delivered row.
     columns, places
         The selection of the form, on the device; None for all columns.
     number
-        Of the matrix among all.
+        Index of the matrix.
     """
 
     form: Form
@@ -176,7 +176,7 @@ class Target:
 
     @property
     def sum_dtype(self) -> np.dtype[Any]:
-        """What values are added up in: a GPU adds in few dtypes, and half precision would round at each step."""
+        """Dtype of sums: a GPU adds in few dtypes, and half precision would round at each step."""
         if self.form.is_half:
             return np.dtype(np.float32)
         if self.dtype.kind in "biu":

@@ -1,4 +1,4 @@
-"""Which device batches are made on, and whether there is one."""
+"""Finds the device on which batches are made."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_device(to: Framework | None) -> None:
 
 
 def has_device(to: Framework | None) -> bool:
-    """Whether :func:`check_device` finds nothing amiss."""
+    """True if :func:`check_device` finds nothing amiss."""
     try:
         check_device(to)
     except (ImportError, DeviceError):

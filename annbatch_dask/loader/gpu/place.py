@@ -17,7 +17,7 @@ __all__ = ["place"]
 
 
 def place(window: Window, slab: Slab, builders: Sequence[DeviceBuilder], device: Device, pool: BufferPool) -> Placed:
-    """Begin to bring a window to a device: its slab, and tables of where the rows of each batch lie in it.
+    """Begin to bring a window to a device: its slab, and tables of where the rows of each batch are in it.
 
     There is a builder for each matrix.
     """
@@ -44,7 +44,7 @@ def place(window: Window, slab: Slab, builders: Sequence[DeviceBuilder], device:
 
 
 def _starts(table: RowTable, splits: Sequence[Ints]) -> list[Ints]:
-    """Where each row of each batch begins, and where the last one ends."""
+    """Offsets of the rows of each batch, with the end of the last row."""
     return [np.concatenate([[0], np.cumsum(table.lengths[split], dtype=np.int64)]) for split in splits]
 
 

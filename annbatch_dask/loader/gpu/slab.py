@@ -1,4 +1,4 @@
-"""A window's bytes in one piece, to be copied to a device at once, and where the rows of each batch lie in it.
+"""A window's bytes in one piece, to be copied to a device at once, and where the rows of each batch are in it.
 
 No library of arrays is used here: what is found is handed to a device in :mod:`annbatch_dask.loader.gpu.device`.
 """
@@ -27,7 +27,7 @@ _MAX_COLUMN_NBYTES = 8
 
 
 class Slab:
-    """Hands out arrays that lie one behind the other in given memory.
+    """Hands out arrays that are one behind the other in given memory.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ class Slab:
         return self.memory[: self._used]
 
     def offset(self, array: Array) -> int | None:
-        """Where an array begins in the slab; None if it lies elsewhere."""
+        """Offset of an array in the slab; None if it is elsewhere."""
         offset = int(array.ctypes.data) - int(self.memory.ctypes.data)
         return offset if 0 <= offset <= len(self.memory) - array.nbytes else None
 
@@ -79,7 +79,7 @@ def room_for(source: RowSource, located: Located) -> int:
 
 
 def stage(block: Block, slab: Slab) -> tuple[Block, list[Task]]:
-    """The block in the slab: itself where it lies there already, else a copy of its rows that the tasks make."""
+    """The block in the slab: itself where it is there already, else a copy of its rows that the tasks make."""
     if slab.offset(block.values) is not None:
         return block, []
     if isinstance(block, DenseBlock):
@@ -118,14 +118,14 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class RowTable:
-    """Where the rows of one matrix lie in the slab.
+    """Locations of the rows of one matrix in the slab.
 
     Attributes
     ----------
     groups
         What kinds of rows there are; a kernel reads one of them.
     group
-        Of each row.
+        Group of each row.
     value_at, column_at
         Where a row's values and columns begin, in bytes; columns of dense rows begin nowhere.
     lengths
@@ -140,7 +140,7 @@ class RowTable:
 
 
 def tabulate(loaded: Loaded, slab: Slab) -> RowTable:
-    """Find the rows of one matrix, all of whose blocks lie in the slab."""
+    """Find the rows of one matrix, all of whose blocks are in the slab."""
     n_rows = len(loaded.block)
     groups: dict[Group, int] = {}
     group = np.zeros(n_rows, np.int32)
@@ -186,7 +186,7 @@ def deal(
     splits
         Rows of the window, one array a batch.
     group
-        Of each row of the window.
+        Group of each row of the window.
     n_groups
         How many there are.
 

@@ -122,7 +122,7 @@ class TorchDevice:
 
     @property
     def makes_csr(self) -> bool:
-        """Where there are kernels."""
+        """True if kernels are available."""
         return self._compiler is not None
 
     def make_csr(self, target: Target, placed: Placed, batch: int) -> Any:
@@ -246,7 +246,7 @@ class _TorchHandover:
 def _unaffected_by_captures() -> Iterator[None]:
     """In the calling thread, allow what CUDA forbids all threads while one of them captures a graph.
 
-    Capturing threads forbid it as nobody could know that it has nothing to do with the graph; this thread's work has
+    Capturing threads forbid it because torch cannot know that it is unrelated to the graph; this thread's work has
     not. See cuThreadExchangeStreamCaptureMode of CUDA's driver interface.
     """
     exchange = _driver().cuThreadExchangeStreamCaptureMode
