@@ -84,7 +84,7 @@ from annbatch_dask.sources.open import SourceRef
 from annbatch_dask.splits import Splits, make_splits
 from annbatch_dask.storage.claims import Work, claim_numbers
 from annbatch_dask.storage.folder import UNFINISHED, Folder, StorageOptions, folder_of
-from annbatch_dask.storage.frames import n_rows
+from annbatch_dask.storage.frames import concat_obs, n_rows, read_obs
 from annbatch_dask.storage.lock import Lease, check_unchanged, exclusive
 from annbatch_dask.storage.metadata import METADATA, is_metadata
 
@@ -359,13 +359,13 @@ class DatasetCollection:
         if self.is_empty or (columns is not None and not len(columns)):
             return pd.DataFrame()
         with self._as_opened():
-            frames = [_read_obs(elem, columns, names=names) for elem in self._obs_elems()]
-        out = pd.concat(frames, ignore_index=not names)
-        for name in out.columns:  # pd.concat keeps a categorical only where all categories agree
-            if all(isinstance(f[name].dtype, pd.CategoricalDtype) for f in frames if name in f):
-                united = pd.api.types.union_categoricals([f[name] for f in frames])
-                out[name] = pd.Series(united, index=out.index)
-        return out
+            frames = [self._read_obs(elem, columns, names=names) for elem in self._obs_elems()]
+        return concat_obs(frames, names=names)
+
+    @staticmethod
+    def _read_obs(elem: Any, columns: Sequence[str] | None, *, names: bool) -> pd.DataFrame:
+        stored = elem.attrs["column-order"]
+        return read_obs(elem, None if columns is None else [c for c in stored if c in set(columns)], names=names)
 
     def _obs_elems(self) -> Iterator[Any]:
         if not self._h5ad:
@@ -1287,15 +1287,3 @@ def _annotated(annotations: ad.AnnData | None) -> frozenset[str]:
 
 def _nnz(x: Any) -> int:
     return int(x["data"].shape[0]) if hasattr(x, "keys") else 0
-
-
-def _read_obs(elem: Any, columns: Sequence[str] | None, *, names: bool) -> pd.DataFrame:
-    if columns is None and names:
-        whole: pd.DataFrame = ad.io.read_elem(elem)
-        return whole
-    index = str(elem.attrs["_index"])
-    wanted = [c for c in elem.attrs["column-order"] if columns is None or c in set(columns)]
-    rows = ad.io.read_elem(elem[index]) if names else pd.RangeIndex(n_rows(elem))
-    frame = pd.DataFrame({c: ad.io.read_elem(elem[c]) for c in wanted}, index=rows)
-    frame.index.name = None if index == "_index" or not names else index
-    return frame

@@ -24,7 +24,7 @@ from annbatch_dask.html import OverlapRow, overlap_rows, render
 from annbatch_dask.manifest import SOURCE_DTYPE, BuildRecord, Manifest, SourceRecord
 from annbatch_dask.mixing import Mixing, measure_mixing
 from annbatch_dask.storage.folder import Folder
-from annbatch_dask.storage.frames import n_rows
+from annbatch_dask.storage.frames import n_rows, unite_categories
 from annbatch_dask.storage.metadata import METADATA
 
 __all__ = ["CategoryCounts", "Element", "Report", "ValueSummary", "describe_element", "element_names", "make_report"]
@@ -243,13 +243,11 @@ def _is_categorical(frame: Any, name: str) -> bool:
 
 def _codes(groups: Sequence[zarr.Group], column: str) -> tuple[list[Any], NDArray[np.int32]]:
     """Categories over all datasets, and each row's place among them, -1 where it has none."""
-    places: dict[Any, int] = {}
-    parts = []
-    for group in groups:
-        found: pd.Categorical = ad.io.read_elem(group["obs"][column])  # type: ignore[index]
-        to = np.array([*(places.setdefault(c, len(places)) for c in found.categories), -1], np.int32)
-        parts.append(to[found.codes])
-    return list(places), np.concatenate(parts)
+    found: list[pd.Categorical] = [ad.io.read_elem(group["obs"][column]) for group in groups]  # type: ignore[index]
+    names = unite_categories(part.categories for part in found)
+    place = {name: k for k, name in enumerate(names)}
+    recoded = [np.array([*map(place.__getitem__, part.categories), -1], np.int32)[part.codes] for part in found]
+    return names, np.concatenate(recoded)
 
 
 def _count(column: str, names: Sequence[Any], codes: NDArray[np.int32]) -> CategoryCounts:

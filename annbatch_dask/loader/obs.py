@@ -16,6 +16,7 @@ from annbatch_dask.chunks import native
 from annbatch_dask.chunks.files import scratch
 from annbatch_dask.errors import SelectionError
 from annbatch_dask.loader.requests import Assignment
+from annbatch_dask.storage.frames import unite_categories
 
 __all__ = ["Categories", "Labels", "Names", "ObsTable"]
 
@@ -356,9 +357,7 @@ def _stacked(parts: Sequence[pd.Series]) -> Any:
 
 def _common_dtype(columns: Sequence[pd.Series[Any]]) -> Any:
     if all(isinstance(column.dtype, pd.CategoricalDtype) for column in columns):
-        # An unordered union whose order is that of first appearance: the rows' values stay what they were.
-        categories = dict.fromkeys(value for column in columns for value in column.cat.categories)
-        return pd.CategoricalDtype(list(categories))
+        return pd.CategoricalDtype(unite_categories(column.cat.categories for column in columns))
     dtypes = [cast("Any", column.dtype) for column in columns]
     try:
         return np.result_type(*dtypes)

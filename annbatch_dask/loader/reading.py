@@ -13,7 +13,7 @@ import zarr
 
 from annbatch_dask.errors import CollectionError
 from annbatch_dask.storage.folder import Folder, folder_of
-from annbatch_dask.storage.frames import n_rows
+from annbatch_dask.storage.frames import read_obs
 from annbatch_dask.storage.versions import Listing, list_all
 
 __all__ = ["Backed", "Opening", "load_all_aligned", "load_dataset"]
@@ -115,7 +115,7 @@ def load_dataset(group: zarr.Group, obs_columns: Sequence[str] | None, *, names:
     names = names or not set(obs_columns or ()) <= set(map(str, order))
     return Backed(
         _backed(group["X"]),
-        _read_obs(frame, obs_columns, names=names),
+        read_obs(frame, obs_columns, names=names),
         pd.DataFrame(index=ad.io.read_elem(group["var"]).index),
         dict(_backed_entries(group, "layers")),
         dict(_backed_entries(group, "obsm")),
@@ -140,15 +140,3 @@ def _backed(element: Any) -> Any:
         return element
     msg = f"Unrecognized encoding type {encoding} for {element.name}"
     raise TypeError(msg)
-
-
-def _read_obs(element: Any, columns: Sequence[str] | None, *, names: bool) -> pd.DataFrame:
-    if columns is None:
-        whole: pd.DataFrame = ad.io.read_elem(element)
-        return whole
-    there = [name for name in columns if name in element.attrs["column-order"]]
-    index = str(element.attrs["_index"])
-    rows = ad.io.read_elem(element[index]) if names else pd.RangeIndex(n_rows(element))
-    frame = pd.DataFrame({name: ad.io.read_elem(element[name]) for name in there}, index=rows, columns=there)
-    frame.index.name = None if index == "_index" or not names else index
-    return frame
