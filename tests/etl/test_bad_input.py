@@ -202,7 +202,7 @@ def test_a_dataset_whose_obs_exceeds_memory_names_dataset_size():
     )
     budget = Budget(2000 * MIB)
     with pytest.raises(
-        MemoryBudgetError, match=r"gathering a dataset of 50,000,000 cells needs .* GiB.*lower dataset_size"
+        MemoryBudgetError, match=r"gathering a dataset of 50,000,000 cells needs .* GB.*lower dataset_size"
     ):
         build_plan([source], Options(seed=0, dataset_rows=n), budget=budget)
     plan = build_plan([source], Options(seed=0, dataset_rows=1_000_000), budget=budget)

@@ -181,7 +181,7 @@ def test_a_chunk_that_is_read_whole_is_counted(tmp_path, monkeypatch):
             file["X"].create_dataset(name, data=values, chunks=values.shape, compression="gzip", compression_opts=1)
     build_measured(tmp_path, monkeypatch, paths)
     chunk = 4 * 60_000 * 300
-    with pytest.raises(MemoryBudgetError, match=r"0\.h5ad, whose chunks take .* MiB, needs .* with smaller chunks"):
+    with pytest.raises(MemoryBudgetError, match=r"0\.h5ad, whose chunks take .* MB, needs .* with smaller chunks"):
         room_of(monkeypatch, Budget(RESERVED_NBYTES + chunk))
         DatasetCollection(tmp_path / "p.zarr").plan_adatas(paths, seed=0)
 
@@ -252,7 +252,7 @@ def build_measured(tmp_path, monkeypatch, paths, **options):
     for stage, figure in zip(("scatter", "gather"), plan.peak_nbytes, strict=True):
         assert peaks[stage] <= RESERVED_NBYTES + figure, f"{stage}: {peaks[stage] / MIB:.0f} MiB"
     room_of(monkeypatch, Budget(RESERVED_NBYTES + 4 * MIB))
-    with pytest.raises(MemoryBudgetError, match=r"needs .* MiB and a worker thread has"):
+    with pytest.raises(MemoryBudgetError, match=r"needs .* MB and a worker thread has"):
         DatasetCollection(tmp_path / "p.zarr").plan_adatas(paths, **options)
     return plan
 
