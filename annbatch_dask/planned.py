@@ -2,22 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from annbatch_dask.events import Callback
 from annbatch_dask.plan import summary as words
 from annbatch_dask.plan.plan import Plan
 
+if TYPE_CHECKING:
+    import os
+
+    from distributed import Client
+
 __all__ = ["RunnablePlan"]
 
+C = TypeVar("C")
+"""Type of the collection."""
 
-@dataclass(frozen=True, repr=False)
-class RunnablePlan(Plan):
-    """A plan of a collection's build. Its repr says tasks, bytes and peak memory."""
+
+@dataclass(frozen=True, repr=False, eq=False)
+class RunnablePlan(Plan, Generic[C]):
+    """A plan of :meth:`annbatch_dask.DatasetCollection.plan_adatas`: look at it, then run it.
+
+    Its repr says tasks, bytes and peak memory. All attributes of :class:`annbatch_dask.plan.plan.Plan`, which opens
+    nothing and is the same for the same inputs and options, are its own.
+
+    Examples
+    --------
+    >>> plan = DatasetCollection("planned.zarr").plan_adatas(["a.h5ad", "b.h5ad"], dataset_size=300)
+    >>> plan.n_datasets
+    2
+    >>> plan.run()
+    DatasetCollection('planned.zarr', 2 datasets, 500 cells x 40 genes)
+    """
+
+    _run: Callable[[Mapping[str, Any]], C] = field(kw_only=True)
 
     @classmethod
-    def of(cls, plan: Plan) -> RunnablePlan:
-        """From a plan that knows nothing of where it will be run."""
-        return cls(**{f.name: getattr(plan, f.name) for f in fields(plan)})
+    def of(cls, plan: Plan, run: Callable[[Mapping[str, Any]], C]) -> RunnablePlan[C]:
+        """From a plan that knows nothing of where it is run, and what runs it."""
+        return cls(**{f.name: getattr(plan, f.name) for f in fields(plan)}, _run=run)
+
+    def run(
+        self,
+        *,
+        client: Client | None = None,
+        scratch: str | os.PathLike[str] | None = None,
+        scratch_options: Mapping[str, Any] | None = None,
+        callbacks: Iterable[Callback] | None = None,
+        progress: bool | None = None,
+    ) -> C:
+        """Build the collection as planned, without another scan. Run again after it succeeded, it does nothing.
+
+        Parameters
+        ----------
+        client
+            A client of the Dask cluster to use, whose workers must have the memory that the plan needs. None uses what
+            the plan was made for.
+        scratch, scratch_options, callbacks, progress
+            As for :meth:`annbatch_dask.DatasetCollection.add_adatas`.
+
+        Returns
+        -------
+        The collection.
+
+        Raises
+        ------
+        CollectionChangedError
+            If the collection was changed since it was planned.
+        SourceError
+            If an input was changed since it was planned, or is while it is read.
+        MemoryBudgetError
+            If a task does not fit the client's workers.
+        """
+        return self._run({name: value for name, value in locals().items() if name != "self"})
 
     @property
     def title(self) -> str:

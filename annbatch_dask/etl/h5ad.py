@@ -2,27 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import anndata as ad
 
+from annbatch_dask.errors import CollectionError
 from annbatch_dask.manifest import DATASET_PREFIX, SOURCE_DTYPE
 from annbatch_dask.storage.folder import UNFINISHED, Folder, sync_path
+from annbatch_dask.storage.metadata import METADATA
+from annbatch_dask.storage.root import H5adRoot, Root
 
 if TYPE_CHECKING:
     import zarr
     from anndata import AnnData
 
-__all__ = ["DATASET_FILE", "write_datasets"]
+__all__ = ["written_from"]
 
-DATASET_FILE = re.compile(rf"{DATASET_PREFIX}_\d+\.h5ad")
+_DATASET_FILE = re.compile(rf"{DATASET_PREFIX}_\d+\.h5ad")
 """Names of the files."""
 
 
-def write_datasets(groups: Iterable[zarr.Group], folder: Folder, compressor: str | None, stale: Iterable[str]) -> None:
+@contextlib.contextmanager
+def written_from(root: H5adRoot, compressor: str | None) -> Iterator[Root]:
+    """A hidden zarr collection that is to be built in the block; then its datasets are written as files, and it goes.
+
+    Raises
+    ------
+    CollectionError
+        Before the block, where files are there that are not to be replaced, or are somebody else's.
+    """
+    folder = root.target
+    if not folder.is_local:
+        msg = f"{folder.url} is no local folder, which h5ad files are written to; give a path, or build zarr"
+        raise CollectionError(msg)
+    old, hidden = root.files(), root.hidden()
+    if old and not root.replaces and hidden.folder.version(METADATA) is None:
+        msg = (
+            f"{folder.url} holds {len(old):,} h5ad files, to which none can be added; give another folder, "
+            "mode='w' to replace them, or build zarr"
+        )
+        raise CollectionError(msg)
+    if foreign := [name for name in old if not (_DATASET_FILE.fullmatch(name) or UNFINISHED.fullmatch(name))]:
+        msg = (
+            f"{folder.url} holds {min(foreign)}, one of {len(foreign):,} h5ad files that are no datasets of a "
+            "collection and would go; move them, or give another folder"
+        )
+        raise CollectionError(msg)
+    yield hidden
+    _write_datasets(hidden, folder, compressor, old)
+    root.remove_hidden()
+    root.replaces = False
+
+
+def _write_datasets(groups: Iterable[zarr.Group], folder: Folder, compressor: str | None, stale: Iterable[str]) -> None:
     """Write each dataset as a file of its number, one in memory at a time; all appear at the end.
 
     ``stale``: names of files that are replaced, or removed once the others are there.

@@ -12,7 +12,6 @@ import pickle
 import secrets
 import sys
 import threading
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -34,6 +33,7 @@ from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.private import check_private
 from annbatch_dask.storage.spill import OWNER
 from annbatch_dask.storage.transient import seen_before
+from annbatch_dask.warn import warn
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -208,7 +208,7 @@ def say_what_is_lost(scratch: Folder, work: str) -> None:
                 "rows were cut into other pieces: it cannot be taken up and the work is done anew; to go on with it, "
                 "stop, and start workers (or give memory_limit) as before; else remove it"
             )
-            warnings.warn(msg, UserWarning, stacklevel=4)
+            warn(msg)
 
 
 _last: tuple[JobFile, Job] | None = None

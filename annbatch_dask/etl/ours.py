@@ -23,7 +23,7 @@ from annbatch_dask.errors import CollectionBusyError, CollectionError
 from annbatch_dask.etl.job import owner_of
 from annbatch_dask.manifest import ANNBATCH_ENCODING, DATASET_NAME, DATASET_PREFIX, MANIFEST_KEY, dataset_names
 from annbatch_dask.storage.claims import CLAIM_NAME, Claim, Work, find_claims
-from annbatch_dask.storage.folder import UNFINISHED, Folder, StorageOptions
+from annbatch_dask.storage.folder import UNFINISHED, Folder, StorageOptions, absolute
 from annbatch_dask.storage.lock import GENERATION_NAME, is_held
 from annbatch_dask.storage.metadata import FILES, METADATA, group_document
 from annbatch_dask.storage.spill import OWNER
@@ -33,11 +33,12 @@ __all__ = [
     "FolderContents",
     "Scratch",
     "added_files",
-    "contents_of",
+    "check_new",
     "dataset_attributes",
     "default_scratch",
     "first_document",
     "is_dataset_of",
+    "contents_of",
     "remove_dataset",
 ]
 
@@ -275,6 +276,19 @@ def contents_of(target: Folder) -> FolderContents:
         strangers=(*strangers, *sorted(n for n in root.names if not DATASET_NAME.fullmatch(n))),
         locks_work=target.is_local and None not in held.values(),
     )
+
+
+def check_new(folder: Folder) -> None:
+    """Refuse a place without a collection where something else is than what builds of one have left.
+
+    Raises
+    ------
+    CollectionError
+        With the first names.
+    """
+    if strangers := contents_of(absolute(folder)).strangers:
+        msg = f"{folder.url} exists and is not a collection: it holds {list(strangers[:3])}; give another path"
+        raise CollectionError(msg)
 
 
 def _is_plain_group(document: bytes | None) -> bool:

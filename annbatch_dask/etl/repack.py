@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import google_crc32c
 import numpy as np
@@ -14,17 +14,20 @@ import zarr
 from zarr.core.buffer import default_buffer_prototype
 
 from annbatch_dask.chunks.reader import RangeReader
-from annbatch_dask.errors import CollectionError, IntegrityError
+from annbatch_dask.errors import CollectionError, IntegrityError, LayoutError
 from annbatch_dask.etl.commit import record_of, write_root
 from annbatch_dask.etl.files import recorded_files
 from annbatch_dask.etl.inputs import known_inputs
 from annbatch_dask.etl.ours import dataset_attributes, first_document, is_dataset_of
+from annbatch_dask.etl.request import MatrixLayout
 from annbatch_dask.etl.verify import check_dataset
 from annbatch_dask.etl.write import packing_of, publish_dataset
 from annbatch_dask.manifest import MANIFEST_KEY, Manifest
 from annbatch_dask.storage.checksums import FileSums, checksum_of
 from annbatch_dask.storage.folder import Folder
+from annbatch_dask.storage.lock import exclusive
 from annbatch_dask.storage.metadata import FILES, METADATA, group_document, is_metadata
+from annbatch_dask.storage.root import Root
 from annbatch_dask.storage.shards import ShardWriter
 
 __all__ = ["repack"]
@@ -37,27 +40,38 @@ _PARTS = ("data", "indices")
 Sums = dict[str, tuple[int, str]]
 
 
-def repack(source: Folder, manifest: Manifest, target: Folder, layout: str, attributes: dict[str, Any]) -> None:
-    """Write a collection again in a layout; what an interrupted call has written is kept.
+def repack(root: Root, target: Folder, layout: str) -> None:
+    """Write a collection again in the other layout; what an interrupted call has written is kept.
 
     Each dataset is read back, and its rows have the fingerprint they had, before the collection is there.
 
     Parameters
     ----------
-    source, manifest
-        The collection.
     target
         Where nothing is yet, but perhaps what such a call left.
-    attributes
-        Attributes of the source's root that others wrote.
 
     Raises
     ------
+    LayoutError
+        If there is no such layout.
     CollectionError
-        If something else is there, or annbatch wrote some of the collection.
+        If the collection is empty or has that layout, if annbatch wrote some of it, or if something else is there.
     IntegrityError
         If what was read or written is not what the manifest says.
     """
+    if layout not in get_args(MatrixLayout):
+        msg = f"layout is {layout!r}; give 'open' or 'packed'"
+        raise LayoutError(msg)
+    manifest = root.manifest
+    if manifest is None or manifest.layout == layout:
+        why = "has no manifest" if manifest is None else f"has layout {layout!r} already"
+        msg = f"{root.path} {why}; there is nothing to repack"
+        raise CollectionError(msg)
+    with root.as_opened(), exclusive(target):
+        _repack(root.target, manifest, target, layout, root.other_attributes)
+
+
+def _repack(source: Folder, manifest: Manifest, target: Folder, layout: str, attributes: dict[str, Any]) -> None:
     if any(d.metadata is None for d in manifest.datasets):
         msg = f"{source.url} has datasets without checksums, of annbatch or of an earlier release; build it anew"
         raise CollectionError(msg)

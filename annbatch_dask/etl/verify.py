@@ -14,6 +14,7 @@ from annbatch_dask.etl.blocks import hash_block, read_block
 from annbatch_dask.etl.files import recorded_files
 from annbatch_dask.etl.rows import array_name, sum_hashes
 from annbatch_dask.etl.scan import look, scan, with_ranges
+from annbatch_dask.etl.sweep import leftovers
 from annbatch_dask.events import Callback
 from annbatch_dask.manifest import DatasetRecord, Manifest, SourceRecord
 from annbatch_dask.plan.build import build_plan
@@ -26,18 +27,7 @@ from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.metadata import METADATA, consolidated_below, metadata_below, nodes_checksum
 from annbatch_dask.storage.versions import list_files
 
-__all__ = [
-    "CheckResult",
-    "Problem",
-    "Verification",
-    "check_dataset",
-    "check_readable",
-    "check_root",
-    "check_source",
-    "match_sources",
-    "not_compared",
-    "run_check",
-]
+__all__ = ["CheckResult", "Problem", "Verification", "check_dataset", "check_readable", "verify"]
 
 _ALL = Elements()
 _N_THREADS = 16
@@ -124,7 +114,48 @@ class CheckResult:
     matched: tuple[int, ...] = ()
 
 
-def check_root(target: Folder, manifest: Manifest) -> list[Problem]:
+def verify(
+    target: Folder, manifest: Manifest, refs: Sequence[SourceRef], *, engine: Engine, callback: Callback
+) -> Verification:
+    """Compare a collection with its manifest, and the rows of inputs with those that builds read."""
+    size = (manifest.n_obs, sum(d.n_bytes for d in manifest.datasets))
+    problems = _check_root(target, manifest)
+    tasks = [(target, d, manifest.n_vars) for d in manifest.datasets]
+    names = [d.name for d in manifest.datasets]
+    problems += _run_check(engine, "verify", check_dataset, tasks, callback, size, names)
+    if refs:
+        problems += _compare(target, manifest, refs, engine, callback)
+    return Verification(
+        path=target.url,
+        problems=tuple(problems),
+        leftovers=tuple(leftovers(target)),
+        n_datasets=len(manifest.datasets),
+        n_obs=manifest.n_obs,
+        n_bytes=size[1],
+        against=tuple(r.label for r in refs),
+    )
+
+
+def _compare(
+    target: Folder, manifest: Manifest, refs: Sequence[SourceRef], engine: Engine, callback: Callback
+) -> list[Problem]:
+    """Compare inputs with what the manifest says of them."""
+    candidates = _match_sources([r.label for r in refs], manifest)
+    first = SourceRef("dataset", (target / manifest.datasets[0].name).url, tagged=True, options=target.options)
+    results = run_stage(
+        engine,
+        "compare",
+        _check_source,
+        [(ref, some, first) for ref, some in zip(refs, candidates, strict=True)],
+        callback,
+        size=(sum(some[0].record.n_obs for some in candidates), 0),
+        measure=lambda _, r: (r.n_rows, r.n_bytes),
+        describe=lambda i: refs[i].label,
+    )
+    return [*_not_compared(manifest, candidates, results), *(p for r in results for p in r.problems)]
+
+
+def _check_root(target: Folder, manifest: Manifest) -> list[Problem]:
     """Compare the manifest with itself and with the consolidated metadata beside it."""
     problems = []
     for name, rows in (("datasets", manifest.datasets), ("sources", manifest.sources)):
@@ -240,7 +271,7 @@ def _check_rows(ref: SourceRef, record: DatasetRecord, *, n_vars: int) -> list[P
     return problems
 
 
-def check_source(ref: SourceRef, candidates: Sequence[Candidate], dataset: SourceRef) -> CheckResult:
+def _check_source(ref: SourceRef, candidates: Sequence[Candidate], dataset: SourceRef) -> CheckResult:
     """Compare the rows of an input, as the collection of ``dataset`` would hold them, with what builds read.
 
     One of the candidates must agree: a file may have been added twice, or have the name of another. Those that do are
@@ -300,7 +331,7 @@ class Candidate:
     elements: tuple[str, ...]
 
 
-def match_sources(paths: Sequence[str], manifest: Manifest) -> list[tuple[Candidate, ...]]:
+def _match_sources(paths: Sequence[str], manifest: Manifest) -> list[tuple[Candidate, ...]]:
     """Match each path with source records: by the whole path, or else by its last part.
 
     Raises
@@ -322,7 +353,7 @@ def match_sources(paths: Sequence[str], manifest: Manifest) -> list[tuple[Candid
     return out
 
 
-def not_compared(
+def _not_compared(
     manifest: Manifest, candidates: Sequence[Sequence[Candidate]], results: Sequence[CheckResult]
 ) -> list[Problem]:
     """Sources that no input was found to be, nor may have been."""
@@ -340,7 +371,7 @@ def _some(paths: Mapping[str, Any] | Iterable[str]) -> str:
     return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")  # noqa: PLR2004
 
 
-def run_check(
+def _run_check(
     engine: Engine,
     stage: str,
     fn: Callable[..., CheckResult],

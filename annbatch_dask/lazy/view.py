@@ -16,7 +16,6 @@ from anndata.experimental.backed import Dataset2D
 from dask.base import compute
 from dask.delayed import delayed
 
-from annbatch_dask.arguments import references
 from annbatch_dask.etl.scan import merge_annotations, raw_var, scan
 from annbatch_dask.lazy.blocks import lazy_matrix
 from annbatch_dask.lazy.columns import SourceRows
@@ -31,6 +30,7 @@ from annbatch_dask.plan.options import Options
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import OBS, ColumnSpec, SourceSchema
 from annbatch_dask.sources.open import SourceRef
+from annbatch_dask.sources.references import references
 
 if TYPE_CHECKING:
     import os

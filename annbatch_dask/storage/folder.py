@@ -39,7 +39,7 @@ from annbatch_dask.storage.secrets import shown
 if TYPE_CHECKING:
     from zarr.abc.store import Store
 
-__all__ = ["UNFINISHED", "Folder", "StorageOptions", "folder_of", "sync_path"]
+__all__ = ["UNFINISHED", "Folder", "StorageOptions", "absolute", "folder_at", "folder_of", "sync_path"]
 
 logger = logging.getLogger(__name__)
 _TMP = ".tmp-"
@@ -407,3 +407,17 @@ def folder_of(group: zarr.Group | zarr.Array[Any]) -> Folder:
         msg = f"builds, verify and gc need a path or URL that workers can open, and {type(store).__name__} has none"
         raise CollectionError(msg)
     return folder / path if path else folder
+
+
+def folder_at(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> Folder:
+    """The folder at a path or URL, which must hold no credentials."""
+    url = os.fspath(path)
+    if shown(url) != url:
+        msg = f"{shown(url)} was given with a user, a password or a query; give credentials in storage_options"
+        raise CollectionError(msg)
+    return Folder(url, StorageOptions(storage_options or {}))
+
+
+def absolute(folder: Folder) -> Folder:
+    """A folder by a path that other processes can open; a local one's only one, so that its lock is only one."""
+    return Folder(os.path.realpath(folder.path)) if folder.is_local else folder

@@ -42,7 +42,7 @@ def rows(collection):
 
 
 def root(collection):
-    return json.loads((collection._target / "x").fs.cat_file(f"{collection._target.path}/zarr.json"))
+    return json.loads((collection._root.target / "x").fs.cat_file(f"{collection._root.target.path}/zarr.json"))
 
 
 @pytest.mark.usefixtures("_is_large")
@@ -72,7 +72,7 @@ def test_the_root_grows_by_a_record_a_dataset(tmp_path, paths, monkeypatch):
     monkeypatch.setattr(annbatch_dask.etl.commit, "MAX_CONSOLIDATED_NBYTES", 0)
     for n_rows in (40, 4):
         collection = DatasetCollection(tmp_path / f"{n_rows}.zarr").add_adatas(paths, seed=0, dataset_size=n_rows)
-        sizes[len(collection)] = collection._target.size("zarr.json")
+        sizes[len(collection)] = collection._root.target.size("zarr.json")
     (few, least), (many, most) = sizes.items()
     assert (most - least) / (many - few) < 500  # bytes; 90,000 with the files and metadata of each
 

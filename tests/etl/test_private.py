@@ -18,12 +18,12 @@ import zarr
 from zarr.core.group import AsyncGroup, GroupMetadata
 
 from annbatch_dask import DatasetCollection
-from annbatch_dask.arguments import folder_at, references
 from annbatch_dask.cli import main
 from annbatch_dask.errors import ForeignScratchError, IntegrityError, SourceError
 from annbatch_dask.etl.job import Job, load_job, save_job
 from annbatch_dask.events import Callback
-from annbatch_dask.storage.folder import Folder
+from annbatch_dask.sources.references import references
+from annbatch_dask.storage.folder import Folder, folder_at
 from annbatch_dask.storage.private import check_private, make_private
 from annbatch_dask.storage.secrets import hiding_secrets, shown, without_secrets
 from annbatch_dask.storage.spill import SpillError, SpillReader, write_spill

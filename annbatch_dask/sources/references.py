@@ -1,4 +1,4 @@
-"""What a user hands to a collection, checked and resolved: paths to sources, sizes and switches to numbers."""
+"""The inputs that a user hands over, checked: paths, groups and lazy AnnData to references."""
 
 from __future__ import annotations
 
@@ -10,45 +10,18 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
-import numpy as np
 import zarr
-from humanfriendly import InvalidSize, parse_size
 
-from annbatch_dask.errors import CollectionError, LayoutError, SourceError
-from annbatch_dask.plan.elements import Elements
-from annbatch_dask.plan.options import Options
+from annbatch_dask.errors import CollectionError, SourceError
 from annbatch_dask.sources.identity import function_identity, where_of
 from annbatch_dask.sources.open import SourceRef
 from annbatch_dask.storage.folder import Folder, StorageOptions, folder_of
 from annbatch_dask.storage.secrets import shown, without_secrets
-from annbatch_dask.storage.shards import compressor_json
 
 if TYPE_CHECKING:
     import anndata as ad
 
-__all__ = [
-    "absolute",
-    "check_portable",
-    "folder_at",
-    "groupby_columns",
-    "references",
-    "resolve_options",
-    "resolve_seed",
-]
-
-
-def folder_at(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> Folder:
-    """The folder at a path or URL, which must hold no credentials."""
-    url = os.fspath(path)
-    if shown(url) != url:
-        msg = f"{shown(url)} was given with a user, a password or a query; give credentials in storage_options"
-        raise CollectionError(msg)
-    return Folder(url, StorageOptions(storage_options or {}))
-
-
-def absolute(folder: Folder) -> Folder:
-    """A folder by a path that other processes can open; a local one's only one, so that its lock is only one."""
-    return Folder(os.path.realpath(folder.path)) if folder.is_local else folder
+__all__ = ["check_portable", "references"]
 
 
 def references(
@@ -161,81 +134,3 @@ def _label(adata: ad.AnnData) -> str:
     values = [adata.X.name, *(tokenize(adata.layers[k]) for k in sorted(k for k in adata.layers if k is not None))]
     digest = blake2b(repr(values).encode() + hashed, digest_size=4).hexdigest()
     return f"AnnData({adata.n_obs} x {adata.n_vars}, {digest})"
-
-
-def resolve_seed(seed: int | None, rng: np.random.Generator | None) -> int:
-    """The seed given, or drawn from the generator given, or 0: the same call again is the same build."""
-    if seed is not None and rng is not None:
-        msg = f"seed={seed} and rng are both given; give one"
-        raise ValueError(msg)
-    if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
-        return int(rng)
-    if rng is not None and not isinstance(rng, np.random.Generator):
-        msg = f"rng must be a numpy.random.Generator, not {type(rng).__name__}"
-        raise TypeError(msg)
-    if rng is not None:
-        return int(rng.integers(2**63))
-    return 0 if seed is None else int(seed)
-
-
-def resolve_options(  # noqa: PLR0913 - all of them are numbers of a plan
-    var_subset: Iterable[str] | None,
-    n_obs_per_chunk: int,
-    shard_size: int | str,
-    zarr_compressor: Any,
-    dataset_size: int | str,
-    *,
-    shuffle: bool,
-    seed: int,
-    groupby: tuple[str, ...],
-    elements: Elements,
-    allow_mixed_counts: bool,
-) -> Options:
-    """Sizes in rows or bytes, and switches, as the plan takes them."""
-    if n_obs_per_chunk < 1:
-        msg = f"n_obs_per_chunk is {n_obs_per_chunk}; it must be 1 or more"
-        raise LayoutError(msg)
-    dataset_rows, dataset_nbytes = _size("dataset_size", dataset_size)
-    shard_rows, shard_nbytes = _size("shard_size", shard_size)
-    return Options(
-        seed=seed,
-        shuffle=shuffle,
-        dataset_rows=dataset_rows,
-        dataset_nbytes=dataset_nbytes,
-        n_obs_per_chunk=n_obs_per_chunk,
-        shard_rows=shard_rows,
-        shard_nbytes=shard_nbytes,
-        compressor=compressor_json(zarr_compressor),
-        var_subset=None if var_subset is None else tuple(map(str, var_subset)),
-        groupby=groupby,
-        elements=elements,
-        allow_mixed_counts=allow_mixed_counts,
-    )
-
-
-def groupby_columns(names: str | Iterable[str] | None) -> tuple[str, ...]:
-    """Names of columns, each once."""
-    if names is None:
-        return ()
-    found = (names,) if isinstance(names, str) else tuple(names)
-    if not found:
-        msg = "groupby must contain at least one column; None sorts by none"
-        raise ValueError(msg)
-    if len(set(found)) < len(found):
-        msg = f"groupby columns must be unique; got {list(found)}"
-        raise ValueError(msg)
-    return found
-
-
-def _size(name: str, value: int | str) -> tuple[int | None, int | None]:
-    """Rows, or bytes of a string in annbatch's units: powers of 1024."""
-    if isinstance(value, str):
-        try:
-            return None, int(parse_size(value, binary=True))
-        except InvalidSize as e:
-            msg = f"{name} is {value!r}; give a number of cells, or a size such as '2GB'"
-            raise LayoutError(msg) from e
-    if value < 1:
-        msg = f"{name} is {value}; it must be 1 or more"
-        raise LayoutError(msg)
-    return int(value), None

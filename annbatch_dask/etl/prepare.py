@@ -1,0 +1,292 @@
+"""From a request to a plan: look at what the collection has, scan the inputs, decide."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import anndata as ad
+import dask
+
+from annbatch_dask.engines.base import EngineChoice
+from annbatch_dask.errors import CollectionError, LayoutError
+from annbatch_dask.etl.frames import try_frames
+from annbatch_dask.etl.inputs import Input, known_inputs
+from annbatch_dask.etl.request import GeneOrder, MatrixLayout, OnDuplicate, Request
+from annbatch_dask.etl.scan import look, merge_annotations, scan, with_ranges
+from annbatch_dask.manifest import SRC_PATH, DatasetRecord, Manifest, MatrixRecord, dataset_number
+from annbatch_dask.plan.build import build_plan
+from annbatch_dask.plan.dtypes import ValueRange
+from annbatch_dask.plan.elements import Elements
+from annbatch_dask.plan.genes import check_unique
+from annbatch_dask.plan.memory import BLOCK_NBYTES
+from annbatch_dask.plan.options import Extension, Options
+from annbatch_dask.plan.plan import Plan
+from annbatch_dask.plan.schema import INPUT_SRC_PATH, SourceSchema
+from annbatch_dask.sizes import parse_nbytes
+from annbatch_dask.sources.identity import identity_of, where_of
+from annbatch_dask.sources.matrices import describe_matrix
+from annbatch_dask.sources.open import SourceRef
+from annbatch_dask.storage.frames import n_rows
+from annbatch_dask.storage.metadata import METADATA
+from annbatch_dask.storage.root import Root
+from annbatch_dask.warn import warn
+
+__all__ = ["Prepared", "dataset_refs", "is_done", "prepare", "resolve", "warn_of_duplicates"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan with what it was made of.
+
+    Attributes
+    ----------
+    refs
+        The sources: the collection's datasets, where they are extended, and the inputs.
+    annotations
+        What the collection will say of genes and of itself; see :class:`annbatch_dask.etl.job.Job`.
+    request
+        Identity of the call.
+    base
+        Manifest of the collection that is extended.
+    version
+        Of the collection's root document when it was planned.
+    """
+
+    plan: Plan
+    refs: tuple[SourceRef, ...]
+    annotations: ad.AnnData | None
+    request: str
+    base: Manifest | None
+    version: str | None
+
+    def warn(self) -> None:
+        """Say what the inputs have and the collection will not have, or will call otherwise."""
+        n_inputs = sum(not ref.tagged for ref in self.refs)
+        if left_out := self.plan.left_out:
+            shown = ", ".join(f"{name} ({len(paths)} of {n_inputs} inputs)" for name, paths in left_out.items())
+            warn(f"left out: {shown}; name them with a leading '-' in elements to confirm, or see merge")
+        if renamed := self.plan.renamed:
+            warn(
+                f"obs of {renamed[0]} ({len(renamed)} of {n_inputs} inputs) has a column {SRC_PATH}, which is "
+                f"{INPUT_SRC_PATH} in the collection, whose own says where a row came from; rename it in load_adata, "
+                f"or leave it out with elements=['-obs/{SRC_PATH}']"
+            )
+
+
+# --- what the collection has ---------------------------------------------------------------------------------------
+
+
+def resolve(root: Root, request: Request) -> tuple[Extension | None, Options]:
+    """What the collection means for a build, if it holds cells, and the options this comes to."""
+    extension = _extension(root, request)
+    return extension, _stored_as(root, request.options, request.layout, request.gene_order, extension)
+
+
+def _extension(root: Root, request: Request) -> Extension | None:
+    mode, genes = request.mode, request.genes
+    if mode not in ("extend", "append", "reshuffle") or genes not in ("collection", "union"):
+        msg = f"mode is {mode!r} and genes {genes!r}; give 'extend', 'append' or 'reshuffle', 'collection' or 'union'"
+        raise ValueError(msg)
+    if root.is_empty:
+        return None
+    if mode == "append" and genes == "union":
+        msg = "mode='append' leaves the datasets as they are, so genes='union' cannot add to them; use 'reshuffle'"
+        raise ValueError(msg)
+    names = root.names()
+    last = max(map(dataset_number, names))
+    if root.manifest is not None:
+        last = max(last, root.manifest.last_dataset)
+    return Extension(mode, len(names), last + 1, union=genes == "union")
+
+
+def _stored_as(
+    root: Root,
+    options: Options,
+    layout: MatrixLayout | None,
+    gene_order: GeneOrder | None,
+    extension: Extension | None,
+) -> Options:
+    """The options with the layout and the order of genes that were chosen, or that the collection has."""
+    if layout not in (None, *get_args(MatrixLayout)) or gene_order not in (None, *get_args(GeneOrder)):
+        msg = f"layout is {layout!r} and gene_order {gene_order!r}; give 'open' or 'packed', 'names' or 'abundance'"
+        raise LayoutError(msg)
+    manifest = None if extension is None else root.manifest
+    was = options if manifest is None else manifest
+    if extension is not None and gene_order not in (None, was.gene_order):
+        msg = (
+            f"{root.path} has its genes in the order of {was.gene_order}, and gene_order is {gene_order!r}; "
+            "leave it out, or build a new collection"
+        )
+        raise LayoutError(msg)
+    if extension is not None and extension.mode == "append" and layout not in (None, was.layout):
+        msg = (
+            f"{root.path} is stored in layout {was.layout!r}, and layout={layout!r} with mode='append' would leave "
+            "it in two; leave it out, or give mode='extend', which writes all anew"
+        )
+        raise LayoutError(msg)
+    return replace(options, layout=layout or was.layout, gene_order=gene_order or was.gene_order)
+
+
+def is_done(root: Root, refs: Sequence[SourceRef], request: str, room: EngineChoice) -> bool:
+    """Whether this very call has succeeded already, and was the last to do so: it asks for the same of the same."""
+    manifest = root.manifest
+    if manifest is None or not manifest.builds or manifest.builds[-1].request != request:
+        return False
+    known = known_inputs(root.target, manifest)[-len(refs) :]
+    found = room.scanner.run("look", identity_of, [(ref,) for ref in refs], lambda *_: None, lambda i: refs[i].label)
+    now = [Input.of(where_of(ref), identity) for ref, identity in zip(refs, found, strict=True)]
+    for ref, was, is_now in zip(refs, known, now, strict=True):
+        if was.where in ("", is_now.where) and not (was.content and is_now.content):
+            msg = (
+                f"{root.path} was built last by this very call, and whether {ref.label} is what it was then cannot "
+                "be told: to add its cells again, give another seed; to replace them, build a new collection"
+            )
+            raise CollectionError(msg)
+    return known == now
+
+
+def warn_of_duplicates(root: Root, refs: Sequence[SourceRef], on_duplicate_source: OnDuplicate) -> None:
+    """Refuse inputs that lie in the collection; warn of those whose cells it has, or refuse these too."""
+    if on_duplicate_source not in ("warn", "error"):
+        msg = f"on_duplicate_source is {on_duplicate_source!r}; it must be 'warn' or 'error'"
+        raise ValueError(msg)
+    manifest, target = root.manifest, root.target
+    own = where_of(SourceRef("", target.url, options=target.options))
+    for ref in refs:
+        if f"{where_of(ref)}/".startswith(f"{own}/"):
+            msg = f"{ref.label} lies in the collection {root.path} itself, which has its cells; leave it out"
+            raise CollectionError(msg)
+    if manifest is None:
+        return
+    known = known_inputs(target, manifest)
+    for ref in refs:
+        where = Input.of(where_of(ref), "").where
+        named = [k for k, s in enumerate(manifest.sources) if s.path == ref.label]
+        same = [k for k, i in enumerate(known) if i.where and i.where == where]
+        again = sorted({*same, *(k for k in named if not known[k].where or not where)})
+        if again:
+            n = sum(manifest.sources[k].n_obs for k in again)
+            msg = f"{ref.label} is in {root.path} already, with {n:,} cells"
+            if on_duplicate_source == "error":
+                msg = f"{msg}; leave it out, or build a new collection"
+                raise CollectionError(msg)
+            warn(f"{msg}, and is added again; leave it out, or build a new collection, to have each cell once")
+        elif named:
+            warn(
+                f"{root.path} has cells of another {ref.label}, which the column src_path will not tell apart; "
+                "give whole paths to have different names"
+            )
+
+
+def dataset_refs(root: Root) -> list[SourceRef]:
+    """The datasets as inputs of a build that extends them, or of a view."""
+    if not root.has_folder:
+        return [SourceRef(name, group, tagged=True) for name, group in zip(root.names(), root, strict=True)]
+    folder, manifest = root.target, root.manifest
+    recorded = {} if manifest is None else {d.name: f"{d.fingerprint}/{d.metadata}" for d in manifest.datasets}
+    return [
+        SourceRef(n, (folder / n).url, tagged=True, options=folder.options, known=recorded.get(n, ""))
+        for n in root.names()
+    ]
+
+
+def _adopted(root: Root) -> Manifest:
+    """A manifest for a collection that annbatch wrote: what its metadata say, no fingerprints."""
+    first = next(iter(root))
+    records = tuple(
+        DatasetRecord(name, n_rows(group["obs"]), _nnz(group["X"]))
+        for name, group in zip(root.names(), root, strict=True)
+    )
+    stored = describe_matrix("X", first["X"])
+    dtype = "float32" if stored is None else stored.dtype
+    kind = "dense" if stored is None else stored.kind
+    return Manifest(
+        n_obs=sum(r.n_obs for r in records),
+        n_vars=len(ad.io.read_elem(first["var"])),
+        matrices={"X": MatrixRecord(kind, dtype, dtype)},
+        datasets=records,
+        sources=(),
+        builds=(),
+        last_dataset=max(r.number for r in records),
+    )
+
+
+def _nnz(x: Any) -> int:
+    return int(x["data"].shape[0]) if hasattr(x, "keys") else 0
+
+
+# --- the plan ------------------------------------------------------------------------------------------------------
+
+
+def prepare(root: Root, request: Request, room: EngineChoice, *, read_values: bool = False) -> Prepared:
+    """Scan the inputs, and the datasets of a collection that is extended, and plan."""
+    version = root.target.version(METADATA)
+    extension, options = resolve(root, request)
+    datasets = [] if extension is None else dataset_refs(root)
+    refs = (*datasets, *request.refs)
+    scanned = room.scanner.run(
+        "scan",
+        scan,
+        _scans(datasets, request, options, extension, read_values=read_values),
+        lambda *_: None,
+        lambda i: refs[i].label,
+    )
+    for s in scanned:
+        check_unique(s.schema)
+    found = [s.annotations for s in scanned if s.annotations is not None]
+    if extension is not None and not extension.union:
+        found = found[:1]  # the collection's own
+    annotations = merge_annotations(found, request.merge) if found else None
+    if annotations is not None:
+        _exclude(annotations, options.elements)
+    chosen = [s.schema if s.schema.tagged else options.elements.select(s.schema) for s in scanned]
+
+    def look_at(some: list[tuple[SourceRef, SourceSchema, frozenset[str]]]) -> list[dict[str, ValueRange]]:
+        return room.scanner.run("look", look, some, lambda *_: None, lambda i: some[i][0].label)
+
+    plan = build_plan(
+        with_ranges(refs, chosen, look_at),
+        options,
+        budget=replace(room.budget, block_nbytes=_block_nbytes()),
+        var=None if annotations is None else annotations.var,
+        annotated=_annotated(annotations),
+        extension=extension,
+    )
+    try_frames(plan, annotations)
+    base = None if extension is None else root.manifest or _adopted(root)
+    return Prepared(plan, refs, annotations, request.identity(options), base, version)
+
+
+def _scans(
+    datasets: Sequence[SourceRef], request: Request, options: Options, extension: Extension | None, *, read_values: bool
+) -> list[tuple[Any, ...]]:
+    """Arguments of the scan of each source."""
+    wanted = request.merge is not None or (extension is None and len(request.refs) == 1)
+    first = extension is not None and (request.merge is not None or not extension.union)
+    by_abundance = extension is None and options.gene_order == "abundance"
+    tasks = [(ref, first and k == 0, False, False, False) for k, ref in enumerate(datasets)]
+    return [*tasks, *((ref, wanted, read_values, False, by_abundance) for ref in request.refs)]
+
+
+def _block_nbytes() -> int:
+    """Size of a row block, from dask's configuration: ``annbatch_dask.block_size``."""
+    return parse_nbytes("annbatch_dask.block_size", dask.config.get("annbatch_dask.block_size", BLOCK_NBYTES))
+
+
+def _exclude(annotations: ad.AnnData, elements: Elements) -> None:
+    """Drop what was not chosen."""
+    for kind in ("varm", "varp", "uns"):
+        mapping = getattr(annotations, kind)
+        for key in [k for k in mapping if not elements.keeps(f"{kind}/{k}")]:
+            del mapping[key]
+
+
+def _annotated(annotations: ad.AnnData | None) -> frozenset[str]:
+    if annotations is None:
+        return frozenset()
+    return frozenset(f"{kind}/{key}" for kind in ("varm", "varp", "uns") for key in getattr(annotations, kind))

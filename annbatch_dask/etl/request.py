@@ -1,0 +1,105 @@
+"""What a call asks of a collection, checked and resolved: inputs to sources, sizes and switches to numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from annbatch_dask.errors import LayoutError
+from annbatch_dask.plan.elements import Elements
+from annbatch_dask.plan.options import Options
+from annbatch_dask.seeds import resolve_seed
+from annbatch_dask.sizes import parse_rows_or_nbytes
+from annbatch_dask.sources.open import SourceRef
+from annbatch_dask.sources.references import check_portable, references
+from annbatch_dask.storage.shards import compressor_json
+
+__all__ = ["GeneOrder", "MatrixLayout", "Mode", "OnDuplicate", "Request", "make_request"]
+
+Mode = Literal["extend", "append", "reshuffle"]
+OnDuplicate = Literal["warn", "error"]
+MatrixLayout = Literal["open", "packed"]
+GeneOrder = Literal["names", "abundance"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of :meth:`annbatch_dask.DatasetCollection.add_adatas` that say what the collection shall be.
+
+    Attributes
+    ----------
+    refs
+        The inputs.
+    options
+        Sizes, seed and switches; of layout and gene order the defaults.
+    layout, gene_order
+        As asked for; None is the collection's, or the default.
+    """
+
+    refs: tuple[SourceRef, ...]
+    options: Options
+    merge: str | None
+    mode: Mode
+    genes: Literal["collection", "union"]
+    on_duplicate_source: OnDuplicate
+    layout: MatrixLayout | None
+    gene_order: GeneOrder | None
+
+    def identity(self, options: Options) -> str:
+        """Of the call, with the options it comes to."""
+        inputs = [(r.label, r.counts) for r in self.refs]
+        return options.request(inputs, self.mode, self.genes, self.merge)
+
+
+def make_request(given: Mapping[str, Any]) -> Request:
+    """From the arguments of the method, by name.
+
+    Raises
+    ------
+    SourceError, LayoutError, ValueError, TypeError
+        Where one of them makes no sense.
+    """
+    refs = references(given["adata_paths"], given["load_adata"], given["storage_options"], given["counts"])
+    check_portable(refs)
+    return Request(
+        refs,
+        _options(given),
+        *(given[n] for n in ("merge", "mode", "genes", "on_duplicate_source", "layout", "gene_order")),
+    )
+
+
+def _options(given: Mapping[str, Any]) -> Options:
+    if given["n_obs_per_chunk"] < 1:
+        msg = f"n_obs_per_chunk is {given['n_obs_per_chunk']}; it must be 1 or more"
+        raise LayoutError(msg)
+    dataset_rows, dataset_nbytes = parse_rows_or_nbytes("dataset_size", given["dataset_size"])
+    shard_rows, shard_nbytes = parse_rows_or_nbytes("shard_size", given["shard_size"])
+    return Options(
+        seed=resolve_seed(given["seed"], given["rng"]),
+        shuffle=given["shuffle"],
+        dataset_rows=dataset_rows,
+        dataset_nbytes=dataset_nbytes,
+        n_obs_per_chunk=given["n_obs_per_chunk"],
+        shard_rows=shard_rows,
+        shard_nbytes=shard_nbytes,
+        compressor=compressor_json(given["zarr_compressor"]),
+        var_subset=None if given["var_subset"] is None else tuple(map(str, given["var_subset"])),
+        groupby=_groupby(given["groupby"]),
+        elements=Elements.parse(given["elements"]),
+        allow_mixed_counts=given["allow_mixed_counts"],
+    )
+
+
+def _groupby(names: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Names of columns, each once."""
+    if names is None:
+        return ()
+    found = (names,) if isinstance(names, str) else tuple(names)
+    if not found:
+        msg = "groupby must contain at least one column; None sorts by none"
+        raise ValueError(msg)
+    if len(set(found)) < len(found):
+        msg = f"groupby columns must be unique; got {list(found)}"
+        raise ValueError(msg)
+    return found

@@ -1,0 +1,171 @@
+"""Start a build: take the collection's lock, see that nothing has changed, claim names, make the job, run it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from annbatch_dask.engines.base import EngineChoice
+from annbatch_dask.errors import CollectionBusyError, CollectionChangedError, SourceError
+from annbatch_dask.etl.build import build
+from annbatch_dask.etl.job import Job, say_what_is_lost, work_folder
+from annbatch_dask.etl.log import Recorder
+from annbatch_dask.etl.ours import FolderContents, Scratch, contents_of
+from annbatch_dask.etl.prepare import Prepared, is_done, prepare, resolve, warn_of_duplicates
+from annbatch_dask.etl.request import Request
+from annbatch_dask.etl.sweep import sweep_idle
+from annbatch_dask.events import Callback, Callbacks
+from annbatch_dask.manifest import DATASET_NAME, dataset_number
+from annbatch_dask.sources.identity import raise_if_changed
+from annbatch_dask.storage.claims import Work, claim_numbers
+from annbatch_dask.storage.folder import Folder
+from annbatch_dask.storage.lock import check_unchanged, exclusive
+from annbatch_dask.storage.root import Root
+
+__all__ = ["Means", "plan_and_run", "run_prepared"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a build runs with, which leaves no trace in its result.
+
+    Attributes
+    ----------
+    room
+        The engine.
+    callback
+        Listens to its events.
+    scratch
+        Where scratch folders lie.
+    """
+
+    room: EngineChoice
+    callback: Callback
+    scratch: Folder
+
+
+def plan_and_run(root: Root, request: Request, means: Means) -> None:
+    """Do what is asked for, unless it is done."""
+    with _locked(root) as found:
+        extension, options = resolve(root, request)
+        if is_done(root, request.refs, request.identity(options), means.room):
+            _nothing_to_do(root, means)
+            return
+        warn_of_duplicates(root, request.refs, request.on_duplicate_source)
+        if extension is None or extension.mode != "append":
+            found.check_named()
+        _run(root, prepare(root, request, means.room), means, found)
+
+
+def run_prepared(root: Root, prepared: Prepared, means: Means) -> None:
+    """Run what was planned before, unless that is done.
+
+    Raises
+    ------
+    CollectionChangedError
+        If the collection was changed since it was planned.
+    SourceError
+        If an input was.
+    MemoryBudgetError
+        If a task does not fit these workers.
+    """
+    plan = prepared.plan
+    with _locked(root) as found:
+        if found.version != prepared.version:
+            if _is_published(root, prepared):
+                _nothing_to_do(root, means)
+                return
+            msg = f"{root.path} was changed since this was planned; plan again"
+            raise CollectionChangedError(msg)
+        _check_inputs(prepared, means.room)
+        for name, peak in zip(("scatter", "gather"), plan.peak_nbytes, strict=True):
+            means.room.budget.check(f"a {name} task of the plan", peak, "plan again for these workers")
+        if plan.extension is None or plan.extension.mode != "append":
+            found.check_named()
+        _run(root, prepared, means, found)
+
+
+@contextlib.contextmanager
+def _locked(root: Root) -> Iterator[FolderContents]:
+    """Hold the collection's lock, and see what lies in its folder."""
+    with exclusive(root.target):
+        found = contents_of(root.target)
+        found.check()
+        root.refresh()
+        yield found
+
+
+def _nothing_to_do(root: Root, means: Means) -> None:
+    logger.info("%s holds these inputs already: nothing to do", root.path)
+    sweep_idle(root.target, Scratch(root.target, means.scratch.options))
+
+
+def _is_published(root: Root, prepared: Prepared) -> bool:
+    """Whether the last build of the collection was this one."""
+    last = None if root.manifest is None else next(reversed(root.manifest.builds), None)
+    return last is not None and (last.plan, last.request) == (prepared.plan.fingerprint, prepared.request)
+
+
+def _check_inputs(prepared: Prepared, room: EngineChoice) -> None:
+    """Refuse inputs that are not what they were when they were scanned."""
+    tasks = [(ref, s.identity) for ref, s in zip(prepared.refs, prepared.plan.sources, strict=True) if not ref.tagged]
+    try:
+        room.scanner.run("check", raise_if_changed, tasks, lambda *_: None, lambda i: tasks[i][0].label)
+    except SourceError as e:
+        e.add_note("it was planned with what was there before: plan again")
+        raise
+
+
+def _run(root: Root, prepared: Prepared, means: Means, found: FolderContents) -> None:
+    prepared.warn()
+    with means.room.start(max(len(prepared.plan.blocks), prepared.plan.n_datasets)) as engine:
+        job = _make_job(root, prepared, means.scratch, found)
+        try:
+            check_unchanged(job.target, found.version)  # now that what another build publishes has other names
+            build(job, engine, Callbacks([means.callback, Recorder(job.target, job.plan)]))
+        except CollectionBusyError:
+            root.replaces = False
+            root.refresh()
+            if not _is_published(root, prepared):
+                raise
+            logger.info("%s: another run of this build was faster", root.path)
+    root.replaces = False
+    root.refresh()
+
+
+def _make_job(root: Root, prepared: Prepared, scratch: Folder, found: FolderContents) -> Job:
+    """The build's parts, with names of datasets that are claimed for it."""
+    plan, target = prepared.plan, root.target
+    folder = scratch / work_folder(plan, target, prepared.request)
+    say_what_is_lost(scratch, folder.url.rpartition("/")[2])
+    work = Work(plan.fingerprint, folder.url, is_new=scratch.is_local and not os.path.exists(scratch.path))
+    first, inherited = max(plan.first_dataset, found.last + 1), _inherited(root, found)
+    claim = claim_numbers(target, plan.work_key, first, plan.n_datasets, work)
+    return Job(
+        plan,
+        prepared.refs,
+        folder,
+        target,
+        prepared.annotations,
+        claim.first,
+        prepared.base,
+        found.version,
+        prepared.request,
+        claim=claim,
+        replaced=tuple(sorted(found.named)),
+        inherited=inherited,
+        attributes=root.other_attributes,
+    )
+
+
+def _inherited(root: Root, found: FolderContents) -> tuple[str, ...]:
+    """Datasets that do not say that they are of the collection after the build, and may be removed."""
+    if root.manifest is not None:
+        return found.inherited
+    ours = (n for n in found.datasets if DATASET_NAME.fullmatch(n) and dataset_number(n) <= found.last)
+    return tuple(sorted({*found.named, *found.inherited, *ours}, key=dataset_number))

@@ -1,0 +1,53 @@
+"""Sizes as people write them: ``"2GB"`` is 2,000,000,000 bytes and ``"2GiB"`` is 2,147,483,648, as in dask."""
+
+from __future__ import annotations
+
+from dask.utils import parse_bytes
+
+from annbatch_dask.errors import LayoutError
+
+__all__ = ["parse_nbytes", "parse_rows_or_nbytes"]
+
+
+def parse_nbytes(name: str, value: float | str) -> int:
+    """Bytes, from a number or a text.
+
+    Parameters
+    ----------
+    name
+        The option's, for the error.
+
+    Raises
+    ------
+    LayoutError
+        If it is no size, or less than a byte.
+    """
+    try:
+        n_bytes = int(parse_bytes(value))
+    except (ValueError, TypeError) as e:
+        msg = f"{name} is {value!r}; give a number of bytes, or a size such as '2GB' or '2GiB'"
+        raise LayoutError(msg) from e
+    if n_bytes < 1:
+        msg = f"{name} is {value!r}; it must be 1 byte or more"
+        raise LayoutError(msg)
+    return n_bytes
+
+
+def parse_rows_or_nbytes(name: str, value: int | str) -> tuple[int | None, int | None]:
+    """Rows of a number, or bytes of a text: exactly one of the two.
+
+    Raises
+    ------
+    LayoutError
+        If it is no size, or less than one.
+    """
+    if isinstance(value, str):
+        try:
+            return None, parse_nbytes(name, value)
+        except LayoutError as e:
+            msg = f"{name} is {value!r}; give a number of cells, or a size such as '2GB' or '2GiB'"
+            raise LayoutError(msg) from e
+    if value < 1:
+        msg = f"{name} is {value}; it must be 1 or more"
+        raise LayoutError(msg)
+    return int(value), None

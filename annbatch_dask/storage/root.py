@@ -1,0 +1,288 @@
+"""A collection as it lies on disk: its datasets, its manifest, and whether it is still what was opened."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any
+
+import zarr
+
+from annbatch_dask.errors import CollectionChangedError, CollectionError
+from annbatch_dask.manifest import (
+    ANNBATCH_ENCODING,
+    DATASET_NAME,
+    MANIFEST_KEY,
+    Manifest,
+    dataset_names,
+    dataset_number,
+)
+from annbatch_dask.storage.folder import Folder, absolute, folder_of
+from annbatch_dask.storage.frames import n_rows
+from annbatch_dask.storage.lock import Lease
+from annbatch_dask.storage.metadata import METADATA
+
+__all__ = ["H5adRoot", "Root", "open_group"]
+
+_N_THREADS = 16
+_HIDDEN = ".shuffled.zarr"
+"""In a folder of h5ad files, what they will be written from."""
+
+
+class Root:
+    """A zarr collection in a folder, or in a zarr group of any store.
+
+    Parameters
+    ----------
+    group
+        The collection's group; None where there is no collection yet.
+    folder
+        Where it lies; None is the group's place.
+    replaces
+        Take what is there for empty: the next commit replaces it.
+    """
+
+    def __init__(self, group: zarr.Group | None, folder: Folder | None = None, *, replaces: bool = False) -> None:
+        self.group = group
+        self.replaces = replaces
+        self._parsed: tuple[zarr.Group, Manifest] | None = None
+        if folder is not None:
+            self.folder = folder
+
+    @cached_property
+    def folder(self) -> Folder:
+        """The collection's folder; CollectionError where its store alone knows its files: one in memory, say."""
+        assert self.group is not None  # set at construction, or the folder is
+        return folder_of(self.group)
+
+    @cached_property
+    def has_folder(self) -> bool:
+        """Whether it lies at a path or URL."""
+        try:
+            return bool(self.folder.url)
+        except CollectionError:
+            return False
+
+    @property
+    def target(self) -> Folder:
+        """The collection's folder, by a path that other processes can open."""
+        return absolute(self.folder)
+
+    @property
+    def path(self) -> str:
+        """Path or URL of the collection."""
+        return self.folder.url if self.has_folder else str(self.group)
+
+    @property
+    def is_empty(self) -> bool:
+        """True unless the collection's attributes are there and at least one dataset."""
+        if self.group is None:
+            return True
+        return not (ANNBATCH_ENCODING.items() <= dict(self.group.attrs).items() and self.names())
+
+    def names(self) -> list[str]:
+        """Names of the datasets, in numeric order."""
+        if self.group is None:
+            return []
+        if (manifest := self._manifest) is not None:
+            return [d.name for d in manifest.datasets]
+        return sorted(filter(DATASET_NAME.fullmatch, self._keys(self.group)), key=dataset_number)
+
+    def _keys(self, group: zarr.Group) -> Iterable[str]:
+        """Names in the root; zarr would warn of other files where the root does not say (annbatch wrote it)."""
+        if not self.has_folder or group.metadata.consolidated_metadata is not None:
+            return group.group_keys()
+        return (name for name in self.folder.names() if DATASET_NAME.fullmatch(name) and name in group)
+
+    def __iter__(self) -> Iterator[zarr.Group]:
+        """The datasets as zarr groups, in numeric order."""
+        if not self.is_empty:
+            assert self.group is not None  # not empty
+            for name in self.names():
+                yield self.group[name]  # type: ignore[misc]
+
+    def open_all(self) -> list[zarr.Group]:
+        """The datasets as zarr groups, many opened at a time: each is a request to a store."""
+        if self.is_empty or self.group is None or not self.has_folder or self.folder.is_local:
+            return list(self)
+        with ThreadPoolExecutor(_N_THREADS, thread_name_prefix="open") as pool:
+            return list(pool.map(self.group.__getitem__, self.names()))  # type: ignore[arg-type]
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What the build recorded; None for an empty collection and for one that annbatch wrote."""
+        return None if self.is_empty else self._manifest
+
+    @property
+    def _manifest(self) -> Manifest | None:
+        """As above, read once from each group."""
+        group = self.group
+        if group is None or MANIFEST_KEY not in group.attrs:
+            return None
+        if self._parsed is None or self._parsed[0] is not group:
+            self._parsed = group, Manifest.from_json(group.attrs[MANIFEST_KEY])  # type: ignore[arg-type]
+        return self._parsed[1]
+
+    @property
+    def n_obs(self) -> int:
+        """Cells in all datasets."""
+        if (manifest := self.manifest) is not None:
+            return manifest.n_obs
+        return sum(n_rows(group["obs"]) for group in self)
+
+    @property
+    def digest(self) -> str:
+        """Differs where the cells, or their order, do."""
+        if (manifest := self.manifest) is not None:
+            return manifest.identity
+        about = {"datasets": [str(group.name) for group in self], "n_obs": self.n_obs}
+        return blake2b(json.dumps(about).encode(), digest_size=8).hexdigest()
+
+    @property
+    def other_attributes(self) -> dict[str, Any]:
+        """The root's attributes that others have put there."""
+        known = {*ANNBATCH_ENCODING, MANIFEST_KEY}
+        return {} if self.group is None else {k: v for k, v in self.group.attrs.items() if k not in known}
+
+    @contextlib.contextmanager
+    def obs_elements(self) -> Iterator[Iterator[Any]]:
+        """Obs of each dataset, as it is stored, one at a time."""
+        yield (group["obs"] for group in self)
+
+    def refresh(self) -> None:
+        """See what other processes published since this object was made."""
+        if not self.replaces and self.target.version(METADATA) is not None:
+            self.group = zarr.open_group(self.target.zarr_store(), mode="r+", zarr_format=3)
+
+    # --- as it was opened
+
+    def lease(self) -> Lease:
+        """Keep the datasets from being removed by builds of other processes, until the lease is dropped.
+
+        Raises
+        ------
+        CollectionChangedError
+            If a dataset was replaced or removed since it was opened.
+        """
+        if not self.has_folder:
+            return Lease(None)
+        lease = Lease(self.folder)
+        self.check_as_opened(lease.document() or None)
+        return lease
+
+    def check_as_opened(self, document: bytes | None = None) -> None:
+        """Refuse to go on where a dataset was replaced since the collection was opened, and others may be as it was.
+
+        Raises
+        ------
+        CollectionChangedError
+            If a dataset was replaced or removed since.
+        """
+        if self.group is None or not self.has_folder:
+            return
+        if document is None:
+            document = self.folder.find(METADATA)
+        if gone := self._replaced(document):
+            msg = (
+                f"{self.path} was changed since it was opened: {len(gone):,} of its {len(self.names()):,} datasets, "
+                f"{min(gone)} among them, were replaced or removed; open it again"
+            )
+            raise CollectionChangedError(msg)
+
+    def _replaced(self, document: bytes | None) -> set[str]:
+        """Names of the datasets that are not there any more as they were, by the root document of now."""
+        assert self.group is not None  # it was opened
+        if document is None:
+            return set(self.names()) or {"it"}
+        opened, values = self._manifest, json.loads(document).get("attributes", {}).get(MANIFEST_KEY)
+        if opened is None:  # annbatch wrote it, perhaps without the names
+            now = dataset_names(document)
+            return set(self.names()) - now if now else set()
+        if values == self.group.attrs[MANIFEST_KEY]:
+            return set()
+        there = {d.name: d for d in Manifest.from_json(values).datasets} if values else {}
+        return {d.name for d in opened.datasets if there.get(d.name) != d}
+
+    @contextlib.contextmanager
+    def as_opened(self) -> Iterator[None]:
+        """What is read in the block is of the collection that was opened, or an error says that it is not there."""
+        try:
+            yield
+        except Exception:
+            self.check_as_opened()
+            raise
+        self.check_as_opened()
+
+
+class H5adRoot(Root):
+    """A folder of ``dataset_<i>.h5ad``, of which only obs is read. Builds write them from a zarr collection in it."""
+
+    def __init__(self, folder: Folder, *, replaces: bool = False) -> None:
+        super().__init__(None, folder, replaces=replaces)
+
+    def files(self) -> list[str]:
+        """Names of its h5ad files, numbers in them in numeric order."""
+        names = [n for n in self.folder.names() if n.endswith(".h5ad")]
+        return sorted(names, key=lambda n: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", n)])
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no file."""
+        return not any(n.endswith(".h5ad") for n in self.folder.names())
+
+    def __iter__(self) -> Iterator[zarr.Group]:
+        msg = "Cannot iterate through a folder of h5ad files: shuffle them into a zarr collection"
+        raise ValueError(msg)
+
+    @contextlib.contextmanager
+    def obs_elements(self) -> Iterator[Iterator[Any]]:
+        """Obs of each file, as it is stored, one at a time."""
+        with contextlib.ExitStack() as files:
+            yield (self._open_obs(name, files) for name in self.files())
+
+    def _open_obs(self, name: str, files: contextlib.ExitStack) -> Any:
+        import h5py
+
+        files.close()  # the one before
+        return files.enter_context(h5py.File(f"{self.folder.path}/{name}"))["obs"]
+
+    def hidden(self) -> Root:
+        """The zarr collection of a build; what another build left is none of it."""
+        return Root(None, absolute(self.folder) / _HIDDEN, replaces=True)
+
+    def remove_hidden(self) -> None:
+        """Remove the zarr collection, with its log."""
+        for name in (n for n in self.target.names() if n.startswith(_HIDDEN)):
+            (self.target / name).remove()
+
+
+def open_group(folder: Folder, mode: str) -> zarr.Group | None:
+    """The collection's group at a path; None where there is nothing yet.
+
+    Raises
+    ------
+    CollectionError
+        Where something else is there; a FileNotFoundError as well, where nothing is and ``mode`` needs something.
+    """
+    if mode not in ("r", "r+", "a", "w", "w-"):
+        msg = f"mode is {mode!r}; it must be one of 'r', 'r+', 'a', 'w', 'w-'"
+        raise ValueError(msg)
+    if folder.version(METADATA) is None:
+        if folder.fs.isfile(folder.path):
+            msg = f"{folder.url} is a file, not a collection; give another path"
+            raise CollectionError(msg)
+        return None
+    group = zarr.open_group(folder.zarr_store(), mode="r" if mode == "r" else "r+", zarr_format=3)
+    encoding = group.attrs.get("encoding-type")
+    if encoding != ANNBATCH_ENCODING["encoding-type"] and (encoding or any(True for _ in group.keys())):
+        msg = f"{folder.url} exists and is not a collection but {encoding or 'another zarr group'}; give another path"
+        raise CollectionError(msg)
+    if mode == "w-":
+        msg = f"{folder.url} exists; give another path, or mode='w' to replace it"
+        raise CollectionError(msg)
+    return group

@@ -1,0 +1,286 @@
+"""StoredCollection: a collection on disk as it is read, looked at and split."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import anndata as ad
+import pandas as pd
+
+from annbatch_dask.errors import CollectionError
+from annbatch_dask.etl.prepare import dataset_refs
+from annbatch_dask.etl.verify import check_readable
+from annbatch_dask.html import render
+from annbatch_dask.manifest import Manifest
+from annbatch_dask.report import Report, make_report
+from annbatch_dask.splits import Splits, make_splits
+from annbatch_dask.storage.frames import concat_obs, read_obs
+from annbatch_dask.storage.lock import Lease
+from annbatch_dask.storage.metadata import is_metadata
+from annbatch_dask.storage.root import H5adRoot, Root
+
+if TYPE_CHECKING:
+    import xarray as xr
+    import zarr
+
+    from annbatch_dask.lazy.view import View
+
+__all__ = ["StoredCollection"]
+
+
+class StoredCollection:
+    """What is read of a collection: its datasets, obs and var, lazy views, a report, splits.
+
+    Nothing here changes it; :class:`annbatch_dask.DatasetCollection` adds what does.
+    """
+
+    def __init__(self, root: Root) -> None:
+        self._root = root
+
+    @property
+    def _is_h5ad(self) -> bool:
+        return isinstance(self._root, H5adRoot)
+
+    def __repr__(self) -> str:
+        """Where, and how much."""
+        if self._is_h5ad or self.is_empty:
+            return f"DatasetCollection({self.path!r}, empty)" if self.is_empty else f"DatasetCollection({self.path!r})"
+        return f"DatasetCollection({self.path!r}, {len(self)} datasets, {self.n_obs:,} cells x {self.n_vars:,} genes)"
+
+    def _repr_html_(self) -> str:
+        """Where, how much, and of which sources, for a notebook."""
+        manifest, facts = self.manifest, []
+        if not self._is_h5ad and not self.is_empty:
+            facts = [("cells", f"{self.n_obs:,}"), ("genes", f"{self.n_vars:,}"), ("datasets", f"{len(self):,}")]
+        sources = () if manifest is None else manifest.sources
+        return render("collection.html", path=self.path, figures=facts, sources=sources)
+
+    @property
+    def path(self) -> str:
+        """Path or URL of the collection."""
+        return self._root.path
+
+    @property
+    def is_empty(self) -> bool:
+        """True unless the collection's attributes are there and at least one dataset."""
+        return self._root.is_empty
+
+    def __len__(self) -> int:
+        """Number of datasets."""
+        return 0 if self.is_empty else len(self._root.names())
+
+    def __iter__(self) -> Iterator[zarr.Group]:
+        """The datasets as zarr groups, in numeric order."""
+        return iter(self._root)
+
+    def groups(self) -> list[zarr.Group]:
+        """List the datasets as zarr groups, many opened at a time: each is a request to a store."""
+        return self._root.open_all()
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What the build recorded; None for an empty collection and for one that annbatch wrote."""
+        return self._root.manifest
+
+    @property
+    def n_obs(self) -> int:
+        """Number of cells in all datasets."""
+        return self._root.n_obs
+
+    @property
+    def var(self) -> pd.DataFrame:
+        """Frame of the genes, the same for all datasets."""
+        with self._root.as_opened():
+            for group in self:
+                frame: pd.DataFrame = ad.io.read_elem(group["var"])
+                return frame
+        return pd.DataFrame()
+
+    @property
+    def n_vars(self) -> int:
+        """Number of genes."""
+        return len(self.var) if (manifest := self.manifest) is None else manifest.n_vars
+
+    @property
+    def n_var(self) -> int:
+        """Number of genes, by annbatch's name."""
+        return self.n_vars
+
+    def lease(self) -> Lease:
+        """Keep the datasets from being removed by builds of other processes, until the lease is dropped.
+
+        :meth:`annbatch_dask.Loader.use_collection` takes one, so that an epoch ends as it began. Local folders only.
+
+        Raises
+        ------
+        CollectionChangedError
+            If a dataset was replaced or removed since the collection was opened.
+        """
+        return self._root.lease()
+
+    def obs(self, columns: Sequence[str] | None = None, *, names: bool = True) -> pd.DataFrame:
+        """Obs of all datasets, in their order.
+
+        Parameters
+        ----------
+        columns
+            Which to read; None reads all, names that do not exist are ignored.
+        names
+            Read the obs names, which may take more memory than all columns; False numbers the rows instead.
+
+        Returns
+        -------
+        (n_obs, n_columns) frame, indexed by obs names.
+        """
+        if self.is_empty or (columns is not None and not len(columns)):
+            return pd.DataFrame()
+        with self._root.as_opened(), self._root.obs_elements() as elements:
+            frames = [read_obs(elem, _in_order(elem, columns), names=names) for elem in elements]
+        return concat_obs(frames, names=names)
+
+    def report(self) -> Report:
+        """Look at the collection: sources and their shared genes, cells per category, sizes, mixing, builds.
+
+        obs, row pointers and the sizes of files are read, one column of one dataset at a time; X is not.
+
+        Returns
+        -------
+        Report
+            A notebook shows it; ``report.save("report.html")`` writes one page that needs no network; its attributes
+            are the figures.
+
+        Raises
+        ------
+        CollectionError
+            If the collection is empty, or a folder of h5ad files.
+
+        Examples
+        --------
+        >>> collection.report().save("report.html")
+        """
+        if self._is_h5ad or self.is_empty:
+            msg = f"{self.path} holds no zarr datasets to report on; build it with add_adatas"
+            raise CollectionError(msg)
+        with self._root.as_opened():
+            return make_report(
+                self.path, list(self), self.manifest, self._root.target if self._root.has_folder else None
+            )
+
+    def to_lazy(self, *, load_annotation_index: bool = True) -> ad.AnnData:
+        """All datasets as one AnnData to look at: X, layers and raw are dask arrays, columns of obs are read when used.
+
+        Parameters
+        ----------
+        load_annotation_index
+            Read the obs names; False leaves them on disk. See :func:`annbatch_dask.concat_lazy`.
+
+        Returns
+        -------
+        AnnData of (n_obs, n_var), its rows in the order of the datasets; X has the dtype of the inputs.
+
+        Examples
+        --------
+        >>> view = collection.to_lazy()  # doctest: +SKIP
+        >>> view[view.obs["cell_type"] == "T"].to_memory()  # doctest: +SKIP
+        """
+        return self._view().to_anndata(load_annotation_index=load_annotation_index)
+
+    def obs_dataset(self) -> xr.Dataset:
+        """Obs of all datasets as a plain xarray dataset, to filter, group and plot.
+
+        Returns
+        -------
+        Dataset of the dimension ``obs``, (n_obs,) in the order of the datasets. Its variables, and the coordinate
+        ``obs_names``, are read when they are used; categorical ones keep all categories.
+
+        Examples
+        --------
+        >>> obs = collection.obs_dataset()  # doctest: +SKIP
+        >>> obs[["cell_type", "n_counts"]].groupby("cell_type").mean().to_dataframe()  # doctest: +SKIP
+        """
+        return self._view().obs_dataset()
+
+    def _view(self) -> View:
+        from annbatch_dask.lazy.view import View  # imports xarray, which takes a while
+
+        if self.is_empty:
+            msg = f"{self.path} holds no dataset to look at; build it with add_adatas"
+            raise CollectionError(msg)
+        with self._root.as_opened():
+            return View.of(tuple(dataset_refs(self._root)), merge="first")  # they say the same of genes
+
+    def split(
+        self,
+        fractions: Mapping[str, float],
+        *,
+        by: str | Sequence[str] | None = None,
+        stratify: str | Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> Splits:
+        """Deal the cells into named parts, the same for the same seed.
+
+        Parameters
+        ----------
+        fractions
+            Share of the cells of each part, by its name; together 1.
+        by
+            Columns of obs whose combinations stay together: all cells of a donor in one part. By default every cell
+            goes by itself.
+        stratify
+            Columns of obs whose values shall have these shares in every part, as far as whole groups allow.
+        seed
+            Any non-negative integer.
+
+        Returns
+        -------
+        Splits
+            ``splits["train"]`` is a mask for ``Loader(where=...)``; ``splits.report`` says what was achieved;
+            ``splits.save(path)`` keeps it.
+
+        Examples
+        --------
+        >>> splits = collection.split({"train": 0.8, "test": 0.2}, by="donor", seed=0)
+        >>> loader = Loader(where=splits["train"], batch_size=512).use_collection(collection)
+        """
+        groups, strata = ([c] if isinstance(c, str) else list(c or ()) for c in (by, stratify))
+        obs = self.obs([*groups, *strata], names=False) if groups or strata else pd.DataFrame(index=range(self.n_obs))
+        return make_splits(obs, fractions, by=groups, stratify=strata, seed=seed, collection=self._root.digest)
+
+    def read_split(self, path: str | os.PathLike[str]) -> Splits:
+        """Read a split that was saved; SelectionError if it is of another collection or of an earlier one."""
+        return Splits.read(os.fspath(path), self._root.digest, self.n_obs)
+
+    def check(self, obs_columns: Sequence[str] | None = None) -> None:
+        """Refuse a collection that a loader would read wrong rows of.
+
+        All files must be there and have their size, and what is read whole (obs, var, metadata) must have its checksum.
+        :meth:`annbatch_dask.Loader.use_collection` calls this. Chunks of matrices have checksums that are checked each
+        time a chunk is read; :meth:`verify` reads them all.
+
+        Parameters
+        ----------
+        obs_columns
+            Read these columns of obs, the names of cells and genes, and nothing else that is read whole, as a loader
+            of these columns does. None reads everything.
+
+        Raises
+        ------
+        IntegrityError
+            With the name of a file that is not as it was written.
+        """
+        manifest = self.manifest
+        if manifest is not None and self._root.has_folder:
+            check_readable(self._root.target, manifest, None if obs_columns is None else self._reads(obs_columns))
+
+    def _reads(self, obs_columns: Sequence[str]) -> Callable[[str], bool]:
+        """Whether a loader of these columns reads a file whole, by its path within a dataset."""
+        index = next(iter(self))["obs"].attrs["_index"]
+        parts = tuple(f"obs/{name}/" for name in (*obs_columns, index)) + ("var/",)
+        return lambda name: name.startswith(parts) and not is_metadata(name)  # whose copies above are what is used
+
+
+def _in_order(frame: Any, columns: Sequence[str] | None) -> list[str] | None:
+    """The columns that a stored frame has of these, in its order."""
+    return None if columns is None else [c for c in frame.attrs["column-order"] if c in set(columns)]
