@@ -94,9 +94,10 @@ def shuffle(files: list[Path], target: Path) -> DatasetCollection:
     collection = DatasetCollection(target)
     n_obs = sum(ad.read_h5ad(file, backed="r").n_obs for file in files)
     size = int(np.clip(-(-n_obs // 6), 1, 50_000))
-    print(collection.plan_adatas(files, dataset_size=size, seed=0).summary())
+    plan = collection.plan_adatas(files, dataset_size=size, seed=0)
+    print(plan.summary())
     start = time.perf_counter()
-    collection.add_adatas(files, dataset_size=size, seed=0, progress=True)
+    plan.run(progress=True)
     seconds = time.perf_counter() - start
     print(f"{target}: {n_obs:,} cells x {collection.n_var:,} genes in {seconds:.1f} s")
     return collection
