@@ -14,11 +14,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
-from dask.utils import parse_bytes
 
 import annbatch_dask
-from annbatch_dask.errors import AnnbatchDaskError
+from annbatch_dask.errors import AnnbatchDaskError, LayoutError
 from annbatch_dask.formatting import format_bytes
+from annbatch_dask.sizes import parse_nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -527,9 +527,9 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset-size",
         type=_size,
-        default="2GB",
+        default="2GiB",
         metavar="SIZE",
-        help="rows or bytes of a dataset (default: 2GB)",
+        help="rows or bytes of a dataset (default: 2GiB)",
     )
     parser.add_argument(
         "--n-obs-per-chunk",
@@ -541,9 +541,9 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard-size",
         type=_size,
-        default="1GB",
+        default="1GiB",
         metavar="SIZE",
-        help="rows or bytes of a shard (default: 1GB)",
+        help="rows or bytes of a shard (default: 1GiB)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="of the shuffle; the same seed gives the same bytes (default: 0)"
@@ -595,8 +595,8 @@ def _names(text: str) -> list[str]:
 
 def _bytes(text: str) -> int:
     try:
-        return int(parse_bytes(text))
-    except ValueError as error:
+        return parse_nbytes("a size", text)
+    except LayoutError as error:
         msg = f"{text!r} is not a size such as 4GB"
         raise argparse.ArgumentTypeError(msg) from error
 

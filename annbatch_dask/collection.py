@@ -108,9 +108,9 @@ class DatasetCollection(StoredCollection):
         load_adata: Callable[[Any], ad.AnnData] | None = None,
         var_subset: Iterable[str] | None = None,
         n_obs_per_chunk: int = 64,
-        shard_size: int | str = "1GB",
+        shard_size: int | str = "1GiB",
         zarr_compressor: Any = _DEFAULT_COMPRESSOR,
-        dataset_size: int | str = "2GB",
+        dataset_size: int | str = "2GiB",
         shuffle: bool = True,
         merge: str | None = None,
         groupby: str | Iterable[str] | None = None,
@@ -155,9 +155,9 @@ class DatasetCollection(StoredCollection):
         load_adata: Callable[[Any], ad.AnnData] | None = None,
         var_subset: Iterable[str] | None = None,
         n_obs_per_chunk: int = 64,
-        shard_size: int | str = "1GB",
+        shard_size: int | str = "1GiB",
         zarr_compressor: Any = _DEFAULT_COMPRESSOR,
-        dataset_size: int | str = "2GB",
+        dataset_size: int | str = "2GiB",
         shuffle: bool = True,
         merge: str | None = None,
         groupby: str | Iterable[str] | None = None,
@@ -210,7 +210,7 @@ class DatasetCollection(StoredCollection):
         n_obs_per_chunk
             Cells of a zarr chunk (for sparse matrices: as many entries as that many cells have on average).
         shard_size
-            Size of a shard: cells, or uncompressed bytes as a string.
+            Size of a shard: cells, or uncompressed bytes as a string such as ``"1GiB"``, 2**30, or ``"1GB"``, 10**9.
         zarr_compressor
             A zarr codec (blosc, zstd or gzip), or () for none.
         dataset_size
@@ -263,7 +263,8 @@ class DatasetCollection(StoredCollection):
             Of the shuffle: a non-negative integer (0 if not given), or a generator to draw one from. The manifest
             records it. The same seed and inputs give the same bytes on any cluster.
         memory_limit
-            Memory a worker may use, bytes or a string; None uses what the workers have. The plan must fit.
+            Memory a worker may use, bytes or a string such as ``"4GB"``; None uses what the workers have. The plan must
+            fit.
         client
             A client of the Dask cluster to use. None uses the scheduler set in dask's configuration, or the current
             client, or starts a cluster of subprocesses on this machine and closes it afterwards.

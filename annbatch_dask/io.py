@@ -10,12 +10,12 @@ import anndata as ad
 import numpy as np
 import scipy.sparse as sp
 import zarr
-from humanfriendly import parse_size
 
 from annbatch_dask.collection import DatasetCollection
 from annbatch_dask.etl.ours import link_name
 from annbatch_dask.manifest import ANNBATCH_ENCODING as V1_ENCODING
 from annbatch_dask.manifest import DATASET_PREFIX
+from annbatch_dask.sizes import parse_nbytes
 
 if TYPE_CHECKING:
     import os
@@ -67,7 +67,7 @@ def write_sharded(  # noqa: PLR0913 - annbatch's arguments
     adata: ad.AnnData,
     *,
     n_obs_per_chunk: int = 64,
-    shard_size: int | str = "1GB",
+    shard_size: int | str = "1GiB",
     compressors: Iterable[Any] = _COMPRESSORS,
     key: str | None = None,
 ) -> None:
@@ -152,7 +152,9 @@ def _check_rows(name: str, element: Any) -> int:
 
 
 def _shard_rows(row_nbytes: float, shard_size: int | str) -> int:
-    return shard_size if isinstance(shard_size, int) else int(parse_size(shard_size, binary=True) / max(row_nbytes, 1))
+    if isinstance(shard_size, int):
+        return shard_size
+    return int(parse_nbytes("shard_size", shard_size) / max(row_nbytes, 1))
 
 
 def _lengths(chunk: int, shard: int, whole: int) -> tuple[int, int]:

@@ -24,7 +24,7 @@ def parse_nbytes(name: str, value: float | str) -> int:
     """
     try:
         n_bytes = int(parse_bytes(value))
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, AttributeError, IndexError) as e:  # dask's, of what is no text, and of an empty one
         msg = f"{name} is {value!r}; give a number of bytes, or a size such as '2GB' or '2GiB'"
         raise LayoutError(msg) from e
     if n_bytes < 1:

@@ -36,7 +36,7 @@ from annbatch_dask.mixing import measure_mixing
 
 OURS, THEIRS = "annbatch_dask", "annbatch"
 SIZES: dict[str, Any] = {"batch_size": 4096, "chunk_size": 512, "preload_nchunks": 32}
-DATASET_SIZE = "2GB"
+DATASET_SIZE = "2GiB"
 N_GENES = 2_000
 SHUFFLE, MIXING = "shuffle, s", "entropy of batches"
 CSR, DENSE, GENES = (

@@ -11,7 +11,6 @@ from typing import Any
 
 import dask
 import dask.system
-from dask.utils import parse_bytes
 from distributed import Client
 from distributed.system import MEMORY_LIMIT
 
@@ -21,6 +20,7 @@ from annbatch_dask.engines.local_cluster import local_client
 from annbatch_dask.errors import SchedulerError
 from annbatch_dask.formatting import format_bytes
 from annbatch_dask.plan.memory import Budget
+from annbatch_dask.sizes import parse_nbytes
 
 __all__ = ["choose_engine"]
 
@@ -65,7 +65,7 @@ def _own_cluster(max_workers: int, budget: Budget, n_tasks: int) -> Iterator[Eng
 def _nbytes(memory_limit: int | str | None, *, n_workers: int) -> int:
     """Memory of each of ``n_workers`` on this machine: what was asked for, or an equal share."""
     if memory_limit is not None:
-        return int(parse_bytes(memory_limit))
+        return parse_nbytes("memory_limit", memory_limit)
     return int(MEMORY_LIMIT) // n_workers
 
 
@@ -86,7 +86,7 @@ def _cluster_budget(client: Client, memory_limit: int | str | None) -> Budget:
         workers = _workers(client)
     limit = min(_worker_limits(client, workers))
     if memory_limit is not None:
-        limit = min(limit, int(parse_bytes(memory_limit)))
+        limit = min(limit, parse_nbytes("memory_limit", memory_limit))
     return Budget(limit, max(w["nthreads"] for w in workers.values()))
 
 

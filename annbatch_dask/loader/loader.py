@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
-from humanfriendly import InvalidSize, parse_size
 from numpy.typing import DTypeLike
 
 from annbatch_dask.chunks.cache import RangeCache
@@ -29,6 +28,7 @@ from annbatch_dask.samplers import DistributedSampler
 from annbatch_dask.samplers.distributed import DistInfo, EvenOrAuto, resolve_even
 from annbatch_dask.samplers.runs import default_sampler
 from annbatch_dask.samplers.sampler import Sampler
+from annbatch_dask.sizes import parse_nbytes
 from annbatch_dask.types import LoadRequest
 from annbatch_dask.where import Condition
 
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["Loader"]
 
 OutputInMemoryArray_T = TypeVar("OutputInMemoryArray_T")
-
-_PREFETCH_NBYTES = 1024**3
 
 
 class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[BackingArray_T, OutputInMemoryArray_T]):
@@ -137,9 +135,9 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         Instead of ``batch_size``: rows of the batches of all ranks together, which are then the same on any number
         of ranks.
     prefetch_bytes
-        How many bytes of loaded windows (three quarters) and finished batches (one quarter) may be ready or be under
-        way. One of each is always allowed, however large. Batches the user holds, and buffers waiting to be used
-        again, come on top. A batch made on a GPU counts, though it is there.
+        How many bytes, such as ``"1GiB"``, of loaded windows (three quarters) and finished batches (one quarter) may
+        lie ready or be under way. One of each is always allowed, however large. Batches the user holds, and buffers
+        waiting to be used again, come on top. A batch made on a GPU counts, though it lies there.
     cache_dir
         A folder on a local disk where what is read from an object store is kept for later epochs and runs. Loaders
         and processes of one user share it while they run. It is made for that user alone, and a folder that others
@@ -201,9 +199,9 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         dist_info: DistInfo | None = None,
         even: EvenOrAuto = "auto",
         global_batch_size: int | None = None,
-        prefetch_bytes: int = _PREFETCH_NBYTES,
+        prefetch_bytes: int | str = "1GiB",
         cache_dir: str | os.PathLike[str] | None = None,
-        cache_bytes: int | str = "64GB",
+        cache_bytes: int | str = "64GiB",
         to_torch: bool | None = None,
     ) -> None:
         if to_torch is not None:
@@ -226,7 +224,6 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
             raise ValueError(msg)
         for name in ("chunk_size", "preload_nchunks", "batch_size", "global_batch_size"):
             check_positive(name, given[name])
-        check_positive("prefetch_bytes", prefetch_bytes)
         self._wanted = BatchSpec.of(
             to=to,
             preload_to_gpu=preload_to_gpu,
@@ -256,8 +253,9 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         self._where = where
         self._where_columns = Condition.parse(where).columns if isinstance(where, str) else ()
         self._return_index = return_index
-        self._prefetch_nbytes = prefetch_bytes
-        self._cache = None if cache_dir is None else RangeCache(Path(cache_dir).absolute(), _nbytes(cache_bytes))
+        self._prefetch_nbytes = parse_nbytes("prefetch_bytes", prefetch_bytes)
+        cache_nbytes = parse_nbytes("cache_bytes", cache_bytes)
+        self._cache = None if cache_dir is None else RangeCache(Path(cache_dir).absolute(), cache_nbytes)
         if self._cache is not None:
             self._cache.check_private()
         self._progress = Progress()
@@ -328,14 +326,3 @@ def _let_go(sources: Iterable[RowSource], cache: RangeCache | None) -> None:
         source.close()
     if cache is not None:
         cache.flush()
-
-
-def _nbytes(size: int | str) -> int:
-    """A size in bytes, which may be written as in ``"64GB"``."""
-    try:
-        nbytes = int(parse_size(size, binary=True)) if isinstance(size, str) else size
-    except InvalidSize:
-        msg = f"cache_bytes is {size!r}; give a number of bytes, or a size such as '64GB'"
-        raise ValueError(msg) from None
-    check_positive("cache_bytes", nbytes)
-    return nbytes

@@ -126,7 +126,7 @@ def test_constants_of_the_format():
 def test_arguments_of_writing():
     found = inspect.signature(annbatch_dask.write_sharded).parameters
     assert list(found) == ["group", "adata", "n_obs_per_chunk", "shard_size", "compressors", "key"]
-    assert (found["n_obs_per_chunk"].default, found["shard_size"].default, found["key"].default) == (64, "1GB", None)
+    assert (found["n_obs_per_chunk"].default, found["shard_size"].default, found["key"].default) == (64, "1GiB", None)
 
 
 @pytest.fixture

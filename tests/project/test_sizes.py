@@ -1,0 +1,50 @@
+"""A size is one number wherever it is written."""
+
+import inspect
+
+import pytest
+
+from annbatch_dask import DatasetCollection, Loader, write_sharded
+from annbatch_dask.engines.choose import choose_engine
+from annbatch_dask.errors import LayoutError
+from annbatch_dask.etl.request import make_request
+from annbatch_dask.sizes import parse_nbytes, parse_rows_or_nbytes
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"), [("2GB", 2 * 10**9), ("2GiB", 2**31), ("1.5 MB", 1_500_000), ("10", 10), (7, 7), (2e3, 2000)]
+)
+def test_it_is_read_as_dask_reads_it(text, n_bytes):
+    assert parse_nbytes("x", text) == n_bytes
+
+
+@pytest.mark.parametrize("value", ["", "2 bushels", 0, -1, "0GB", None])
+def test_what_is_none_is_refused_by_name(value):
+    with pytest.raises(LayoutError, match="cache_bytes is"):
+        parse_nbytes("cache_bytes", value)
+
+
+def test_a_number_is_rows_where_it_may_be():
+    assert parse_rows_or_nbytes("dataset_size", 100) == (100, None)
+    assert parse_rows_or_nbytes("dataset_size", "100kB") == (None, 100_000)
+    with pytest.raises(LayoutError, match="give a number of cells, or a size"):
+        parse_rows_or_nbytes("dataset_size", "many")
+
+
+def test_every_option_reads_it_alike(tmp_path):
+    """Until this, ``dataset_size="2GB"`` was 7% more than ``memory_limit="2GB"``."""
+    given = {n: p.default for n, p in inspect.signature(DatasetCollection.add_adatas).parameters.items()}
+    options = make_request(given | {"adata_paths": ["a.h5ad"], "dataset_size": "2GB", "shard_size": "2GB"}).options
+    assert (options.dataset_nbytes, options.shard_nbytes) == (2 * 10**9, 2 * 10**9)
+    assert choose_engine(None, "2GB").budget.worker_nbytes == 2 * 10**9
+    assert Loader(prefetch_bytes="2GB")._prefetch_nbytes == 2 * 10**9
+
+
+def test_defaults_are_the_bytes_they_were():
+    given = {n: p.default for n, p in inspect.signature(DatasetCollection.add_adatas).parameters.items()}
+    options = make_request(given | {"adata_paths": ["a.h5ad"]}).options
+    assert (options.dataset_nbytes, options.shard_nbytes) == (2**31, 2**30)
+    loader = inspect.signature(Loader).parameters
+    assert parse_nbytes("x", loader["cache_bytes"].default) == 2**36
+    assert parse_nbytes("x", loader["prefetch_bytes"].default) == 2**30
+    assert parse_nbytes("x", inspect.signature(write_sharded).parameters["shard_size"].default) == 2**30
