@@ -28,6 +28,7 @@ from annbatch_dask.etl.verify import Verification, verify
 from annbatch_dask.events import Callback, Callbacks
 from annbatch_dask.planned import RunnablePlan
 from annbatch_dask.progress import default_callbacks
+from annbatch_dask.seeds import Seed
 from annbatch_dask.sources.references import references
 from annbatch_dask.storage.folder import Folder, StorageOptions, absolute, folder_at
 from annbatch_dask.storage.lock import exclusive
@@ -124,7 +125,7 @@ class DatasetCollection(StoredCollection):
         mode: Mode = "extend",
         genes: Literal["collection", "union"] = "collection",
         on_duplicate_source: OnDuplicate = "warn",
-        seed: int | None = None,
+        seed: Seed | None = None,
         rng: np.random.Generator | None = None,
         memory_limit: int | str | None = None,
         client: Client | None = None,
@@ -171,7 +172,7 @@ class DatasetCollection(StoredCollection):
         mode: Mode = "extend",
         genes: Literal["collection", "union"] = "collection",
         on_duplicate_source: OnDuplicate = "warn",
-        seed: int | None = None,
+        seed: Seed | None = None,
         rng: np.random.Generator | None = None,
         memory_limit: int | str | None = None,
         client: Client | None = None,
@@ -259,9 +260,11 @@ class DatasetCollection(StoredCollection):
         on_duplicate_source
             An input whose cells the collection has: ``"warn"`` (default) adds them again, with a warning that says how
             many there are; ``"error"`` refuses. The same file under another path is the same input.
-        seed, rng
-            Of the shuffle: a non-negative integer (0 if not given), or a generator to draw one from. The manifest
-            records it. The same seed and inputs give the same bytes on any cluster.
+        seed
+            Fixes the shuffle: a non-negative integer, or a generator to draw one from; None is 0. The manifest records
+            it. The same seed and inputs give the same bytes on any cluster.
+        rng
+            annbatch's name of ``seed``: a generator.
         memory_limit
             Memory a worker may use, bytes or a string such as ``"4GB"``; None uses what the workers have. The plan must
             fit.

@@ -56,7 +56,7 @@ class DataModule(LightningDataModule):  # type: ignore[misc] # Lightning's types
     --------
     >>> from annbatch_dask.lightning import DataModule
     >>> splits = collection.split({"train": 0.8, "val": 0.2}, seed=0)
-    >>> data = DataModule(collection, splits, batch_size=16, chunk_size=4, preload_nchunks=8, dense=True, rng=0)
+    >>> data = DataModule(collection, splits, batch_size=16, chunk_size=4, preload_nchunks=8, dense=True, seed=0)
     >>> len(data.train_dataloader()), len(data.val_dataloader())
     (25, 7)
     """

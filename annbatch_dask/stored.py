@@ -15,6 +15,7 @@ from annbatch_dask.etl.verify import check_readable
 from annbatch_dask.html import render
 from annbatch_dask.manifest import Manifest
 from annbatch_dask.report import Report, make_report
+from annbatch_dask.seeds import Seed, resolve_seed
 from annbatch_dask.splits import Splits, make_splits
 from annbatch_dask.storage.frames import concat_obs, read_obs
 from annbatch_dask.storage.lock import Lease
@@ -217,7 +218,7 @@ class StoredCollection:
         *,
         by: str | Sequence[str] | None = None,
         stratify: str | Sequence[str] | None = None,
-        seed: int = 0,
+        seed: Seed | None = 0,
     ) -> Splits:
         """Deal the cells into named parts, the same for the same seed.
 
@@ -231,7 +232,7 @@ class StoredCollection:
         stratify
             Columns of obs whose values shall have these shares in every part, as far as whole groups allow.
         seed
-            Any non-negative integer.
+            A non-negative integer, or a generator to draw one from; None is 0.
 
         Returns
         -------
@@ -246,7 +247,8 @@ class StoredCollection:
         """
         groups, strata = ([c] if isinstance(c, str) else list(c or ()) for c in (by, stratify))
         obs = self.obs([*groups, *strata], names=False) if groups or strata else pd.DataFrame(index=range(self.n_obs))
-        return make_splits(obs, fractions, by=groups, stratify=strata, seed=seed, collection=self._root.digest)
+        number = resolve_seed(seed)
+        return make_splits(obs, fractions, by=groups, stratify=strata, seed=number, collection=self._root.digest)
 
     def read_split(self, path: str | os.PathLike[str]) -> Splits:
         """Read a split that was saved; SelectionError if it is of another collection or of an earlier one."""

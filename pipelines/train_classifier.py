@@ -87,7 +87,7 @@ def shuffled(collection: DatasetCollection, column: str, held_out: HeldOut, *, d
         chunk_size=24,
         preload_nchunks=320,
         shuffle=True,
-        rng=0,
+        seed=0,
         dist_info="torch" if distributed else None,
         where=learnt_from(collection, column, held_out),
     )

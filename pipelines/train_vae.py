@@ -88,7 +88,7 @@ class Training:
             chunk_size=32,
             preload_nchunks=256,
             shuffle=True,
-            rng=0,
+            seed=0,
             where=learnt_from,
             obs_columns=[],
         )

@@ -28,6 +28,7 @@ from annbatch_dask.samplers import DistributedSampler
 from annbatch_dask.samplers.distributed import DistInfo, EvenOrAuto, resolve_even
 from annbatch_dask.samplers.runs import default_sampler
 from annbatch_dask.samplers.sampler import Sampler
+from annbatch_dask.seeds import Seed
 from annbatch_dask.sizes import parse_nbytes
 from annbatch_dask.types import LoadRequest
 from annbatch_dask.where import Condition
@@ -63,7 +64,7 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
     ----------
     batch_sampler
         Decides which rows are loaded together and which make a batch. Excludes ``chunk_size``,
-        ``preload_nchunks``, ``batch_size``, ``shuffle``, ``drop_last`` and ``rng``.
+        ``preload_nchunks``, ``batch_size``, ``shuffle``, ``drop_last``, ``seed`` and ``rng``.
     chunk_size
         Rows read together; 512 by default.
     preload_nchunks
@@ -82,8 +83,11 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         Leave out the last batch if it is not full.
     to
         ``"torch"`` or ``"jax"``; None delivers scipy and numpy (cupy with ``preload_to_gpu``).
+    seed
+        Fixes the order of all epochs: a non-negative integer, or a generator to draw one from; by default one is drawn
+        from the system.
     rng
-        Source of randomness: a generator, or an int to seed one.
+        annbatch's name of ``seed``: a generator.
     dense
         Deliver sparse data as dense rows, in the same pass that picks them. ``"cpu"`` makes them in host memory (from
         where ``preload_to_gpu`` copies them). ``"gpu"`` copies the rows to the GPU as they are stored and makes them
@@ -185,7 +189,8 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         preload_to_gpu: bool = find_spec("cupy") is not None,
         drop_last: bool | None = None,
         to: Framework | None = None,
-        rng: np.random.Generator | int | None = None,
+        rng: np.random.Generator | None = None,
+        seed: Seed | None = None,
         dense: Dense = False,
         dtype: DTypeLike | None = None,
         casting: Casting | None = None,
@@ -213,6 +218,7 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
             "drop_last": drop_last,
             "shuffle": shuffle,
             "rng": rng,
+            "seed": seed,
             "global_batch_size": global_batch_size,
         }
         names = [name for name, value in given.items() if value is not None]
@@ -240,7 +246,7 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         self._all_of = {kind for kind, names in (("layers", layers), ("obsm", obsm)) if names == "all"}
         size = global_batch_size or batch_size or 1
         self._batch_sampler: Sampler = batch_sampler or default_sampler(
-            chunk_size, preload_nchunks, size, shuffle=bool(shuffle), drop_last=bool(drop_last), rng=rng
+            chunk_size, preload_nchunks, size, shuffle=bool(shuffle), drop_last=bool(drop_last), rng=rng, seed=seed
         )
         if dist_info is not None or global_batch_size is not None:
             self._batch_sampler = DistributedSampler(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,8 +15,9 @@ from annbatch_dask.errors import StateError
 from annbatch_dask.order.share import Worker, current_worker
 from annbatch_dask.samplers.base import SeededSampler
 from annbatch_dask.samplers.distributed import DistributedSampler
-from annbatch_dask.samplers.sampler import Sampler, caller_stacklevel
+from annbatch_dask.samplers.sampler import Sampler
 from annbatch_dask.types import LoadRequest
+from annbatch_dask.warn import warn
 
 __all__ = ["Progress", "Resumable", "State", "digest"]
 
@@ -258,7 +258,7 @@ def _warn_of_nothing(sampler: Sampler, n_obs: int) -> None:
     """Say where a pass has no batch at all, since its rows are too few for one."""
     if isinstance(sampler, SeededSampler) and sampler.drops_last and not sampler.n_batches(n_obs):
         msg = f"no batch comes: {n_obs} rows do not fill one of {sampler.batch_size}, and drop_last leaves them out"
-        warnings.warn(msg, UserWarning, stacklevel=caller_stacklevel())
+        warn(msg)
 
 
 def _inner(sampler: Sampler) -> Sampler:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from annbatch_dask.order.epoch import Epoch
 from annbatch_dask.order.keys import Key, generator
 from annbatch_dask.order.planned import Planned
-from annbatch_dask.samplers.sampler import Sampler, check_mask, check_rng
+from annbatch_dask.samplers.sampler import Sampler, check_mask
+from annbatch_dask.seeds import Seed, check_rng, check_seed, draw_seed, only_one
 from annbatch_dask.types import LoadRequest
 
 __all__ = ["DRAW", "MIX", "ORDER", "RunSampler", "SeededSampler", "cyclic_run", "mixed", "resolve_mask"]
@@ -43,9 +44,22 @@ class SeededSampler(Sampler):
     def rng(self, value: np.random.Generator | None) -> None:
         given = check_rng(value)
         self._rng = np.random.default_rng() if given is None else given
-        self.seed = int.from_bytes(self._rng.bytes(8), "little") >> 1
+        self.seed = draw_seed(self._rng)
         self._seed_is_given, self._seed_is_number = given is not None, False
         self.set_epoch(0)
+
+    def take_seed(self, seed: Seed | None, rng: np.random.Generator | None) -> None:
+        """Set the seed from what a constructor was given, of which one is None.
+
+        A number is what :func:`numpy.random.default_rng` makes a generator from.
+        """
+        only_one(seed, rng)
+        given = check_seed(seed)
+        if given is None or isinstance(given, np.random.Generator):
+            self.rng = rng if given is None else given
+        else:
+            self.rng = np.random.default_rng(given)
+            self._seed_is_number = True
 
     @property
     def seed(self) -> int:

@@ -19,6 +19,7 @@ from annbatch_dask.order.keys import Key, generator
 from annbatch_dask.order.planned import Planned
 from annbatch_dask.samplers.base import DRAW, MIX, RunSampler, cyclic_run, mixed, resolve_mask
 from annbatch_dask.samplers.sampler import check_mask
+from annbatch_dask.seeds import Seed
 
 __all__ = ["ClassSampler", "WeightedClassSampler"]
 
@@ -90,8 +91,11 @@ class ClassSampler(RunSampler):
         Range of rows to draw from; by default all.
     drop_last
         Leave out the last batch if it is not full.
+    seed
+        Fixes the order: a non-negative integer, or a generator to draw one from; by default one is
+        drawn from the system.
     rng
-        Where the seed is drawn from, once; by default a fresh one.
+        annbatch's name of ``seed``: a generator.
 
     Examples
     --------
@@ -114,6 +118,7 @@ class ClassSampler(RunSampler):
         mask: slice | None = None,
         drop_last: bool = False,
         rng: np.random.Generator | None = None,
+        seed: Seed | None = None,
     ) -> None:
         super().__init__(chunk_size, preload_nchunks, batch_size, drop_last=drop_last, mask=mask)
         if num_samples < 1:
@@ -125,7 +130,7 @@ class ClassSampler(RunSampler):
         self._n_open = 0
         self._mask = self._resolved(self._mask)
         self._runs = self._find_runs()
-        self.rng = rng
+        self.take_seed(seed, rng)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no pass open, whatever the original is doing.

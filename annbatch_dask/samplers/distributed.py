@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
@@ -19,8 +18,9 @@ from annbatch_dask.order.planned import Planned
 from annbatch_dask.order.share import Even, by_rank, slice_batches
 from annbatch_dask.samplers.base import SeededSampler
 from annbatch_dask.samplers.runs import RandomSampler
-from annbatch_dask.samplers.sampler import Sampler, caller_stacklevel
+from annbatch_dask.samplers.sampler import Sampler
 from annbatch_dask.types import LoadRequest
+from annbatch_dask.warn import warn
 
 __all__ = ["DistInfo", "DistributedSampler", "EvenOrAuto", "resolve_even"]
 
@@ -206,10 +206,10 @@ def _check_seed(sampler: SeededSampler, dist_info: DistInfo, rank: int, world_si
     if common is None and sampler.seed_is_given and not sampler.seed_is_number:
         msg = (
             f"rank {rank} of {world_size} draws its seed from a generator, and ranks of other seeds would lose and "
-            "repeat rows. Give a number, the same on all ranks (Loader(rng=0), or sampler.seed = 0), or no rng, or "
+            "repeat rows. Give a number, the same on all ranks (Loader(seed=0), or sampler.seed = 0), or no rng, or "
             "dist_info='torch', which compares the seeds"
         )
-        warnings.warn(msg, UserWarning, stacklevel=caller_stacklevel())
+        warn(msg)
 
 
 def _ask_torch_seed(sampler: SeededSampler, world_size: int) -> int | None:

@@ -17,6 +17,7 @@ from annbatch_dask.order.keys import Key, generator
 from annbatch_dask.order.planned import Planned, expand
 from annbatch_dask.samplers.base import DRAW, RunSampler, mixed
 from annbatch_dask.samplers.runs import shuffled_runs
+from annbatch_dask.seeds import Seed
 from annbatch_dask.types import LoadRequest
 
 __all__ = ["MatchedControlSampler"]
@@ -47,8 +48,11 @@ class MatchedControlSampler(RunSampler):
         Controls for each perturbed cell.
     drop_last
         Leave out the last batch if it is not full.
+    seed
+        Fixes the order: a non-negative integer, or a generator to draw one from; by default one is
+        drawn from the system.
     rng
-        Where the seed is drawn from, once; by default a fresh one.
+        annbatch's name of ``seed``: a generator.
 
     Raises
     ------
@@ -75,6 +79,7 @@ class MatchedControlSampler(RunSampler):
         n_controls: int = 1,
         drop_last: bool = False,
         rng: np.random.Generator | None = None,
+        seed: Seed | None = None,
     ) -> None:
         n_together = 1 + n_controls
         if n_controls < 1 or batch_size % n_together:
@@ -98,7 +103,7 @@ class MatchedControlSampler(RunSampler):
             msg = f"{len(alone)} groups have perturbed cells and no control, such as {names}; leave them out (where=)"
             raise SelectionError(msg)
         self._n_obs = len(codes)
-        self.rng = rng
+        self.take_seed(seed, rng)
 
     @property
     def batch_size(self) -> int:

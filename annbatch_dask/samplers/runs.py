@@ -11,6 +11,7 @@ import numpy as np
 from annbatch_dask.order.epoch import Epoch
 from annbatch_dask.order.keys import Key, Shuffled, generator
 from annbatch_dask.samplers.base import DRAW, ORDER, RunSampler, cyclic_run, mixed
+from annbatch_dask.seeds import Seed
 
 __all__ = ["RandomSampler", "SequentialSampler", "default_sampler", "shuffled_runs"]
 
@@ -41,12 +42,15 @@ class RandomSampler(RunSampler):
         Leave out the last batch if it is not full.
     mask
         Range of rows to draw from; by default all.
+    seed
+        Fixes the order: a non-negative integer, or a generator to draw one from; by default one is
+        drawn from the system.
     rng
-        Where the seed is drawn from, once; by default a fresh one.
+        annbatch's name of ``seed``: a generator.
 
     Examples
     --------
-    >>> sampler = samplers.RandomSampler(16, 8, 64, rng=np.random.default_rng(0))
+    >>> sampler = samplers.RandomSampler(16, 8, 64, seed=0)
     >>> len(list(Loader(batch_sampler=sampler).use_collection(collection)))
     8
     """
@@ -62,12 +66,13 @@ class RandomSampler(RunSampler):
         drop_last: bool = False,
         mask: slice | None = None,
         rng: np.random.Generator | None = None,
+        seed: Seed | None = None,
     ) -> None:
         super().__init__(chunk_size, preload_nchunks, batch_size, drop_last=drop_last, mask=mask)
         if num_samples is not None and num_samples < 1:
             msg = f"num_samples must be greater than 1, got {num_samples}"
             raise ValueError(msg)
-        self.rng = rng
+        self.take_seed(seed, rng)
         self._replacement = replacement
         self._num_samples = num_samples
 
@@ -248,20 +253,15 @@ def default_sampler(
     *,
     shuffle: bool,
     drop_last: bool,
-    rng: np.random.Generator | int | None,
+    rng: np.random.Generator | None,
+    seed: Seed | None,
 ) -> RandomSampler | SequentialSampler:
     """The sampler of a loader that was given none: chunks whose number makes whole batches."""
     chunk_size = chunk_size or _CHUNK_SIZE
     preload_nchunks = preload_nchunks or _fitting_preload(chunk_size, batch_size)
     if not shuffle:
         return SequentialSampler(chunk_size, preload_nchunks, batch_size, drop_last=drop_last)
-    if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
-        sampler = RandomSampler(
-            chunk_size, preload_nchunks, batch_size, drop_last=drop_last, rng=np.random.default_rng(rng)
-        )
-        sampler.seed = sampler.seed  # a number: ranks are taken to have the same
-        return sampler
-    return RandomSampler(chunk_size, preload_nchunks, batch_size, drop_last=drop_last, rng=rng)  # type: ignore[arg-type]
+    return RandomSampler(chunk_size, preload_nchunks, batch_size, drop_last=drop_last, rng=rng, seed=seed)
 
 
 def _fitting_preload(chunk_size: int, batch_size: int) -> int:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +12,10 @@ from numpy.typing import NDArray
 from annbatch_dask.order.planned import Planned, cut, expand, plan_request, skip
 from annbatch_dask.order.share import by_worker, current_worker
 from annbatch_dask.samplers.epoch_counter import EpochCounter
+from annbatch_dask.seeds import check_rng
 from annbatch_dask.types import LoadRequest
 
-__all__ = ["Sampler", "caller_stacklevel", "check_mask", "check_rng", "count_rows"]
-
-_PACKAGE = str(Path(__file__).parents[1])
+__all__ = ["Sampler", "check_mask", "count_rows"]
 
 
 def check_mask(mask: slice) -> slice:
@@ -34,31 +31,6 @@ def check_mask(mask: slice) -> slice:
         msg = f"mask.start must be < mask.stop, but got {start} and {mask.stop}"
         raise ValueError(msg)
     return slice(start, mask.stop)
-
-
-def check_rng(rng: np.random.Generator | int | None) -> np.random.Generator | None:
-    """The generator to use; an int seed is taken with a FutureWarning, anything else is a TypeError."""
-    if rng is None or isinstance(rng, np.random.Generator):
-        return rng
-    if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
-        warnings.warn(
-            f"Passing a seed as rng is deprecated, pass numpy.random.default_rng({rng!r})",
-            FutureWarning,
-            stacklevel=caller_stacklevel(),
-        )
-        return np.random.default_rng(rng)
-    msg = f"rng must be a numpy.random.Generator, got {type(rng).__name__}"
-    raise TypeError(msg)
-
-
-def caller_stacklevel() -> int:
-    """Stack level of the first frame outside this package, for warnings."""
-    import sys
-
-    level, frame = 0, sys._getframe(1)  # noqa: SLF001
-    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
-    return level + 1
 
 
 class Sampler(ABC):

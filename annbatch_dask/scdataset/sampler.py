@@ -11,6 +11,7 @@ from annbatch_dask.order.keys import Key
 from annbatch_dask.order.rows import Order
 from annbatch_dask.samplers.base import SeededSampler, mixed
 from annbatch_dask.scdataset.strategy import Ints, SamplingStrategy, Streaming
+from annbatch_dask.seeds import Seed
 
 __all__ = ["StrategySampler"]
 
@@ -28,8 +29,11 @@ class StrategySampler(SeededSampler):
         Batches loaded together.
     drop_last
         Leave out the last batch if it is not full.
+    seed
+        Fixes the order: a non-negative integer, or a generator to draw one from; by default one is
+        drawn from the system.
     rng
-        Where the seed is drawn from, once; by default a fresh one.
+        annbatch's name of ``seed``: a generator.
 
     Examples
     --------
@@ -46,12 +50,13 @@ class StrategySampler(SeededSampler):
         *,
         drop_last: bool = False,
         rng: np.random.Generator | None = None,
+        seed: Seed | None = None,
     ) -> None:
         self._strategy = strategy
         self._batch_size = batch_size
         self._fetch_size = batch_size * fetch_factor
         self._drop_last = drop_last
-        self.rng = rng
+        self.take_seed(seed, rng)
 
     @property
     def batch_size(self) -> int:

@@ -20,6 +20,7 @@ from annbatch_dask.order.share import current_worker
 from annbatch_dask.samplers.distributed import DistributedSampler, EvenOrAuto, resolve_even
 from annbatch_dask.scdataset.sampler import StrategySampler
 from annbatch_dask.scdataset.strategy import SamplingStrategy
+from annbatch_dask.seeds import Seed, resolve_seed
 from annbatch_dask.types import LoadRequest
 
 __all__ = ["scDataset", "take_rows"]
@@ -56,7 +57,8 @@ class scDataset(Resumable, IterableDataset):  # noqa: N801 - scDataset's name
     rank, world_size
         Rank of this process and number of ranks; by default of ``torch.distributed``, or 0 and 1.
     seed
-        Seed of the order; by default drawn from torch's generator and sent to all ranks.
+        Fixes the order: a non-negative integer, or a generator to draw one from, alike on all ranks; by default one is
+        drawn from torch's generator and sent to all ranks.
     even
         How ranks come to equal numbers of batches, see :class:`annbatch_dask.samplers.DistributedSampler`. By default
         :class:`Streaming` without ``drop_last`` yields every row once, and the ranks' numbers may differ by one.
@@ -93,7 +95,7 @@ class scDataset(Resumable, IterableDataset):  # noqa: N801 - scDataset's name
         batch_transform: Callable[[Any], Any] | None = None,
         rank: int | None = None,
         world_size: int | None = None,
-        seed: int | None = None,
+        seed: Seed | None = None,
         *,
         even: EvenOrAuto = "auto",
     ) -> None:
@@ -119,7 +121,7 @@ class scDataset(Resumable, IterableDataset):  # noqa: N801 - scDataset's name
         self.rank, self.world_size = _resolve_ranks(rank, world_size)
         self.sort_before_fetch = True
         sampler = StrategySampler(strategy, batch_size, fetch_factor, drop_last=drop_last, rng=np.random.default_rng(0))
-        sampler.seed = _agree_on_seed(self.world_size) if seed is None else int(seed)
+        sampler.seed = _agree_on_seed(self.world_size) if seed is None else resolve_seed(seed)
         self._base_seed = sampler.seed
         self._batch_sampler = DistributedSampler(
             sampler, dist_info=(self.rank, self.world_size), even=resolve_even(even, sampler)

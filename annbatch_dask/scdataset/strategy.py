@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from annbatch_dask.order.keys import Key
 from annbatch_dask.order.rows import Blocks, Given, InOrder, Order, Rounds, Weighted, WeightTable
-from annbatch_dask.samplers.sampler import caller_stacklevel
+from annbatch_dask.warn import warn
 
 __all__ = [
     "BlockShuffling",
@@ -62,7 +62,7 @@ class SamplingStrategy:
             order = np.argsort(given, kind="stable")
             if len(given) and (given[1:] < given[:-1]).any():
                 msg = f"{len(given):,} indices were not sorted, and are now; the strategy decides the order of an epoch"
-                warnings.warn(msg, UserWarning, stacklevel=caller_stacklevel())
+                warn(msg)
             self._indices, self._rank_of_given = given[order], order
 
     def get_indices(

@@ -59,7 +59,7 @@ class Reader:
     """A loader in the middle of an epoch, and the rows it has still to see."""
 
     def __init__(self, collection, rows):
-        self._loader = Loader(batch_size=4, chunk_size=2, preload_nchunks=2, shuffle=True, rng=0, preload_to_gpu=False)
+        self._loader = Loader(batch_size=4, chunk_size=2, preload_nchunks=2, shuffle=True, seed=0, preload_to_gpu=False)
         self._loader.use_collection(collection)
         self._batches, self._rows, self.left = iter(self._loader), rows, Counter(collection.obs().index)
 

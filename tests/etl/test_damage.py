@@ -39,7 +39,7 @@ def built(request, tmp_path_factory):
 
 def epoch(path, rows):
     """Stream an epoch, every row of which must be right; returns how many came."""
-    loader = Loader(batch_size=10, chunk_size=5, preload_nchunks=2, shuffle=True, rng=0, dense=True)
+    loader = Loader(batch_size=10, chunk_size=5, preload_nchunks=2, shuffle=True, seed=0, dense=True)
     n = 0
     for batch in loader.use_collection(DatasetCollection(path, mode="r")):
         for x, name, kind in zip(batch["X"], batch["obs"].index, batch["obs"]["cell_type"], strict=True):

@@ -142,7 +142,7 @@ def test_verify_reads_it_and_finds_damage(paths, tmp_path):
 def test_loaders_give_the_same_batches(both, dense, var_names):
     batches = []
     for collection in both:
-        options = {"shuffle": True, "rng": 0, "dense": dense, "var_names": var_names, "layers": ["large"], "obsm": []}
+        options = {"shuffle": True, "seed": 0, "dense": dense, "var_names": var_names, "layers": ["large"], "obsm": []}
         loader = Loader(batch_size=16, chunk_size=4, preload_nchunks=8, preload_to_gpu=False, **options)
         batches.append([(b["X"], b["layers"]["large"]) for b in loader.use_collection(collection)])
     for pair in zip(*batches, strict=True):

@@ -54,7 +54,7 @@ def test_states_and_splits_of_one_are_good_for_the_other(collection, tmp_path):
         "chunk_size": 4,
         "preload_nchunks": 4,
         "shuffle": True,
-        "rng": 0,
+        "seed": 0,
         "layers": [],
         "obsm": [],
     }

@@ -49,7 +49,7 @@ def files(out):
 
 
 def loader_of(out):
-    loader = Loader(batch_size=10, chunk_size=5, preload_nchunks=2, shuffle=True, rng=1, dense=True)
+    loader = Loader(batch_size=10, chunk_size=5, preload_nchunks=2, shuffle=True, seed=1, dense=True)
     return loader.use_collection(DatasetCollection(out, mode="r"))
 
 

@@ -55,7 +55,7 @@ def host(x):
 
 def batches(parts, **kwargs):
     with quiet():
-        loader = Loader(**SMALL | {"rng": 5, "shuffle": True} | kwargs)
+        loader = Loader(**SMALL | {"seed": 5, "shuffle": True} | kwargs)
         return list(loader.add_datasets(parts, var=[genes()] * len(parts)))
 
 
@@ -91,7 +91,7 @@ def test_a_gpu_normalises_as_the_host_does(to, kind, names):
 def test_memory_that_kernels_still_read_is_not_written(to):
     """Sums are queued batch by batch, never waited for, and each batch is dropped at once."""
     parts = datasets("csr", ("uint16",) * 3) * 40
-    loader = Loader(batch_size=64, rng=5, shuffle=True, return_index=True, dense="gpu", to=to, preload_to_gpu=False)
+    loader = Loader(batch_size=64, seed=5, shuffle=True, return_index=True, dense="gpu", to=to, preload_to_gpu=False)
     sums = [(batch["index"], (batch["X"] * 1.0).sum(1)) for batch in loader.add_datasets(parts)]
     whole = np.concatenate([part.toarray() for part in parts])
     for rows, totals in sums:
@@ -119,7 +119,7 @@ def test_a_consumer_may_work_on_a_stream_of_its_own(to):
         pytest.skip("batches of cupy and jax belong to the default stream")
     parts, whole = many()
     loader = Loader(
-        batch_size=64, rng=5, shuffle=True, return_index=True, dense="gpu", to=to, preload_to_gpu=False, dtype="float32"
+        batch_size=64, seed=5, shuffle=True, return_index=True, dense="gpu", to=to, preload_to_gpu=False, dtype="float32"
     )
     loader.add_datasets(parts)
     own = torch.cuda.Stream()
@@ -148,7 +148,7 @@ def test_what_a_transform_makes_is_not_used_again_too_early(form):
         return {"index": batch["index"], "held": Held(batch["X"].to_dense() * 2.0)}
 
     form = {"preload_to_gpu": True, "to": "torch", "dtype": "float32"} | form
-    loader = Loader(batch_size=64, rng=5, shuffle=True, return_index=True, transform=transform, **form)
+    loader = Loader(batch_size=64, seed=5, shuffle=True, return_index=True, transform=transform, **form)
     loader.add_datasets(parts)
     own = torch.cuda.Stream()
     found = []
@@ -253,7 +253,7 @@ def test_sparse_batches_are_those_of_the_host(to, dtypes, more):
 def test_csr_batches_are_copied_from_pinned_memory():
     parts, whole = many()
     loader = Loader(
-        batch_size=64, rng=5, shuffle=True, return_index=True, to="torch", preload_to_gpu=True, dtype="float32"
+        batch_size=64, seed=5, shuffle=True, return_index=True, to="torch", preload_to_gpu=True, dtype="float32"
     )
     for batch in loader.add_datasets(parts):
         assert batch["X"].layout is torch.sparse_csr
@@ -268,7 +268,7 @@ def test_what_lies_beside_x_is_there_too():
         obs = pd.DataFrame({"kind": pd.Categorical(rng.choice(list("abc"), 90))}, index=[f"{k}{j}" for j in range(90)])
         layers, obsm = {"raw": x * 2, "flat": x.toarray()}, {"pca": rng.random((90, 5), np.float32)}
         adatas.append(ad.AnnData(X=x, obs=obs, layers=layers, obsm=obsm))
-    wanted = {"layers": ["raw", "flat"], "obsm": ["pca"], "obs_codes": ["kind"], "rng": 3, "shuffle": True}
+    wanted = {"layers": ["raw", "flat"], "obsm": ["pca"], "obs_codes": ["kind"], "seed": 3, "shuffle": True}
     made = {}
     for where in ("gpu", "cpu"):
         loader = Loader(batch_size=32, dense=where, to="torch", preload_to_gpu=False, **wanted)

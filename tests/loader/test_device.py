@@ -40,7 +40,7 @@ def datasets(kind, dtypes):
 
 def batches(parts, **kwargs):
     with quiet():  # dtypes differ
-        loader = Loader(**SMALL | {"rng": 5, "shuffle": True, "to": "torch"} | kwargs)
+        loader = Loader(**SMALL | {"seed": 5, "shuffle": True, "to": "torch"} | kwargs)
         return list(loader.add_datasets(parts, var=[genes()] * len(parts)))
 
 

@@ -60,7 +60,7 @@ for stage, name in STAGES.items():
     setattr(fetch.Pipeline, name, gate(stage, getattr(fetch.Pipeline, name)))
 threading.setprofile(hook)
 data = Collection(path, None, None)
-loader = Loader(batch_size=20, chunk_size=10, preload_nchunks=2, shuffle=True, rng=0, preload_to_gpu=False)
+loader = Loader(batch_size=20, chunk_size=10, preload_nchunks=2, shuffle=True, seed=0, preload_to_gpu=False)
 loader = loader.use_collection(data)
 for batch in loader:
     pass
@@ -117,7 +117,7 @@ x = np.random.default_rng(0).poisson(1, (20_000, 200)).astype(np.float32)
 
 def make(seed):
     options = dict(batch_size=256, chunk_size=64, preload_nchunks=16, shuffle=True, preload_to_gpu=False)
-    return Loader(rng=seed, **options).add_datasets(np.array_split(x, 20))
+    return Loader(seed=seed, **options).add_datasets(np.array_split(x, 20))
 
 class Trainer:
     def __init__(self, loader):
@@ -165,7 +165,7 @@ x = np.zeros((2000, 50), np.float32)
 taken = threading.Event()
 
 def loader(**options):
-    options = dict(batch_size=5, chunk_size=5, preload_nchunks=2, shuffle=True, rng=0, preload_to_gpu=False) | options
+    options = dict(batch_size=5, chunk_size=5, preload_nchunks=2, shuffle=True, seed=0, preload_to_gpu=False) | options
     return Loader(**options).add_datasets(np.array_split(x, 4))
 
 def iterate(loader):

@@ -75,7 +75,7 @@ def trainer(lightning, folder, **options):
 def data(collection, parts, **options):
     from annbatch_dask.lightning import DataModule
 
-    return DataModule(collection, parts, dense=True, rng=3, **OPTIONS | options)
+    return DataModule(collection, parts, dense=True, seed=3, **OPTIONS | options)
 
 
 def test_it_trains_and_goes_on_in_the_middle_of_an_epoch(lightning, Model, collection, parts, tmp_path):
@@ -156,7 +156,7 @@ class Model(lightning.LightningModule):
 
 def module():
     return DataModule(
-        Collection(), {"train": None}, batch_size=16, chunk_size=4, preload_nchunks=8, dense=True, rng=3,
+        Collection(), {"train": None}, batch_size=16, chunk_size=4, preload_nchunks=8, dense=True, seed=3,
         preload_to_gpu=False, return_index=True,
     )
 

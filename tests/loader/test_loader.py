@@ -57,7 +57,7 @@ def check_epoch(loader, collection, n_rows=None):
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_epochs(collection, dense_collection, kind, shuffle):
     stored = collection if kind == "sparse" else dense_collection
-    loader = make(stored, shuffle=shuffle, rng=0)
+    loader = make(stored, shuffle=shuffle, seed=0)
     assert len(loader) == math.ceil(221 / 8) == len(list(loader))
     assert (loader.n_obs, loader.n_var) == (221, N_VAR)
     first, second = check_epoch(loader, stored), check_epoch(loader, stored)
@@ -135,7 +135,7 @@ def test_slices_across_datasets_in_request_order(collection):
 
 
 def test_dense_equals_sparse(collection):
-    one, two = (make(collection, shuffle=True, rng=5, dense=d) for d in (False, True))
+    one, two = (make(collection, shuffle=True, seed=5, dense=d) for d in (False, True))
     for sparse, full in zip(one, two, strict=True):
         assert isinstance(full["X"], np.ndarray)
         assert full["X"].dtype == np.float32
@@ -150,8 +150,8 @@ def test_entries_named_twice_are_added_up():
 
 def test_rng_forms(collection):
     by_int, by_generator, other = (
-        [batch["index"].tolist() for batch in make(collection, shuffle=True, rng=rng)]
-        for rng in (3, np.random.default_rng(3), 4)
+        [batch["index"].tolist() for batch in make(collection, shuffle=True, **given)]
+        for given in ({"seed": 3}, {"rng": np.random.default_rng(3)}, {"seed": 4})
     )
     assert by_int == by_generator != other
 
@@ -353,7 +353,7 @@ def new(**kwargs):
     ("act", "error", "message"),
     [
         (lambda: Loader(batch_sampler=RandomSampler(5, 1, 5), chunk_size=5), ValueError, "Cannot specify chunk_size"),
-        (lambda: Loader(batch_sampler=RandomSampler(5, 1, 5), rng=0, shuffle=False), ValueError, "shuffle, rng when"),
+        (lambda: Loader(batch_sampler=RandomSampler(5, 1, 5), seed=0, shuffle=False), ValueError, "shuffle, seed when"),
         (lambda: Loader(chunk_size=0), ValueError, "must be greater than 1"),
         (lambda: Loader(preload_nchunks=0), ValueError, "must be greater than 1"),
         (lambda: Loader(prefetch_bytes=0), ValueError, "must be greater than 1"),
@@ -482,7 +482,7 @@ def _obs_var(collection):
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda loader: pickle.loads(pickle.dumps(loader))])
 def test_deep_copies(collection, clone):
-    loader = make(collection, shuffle=True, rng=1)
+    loader = make(collection, shuffle=True, seed=1)
     next(iter(loader))
     expected = [batch["index"].tolist() for batch in clone(loader)]
     assert expected == [batch["index"].tolist() for batch in clone(loader)]

@@ -105,7 +105,7 @@ def packed(monkeypatch):
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_compressed_names_are_delivered_as_plain_ones(collection, packed, shuffle):
-    loader = make(collection, shuffle=shuffle, rng=0, where="index != 'cell_7' and text != 't9'")
+    loader = make(collection, shuffle=shuffle, seed=0, where="index != 'cell_7' and text != 't9'")
     assert all(isinstance(index, Names) for index in loader._table.indexes)
     again = pickle.loads(pickle.dumps(loader))
     for batch, other in zip(loader, again, strict=True):

@@ -529,7 +529,7 @@ def test_global_batches_of_any_size_are_cut_alike_for_all_ranks(even):
 @pytest.mark.filterwarnings("error:rank")
 def test_ranks_of_generators_are_warned_of_seeds_that_differ():
     """Who gave each rank a seed of its own lost a third of the rows."""
-    with pytest.warns(UserWarning, match=r"rank 1 of 8 draws its seed from a generator.*rng=0.*compares") as caught:
+    with pytest.warns(UserWarning, match=r"rank 1 of 8 draws its seed from a generator.*seed=0.*compares") as caught:
         Loader(batch_size=32, chunk_size=8, preload_nchunks=32, shuffle=True, rng=rng(101), dist_info=(1, 8))
     assert caught[0].filename == __file__
     numbered = RandomSampler(5, 4, 4)
@@ -538,7 +538,7 @@ def test_ranks_of_generators_are_warned_of_seeds_that_differ():
     for sampler in (RandomSampler(5, 4, 4), SequentialSampler(5, 4, 4)):
         DistributedSampler(sampler, dist_info=(1, 8))
     DistributedSampler(RandomSampler(5, 4, 4, rng=rng(101)), dist_info=(0, 1))
-    by_number = Loader(shuffle=True, rng=101, dist_info=(1, 8)).batch_sampler
+    by_number = Loader(shuffle=True, seed=101, dist_info=(1, 8)).batch_sampler
     assert by_number.sampler.seed == RandomSampler(5, 4, 4, rng=rng(101)).seed
 
 

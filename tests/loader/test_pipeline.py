@@ -90,9 +90,9 @@ def test_nothing_is_started_before_the_first_batch_is_asked_for(collection):
 
 
 def test_two_iterators_at_once(collection):
-    loader = make(collection, shuffle=True, rng=1)
+    loader = make(collection, shuffle=True, seed=1)
     alone = [[batch["index"].tolist() for batch in epoch] for epoch in (loader, loader)]
-    again = make(collection, shuffle=True, rng=1)
+    again = make(collection, shuffle=True, seed=1)
     together = [([a["index"].tolist(), b["index"].tolist()]) for a, b in zip(again, again, strict=True)]
     assert [list(epoch) for epoch in zip(*together, strict=True)] == alone
 
@@ -100,9 +100,9 @@ def test_two_iterators_at_once(collection):
 @pytest.mark.parametrize("n_threads", [1, 2, 4])
 def test_order_does_not_depend_on_threads(collection, monkeypatch, n_threads):
     monkeypatch.setattr("annbatch_dask.loader.loader.count_threads", lambda: n_threads)
-    found = [batch["index"].tolist() for batch in make(collection, shuffle=True, rng=1)]
+    found = [batch["index"].tolist() for batch in make(collection, shuffle=True, seed=1)]
     monkeypatch.undo()
-    assert found == [batch["index"].tolist() for batch in make(collection, shuffle=True, rng=1)]
+    assert found == [batch["index"].tolist() for batch in make(collection, shuffle=True, seed=1)]
 
 
 @pytest.mark.parametrize("prefetch_bytes", [1, 20_000, 10**9])
@@ -611,7 +611,7 @@ class Plain:
 def test_dataloader(collection, n_workers, context):
     from torch.utils.data import DataLoader
 
-    loader = make(collection, batch_size=1, shuffle=True, rng=0)
+    loader = make(collection, batch_size=1, shuffle=True, seed=0)
     busy = iter(make(collection))
     next(busy)  # threads run while workers are forked
     workers = {"num_workers": n_workers, "multiprocessing_context": context, "timeout": 240} if n_workers else {}

@@ -49,7 +49,7 @@ def train(rank, world_size, port, folder, state):
     (folder / f"said_{rank}_of_{world_size}.json").write_text(json.dumps(said))
     x = np.random.default_rng(0).random((203, 5)).astype(np.float32)
     loader = Loader(
-        global_batch_size=12, chunk_size=4, preload_nchunks=6, shuffle=True, rng=7, dist_info="torch", to="torch",
+        global_batch_size=12, chunk_size=4, preload_nchunks=6, shuffle=True, seed=7, dist_info="torch", to="torch",
         return_index=True, preload_to_gpu=False,
     ).add_dataset(x)
     if state is not None:
@@ -151,6 +151,6 @@ def test_ranks_that_read_in_order_have_every_row_once(options):
 
     ranks = [rows_of(rank) for rank in range(3)]
     assert sorted(row for rank in ranks for batch in rank for row in batch) == list(range(200))
-    for more in ({"shuffle": True, "rng": 0}, {"drop_last": True}, {"even": "drop"}):
+    for more in ({"shuffle": True, "seed": 0}, {"drop_last": True}, {"even": "drop"}):
         ranks = [rows_of(rank, **more) for rank in range(3)]
         assert {len(rank) for rank in ranks} == {4}

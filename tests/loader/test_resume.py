@@ -234,7 +234,7 @@ def test_one_rank_may_save_for_all():
 
     def ranks():
         return [
-            Loader(batch_size=4, chunk_size=4, preload_nchunks=2, shuffle=True, rng=1, dist_info=(rank, 3), **QUIET)
+            Loader(batch_size=4, chunk_size=4, preload_nchunks=2, shuffle=True, seed=1, dist_info=(rank, 3), **QUIET)
             for rank in range(3)
         ]
 
@@ -258,7 +258,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_global_batches():
                 chunk_size=4,
                 preload_nchunks=6,
                 shuffle=True,
-                rng=1,
+                seed=1,
                 dist_info=(rank, world_size),
                 return_index=True,
                 preload_to_gpu=False,

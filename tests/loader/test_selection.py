@@ -41,7 +41,7 @@ MASK = np.arange(221) % 3 == 1
 )
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_only_selected_rows_come(collection, where, expected, shuffle):
-    loader = make(collection, where=where, shuffle=shuffle, rng=0)
+    loader = make(collection, where=where, shuffle=shuffle, seed=0)
     assert loader.n_selected == len(expected)
     assert loader.n_obs == 221
     found = list(loader)
@@ -229,7 +229,7 @@ def test_splits_and_states_outlive_a_release(collection, tmp_path, monkeypatch):
         monkeypatch.setattr(DatasetCollection, "manifest", kind(**values, last_dataset=2, id="a" * 16))
         stored = DatasetCollection(tmp_path / "c.zarr", mode="r")
         monkeypatch.setattr(stored, "check", lambda _: None)
-        return stored, Loader(batch_size=8, **SMALL, shuffle=True, rng=0).use_collection(stored)
+        return stored, Loader(batch_size=8, **SMALL, shuffle=True, seed=0).use_collection(stored)
 
     stored, loader = opened(Manifest)
     stored.split({"train": 0.7, "test": 0.3}, seed=3).save(tmp_path / "split.npz")

@@ -35,7 +35,7 @@ def rows_of(loader):
 
 
 def loader_of(collection):
-    loader = Loader(batch_size=50, chunk_size=10, preload_nchunks=25, shuffle=True, rng=3)
+    loader = Loader(batch_size=50, chunk_size=10, preload_nchunks=25, shuffle=True, seed=3)
     return loader.use_collection(collection)
 
 
@@ -108,7 +108,7 @@ class TestCache:
 
     def loader_of(self, collection, folder, **options):
         loader = Loader(
-            batch_size=50, chunk_size=10, preload_nchunks=25, shuffle=True, rng=3, cache_dir=folder, **options
+            batch_size=50, chunk_size=10, preload_nchunks=25, shuffle=True, seed=3, cache_dir=folder, **options
         )
         return loader.use_collection(collection)
 

@@ -25,7 +25,7 @@ def names(fs, url):
 
 
 def batches(collection):
-    loader = Loader(batch_size=40, chunk_size=10, preload_nchunks=12, shuffle=True, rng=3, dense=True)
+    loader = Loader(batch_size=40, chunk_size=10, preload_nchunks=12, shuffle=True, seed=3, dense=True)
     return (batch["X"].copy() for batch in loader.use_collection(collection))
 
 
