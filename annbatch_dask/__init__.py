@@ -9,17 +9,38 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from annbatch_dask import abc, errors, events, io, samplers, scdataset, testing, transforms, types, utils
+    from annbatch_dask import (
+        abc,
+        errors,
+        events,
+        io,
+        mixing,
+        samplers,
+        scdataset,
+        testing,
+        transforms,
+        types,
+        utils,
+        where,
+    )
     from annbatch_dask.as_annbatch import install_as_annbatch
     from annbatch_dask.collection import DatasetCollection
+    from annbatch_dask.etl.verify import Verification
     from annbatch_dask.io import create_anndata_collection, write_sharded
     from annbatch_dask.lazy import concat_lazy, read_lazy
     from annbatch_dask.loader import Loader
     from annbatch_dask.loader.legacy import ZarrSparseDataset
+    from annbatch_dask.planned import RunnablePlan
+    from annbatch_dask.report import Report
+    from annbatch_dask.splits import Splits
 
 __all__ = [
     "DatasetCollection",
     "Loader",
+    "Report",
+    "RunnablePlan",
+    "Splits",
+    "Verification",
     "ZarrSparseDataset",
     "__version__",
     "abc",
@@ -29,6 +50,7 @@ __all__ = [
     "events",
     "install_as_annbatch",
     "io",
+    "mixing",
     "read_lazy",
     "samplers",
     "scdataset",
@@ -36,6 +58,7 @@ __all__ = [
     "transforms",
     "types",
     "utils",
+    "where",
     "write_sharded",
 ]
 
@@ -44,6 +67,10 @@ __version__ = "0.2.0"
 _HOMES = {
     "DatasetCollection": "annbatch_dask.collection",
     "Loader": "annbatch_dask.loader",
+    "Report": "annbatch_dask.report",
+    "RunnablePlan": "annbatch_dask.planned",
+    "Splits": "annbatch_dask.splits",
+    "Verification": "annbatch_dask.etl.verify",
     "ZarrSparseDataset": "annbatch_dask.loader.legacy",
     "concat_lazy": "annbatch_dask.lazy",
     "create_anndata_collection": "annbatch_dask.io",
@@ -51,7 +78,11 @@ _HOMES = {
     "read_lazy": "annbatch_dask.lazy",
     "write_sharded": "annbatch_dask.io",
 }
-_MODULES = ("abc", "errors", "events", "io", "samplers", "scdataset", "testing", "transforms", "types", "utils")
+_MODULES = (
+    *("abc", "errors", "events", "io", "lightning", "mixing", "samplers", "scdataset", "testing", "transforms"),
+    *("types", "utils", "where"),
+)
+"""lightning needs Lightning, so ``from annbatch_dask import *`` leaves it out."""
 
 
 def __getattr__(name: str) -> Any:
@@ -64,4 +95,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "lightning"])

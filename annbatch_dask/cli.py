@@ -147,7 +147,7 @@ def _shuffle(args: argparse.Namespace) -> None:
             scratch=args.scratch,
             progress=args.progress,
         )
-    shape = f"{collection.n_obs:,} cells x {collection.n_var:,} genes"
+    shape = f"{collection.n_obs:,} cells x {collection.n_vars:,} genes"
     _say(f"{args.output}: {shape} in {_datasets(len(collection))}, {time.perf_counter() - start:.1f} s")
 
 
@@ -288,7 +288,7 @@ def _facts(collection: DatasetCollection) -> Iterator[tuple[str, object]]:
     yield "collection", collection.path
     yield "datasets", len(groups)
     yield "cells", f"{collection.n_obs:,}"
-    yield "genes", f"{collection.n_var:,}"
+    yield "genes", f"{collection.n_vars:,}"
     for name in element_names(groups[0]):
         yield name, describe_element(groups[0], name)
     yield "on disk", format_bytes(_bytes_on_disk(collection.path))

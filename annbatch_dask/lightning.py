@@ -19,7 +19,7 @@ __all__ = ["DataModule"]
 # How ranks come to equal numbers of batches: nothing repeats in training, nothing is left out of an evaluation, and
 # predictions come once a row.
 _EVEN = {"train": "drop", "val": "pad", "test": "pad", "predict": None}
-_SAMPLER_DECIDES = ("batch_size", "chunk_size", "drop_last", "preload_nchunks", "rng", "shuffle")
+_SAMPLER_DECIDES = ("batch_size", "chunk_size", "drop_last", "preload_nchunks", "rng", "seed", "shuffle")
 
 
 class DataModule(LightningDataModule):  # type: ignore[misc] # Lightning's types are not followed

@@ -11,6 +11,13 @@ and because each ``k_c`` alone is hypergeometric, its mean is exact by linearity
 
 No simulation and no bias correction is needed; the bias of the plug-in estimate is the same on both sides.
 (Definition of entropy: C. E. Shannon, A Mathematical Theory of Communication, 1948, section 6.)
+
+Examples
+--------
+>>> codes = collection.obs(["cell_type"], names=False)["cell_type"].cat.codes.to_numpy()
+>>> batches = mixing.sampled_batches(samplers.RandomSampler(16, 8, 64, seed=0), codes)
+>>> mixing.measure_mixing(batches).share > 0.9
+True
 """
 
 from __future__ import annotations

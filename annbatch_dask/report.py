@@ -116,6 +116,12 @@ class Report:
         Sizes, by element.
     mixing
         By categorical column of obs: the entropy of its categories among ``mixing_rows`` neighbouring cells.
+
+    Examples
+    --------
+    >>> report = collection.report()
+    >>> report.n_obs, [(source.path, source.n_obs) for source in report.sources]
+    (500, [('a.h5ad', 300), ('b.h5ad', 200)])
     """
 
     path: str

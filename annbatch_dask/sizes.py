@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dask.utils import parse_bytes
-
 from annbatch_dask.errors import LayoutError
 
-__all__ = ["parse_nbytes", "parse_rows_or_nbytes"]
+__all__ = ["check_positive", "parse_nbytes", "parse_rows_or_nbytes"]
+
+
+def check_positive(name: str, value: float | None) -> None:
+    """ValueError for a number below 1; annbatch's words are in it, which programs may look for."""
+    if value is not None and value < 1:
+        msg = f"{name} must be 1 or more (as annbatch says it: {name} must be greater than 1, got {value})"
+        raise ValueError(msg)
 
 
 def parse_nbytes(name: str, value: float | str) -> int:
@@ -22,9 +27,13 @@ def parse_nbytes(name: str, value: float | str) -> int:
     LayoutError
         If it is no size, or less than a byte.
     """
+    from dask.utils import parse_bytes  # not needed by those who only count
+
     try:
+        if isinstance(value, str) and not any(map(str.isdigit, value)):
+            raise ValueError(value)  # noqa: TRY301 - dask takes "" for one byte
         n_bytes = int(parse_bytes(value))
-    except (ValueError, TypeError, AttributeError, IndexError) as e:  # dask's, of what is no text, and of an empty one
+    except (ValueError, TypeError, AttributeError) as e:  # dask's, of what is neither number nor text
         msg = f"{name} is {value!r}; give a number of bytes, or a size such as '2GB' or '2GiB'"
         raise LayoutError(msg) from e
     if n_bytes < 1:

@@ -35,6 +35,12 @@ class Splits(Mapping[str, NDArray[np.bool_]]):
         How it was made.
     collection
         Digest of the collection it belongs to.
+
+    Examples
+    --------
+    >>> splits = collection.split({"train": 0.8, "test": 0.2}, seed=0)
+    >>> {name: int(mask.sum()) for name, mask in splits.items()}
+    {'train': 400, 'test': 100}
     """
 
     fractions: dict[str, float]

@@ -179,7 +179,7 @@ class StoredCollection:
 
         Returns
         -------
-        AnnData of (n_obs, n_var), its rows in the order of the datasets; X has the dtype of the inputs.
+        AnnData of (n_obs, n_vars), its rows in the order of the datasets; X has the dtype of the inputs.
 
         Examples
         --------

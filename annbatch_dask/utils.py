@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from annbatch_dask.loader.output import Framework, deliver_as
 from annbatch_dask.loader.reading import load_all_aligned
 from annbatch_dask.order.planned import cut
+from annbatch_dask.sizes import check_positive
 
 __all__ = ["CSRContainer", "check_lt_1", "convert", "load_all_aligned", "split_given_size"]
 
@@ -58,9 +59,7 @@ def check_lt_1(vals: Sequence[float], obs: Sequence[str]) -> None:
     >>> utils.check_lt_1([8, 1], ["chunk size", "preload"])
     """
     for value, label in zip(vals, obs, strict=True):
-        if value < 1:
-            msg = f"{label} must be greater than 1, got {value}"
-            raise ValueError(msg)
+        check_positive(label, value)
 
 
 def convert(input: Any, preload_to_gpu: bool, to: Framework) -> Any:  # noqa: A002, FBT001 - annbatch's arguments

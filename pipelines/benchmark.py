@@ -153,7 +153,7 @@ def measure(paths: list[str], work: Path, by: str | None, repeats: int) -> Found
             found[SHUFFLE][package.__name__].append(shuffle(package, paths, stores[package.__name__]))
     collection = DatasetCollection(stores[OURS], mode="r")
     column, genes = choose(collection, by)
-    print(f"{collection.n_obs:,} cells x {collection.n_var:,} genes; batches judged by {column}")
+    print(f"{collection.n_obs:,} cells x {collection.n_vars:,} genes; batches judged by {column}")
     for output in (CSR, DENSE, GENES):
         for _, package in in_turn(sides, repeats):
             rate, values = stream(package, stores[package.__name__], output, genes, column)

@@ -99,7 +99,7 @@ def shuffle(files: list[Path], target: Path) -> DatasetCollection:
     start = time.perf_counter()
     plan.run(progress=True)
     seconds = time.perf_counter() - start
-    print(f"{target}: {n_obs:,} cells x {collection.n_var:,} genes in {seconds:.1f} s")
+    print(f"{target}: {n_obs:,} cells x {collection.n_vars:,} genes in {seconds:.1f} s")
     return collection
 
 

@@ -95,7 +95,7 @@ def main() -> int:
     with ExitStack() as stack:
         client = connect(cluster, stack)
         collection.add_adatas(files, **options, scratch=config.get("scratch"), client=client)
-    print(f"{collection.path}: {collection.n_obs:,} cells x {collection.n_var:,} genes, datasets: {len(collection)}")
+    print(f"{collection.path}: {collection.n_obs:,} cells x {collection.n_vars:,} genes, datasets: {len(collection)}")
     return 0
 
 

@@ -97,7 +97,7 @@ def in_order(collection: DatasetCollection, column: str, held_out: HeldOut) -> L
     """Return a loader from front to back."""
     where = learnt_from(collection, column, held_out)
     loader = open_loader(collection, column, batch_size=BATCH_SIZE, where=where)
-    if loader.n_var != held_out.X.shape[1] or not loader.obs_categories[column].equals(held_out.classes):
+    if loader.n_vars != held_out.X.shape[1] or not loader.obs_categories[column].equals(held_out.classes):
         sys.exit(f"train_classifier: {collection.path} is of other cells: its genes or values of {column} differ")
     return loader
 

@@ -63,6 +63,12 @@ class Verification:
         Datasets and rows that were read, and bytes of their files.
     against
         Paths of the sources whose rows were compared.
+
+    Examples
+    --------
+    >>> found = collection.verify(against=["a.h5ad", "b.h5ad"])
+    >>> found.ok, found.problems
+    (True, ())
     """
 
     path: str

@@ -21,13 +21,14 @@ from annbatch_dask.loader.contents import BatchSpec, Key
 from annbatch_dask.loader.obs import Labels, ObsTable
 from annbatch_dask.loader.reading import Backed, Opening, load_dataset
 from annbatch_dask.loader.selection import Selected, Where, select
+from annbatch_dask.sizes import check_positive
 from annbatch_dask.storage.versions import Listing
 
 if TYPE_CHECKING:
     import anndata as ad
 
 
-__all__ = ["AddedData", "check_positive"]
+__all__ = ["AddedData"]
 
 BackingArray_T = TypeVar("BackingArray_T")
 
@@ -106,13 +107,24 @@ class AddedData(Generic[BackingArray_T]):
         return self._labels
 
     @property
-    def n_var(self) -> int:
-        """Columns of ``X`` in a batch."""
-        if not self._sources:
-            msg = "No datasets added yet"
-            raise ValueError(msg)
+    def n_vars(self) -> int:
+        """Number of genes: columns of ``X`` in a batch."""
+        self._check_filled()
         chosen = self._wanted.var_names
         return self._sources[0].shape[1] if chosen is None else len(chosen)
+
+    @property
+    def n_var(self) -> int:
+        """Number of genes, by annbatch's name."""
+        return self.n_vars
+
+    def _check_filled(self) -> None:
+        if not self._sources:
+            msg = (
+                "No datasets added yet: call use_collection, add_adatas or add_datasets first "
+                "(as annbatch says it: Number of datasets must be greater than 1, got 0)"
+            )
+            raise ValueError(msg)
 
     @property
     def var(self) -> pd.DataFrame | None:
@@ -325,13 +337,6 @@ class AddedData(Generic[BackingArray_T]):
                 "batches get a dtype that holds both; pass dtype= to the Loader to fix one",
                 stacklevel=4,
             )
-
-
-def check_positive(name: str, value: Any) -> None:
-    """ValueError, in annbatch's words, unless a number is 1 or more, or not given."""
-    if value is not None and value < 1:
-        msg = f"{name} must be greater than 1, got {value}"
-        raise ValueError(msg)
 
 
 def _names(types: Iterable[type]) -> str:

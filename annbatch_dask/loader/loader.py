@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from annbatch_dask.chunks.cache import RangeCache
-from annbatch_dask.loader.added import AddedData, BackingArray_T, check_positive
+from annbatch_dask.loader.added import AddedData, BackingArray_T
 from annbatch_dask.loader.backing import RowSource
 from annbatch_dask.loader.contents import BatchSpec, Casting, Codes, Dense, Key, Transform
 from annbatch_dask.loader.fetch import Pipeline, PipelineOptions
@@ -29,7 +29,7 @@ from annbatch_dask.samplers.distributed import DistInfo, EvenOrAuto, resolve_eve
 from annbatch_dask.samplers.runs import default_sampler
 from annbatch_dask.samplers.sampler import Sampler
 from annbatch_dask.seeds import Seed
-from annbatch_dask.sizes import parse_nbytes
+from annbatch_dask.sizes import check_positive, parse_nbytes
 from annbatch_dask.types import LoadRequest
 from annbatch_dask.where import Condition
 
@@ -103,7 +103,7 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         fraction; a collection records the range of its values, data in memory are looked through. That a float is
         rounded is no loss: to 24 bits in float32, 11 in float16, 8 in bfloat16. ``"unsafe"`` casts as numpy does.
     var_names
-        Genes to deliver, in this order, picked in the same pass; by default all. ``var`` and ``n_var`` follow.
+        Genes to deliver, in this order, picked in the same pass; by default all. ``var`` and ``n_vars`` follow.
     transform
         What to do to a batch: :class:`annbatch_dask.transforms.NormalizeLog1p`, which is fused into the same pass,
         or a function that takes the batch and returns what is yielded in its place, or a list of both in this
@@ -211,7 +211,7 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
     ) -> None:
         if to_torch is not None:
             to = _older_to(to, to_torch=to_torch)
-        given = {
+        given: dict[str, Any] = {
             "chunk_size": chunk_size,
             "preload_nchunks": preload_nchunks,
             "batch_size": batch_size,
@@ -286,7 +286,7 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
 
     def __iter__(self) -> Iteration:
         """One pass. Close the iterator, or drop it, to stop its threads early."""
-        check_positive("Number of datasets", len(self._sources))
+        self._check_filled()
         self._progress = Progress()
         return Iteration(self._progress, self._begin_pass, self._passes)
 

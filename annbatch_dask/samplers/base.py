@@ -14,6 +14,7 @@ from annbatch_dask.order.keys import Key, generator
 from annbatch_dask.order.planned import Planned
 from annbatch_dask.samplers.sampler import Sampler, check_mask
 from annbatch_dask.seeds import Seed, check_rng, check_seed, draw_seed, only_one
+from annbatch_dask.sizes import check_positive
 from annbatch_dask.types import LoadRequest
 
 __all__ = ["DRAW", "MIX", "ORDER", "RunSampler", "SeededSampler", "cyclic_run", "mixed", "resolve_mask"]
@@ -194,9 +195,7 @@ def resolve_mask(mask: slice, n_obs: int) -> tuple[int, int]:
 def _check_window(chunk_size: int, preload_nchunks: int, batch_size: int) -> None:
     """ValueError unless a window of ``preload_nchunks`` chunks is a whole number of batches."""
     for name, value in (("chunk_size", chunk_size), ("preload_nchunks", preload_nchunks), ("batch_size", batch_size)):
-        if value < 1:
-            msg = f"{name} must be greater than 1, got {value}"
-            raise ValueError(msg)
+        check_positive(name, value)
     window = chunk_size * preload_nchunks
     if batch_size > window:
         msg = f"batch_size cannot exceed chunk_size * preload_nchunks: {batch_size} > {window}; raise preload_nchunks"

@@ -20,6 +20,7 @@ from annbatch_dask.order.planned import Planned
 from annbatch_dask.samplers.base import DRAW, MIX, RunSampler, cyclic_run, mixed, resolve_mask
 from annbatch_dask.samplers.sampler import check_mask
 from annbatch_dask.seeds import Seed
+from annbatch_dask.sizes import check_positive
 
 __all__ = ["ClassSampler", "WeightedClassSampler"]
 
@@ -121,9 +122,7 @@ class ClassSampler(RunSampler):
         seed: Seed | None = None,
     ) -> None:
         super().__init__(chunk_size, preload_nchunks, batch_size, drop_last=drop_last, mask=mask)
-        if num_samples < 1:
-            msg = f"num_samples must be greater than 1, got {num_samples}"
-            raise ValueError(msg)
+        check_positive("num_samples", num_samples)
         self._codes, self._labels = _check_classes(classes)
         self._weights = _check_weights(class_weights, len(self._labels))
         self._num_samples = num_samples

@@ -29,7 +29,7 @@ class MatchedControlSampler(RunSampler):
     """Each perturbed cell once, in random order, followed by controls of the same group.
 
     A batch has groups of ``1 + n_controls`` rows: a perturbed cell, then its controls. So
-    ``X.reshape(-1, 1 + n_controls, n_var)`` pairs them. Controls are drawn with replacement, all of a group alike.
+    ``X.reshape(-1, 1 + n_controls, n_vars)`` pairs them. Controls are drawn with replacement, all of a group alike.
 
     Parameters
     ----------

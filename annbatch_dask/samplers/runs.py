@@ -12,6 +12,7 @@ from annbatch_dask.order.epoch import Epoch
 from annbatch_dask.order.keys import Key, Shuffled, generator
 from annbatch_dask.samplers.base import DRAW, ORDER, RunSampler, cyclic_run, mixed
 from annbatch_dask.seeds import Seed
+from annbatch_dask.sizes import check_positive
 
 __all__ = ["RandomSampler", "SequentialSampler", "default_sampler", "shuffled_runs"]
 
@@ -69,9 +70,7 @@ class RandomSampler(RunSampler):
         seed: Seed | None = None,
     ) -> None:
         super().__init__(chunk_size, preload_nchunks, batch_size, drop_last=drop_last, mask=mask)
-        if num_samples is not None and num_samples < 1:
-            msg = f"num_samples must be greater than 1, got {num_samples}"
-            raise ValueError(msg)
+        check_positive("num_samples", num_samples)
         self.take_seed(seed, rng)
         self._replacement = replacement
         self._num_samples = num_samples

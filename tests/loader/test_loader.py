@@ -356,7 +356,7 @@ def new(**kwargs):
         (lambda: Loader(batch_sampler=RandomSampler(5, 1, 5), seed=0, shuffle=False), ValueError, "shuffle, seed when"),
         (lambda: Loader(chunk_size=0), ValueError, "must be greater than 1"),
         (lambda: Loader(preload_nchunks=0), ValueError, "must be greater than 1"),
-        (lambda: Loader(prefetch_bytes=0), ValueError, "must be greater than 1"),
+        (lambda: Loader(prefetch_bytes=0), ValueError, "prefetch_bytes is 0; it must be 1 byte or more"),
         (lambda: Loader(to="tensorflow"), ValueError, "to must be"),
         (lambda: Loader(shuffle=True, rng=True), TypeError, "rng must be a numpy.random.Generator"),
         (lambda: next(iter(new())), ValueError, "must be greater than 1"),

@@ -19,7 +19,7 @@ from annbatch_dask.testing import make_adata
 
 PAGES = Path(__file__).parents[2] / "docs/reference"
 MODULES = [name for name in annbatch_dask.__all__ if inspect.ismodule(getattr(annbatch_dask, name))]
-OF_A_MODULE = {"errors", "events", "types"}
+OF_A_MODULE = {"errors", "events", "mixing", "types"}
 """Modules of many small names, with one example for all of them."""
 NEEDS_TORCH = {"annbatch_dask.scdataset.hf_tahoe_to_tensor", "annbatch_dask.utils.convert"}
 
@@ -90,12 +90,18 @@ def test_the_example_of_a_module_runs(name, names):
     check(getattr(annbatch_dask, name), name, names, recurse=False)
 
 
+def ours_above(obj):
+    """The classes of ours that a class inherits methods from and that have no entry of their own."""
+    above = obj.__mro__[1:] if inspect.isclass(obj) else ()
+    return [kind for kind in above if kind.__module__.startswith("annbatch_dask.") and kind.__name__ == "StoredCollection"]
+
+
 def check(obj, name, names, *, recurse=True):
     """Run the examples of a docstring, and of methods; there must be one."""
     with dask.config.set(scheduler="threads"):
-        found = doctest.DocTestFinder(recurse=recurse, exclude_empty=True).find(
-            obj, name, module=False, globs=dict(names)
-        )
+        finder, found = doctest.DocTestFinder(recurse=recurse, exclude_empty=True), []
+        for part in (obj, *ours_above(obj)):
+            found += finder.find(part, name, module=False, globs=dict(names))
         runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False)
         said = []
         for case in found:

@@ -48,3 +48,16 @@ def test_defaults_are_the_bytes_they_were():
     assert parse_nbytes("x", loader["cache_bytes"].default) == 2**36
     assert parse_nbytes("x", loader["prefetch_bytes"].default) == 2**30
     assert parse_nbytes("x", inspect.signature(write_sharded).parameters["shard_size"].default) == 2**30
+
+
+def test_counts_below_1_are_refused_in_words_that_are_true():
+    """Until this, 1 "must be greater than 1", and was taken. annbatch's words stay in it: programs may look for them."""
+    with pytest.raises(ValueError, match=r"chunk_size must be 1 or more .*chunk_size must be greater than 1, got 0"):
+        Loader(chunk_size=0)
+
+
+def test_an_empty_loader_says_what_to_do():
+    with pytest.raises(ValueError, match="No datasets added yet: call use_collection"):
+        iter(Loader())
+    with pytest.raises(ValueError, match="No datasets added yet: call use_collection"):
+        Loader().n_vars
