@@ -17,7 +17,7 @@ SPECIAL = {"__call__", "__getitem__", "__iter__", "__len__", "__version__"}
 
 GROUPS: dict[str, dict[str, list[str]]] = {
     "annbatch_dask.Loader": {
-        "order": ["batch_size", "shuffle", "rng", "drop_last", "chunk_size", "preload_nchunks", "batch_sampler"],
+        "order": ["batch_size", "shuffle", "seed", "rng", "drop_last", "chunk_size", "preload_nchunks", "batch_sampler"],
         "choice of rows": ["where", "return_index"],
         "form of X": ["dense", "to", "dtype", "casting", "var_names", "transform"],
         "other contents": ["layers", "obsm", "obs_columns", "obs_codes"],
@@ -27,7 +27,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
     "annbatch_dask.DatasetCollection.add_adatas": {
         "inputs": ["adata_paths", "load_adata", "storage_options", "on_duplicate_source"],
         "what is carried": ["elements", "counts", "allow_mixed_counts", "var_subset", "merge"],
-        "order": ["shuffle", "seed", "rng", "seed, rng", "groupby", "mode", "genes"],
+        "order": ["shuffle", "seed", "rng", "groupby", "mode", "genes"],
         "form on disk": ["dataset_size", "shard_size", "n_obs_per_chunk", "layout", "gene_order", "zarr_compressor"],
         "how it runs": ["client", "memory_limit", "scratch", "scratch_options", "callbacks", "progress"],
     },
