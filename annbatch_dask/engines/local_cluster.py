@@ -20,6 +20,7 @@ import dask
 import psutil
 from distributed import Client, Scheduler, SpecCluster
 from distributed.deploy.subprocess import SubprocessWorker
+from distributed.http.utils import get_handlers
 from distributed.utils import silence_logging_cmgr
 
 from annbatch_dask.errors import SchedulerError
@@ -51,13 +52,19 @@ def connect(address: str) -> Iterator[Client]:
 def _add_dashboard(cluster: SpecCluster) -> None:
     """Give a running scheduler its dashboard, as ``Scheduler(dashboard=True)`` does before it starts.
 
-    Importing bokeh takes more than a second, here while the workers start and not before.
+    Importing bokeh takes more than a second, here while the workers start and not before. Without bokeh the page says
+    what to install.
     """
-    from distributed.dashboard.scheduler import connect as connect_dashboard
 
     async def add() -> None:
         scheduler: Any = cluster.scheduler
-        connect_dashboard(scheduler.http_application, scheduler.http_server, scheduler, prefix="")
+        try:
+            from distributed.dashboard.scheduler import connect as connect_dashboard
+        except ImportError:
+            missing = get_handlers(scheduler, ["distributed.http.scheduler.missing_bokeh"])
+            scheduler.http_application.add_handlers(".*", missing)
+        else:
+            connect_dashboard(scheduler.http_application, scheduler.http_server, scheduler, prefix="")
 
     cluster.sync(add)
 

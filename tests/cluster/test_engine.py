@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import errno
 import os
+import sys
 import threading
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -16,6 +18,7 @@ from annbatch_dask import DatasetCollection
 from annbatch_dask.engines import choose, dask
 from annbatch_dask.engines.choose import choose_engine
 from annbatch_dask.engines.dask import ClusterEngine, LocalEngine
+from annbatch_dask.engines.local_cluster import local_client
 from annbatch_dask.errors import SchedulerError, StorageError
 from annbatch_dask.events import Callback
 from annbatch_dask.plan.memory import MIB, Budget
@@ -233,3 +236,13 @@ def test_a_stale_input_does_not_end_a_build(tmp_path, h5ad_pair, monkeypatch):
         DatasetCollection(tmp_path / "o.zarr").add_adatas(h5ad_pair, seed=0, callbacks=[Scanned()])
     assert len(failed) == 3
     assert DatasetCollection(tmp_path / "o.zarr", mode="r").n_obs == 500
+
+
+def test_without_bokeh_the_dashboard_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed.dashboard.scheduler", None)
+    with (
+        local_client(n_workers=1, threads_per_worker=1, memory_limit=2**30) as client,
+        urllib.request.urlopen(client.dashboard_link, timeout=60) as page,
+    ):
+        assert "pip install" in (text := page.read().decode())
+        assert "bokeh" in text

@@ -60,4 +60,4 @@ def test_an_empty_loader_says_what_to_do():
     with pytest.raises(ValueError, match="No datasets added yet: call use_collection"):
         iter(Loader())
     with pytest.raises(ValueError, match="No datasets added yet: call use_collection"):
-        Loader().n_vars
+        _ = Loader().n_vars
