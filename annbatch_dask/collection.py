@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +16,8 @@ from annbatch_dask.engines.base import EngineChoice
 from annbatch_dask.engines.choose import choose_engine
 from annbatch_dask.errors import CollectionError
 from annbatch_dask.etl.h5ad import written_from
-from annbatch_dask.etl.ours import Scratch, check_new, default_scratch
+from annbatch_dask.etl.open import open_root
+from annbatch_dask.etl.ours import Scratch, default_scratch
 from annbatch_dask.etl.prepare import Prepared, prepare, warn_of_duplicates
 from annbatch_dask.etl.repack import repack
 from annbatch_dask.etl.request import GeneOrder, MatrixLayout, Mode, OnDuplicate, Request, make_request
@@ -30,13 +29,15 @@ from annbatch_dask.planned import RunnablePlan
 from annbatch_dask.progress import default_callbacks
 from annbatch_dask.seeds import Seed
 from annbatch_dask.sources.references import references
-from annbatch_dask.storage.folder import Folder, StorageOptions, absolute, folder_at
+from annbatch_dask.storage.folder import StorageOptions, absolute, folder_at
 from annbatch_dask.storage.lock import exclusive
-from annbatch_dask.storage.root import H5adRoot, Root, open_group
+from annbatch_dask.storage.root import H5adRoot, Root
 from annbatch_dask.stored import StoredCollection
 from annbatch_dask.warn import warn
 
 if TYPE_CHECKING:
+    import os
+
     import anndata as ad
     from distributed import Client
 
@@ -84,52 +85,36 @@ class DatasetCollection(StoredCollection):
         is_collection_h5ad: bool = False,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        if isinstance(group, zarr.Group):
-            if is_collection_h5ad:
-                msg = "Do not set `is_collection_h5ad` to True with a zarr group: give the folder's path"
-                raise ValueError(msg)
-            super().__init__(Root(group))
-            return
-        if not isinstance(group, str | os.PathLike):
-            msg = f"a collection is a path or a zarr.Group, not {type(group).__name__}"
-            raise TypeError(msg)
-        folder = folder_at(group, storage_options)
-        if is_collection_h5ad:
-            warnings.warn("Loading h5ad is currently not supported: only obs can be read", UserWarning, stacklevel=2)
-            super().__init__(H5adRoot(folder, replaces=mode == "w"))
-            return
-        if not folder.url.rstrip("/").endswith(".zarr"):
-            warnings.warn("It is customary that collections have the `.zarr` suffix", UserWarning, stacklevel=2)
-        super().__init__(_open(folder, mode))
+        super().__init__(open_root(group, mode, storage_options, is_collection_h5ad=is_collection_h5ad))
 
     def plan_adatas(  # noqa: PLR0913 - annbatch's arguments
         self,
         adata_paths: Iterable[Any],
         *,
-        load_adata: Callable[[Any], ad.AnnData] | None = None,
-        var_subset: Iterable[str] | None = None,
-        n_obs_per_chunk: int = 64,
-        shard_size: int | str = "1GiB",
-        zarr_compressor: Any = _DEFAULT_COMPRESSOR,
+        seed: Seed | None = None,
         dataset_size: int | str = "2GiB",
         shuffle: bool = True,
-        merge: str | None = None,
-        groupby: str | Iterable[str] | None = None,
-        shuffle_chunk_size: int | None = None,  # noqa: ARG002 - see add_adatas
-        h5ad_compressor: str | None = "gzip",
+        var_subset: Iterable[str] | None = None,
         elements: Iterable[str] | None = None,
         counts: str | Mapping[str, str] = "X",
-        allow_mixed_counts: bool = False,
-        layout: MatrixLayout | None = None,
-        gene_order: GeneOrder | None = None,
         mode: Mode = "extend",
         genes: Literal["collection", "union"] = "collection",
         on_duplicate_source: OnDuplicate = "warn",
-        seed: Seed | None = None,
-        rng: np.random.Generator | None = None,
-        memory_limit: int | str | None = None,
-        client: Client | None = None,
+        merge: str | None = None,
+        groupby: str | Iterable[str] | None = None,
+        load_adata: Callable[[Any], ad.AnnData] | None = None,
         storage_options: Mapping[str, Any] | None = None,
+        allow_mixed_counts: bool = False,
+        layout: MatrixLayout | None = None,
+        gene_order: GeneOrder | None = None,
+        n_obs_per_chunk: int = 64,
+        shard_size: int | str = "1GiB",
+        zarr_compressor: Any = _DEFAULT_COMPRESSOR,
+        h5ad_compressor: str | None = "gzip",
+        shuffle_chunk_size: int | None = None,  # noqa: ARG002 - see add_adatas
+        rng: np.random.Generator | None = None,
+        client: Client | None = None,
+        memory_limit: int | str | None = None,
         read_values: bool = False,
     ) -> RunnablePlan[DatasetCollection]:
         """Scan the inputs and say what :meth:`add_adatas` with the same arguments would do, without doing it.
@@ -139,7 +124,7 @@ class DatasetCollection(StoredCollection):
 
         Returns
         -------
-        The plan; its repr says tasks, bytes and peak memory.
+        The plan. Its repr says tasks, bytes and peak memory; its method ``run`` builds the collection.
         """
         request = self._request(locals())
         room = choose_engine(client, memory_limit)
@@ -153,30 +138,30 @@ class DatasetCollection(StoredCollection):
         self,
         adata_paths: Iterable[Any],
         *,
-        load_adata: Callable[[Any], ad.AnnData] | None = None,
-        var_subset: Iterable[str] | None = None,
-        n_obs_per_chunk: int = 64,
-        shard_size: int | str = "1GiB",
-        zarr_compressor: Any = _DEFAULT_COMPRESSOR,
+        seed: Seed | None = None,
         dataset_size: int | str = "2GiB",
         shuffle: bool = True,
-        merge: str | None = None,
-        groupby: str | Iterable[str] | None = None,
-        shuffle_chunk_size: int | None = None,  # noqa: ARG002 - see the docstring
-        h5ad_compressor: str | None = "gzip",
+        var_subset: Iterable[str] | None = None,
         elements: Iterable[str] | None = None,
         counts: str | Mapping[str, str] = "X",
-        allow_mixed_counts: bool = False,
-        layout: MatrixLayout | None = None,
-        gene_order: GeneOrder | None = None,
         mode: Mode = "extend",
         genes: Literal["collection", "union"] = "collection",
         on_duplicate_source: OnDuplicate = "warn",
-        seed: Seed | None = None,
-        rng: np.random.Generator | None = None,
-        memory_limit: int | str | None = None,
-        client: Client | None = None,
+        merge: str | None = None,
+        groupby: str | Iterable[str] | None = None,
+        load_adata: Callable[[Any], ad.AnnData] | None = None,
         storage_options: Mapping[str, Any] | None = None,
+        allow_mixed_counts: bool = False,
+        layout: MatrixLayout | None = None,
+        gene_order: GeneOrder | None = None,
+        n_obs_per_chunk: int = 64,
+        shard_size: int | str = "1GiB",
+        zarr_compressor: Any = _DEFAULT_COMPRESSOR,
+        h5ad_compressor: str | None = "gzip",
+        shuffle_chunk_size: int | None = None,  # noqa: ARG002 - see the docstring
+        rng: np.random.Generator | None = None,
+        client: Client | None = None,
+        memory_limit: int | str | None = None,
         scratch: str | os.PathLike[str] | None = None,
         scratch_options: Mapping[str, Any] | None = None,
         callbacks: Iterable[Callback] | None = None,
@@ -200,36 +185,15 @@ class DatasetCollection(StoredCollection):
             a ``matrix.mtx`` (scanpy reads them, into memory: gene expression, symbols made unique), zarr groups on any
             store that can be sent to workers (obstore's, icechunk's, a zip file), or AnnData whose X is a dask array,
             such as :func:`annbatch_dask.concat_lazy` returns: each task computes the blocks of its own rows.
-        load_adata
-            ``path -> AnnData`` instead of the default, which reads all elements from the file. What it
-            returns may be in memory, backed or lazy; it is called on the workers, several times for an input. An
-            interrupted build goes on only where its code, and the file at the path it is given, are what they were.
-            What is in memory is counted in the plan's figures, once a thread; what the function needs beside it while
-            it runs, nobody knows.
-        var_subset
-            Keep only these genes.
-        n_obs_per_chunk
-            Cells of a zarr chunk (for sparse matrices: as many entries as that many cells have on average).
-        shard_size
-            Size of a shard: cells, or uncompressed bytes as a string such as ``"1GiB"``, 2**30, or ``"1GB"``, 10**9.
-        zarr_compressor
-            A zarr codec (blosc, zstd or gzip), or () for none.
+        seed
+            Fixes the shuffle: a non-negative integer, or a generator to draw one from; None is 0. The manifest records
+            it. The same seed and inputs give the same bytes on any cluster.
         dataset_size
             Size of a dataset: cells, or uncompressed bytes (as in the inputs) as a string. The last one is smaller.
         shuffle
             False keeps the order of the inputs.
-        merge
-            Which var columns, varm, varp and uns to keep of several inputs, as in :func:`anndata.concat`; None keeps
-            none. All of a single input's are kept.
-        groupby
-            Columns of obs by which the rows of each dataset are sorted: by category in the collection's order of
-            categories, by value where numbers or strings, missing ones last; rows of one group stand in the order of
-            the shuffle. Categories may differ between inputs. An extension sorts what it rewrites only if it says so.
-        shuffle_chunk_size
-            annbatch's, taken and not needed: rows are shuffled one by one, which mixes no less than any of its values.
-        h5ad_compressor
-            Of a folder of h5ad files: ``"gzip"`` (default), ``"lzf"`` or None. On zarr it has no effect, and any other
-            than the default is warned of.
+        var_subset
+            Keep only these genes.
         elements
             What to carry: names such as ``"layers"``, ``"layers/counts"``, ``"obsm/X_pca"``, ``"obs"``, ``"raw"``,
             ``"uns"``, beside X and the obs names. Names with a leading ``-`` say what not to carry. None carries
@@ -239,6 +203,32 @@ class DatasetCollection(StoredCollection):
         counts
             The matrix of the inputs that becomes X: ``"X"`` (default), ``"raw/X"`` or ``"layers/<key>"``, for all of
             them, or by path for some.
+        mode
+            What happens to a collection that holds cells. ``"extend"`` (default) deals the new cells into its datasets,
+            to each in proportion to its size and anywhere in it, and leaves their number and ``dataset_size`` as they
+            are. ``"append"`` adds new datasets, shuffled among themselves. ``"reshuffle"`` shuffles everything anew.
+        genes
+            ``"collection"`` (default): an extension keeps the collection's genes, drops others of the new inputs and
+            fills those they lack. ``"union"``: it adds the new inputs' genes behind; not with ``mode="append"``.
+        on_duplicate_source
+            An input whose cells the collection has: ``"warn"`` (default) adds them again, with a warning that says how
+            many there are; ``"error"`` refuses. The same file under another path is the same input.
+        merge
+            Which var columns, varm, varp and uns to keep of several inputs, as in :func:`anndata.concat`; None keeps
+            none. All of a single input's are kept.
+        groupby
+            Columns of obs by which the rows of each dataset are sorted: by category in the collection's order of
+            categories, by value where numbers or strings, missing ones last; rows of one group stand in the order of
+            the shuffle. Categories may differ between inputs. An extension sorts what it rewrites only if it says so.
+        load_adata
+            ``path -> AnnData`` instead of the default, which reads all elements from the file. What it
+            returns may be in memory, backed or lazy; it is called on the workers, several times for an input. An
+            interrupted build goes on only where its code, and the file at the path it is given, are what they were.
+            What is in memory is counted in the plan's figures, once a thread; what the function needs beside it while
+            it runs, nobody knows.
+        storage_options
+            fsspec's, for inputs that are URLs: credentials, endpoint and the like. They go to the workers with each
+            task, and are written nowhere. The collection has its own, see the class.
         allow_mixed_counts
             Build even if X holds whole numbers in some inputs and fractions in others.
         layout
@@ -250,30 +240,25 @@ class DatasetCollection(StoredCollection):
             Of a new collection's genes: ``"names"`` (default), as :func:`anndata.concat` has them, or ``"abundance"``:
             those first that most cells of a sample have, which makes sparse matrices smaller, packed or not. ``raw``
             keeps its order. None keeps the collection's, as every extension does.
-        mode
-            What happens to a collection that holds cells. ``"extend"`` (default) deals the new cells into its datasets,
-            to each in proportion to its size and anywhere in it, and leaves their number and ``dataset_size`` as they
-            are. ``"append"`` adds new datasets, shuffled among themselves. ``"reshuffle"`` shuffles everything anew.
-        genes
-            ``"collection"`` (default): an extension keeps the collection's genes, drops others of the new inputs and
-            fills those they lack. ``"union"``: it adds the new inputs' genes behind; not with ``mode="append"``.
-        on_duplicate_source
-            An input whose cells the collection has: ``"warn"`` (default) adds them again, with a warning that says how
-            many there are; ``"error"`` refuses. The same file under another path is the same input.
-        seed
-            Fixes the shuffle: a non-negative integer, or a generator to draw one from; None is 0. The manifest records
-            it. The same seed and inputs give the same bytes on any cluster.
+        n_obs_per_chunk
+            Cells of a zarr chunk (for sparse matrices: as many entries as that many cells have on average).
+        shard_size
+            Size of a shard: cells, or uncompressed bytes as a string such as ``"1GiB"``, 2**30, or ``"1GB"``, 10**9.
+        zarr_compressor
+            A zarr codec (blosc, zstd or gzip), or () for none.
+        h5ad_compressor
+            Of a folder of h5ad files: ``"gzip"`` (default), ``"lzf"`` or None. On zarr it has no effect, and any other
+            than the default is warned of.
+        shuffle_chunk_size
+            annbatch's, taken and not needed: rows are shuffled one by one, which mixes no less than any of its values.
         rng
             annbatch's name of ``seed``: a generator.
-        memory_limit
-            Memory a worker may use, bytes or a string such as ``"4GB"``; None uses what the workers have. The plan must
-            fit.
         client
             A client of the Dask cluster to use. None uses the scheduler set in dask's configuration, or the current
             client, or starts a cluster of subprocesses on this machine and closes it afterwards.
-        storage_options
-            fsspec's, for inputs that are URLs: credentials, endpoint and the like. They go to the workers with each
-            task, and are written nowhere. The collection has its own, see the class.
+        memory_limit
+            Memory a worker may use, bytes or a string such as ``"4GB"``; None uses what the workers have. The plan must
+            fit.
         scratch, scratch_options
             Folder or URL for spill files, which all workers can write, and fsspec's options for it; default beside the
             collection. What the build puts there is removed after success, and of a build that was interrupted by the
@@ -325,14 +310,10 @@ class DatasetCollection(StoredCollection):
             run_prepared(root, prepared, _means(root, room, given))
         return self
 
-    @contextlib.contextmanager
-    def _building(self, h5ad_compressor: str | None) -> Iterator[Root]:
+    def _building(self, h5ad_compressor: str | None) -> AbstractContextManager[Root]:
         """The zarr collection to build in the block."""
-        if isinstance(self._root, H5adRoot):
-            with written_from(self._root, h5ad_compressor) as hidden:
-                yield hidden
-        else:
-            yield self._root
+        root = self._root
+        return written_from(root, h5ad_compressor) if isinstance(root, H5adRoot) else nullcontext(root)
 
     def repack(
         self,
@@ -462,17 +443,6 @@ class DatasetCollection(StoredCollection):
             return sweep(self._root.target, known, *roots, dry_run=dry_run, abandoned=abandoned)
 
 
-def _open(folder: Folder, mode: str) -> Root:
-    """What is at a path; an error where something else is than a collection."""
-    group = open_group(folder, mode)
-    if group is None:
-        check_new(folder)
-        if mode in ("r", "r+"):
-            msg = f"there is no collection at {folder.url}; check the path, or build one with add_adatas"
-            raise _CollectionNotFoundError(msg)
-    return Root(None if mode == "w" else group, folder, replaces=mode == "w")
-
-
 def _means(root: Root, room: EngineChoice, given: Mapping[str, Any]) -> Means:
     """What a build runs with, from a method's arguments by name."""
     scratch = given["scratch"]
@@ -482,7 +452,3 @@ def _means(root: Root, room: EngineChoice, given: Mapping[str, Any]) -> Means:
 
 def _callback(callbacks: Iterable[Callback] | None, *, progress: bool | None) -> Callback:
     return Callbacks([*default_callbacks(progress=progress), *(callbacks or ())])
-
-
-class _CollectionNotFoundError(CollectionError, FileNotFoundError):
-    """There is nothing at the path."""

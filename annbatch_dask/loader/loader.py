@@ -62,38 +62,23 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
 
     Parameters
     ----------
-    batch_sampler
-        Decides which rows are loaded together and which make a batch. Excludes ``chunk_size``,
-        ``preload_nchunks``, ``batch_size``, ``shuffle``, ``drop_last``, ``seed`` and ``rng``.
-    chunk_size
-        Rows read together; 512 by default.
-    preload_nchunks
-        Chunks in one load window, whose rows are mixed; by default 32, or the nearest number that makes the
-        window a multiple of ``batch_size``.
-    shuffle
-        Random order instead of the stored one.
-    return_index
-        Whether batches carry the rows' global positions.
     batch_size
         Rows in a batch; 1 by default.
-    preload_to_gpu
-        Deliver batches on the GPU that is current where the iteration begins; needs cupy, and is on by default where
-        cupy is installed. ``dense`` says where they are made.
-    drop_last
-        Leave out the last batch if it is not full.
-    to
-        ``"torch"`` or ``"jax"``; None delivers scipy and numpy (cupy with ``preload_to_gpu``).
+    shuffle
+        Random order instead of the stored one.
     seed
         Fixes the order of all epochs: a non-negative integer, or a generator to draw one from; by default one is drawn
         from the system.
-    rng
-        annbatch's name of ``seed``: a generator.
+    drop_last
+        Leave out the last batch if it is not full.
     dense
         Deliver sparse data as dense rows, in the same pass that picks them. ``"cpu"`` makes them in host memory (from
         where ``preload_to_gpu`` copies them). ``"gpu"`` copies the rows to the GPU as they are stored and makes them
         dense there, with everything asked for by ``dtype``, ``var_names`` and ``NormalizeLog1p``; batches are
         delivered there whatever ``preload_to_gpu`` says. It needs a CUDA device, and cupy or ``to="torch"``.
         True is ``"gpu"`` with ``preload_to_gpu``, else ``"cpu"``.
+    to
+        ``"torch"`` or ``"jax"``; None delivers scipy and numpy (cupy with ``preload_to_gpu``).
     dtype
         Deliver the values of ``X`` in this dtype: any of numpy's, ``"bfloat16"`` (with ``to="torch"``), or
         ``"stored"`` for what they are stored in, often small integers. By default the dtype the data had before it
@@ -128,6 +113,8 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         or indices. Samplers count the selected rows only, ``index`` stays the position among all. Only chunks that
         hold a selected row are read. A condition is data, never run as code: it is made of what
         :class:`annbatch_dask.where.Condition` lists, and reads the columns it names.
+    return_index
+        Whether batches carry the rows' global positions.
     dist_info
         Share the batches among ranks: where the ranks come from, see
         :class:`annbatch_dask.samplers.DistributedSampler`. None reads everything.
@@ -138,6 +125,17 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
     global_batch_size
         Instead of ``batch_size``: rows of the batches of all ranks together, which are then the same on any number
         of ranks.
+    chunk_size
+        Rows read together; 512 by default.
+    preload_nchunks
+        Chunks in one load window, whose rows are mixed; by default 32, or the nearest number that makes the
+        window a multiple of ``batch_size``.
+    batch_sampler
+        Decides which rows are loaded together and which make a batch. Excludes ``chunk_size``,
+        ``preload_nchunks``, ``batch_size``, ``shuffle``, ``drop_last``, ``seed`` and ``rng``.
+    preload_to_gpu
+        Deliver batches on the GPU that is current where the iteration begins; needs cupy, and is on by default where
+        cupy is installed. ``dense`` says where they are made.
     prefetch_bytes
         How many bytes, such as ``"1GiB"``, of loaded windows (three quarters) and finished batches (one quarter) may
         lie ready or be under way. One of each is always allowed, however large. Batches the user holds, and buffers
@@ -149,6 +147,8 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
     cache_bytes
         Room on the disk that the folder may take, such as ``"500GB"``. Once it is full, the rest is read from the
         store each time. Beyond the first process, each may pass it by 64 MiB.
+    rng
+        annbatch's name of ``seed``: a generator.
     to_torch
         An older name: True is ``to="torch"``, False the default.
 
@@ -180,18 +180,12 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
     def __init__(  # noqa: PLR0913 - annbatch's interface
         self,
         *,
-        batch_sampler: Sampler | None = None,
-        chunk_size: int | None = None,
-        preload_nchunks: int | None = None,
-        shuffle: bool | None = None,
-        return_index: bool = False,
         batch_size: int | None = None,
-        preload_to_gpu: bool = find_spec("cupy") is not None,
-        drop_last: bool | None = None,
-        to: Framework | None = None,
-        rng: np.random.Generator | None = None,
+        shuffle: bool | None = None,
         seed: Seed | None = None,
+        drop_last: bool | None = None,
         dense: Dense = False,
+        to: Framework | None = None,
         dtype: DTypeLike | None = None,
         casting: Casting | None = None,
         var_names: Sequence[str] | None = None,
@@ -201,12 +195,18 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         obs_columns: Sequence[str] | None = None,
         obs_codes: Codes | None = None,
         where: Where | None = None,
+        return_index: bool = False,
         dist_info: DistInfo | None = None,
         even: EvenOrAuto = "auto",
         global_batch_size: int | None = None,
+        chunk_size: int | None = None,
+        preload_nchunks: int | None = None,
+        batch_sampler: Sampler | None = None,
+        preload_to_gpu: bool = find_spec("cupy") is not None,
         prefetch_bytes: int | str = "1GiB",
         cache_dir: str | os.PathLike[str] | None = None,
         cache_bytes: int | str = "64GiB",
+        rng: np.random.Generator | None = None,
         to_torch: bool | None = None,
     ) -> None:
         if to_torch is not None:
