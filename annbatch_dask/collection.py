@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import zarr
@@ -300,13 +300,11 @@ class DatasetCollection(StoredCollection):
         self._root.folder  # noqa: B018 - raises for stores that workers cannot open
         return make_request(given)
 
-    def _run(
-        self, prepared: Prepared, room: EngineChoice, h5ad_compressor: str | None, given: Mapping[str, Any]
-    ) -> DatasetCollection:
+    def _run(self, prepared: Prepared, room: EngineChoice, compressor: str | None, given: Mapping[str, Any]) -> Self:
         """Run a plan of this collection, by the arguments of its own method."""
         if given["client"] is not None:
             room = choose_engine(given["client"], None)
-        with self._building(h5ad_compressor) as root:
+        with self._building(compressor) as root:
             run_prepared(root, prepared, _means(root, room, given))
         return self
 
@@ -395,7 +393,7 @@ class DatasetCollection(StoredCollection):
             msg = f"{self.path} has no manifest to compare with: it is empty, or annbatch wrote it"
             raise CollectionError(msg)
         refs = () if against is None else references(against, load_adata, storage_options)
-        callback = _callback(callbacks, progress=progress)
+        callback = Callbacks([*default_callbacks(progress=progress), *(callbacks or ())])
         return verify(self._root.target, manifest, refs, engine=choose_engine(client, None).scanner, callback=callback)
 
     def gc(
@@ -447,8 +445,5 @@ def _means(root: Root, room: EngineChoice, given: Mapping[str, Any]) -> Means:
     """What a build runs with, from a method's arguments by name."""
     scratch = given["scratch"]
     base = default_scratch(root.target) if scratch is None else absolute(folder_at(scratch, given["scratch_options"]))
-    return Means(room, _callback(given["callbacks"], progress=given["progress"]), base)
-
-
-def _callback(callbacks: Iterable[Callback] | None, *, progress: bool | None) -> Callback:
-    return Callbacks([*default_callbacks(progress=progress), *(callbacks or ())])
+    callback = Callbacks([*default_callbacks(progress=given["progress"]), *(given["callbacks"] or ())])
+    return Means(room, callback, base)
