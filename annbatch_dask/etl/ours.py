@@ -80,8 +80,8 @@ def is_dataset_of(document: bytes | None, plans: Iterable[str], ids: Iterable[st
 
 
 @dataclass(frozen=True)
-class _Root:
-    """Content of a root document.
+class _RootDocument:
+    """What a root document says.
 
     Attributes
     ----------
@@ -104,7 +104,7 @@ class _Root:
     is_collection: bool = False
 
     @classmethod
-    def of(cls, document: bytes | None) -> _Root:
+    def of(cls, document: bytes | None) -> _RootDocument:
         attributes = _attributes(document)
         if document is None or ANNBATCH_ENCODING["encoding-type"] != attributes.get("encoding-type"):
             return cls()
@@ -228,10 +228,10 @@ def _number(name: str) -> int:
 def contents_of(target: Folder) -> FolderContents:
     """Tell apart what is in a collection's folder."""
     version, names = target.version(METADATA), target.names()
-    root = _Root.of(target.find(METADATA))
+    root = _RootDocument.of(target.find(METADATA))
     claims = find_claims(target, names)
     replaced = {n: target.find(n) for n in names if target.is_local and GENERATION_NAME.fullmatch(n)}
-    generations = {n: _Root.of(document) for n, document in replaced.items()}
+    generations = {n: _RootDocument.of(document) for n, document in replaced.items()}
     held = {
         n: is_held(f"{target.path}/{n}")
         for n, found in generations.items()
