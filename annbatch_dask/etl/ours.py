@@ -34,11 +34,11 @@ __all__ = [
     "Scratch",
     "added_files",
     "check_new",
+    "contents_of",
     "dataset_attributes",
     "default_scratch",
     "first_document",
     "is_dataset_of",
-    "contents_of",
     "remove_dataset",
 ]
 
@@ -81,7 +81,7 @@ def is_dataset_of(document: bytes | None, plans: Iterable[str], ids: Iterable[st
 
 @dataclass(frozen=True)
 class _RootDocument:
-    """What a root document says.
+    """Content of a root document.
 
     Attributes
     ----------

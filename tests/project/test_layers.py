@@ -16,6 +16,9 @@ ALLOWED = {
     "errors": set(),
     "events": set(),
     "formatting": set(),
+    "warn": set(),
+    "seeds": {"warn"},
+    "sizes": {"errors"},
     "types": {"errors"},
     "transforms": {"errors"},
     "splits": {"errors"},
@@ -26,34 +29,37 @@ ALLOWED = {
     "progress": {"events", "formatting"},
     "storage": {"errors", "kernels", "manifest"},
     "plan": {"errors", "formatting", "html", "kernels", "manifest"},
-    "planned": {"plan"},
+    "planned": {"events", "plan"},
     "sources": {"errors", "kernels", "manifest", "plan", "storage"},
-    "engines": {"errors", "events", "formatting", "plan", "storage"},
+    "engines": {"errors", "events", "formatting", "plan", "sizes", "storage"},
     "chunks": {"errors", "kernels", "manifest", "storage"},
     "etl": {
         *("errors", "events", "formatting", "kernels", "manifest", "plan", "storage", "sources", "engines", "chunks"),
+        *("seeds", "sizes", "warn"),
     },
     "preload": {"etl"},
-    "arguments": {"errors", "plan", "sources", "storage"},
-    "lazy": {"arguments", "errors", "etl", "plan", "sources"},
+    "lazy": {"errors", "etl", "plan", "sources"},
     "order": {"errors", "kernels", "types"},
-    "samplers": {"errors", "order", "types"},
+    "samplers": {"errors", "order", "seeds", "sizes", "types", "warn"},
     "abc": {"samplers"},
     "mixing": {"order", "samplers"},
     "loader": {
         *("errors", "kernels", "manifest", "storage", "chunks", "order", "samplers", "transforms", "types", "where"),
+        *("seeds", "sizes", "warn"),
     },
     "lightning": {"loader"},
-    "scdataset": {"loader", "order", "samplers", "types"},
-    "utils": {"loader", "order"},
+    "scdataset": {"loader", "order", "samplers", "seeds", "types", "warn"},
+    "utils": {"loader", "order", "sizes"},
     "testing": {"abc", "order", "samplers", "types"},
     "report": {"etl", "formatting", "html", "manifest", "mixing", "sources", "storage"},
+    "stored": {"errors", "etl", "html", "lazy", "manifest", "report", "seeds", "splits", "storage"},
 }
 FACADE = {"__init__", "as_annbatch", "cli", "collection", "io"}
 OLD_PATHS = {"etl/preload.py"}
 """Names where they were documented: imports from their new home, wherever that is, and nothing else."""
 MAY_IMPORT_DISTRIBUTED = {
     "collection.py",
+    "planned.py",
     *(f"engines/{name}.py" for name in ("choose", "dask", "local_cluster", "workers")),
 }
 SLOW = ("bokeh", "matplotlib", "scipy.stats", "torch")
