@@ -84,7 +84,7 @@ class Condition:
 
     Examples
     --------
-    >>> condition = Condition.parse("n > 1 and kind in ['a', 'b']")
+    >>> condition = where.Condition.parse("n > 1 and kind in ['a', 'b']")
     >>> condition.columns
     ('n', 'kind')
     >>> obs = pd.DataFrame({"n": [1, 2, 3], "kind": list("abc")})

@@ -17,7 +17,10 @@ SPECIAL = {"__call__", "__getitem__", "__iter__", "__len__", "__version__"}
 
 GROUPS: dict[str, dict[str, list[str]]] = {
     "annbatch_dask.Loader": {
-        "order": ["batch_size", "shuffle", "seed", "rng", "drop_last", "chunk_size", "preload_nchunks", "batch_sampler"],
+        "order": [
+            *("batch_size", "shuffle", "seed", "drop_last"),
+            *("chunk_size", "preload_nchunks", "batch_sampler", "rng"),
+        ],
         "choice of rows": ["where", "return_index"],
         "form of X": ["dense", "to", "dtype", "casting", "var_names", "transform"],
         "other contents": ["layers", "obsm", "obs_columns", "obs_codes"],

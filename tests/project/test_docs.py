@@ -64,7 +64,7 @@ def names(tmp_path_factory):
         with dask.config.set(scheduler="threads"):
             collection = annbatch_dask.DatasetCollection("atlas.zarr").add_adatas(["a.h5ad", "b.h5ad"], seed=0)
         public = {name: getattr(annbatch_dask, name) for name in annbatch_dask.__all__}
-        yield public | {"ad": ad, "collection": collection, "dask": dask, "np": np, "sp": sp, "zarr": zarr}
+        yield public | {"ad": ad, "collection": collection, "dask": dask, "np": np, "pd": pd, "sp": sp, "zarr": zarr}
 
 
 EACH_ONCE = {resolve(n): n for n in public_names() if n.split(".")[1] not in OF_A_MODULE}
