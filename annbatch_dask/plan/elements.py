@@ -147,15 +147,18 @@ def check_counts(sources: Sequence[SourceSchema]) -> None:
     SchemaError
         With one of each.
     """
-    by_kind: dict[bool, tuple[str, str]] = {}
+    by_kind: dict[bool, SourceSchema] = {}
     for s in sources:
         x = next((m for m in s.matrices if m.name == "X"), None)
         if x is not None and x.integral is not None:
-            by_kind.setdefault(x.integral, (s.path, x.source_name))
+            by_kind.setdefault(x.integral, s)
     if len(by_kind) > 1:
-        (a, of_a), (b, of_b) = by_kind[True], by_kind[False]
+        whole, other = by_kind[True], by_kind[False]
+        remedy = f"choose the count matrix with counts={{{other.path!r}: 'raw/X'}}"
+        if other.tagged:  # a dataset of the collection, whose X is what it is
+            remedy = f"choose the matrix of {whole.path} that is like the collection's X with counts="
         msg = (
-            f"{of_a} of {a} holds whole numbers and {of_b} of {b} does not, so they are no counts alike; choose the "
-            f"matrix with counts={{{b!r}: 'raw/X'}}, or say allow_mixed_counts=True"
+            f"{whole.x.source_name} of {whole.path} holds whole numbers and {other.x.source_name} of {other.path} does "
+            f"not, so raw counts and normalised values would be mixed; {remedy}, or pass allow_mixed_counts=True"
         )
         raise SchemaError(msg)

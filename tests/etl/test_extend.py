@@ -237,3 +237,15 @@ def test_old_rows_that_are_damaged_are_not_carried_over(tmp_path, three, damage,
         create(tmp_path / "o.zarr", paths[1:])
     assert (tmp_path / "o.zarr/zarr.json").read_bytes() == before
     assert collection.manifest.n_obs == 120
+
+
+def test_a_file_of_another_scale_than_the_collection_is_told_what_it_can_change(three):
+    """The remedy names the new file, not a dataset, whose matrix cannot be chosen."""
+    paths = three[0]
+    normal = ad.read_h5ad(paths[0])
+    normal.X = normal.X.log1p()
+    normal.write_h5ad(paths[0])
+    with dask.config.set(scheduler="synchronous"):
+        collection = DatasetCollection(paths[0].parent / "out.zarr").add_adatas(paths[:1])
+        with pytest.raises(SchemaError, match=r"choose the matrix of .*1\.h5ad that is like the collection's X"):
+            collection.add_adatas(paths[1:2])
