@@ -17,7 +17,7 @@ import psutil
 
 import annbatch_dask
 from annbatch_dask.errors import AnnbatchDaskError, LayoutError
-from annbatch_dask.formatting import format_bytes
+from annbatch_dask.formatting import format_bytes, plural
 from annbatch_dask.sizes import parse_nbytes
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def _shuffle(args: argparse.Namespace) -> None:
             progress=args.progress,
         )
     shape = f"{collection.n_obs:,} cells x {collection.n_vars:,} genes"
-    _say(f"{args.output}: {shape} in {_datasets(len(collection))}, {time.perf_counter() - start:.1f} s")
+    _say(f"{args.output}: {shape} in {plural(len(collection), 'dataset')}, {time.perf_counter() - start:.1f} s")
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -172,7 +172,7 @@ def _verify(args: argparse.Namespace) -> None:
     for name in found.leftovers:
         _say(f"{name}: does not belong to the collection; `annbatch-dask gc` removes it")
     found.raise_for_problems()
-    size = f"{found.n_obs:,} cells in {_datasets(found.n_datasets)}, {format_bytes(found.n_bytes)}"
+    size = f"{found.n_obs:,} cells in {plural(found.n_datasets, 'dataset')}, {format_bytes(found.n_bytes)}"
     proof = f"; they are the cells of {len(found.against)} files" if found.against else ""
     _say(f"{args.collection}: {size}: every file and every row is as it was written{proof}")
 
@@ -182,7 +182,7 @@ def _repack(args: argparse.Namespace) -> None:
     manifest = new.manifest
     assert manifest is not None  # it was just written
     size = format_bytes(sum(d.n_bytes for d in manifest.datasets))
-    _say(f"{args.output}: {new.n_obs:,} cells in {_datasets(len(new))}, layout {args.layout}, {size}")
+    _say(f"{args.output}: {new.n_obs:,} cells in {plural(len(new), 'dataset')}, layout {args.layout}, {size}")
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -302,10 +302,6 @@ def _facts(collection: DatasetCollection) -> Iterator[tuple[str, object]]:
         yield "build", f"{build.mode}, {len(build.sources)} sources, {order}, seed {build.seed}{layout}"
     for source in manifest.sources:
         yield "source", f"{source.path} ({source.n_obs:,} cells)"
-
-
-def _datasets(n: int) -> str:
-    return f"{n} dataset{'s' if n > 1 else ''}"
 
 
 def _bytes_on_disk(path: str) -> int:

@@ -21,6 +21,7 @@ from typing import Any
 
 from annbatch_dask.errors import CollectionBusyError, CollectionError
 from annbatch_dask.etl.job import owner_of
+from annbatch_dask.formatting import plural
 from annbatch_dask.manifest import ANNBATCH_ENCODING, DATASET_NAME, DATASET_PREFIX, MANIFEST_KEY, dataset_names
 from annbatch_dask.storage.claims import CLAIM_NAME, Claim, Work, find_claims
 from annbatch_dask.storage.folder import UNFINISHED, Folder, StorageOptions, absolute
@@ -169,7 +170,7 @@ class FolderContents:
             names = ", ".join(self.strangers[:5]) + (", ..." if len(self.strangers) > 5 else "")  # noqa: PLR2004
             n = len(self.strangers)
             msg = (
-                f"{self.target.url} holds {n} thing{'s' if n > 1 else ''} that this package did not write for this "
+                f"{self.target.url} holds {plural(n, 'thing')} that this package did not write for this "
                 f"collection: {names}; move {'them' if n > 1 else 'it'} elsewhere, or give another path"
             )
             raise CollectionError(msg)

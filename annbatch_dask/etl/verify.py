@@ -16,6 +16,7 @@ from annbatch_dask.etl.rows import array_name, sum_hashes
 from annbatch_dask.etl.scan import look, scan, with_ranges
 from annbatch_dask.etl.sweep import leftovers
 from annbatch_dask.events import Callback
+from annbatch_dask.formatting import plural
 from annbatch_dask.manifest import DatasetRecord, Manifest, SourceRecord
 from annbatch_dask.plan.build import build_plan
 from annbatch_dask.plan.elements import Elements
@@ -95,7 +96,7 @@ class Verification:
         if self.problems:
             shown = "; ".join(map(str, self.problems[:3]))
             n = len(self.problems)
-            problems = f"{n:,} problem{'s' if n > 1 else ''}"
+            problems = plural(n, "problem")
             msg = f"{self.path} has {problems}: {shown}; restore these files, or build it again"
             raise IntegrityError(msg)
 
