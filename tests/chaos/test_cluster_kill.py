@@ -17,7 +17,7 @@ from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import SchedulerError, WorkersDiedError
 from annbatch_dask.events import Callback
 from tests.chaos.victim import die_once, die_while
-from tests.etl.test_build import Counter, tree_digest
+from tests.tools import Counter, tree_digest
 
 OPTIONS = {"seed": 4, "dataset_size": 60}
 TIMEOUT_S = 240  # a machine that does other work too

@@ -14,7 +14,7 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import StorageError
 from annbatch_dask.testing import make_adata
-from tests.etl.test_build import Counter, tree_digest
+from tests.tools import Counter, tree_digest
 
 GENES = [f"g{i}" for i in range(40)]
 N_CELLS = 800

@@ -17,7 +17,7 @@ from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import CollectionBusyError
 from annbatch_dask.testing import make_adata
 from tests.chaos import victim
-from tests.etl.test_build import tree_digest
+from tests.tools import tree_digest
 
 SERVER = multiprocessing.get_context("forkserver")  # its processes have all imports behind them
 SERVER.set_forkserver_preload(["tests.chaos.warm"])

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from annbatch_dask import DatasetCollection
 from annbatch_dask.events import Callback
 from annbatch_dask.testing import make_adata
-from tests.etl.test_build import tree_digest
+from tests.tools import tree_digest
 
 N_FILES = 6
 GENES = [f"g{i}" for i in range(12)]

@@ -11,7 +11,7 @@ from annbatch_dask.errors import IntegrityError
 from annbatch_dask.etl import gather as gather_module
 from annbatch_dask.events import Callback
 from annbatch_dask.testing import make_adata
-from tests.etl.test_build import tree_digest
+from tests.tools import tree_digest
 
 GENES = [f"g{i}" for i in range(40)]
 

@@ -148,3 +148,14 @@ def assert_holds(collection, paths, inputs, genes, X):
                 want = cell(obs[name].iloc[row]) if name in obs else None
                 assert cell(out.obs[name].iloc[i]) == want, (name, path, row)
     assert (seen == 1).all()
+
+
+def write(adata, path, how):
+    settings = {"allow_write_nullable_strings": True, "auto_shard_zarr_v3": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # anndata's on what it will do in the next release
+        with ad.settings.override(**settings, zarr_write_format=2 if how == "zarr2" else 3):
+            if how in ("zarr", "zarr2"):
+                ad.io.write_zarr(path, adata, convert_strings_to_categoricals=False)
+            else:
+                adata.write_h5ad(path, compression=how, convert_strings_to_categoricals=False)

@@ -1,6 +1,5 @@
 """The build as a user calls it: formats, engines, determinism, memory figures, what is carried and what is left out."""
 
-import hashlib
 import shutil
 import warnings
 from dataclasses import replace
@@ -15,31 +14,14 @@ import zarr
 
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import IntegrityError
-from annbatch_dask.events import Callback
 from annbatch_dask.storage.folder import Folder
 from tests.etl.inputs import dense_x
-
-
-def tree_digest(path, only=None):
-    """Name and content of every file below a folder, or of those whose relative path passes a test."""
-    files = sorted(p for p in Path(path).rglob("*") if p.is_file() and (only is None or only(p.relative_to(path))))
-    return {str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+from tests.tools import Counter, rows_of, tree_digest
 
 
 def build(out, paths, scheduler="synchronous", **options):
     with dask.config.set(scheduler=scheduler):
         return DatasetCollection(out).add_adatas(paths, **({"seed": 1, "dataset_size": 250} | options))
-
-
-def rows_of(collection):
-    """Everything of every row, by name, in a form that compares."""
-    out = {}
-    for group in collection:
-        a = ad.io.read_zarr(group)
-        X = dense_x(a)
-        for i, name in enumerate(a.obs_names):
-            out[name] = (tuple(X[i]), tuple(a.obs.iloc[i].astype(str)))
-    return out
 
 
 def test_synchronous_and_threaded_schedulers_agree_to_the_byte(tmp_path, h5ad_pair):
@@ -63,22 +45,6 @@ def test_memory_does_not_change_the_result(tmp_path, h5ad_pair, monkeypatch):
     two = build(tmp_path / "b.zarr", h5ad_pair, callbacks=[seen])
     assert seen.tasks["scatter"] > 5
     assert tree_digest(one.path) == tree_digest(two.path)
-
-
-class Counter(Callback):
-    """Counts tasks and rows of each stage."""
-
-    def __init__(self):
-        self.tasks, self.rows, self.announced, self.bytes, self.reused = {}, {}, {}, {}, 0
-
-    def on_stage_start(self, event):
-        self.announced[event.stage] = (event.n_tasks, event.n_rows, event.n_bytes)
-
-    def on_task_end(self, event):
-        self.tasks[event.stage] = self.tasks.get(event.stage, 0) + 1
-        self.rows[event.stage] = self.rows.get(event.stage, 0) + event.n_rows
-        self.bytes[event.stage] = self.bytes.get(event.stage, 0) + event.n_bytes
-        self.reused += event.reused
 
 
 def test_events_add_up_to_what_was_announced(tmp_path, h5ad_pair):

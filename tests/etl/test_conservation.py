@@ -1,27 +1,14 @@
 """Nothing is lost, repeated or changed: every input row is in the output exactly once."""
 
 import tempfile
-import warnings
 from pathlib import Path
 
-import anndata as ad
 import dask
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from annbatch_dask import DatasetCollection
-from tests.etl.inputs import adatas, assert_conserved, exact_or_refused
-
-
-def write(adata, path, how):
-    settings = {"allow_write_nullable_strings": True, "auto_shard_zarr_v3": False}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # anndata's on what it will do in the next release
-        with ad.settings.override(**settings, zarr_write_format=2 if how == "zarr2" else 3):
-            if how in ("zarr", "zarr2"):
-                ad.io.write_zarr(path, adata, convert_strings_to_categoricals=False)
-            else:
-                adata.write_h5ad(path, compression=how, convert_strings_to_categoricals=False)
+from tests.etl.inputs import adatas, assert_conserved, exact_or_refused, write
 
 
 def build(folder, inputs, hows, **options):

@@ -18,7 +18,7 @@ from annbatch_dask.events import Callback
 from annbatch_dask.sources.identity import function_identity, identity_of
 from annbatch_dask.sources.open import SourceRef
 from annbatch_dask.testing import make_adata
-from tests.etl.test_build import Counter, tree_digest
+from tests.tools import Counter, tree_digest
 
 GENES = [f"g{i}" for i in range(20)]
 

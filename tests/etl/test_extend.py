@@ -17,8 +17,8 @@ from annbatch_dask import DatasetCollection, Loader
 from annbatch_dask.errors import CollectionError, IntegrityError, SchemaError
 from annbatch_dask.testing import make_adata
 from annbatch_dask.utils import load_all_aligned
-from tests.etl.inputs import adatas, assert_conserved, assert_holds, exact_or_refused, on_genes
-from tests.etl.test_conservation import write
+from tests.etl.inputs import adatas, assert_conserved, assert_holds, exact_or_refused, on_genes, write
+from tests.tools import tree_digest
 
 MODES = ("extend", "append", "reshuffle")
 
@@ -157,8 +157,6 @@ def test_extending_deals_new_cells_evenly_and_keeps_old_ones_in_their_dataset(tm
 
 
 def test_the_same_extension_gives_the_same_bytes_and_is_not_done_twice(tmp_path, three):
-    from tests.etl.test_build import tree_digest
-
     paths, _ = three
     digests = []
     for name in ("a", "b"):

@@ -11,8 +11,8 @@ import pytest
 
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import CollectionError
+from tests.etl.everything import make, write
 from tests.etl.inputs import dense_x
-from tests.etl.test_elements import make, write
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Loading h5ad is currently not supported"),

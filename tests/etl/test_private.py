@@ -28,8 +28,8 @@ from annbatch_dask.storage.private import check_private, make_private
 from annbatch_dask.storage.secrets import hiding_secrets, shown, without_secrets
 from annbatch_dask.storage.spill import SpillError, SpillReader, write_spill
 from annbatch_dask.testing import make_adata
-from tests.s3.test_other_stores import RangeHandler
 from tests.s3.tools import At, CrashError, crash
+from tests.tools import RangeHandler
 
 SECRET = "s3cr3t"
 

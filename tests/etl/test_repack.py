@@ -8,7 +8,8 @@ from annbatch_dask import DatasetCollection, Loader
 from annbatch_dask.cli import main
 from annbatch_dask.errors import CollectionError, IntegrityError, LayoutError
 from annbatch_dask.etl import repack as module
-from tests.etl.test_packed import PACKED, assert_same, build, codecs_of, paths, read  # noqa: F401 - a fixture
+from annbatch_dask.storage.packed import PACKED
+from tests.etl.packed import assert_same, build, codecs_of, paths, read  # noqa: F401 - a fixture
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import CollectionChangedError, MemoryBudgetError, SourceError
 from annbatch_dask.testing import make_adata
-from tests.etl.test_build import tree_digest
+from tests.tools import tree_digest
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,9 @@ def test_it_builds_what_add_adatas_builds_and_scans_once(tmp_path, paths, monkey
     from annbatch_dask.etl import prepare
 
     scanned = []
-    monkeypatch.setattr(prepare, "scan", lambda ref, *args, scan=prepare.scan: scanned.append(ref.label) or scan(ref, *args))
+    monkeypatch.setattr(
+        prepare, "scan", lambda ref, *args, scan=prepare.scan: scanned.append(ref.label) or scan(ref, *args)
+    )
     collection = DatasetCollection(tmp_path / "a.zarr")
     plan = collection.plan_adatas(paths, dataset_size=200, seed=3)
     assert collection.is_empty

@@ -15,9 +15,9 @@ from annbatch_dask.kernels import gpu
 from annbatch_dask.loader import Loader
 from annbatch_dask.loader.gpu import find as device
 from annbatch_dask.transforms import NormalizeLog1p
+from tests.loader.aligned import CHOSEN, SMALL
 from tests.loader.data import dense, genes, quiet
-from tests.loader.test_contents import CHOSEN, SMALL
-from tests.loader.test_device import ASKED, STORED, datasets
+from tests.loader.devices import ASKED, STORED, datasets
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -119,7 +119,14 @@ def test_a_consumer_may_work_on_a_stream_of_its_own(to):
         pytest.skip("batches of cupy and jax belong to the default stream")
     parts, whole = many()
     loader = Loader(
-        batch_size=64, seed=5, shuffle=True, return_index=True, dense="gpu", to=to, preload_to_gpu=False, dtype="float32"
+        batch_size=64,
+        seed=5,
+        shuffle=True,
+        return_index=True,
+        dense="gpu",
+        to=to,
+        preload_to_gpu=False,
+        dtype="float32",
     )
     loader.add_datasets(parts)
     own = torch.cuda.Stream()

@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from annbatch_dask import concat_lazy
+
 SPACE = [f"g{i:02d}" for i in range(30)]
 TYPES = (("B", "T"), ("NK", "T", "mono"), ("B", "T"))
 
@@ -76,3 +78,32 @@ def assert_same_frame(found, expected):
 
 def dense(values):
     return values.toarray() if sp.issparse(values) else np.asarray(values)
+
+
+def preprocess(adata):
+    """What one does before training; the same code for both kinds of AnnData."""
+    import scanpy as sc  # slow, and only these tests need it
+
+    sc.pp.filter_cells(adata, min_genes=6)
+    sc.pp.filter_genes(adata, min_cells=60)
+    sc.pp.normalize_total(adata, target_sum=1e4)
+    sc.pp.log1p(adata)
+    return adata
+
+
+def preprocessed(paths):
+    """A view and what is expected of it, without raw, which keeps all genes."""
+    found, expected = concat_lazy(paths, label="file"), ad.concat([read(p) for p in paths], join="outer")
+    del found.raw, expected.raw
+    return preprocess(found), preprocess(expected)
+
+
+def assert_shuffled(collection, expected):
+    """The collection holds the rows of an AnnData, in another order."""
+    found = ad.concat([ad.io.read_zarr(group) for group in collection])
+    assert found.obs_names.tolist() != expected.obs_names.tolist()
+    assert sorted(found.obs_names) == sorted(expected.obs_names)
+    found = found[expected.obs_names]
+    assert found.var_names.tolist() == expected.var_names.tolist()
+    np.testing.assert_array_equal(dense(found.X), dense(expected.X))
+    assert_same_frame(found.obs.drop(columns=["src_path", "file"]), expected.obs)

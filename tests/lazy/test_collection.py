@@ -11,7 +11,7 @@ import xarray as xr
 from annbatch_dask import DatasetCollection, concat_lazy
 from annbatch_dask.errors import CollectionError
 from annbatch_dask.lazy import blocks, view
-from tests.lazy.files import assert_same_frame, dense, read, write
+from tests.lazy.files import assert_same_frame, assert_shuffled, dense, preprocessed, read, write
 from tests.s3.tools import At, CrashError, crash
 
 pytestmark = pytest.mark.filterwarnings("ignore:left out")
@@ -54,35 +54,6 @@ def test_obs_as_an_xarray_dataset(collection):
 def test_an_empty_collection_has_nothing_to_look_at(tmp_path):
     with pytest.raises(CollectionError, match="holds no dataset to look at"):
         DatasetCollection(tmp_path / "c.zarr").to_lazy()
-
-
-def preprocess(adata):
-    """What one does before training; the same code for both kinds of AnnData."""
-    import scanpy as sc  # slow, and only these tests need it
-
-    sc.pp.filter_cells(adata, min_genes=6)
-    sc.pp.filter_genes(adata, min_cells=60)
-    sc.pp.normalize_total(adata, target_sum=1e4)
-    sc.pp.log1p(adata)
-    return adata
-
-
-def preprocessed(paths):
-    """A view and what is expected of it, without raw, which keeps all genes."""
-    found, expected = concat_lazy(paths, label="file"), ad.concat([read(p) for p in paths], join="outer")
-    del found.raw, expected.raw
-    return preprocess(found), preprocess(expected)
-
-
-def assert_shuffled(collection, expected):
-    """The collection holds the rows of an AnnData, in another order."""
-    found = ad.concat([ad.io.read_zarr(group) for group in collection])
-    assert found.obs_names.tolist() != expected.obs_names.tolist()
-    assert sorted(found.obs_names) == sorted(expected.obs_names)
-    found = found[expected.obs_names]
-    assert found.var_names.tolist() == expected.var_names.tolist()
-    np.testing.assert_array_equal(dense(found.X), dense(expected.X))
-    assert_same_frame(found.obs.drop(columns=["src_path", "file"]), expected.obs)
 
 
 def test_a_task_reads_the_blocks_of_its_own_rows_once(paths, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from annbatch_dask import concat_lazy, read_lazy
 from annbatch_dask.storage import folder as publish
 from tests.lazy.files import assert_equal, make, read, write
 from tests.s3.server import S3Server
-from tests.s3.test_other_stores import RangeHandler
+from tests.tools import RangeHandler
 
 
 class Web(RangeHandler):

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import zarr
-from zarr.codecs import BloscCodec
+from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
 N_VAR = 23
 
@@ -132,3 +132,14 @@ def dense(x) -> np.ndarray:
     if hasattr(x, "to_dense"):
         x = x.to_dense()
     return np.asarray(x)
+
+
+CODECS = {
+    "blosc-lz4": [BloscCodec(cname="lz4", shuffle="shuffle")],
+    "blosc-zstd": [BloscCodec(cname="zstd", shuffle="bitshuffle")],
+    "zstd": [ZstdCodec(level=1)],
+    "gzip": [GzipCodec(level=1)],
+    "none": None,
+    "crc": [BloscCodec(cname="lz4"), Crc32cCodec()],
+    "crc-alone": [Crc32cCodec()],
+}

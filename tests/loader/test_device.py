@@ -11,14 +11,13 @@ from annbatch_dask.errors import DeviceError, IntegrityError
 from annbatch_dask.loader import Loader, contents
 from annbatch_dask.loader.gpu.torch import TorchDevice
 from annbatch_dask.transforms import NormalizeLog1p
+from tests.loader.aligned import CHOSEN, EVERYTHING, PLAIN, SMALL, adatas, stored  # noqa: F401 - fixtures
 from tests.loader.data import genes, matrix, quiet
-from tests.loader.test_contents import CHOSEN, EVERYTHING, PLAIN, SMALL, adatas, stored  # noqa: F401 - fixtures
+from tests.loader.devices import ASKED, STORED, datasets
 
 torch = pytest.importorskip("torch")
 
 # Values as they are stored in each of three datasets, and what X is delivered in; the names are numpy's.
-STORED = [("uint8", "uint16", "uint8"), ("float32", "uint16", "int32"), ("float64",) * 3]
-ASKED = [None, "float32", "float16", "bfloat16", "stored"]
 
 
 @pytest.fixture
@@ -26,16 +25,6 @@ def cpu_as_device(monkeypatch):
     """The torch path, as on a machine with a GPU and without cupy."""
     monkeypatch.setattr(contents, "check_device", lambda _to: None)
     monkeypatch.setattr(contents, "find_device", lambda _to: TorchDevice(torch.device("cpu")))
-
-
-def datasets(kind, dtypes):
-    """About a hundred rows in several datasets, some of them empty."""
-    parts = []
-    for k, dtype in enumerate(dtypes):
-        x = matrix(31 + k, first=40 * k, seed=k)
-        x[4] = 0
-        parts.append((x / 7 if dtype.startswith("float") else x).astype(dtype))
-    return [sp.csr_matrix(x) if kind == "csr" else x for x in parts]
 
 
 def batches(parts, **kwargs):

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from annbatch_dask.loader import Loader
 from annbatch_dask.loader import backing as sources_module
 from annbatch_dask.loader.reading import load_all_aligned
-from tests.loader.data import dense, quiet
-from tests.loader.test_ranges import CODECS
-from tests.loader.test_samplers import Minimal
+from tests.loader.data import CODECS, dense, quiet
+from tests.samplers.tools import Minimal
 
 N_VAR = 11
 GENES = [f"g{i}" for i in range(N_VAR)]
@@ -109,7 +108,7 @@ FORMS = {
 @pytest.fixture(
     scope="module",
     params=[pytest.param(layout, marks=pytest.mark.chaos if k % 2 else ()) for k, layout in enumerate(LAYOUTS)],
-    ids=[layout[0] for layout in LAYOUTS],  # tests/loader/test_ranges.py reads all codecs
+    ids=[layout[0] for layout in LAYOUTS],  # tests/chunks/test_reader.py reads all codecs
 )
 def layout(request):
     return request.param

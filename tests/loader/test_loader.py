@@ -20,15 +20,11 @@ from annbatch_dask.loader import Loader
 from annbatch_dask.loader.reading import load_all_aligned
 from annbatch_dask.samplers import RandomSampler, SequentialSampler
 from tests.loader.data import N_VAR, Collection, dense, frame, genes, matrix, quiet, write_collection, write_zarr
-from tests.loader.test_samplers import Minimal
+from tests.loader.loaders import SMALL, check_epoch, csr, make
+from tests.samplers.tools import Minimal
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
-SMALL = {"chunk_size": 10, "preload_nchunks": 4, "preload_to_gpu": False, "return_index": True}
-
-
-def make(collection, **kwargs):
-    return Loader(**{**SMALL, "batch_size": 8, **kwargs}).use_collection(collection)
 
 
 def asking(requests, splits=None, **kwargs):
@@ -37,20 +33,6 @@ def asking(requests, splits=None, **kwargs):
     return Loader(
         batch_sampler=Minimal([request], 1000, shuffle=False), return_index=True, preload_to_gpu=False, **kwargs
     )
-
-
-def check_epoch(loader, collection, n_rows=None):
-    """Every batch holds the rows its index says, and the epoch each row once."""
-    seen = []
-    for batch in loader:
-        assert list(batch) == ["X", "obs", "var", "index"]
-        index = batch["index"]
-        np.testing.assert_array_equal(dense(batch["X"]), collection.x[index])
-        pd.testing.assert_frame_equal(batch["obs"], collection.obs.iloc[index])
-        assert batch["var"] is loader.var
-        seen += index.tolist()
-    assert len(set(seen)) == len(seen) == (len(collection.x) if n_rows is None else n_rows)
-    return seen
 
 
 @pytest.mark.parametrize("kind", ["sparse", "dense"])
@@ -173,10 +155,6 @@ def test_defaults_fit_the_batch_size():
 
 
 # --- sources
-
-
-def csr(n_obs=20, **kwargs):
-    return sp.csr_matrix(matrix(n_obs, **kwargs))
 
 
 @pytest.mark.parametrize("convert", [sp.csr_matrix, sp.csr_array, np.ascontiguousarray, np.asfortranarray])

@@ -20,7 +20,7 @@ from annbatch_dask.loader import obs as obs_module
 from annbatch_dask.loader.obs import Names, ObsTable
 from annbatch_dask.loader.requests import assign
 from tests.loader.data import Collection, frame, quiet
-from tests.loader.test_loader import SMALL, csr, make
+from tests.loader.loaders import SMALL, csr, make
 
 TEXT = st.text(st.characters(exclude_categories=()), max_size=6)
 

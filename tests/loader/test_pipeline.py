@@ -28,8 +28,8 @@ from annbatch_dask.loader.fetch import ByteLimit
 from annbatch_dask.loader.helpers import Closed
 from tests.leaks import lasting_threads, loader_threads, open_files
 from tests.loader.data import dense, matrix, quiet, write_collection
-from tests.loader.test_loader import check_epoch, csr, make
-from tests.loader.test_samplers import Minimal
+from tests.loader.loaders import check_epoch, csr, make
+from tests.samplers.tools import Minimal
 
 pytestmark = pytest.mark.timeout(240)  # a hang
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")

@@ -19,8 +19,8 @@ from annbatch_dask.manifest import DatasetRecord, Manifest
 from annbatch_dask.samplers import DistributedSampler, MatchedControlSampler
 from annbatch_dask.splits import make_splits
 from tests.loader.data import frame
-from tests.loader.test_loader import SMALL, csr, make
-from tests.loader.test_samplers import batches
+from tests.loader.loaders import SMALL, csr, make
+from tests.samplers.tools import batches
 
 MASK = np.arange(221) % 3 == 1
 

@@ -9,7 +9,7 @@ import inspect_atlas
 import numpy as np
 import pytest
 
-from tests.s3.test_other_stores import RangeHandler
+from tests.tools import RangeHandler
 
 
 def in_memory(atlas):

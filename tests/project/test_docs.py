@@ -93,7 +93,9 @@ def test_the_example_of_a_module_runs(name, names):
 def ours_above(obj):
     """The classes of ours that a class inherits methods from and that have no entry of their own."""
     above = obj.__mro__[1:] if inspect.isclass(obj) else ()
-    return [kind for kind in above if kind.__module__.startswith("annbatch_dask.") and kind.__name__ == "StoredCollection"]
+    return [
+        kind for kind in above if kind.__module__.startswith("annbatch_dask.") and kind.__name__ == "StoredCollection"
+    ]
 
 
 def check(obj, name, names, *, recurse=True):

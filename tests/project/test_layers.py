@@ -1,6 +1,7 @@
 """Imports point downwards (CONTRIBUTING.md, layers), and only the programs print."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,10 @@ def test_a_class_has_a_name_of_its_own():
 def test_no_module_is_long():
     lengths = {name: len((PACKAGE / name).read_text().splitlines()) for name in NAMES}
     assert not {name: n for name, n in lengths.items() if n > MAX_LINES and name not in MAY_BE_LONG}
+
+
+def test_tests_share_helpers_not_each_other():
+    """What two test modules need stands in a module of helpers, so that either can be read or moved alone."""
+    line = re.compile(r"^\s*(?:from|import) (tests\.(?:\w+\.)*test_\w+)\b", re.MULTILINE)
+    found = {p.name: line.findall(p.read_text()) for p in Path(__file__).parents[1].rglob("*.py")}
+    assert not {name: modules for name, modules in found.items() if modules}

@@ -69,7 +69,11 @@ def test_a_seed_is_a_number_a_generator_or_none(take):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert take(seed=3) == take(seed=np.int64(3)) != take(seed=4)
-        assert take(seed=np.random.default_rng(3)) == take(seed=np.random.default_rng(3)) == draw_seed(np.random.default_rng(3))
+        assert (
+            take(seed=np.random.default_rng(3))
+            == take(seed=np.random.default_rng(3))
+            == draw_seed(np.random.default_rng(3))
+        )
         assert take(seed=None) >= 0
 
 

@@ -7,7 +7,6 @@ import random
 import socket
 import struct
 import threading
-import time
 from collections import Counter
 from dataclasses import dataclass
 from urllib.parse import parse_qs, unquote
@@ -62,7 +61,8 @@ class S3Server:
         self._fault = lambda _: None
         self.requests = []
         self.n_faults = 0
-        self.delay_s = 0.0
+        self._delay_s, self._n_enough = 0.0, 1
+        self._are_enough = threading.Event()
         self._n_open = self.n_at_once = 0
         self._thread.start()
 
@@ -113,7 +113,9 @@ class S3Server:
         with self._lock:
             self._n_open += 1
             self.n_at_once = max(self.n_at_once, self._n_open)
-        time.sleep(self.delay_s)
+            if self.n_at_once >= self._n_enough:
+                self._are_enough.set()
+        self._are_enough.wait(self._delay_s)
         try:
             return self._app(environ, start_response)
         finally:
@@ -121,13 +123,15 @@ class S3Server:
                 self._n_open -= 1
 
     @contextlib.contextmanager
-    def slow(self, delay_s):
-        """Let each answer take longer; ``n_at_once`` counts the requests that were waited for together."""
-        self.delay_s, self.n_at_once = delay_s, 0
+    def slow(self, delay_s, n_enough):
+        """Let each answer take longer until so many requests were waited for together, which ``n_at_once`` counts."""
+        self._are_enough.clear()
+        self._delay_s, self._n_enough, self.n_at_once = delay_s, n_enough, 0
         try:
             yield
         finally:
-            self.delay_s = 0.0
+            self._delay_s = 0.0
+            self._are_enough.set()
 
     @contextlib.contextmanager
     def failing(self, fault):

@@ -11,7 +11,7 @@ from tests.s3.server import counts
 from tests.s3.tools import build, epoch
 
 pytestmark = pytest.mark.s3
-DELAY_S = 0.05
+DELAY_S, N_AT_ONCE = 0.5, 16
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ def test_an_epoch_asks_for_each_coalesced_range_once(collection, server, local, 
 def test_many_requests_are_under_way_to_a_slow_server(collection, server):
     loader = loader_of(collection)
     for _ in range(2):  # indexes of shards, then chunks alone
-        with server.slow(DELAY_S):
+        with server.slow(DELAY_S, N_AT_ONCE):
             assert len(rows_of(loader)) == 500
-        assert server.n_at_once >= 16
+        assert server.n_at_once >= N_AT_ONCE
 
 
 def test_an_object_that_is_replaced_under_a_loader_is_not_read(bucket, atlas, server):
@@ -84,9 +84,9 @@ def test_an_object_that_is_replaced_under_a_loader_is_not_read(bucket, atlas, se
 def test_a_collection_is_checked_with_few_requests_at_once(collection, server):
     n_datasets = len(collection)
     collection.check()
-    with server.recorded() as whole, server.slow(DELAY_S):
+    with server.recorded() as whole, server.slow(DELAY_S, N_AT_ONCE):
         collection.check()
-    assert server.n_at_once >= 16
+    assert server.n_at_once >= N_AT_ONCE
     with server.recorded() as some:
         collection.check(["cell_type"])
     names = {r.key.split("/", 3)[-1] for r in some if r.kind == "GET" and "dataset_" in r.key}

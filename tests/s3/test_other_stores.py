@@ -1,7 +1,7 @@
 """Inputs and collections in stores other than S3: the process's own memory, and a web server."""
 
 import threading
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import dask
 import fsspec
@@ -11,6 +11,7 @@ import pytest
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import CollectionError, SourceError, SourceNotFoundError
 from tests.s3.tools import contents, epoch
+from tests.tools import RangeHandler
 
 
 @pytest.fixture(autouse=True)
@@ -25,46 +26,6 @@ def memory():
     yield fs
     fs.store.clear()
     fs.pseudo_dirs.clear()
-
-
-class RangeHandler(SimpleHTTPRequestHandler):
-    """A folder over HTTP, with ranges; what does not carry ``?token=`` is refused."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def log_message(self, *args):
-        pass
-
-    def do_HEAD(self):
-        self.answer(send=False)
-
-    def do_GET(self):
-        self.answer(send=True)
-
-    def answer(self, send):
-        path, _, query = self.path.partition("?")
-        found = self.server.folder / path.lstrip("/")
-        if query != "token=s3cr3t" or not found.is_file():
-            self.send_response(404)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        content = found.read_bytes()
-        asked = self.headers.get("Range")
-        first, last = 0, len(content) - 1
-        if asked:
-            low, high = asked.removeprefix("bytes=").split("-")
-            first, last = int(low), min(int(high or last), last)
-        body = content[first : last + 1]
-        self.send_response(206 if asked else 200)
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(body)))
-        if asked:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
-        self.end_headers()
-        if send:
-            self.wfile.write(body)
 
 
 @pytest.fixture

@@ -11,26 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from annbatch_dask.abc import Sampler
-from annbatch_dask.order.planned import expand
 from annbatch_dask.samplers import RandomSampler, SequentialSampler
-
-
-def rows(request):
-    return expand(request["requests"])
-
-
-def batches(sampler, n_obs):
-    """The rows of each batch of a pass."""
-    return [rows(request)[split] for request in sampler.sample(n_obs) for split in request["splits"]]
+from tests.samplers.tools import Minimal, batches, rng, rows
 
 
 def drawn(sampler, n_obs):
     return np.concatenate(batches(sampler, n_obs))
-
-
-def rng(seed=0):
-    return np.random.default_rng(seed)
 
 
 @given(
@@ -222,29 +208,6 @@ def test_workers_that_start_anew_share_epochs(as_worker):
 
 
 # --- the base class
-
-
-class Minimal(Sampler):
-    """Overrides what it must, and does not call super().__init__()."""
-
-    def __init__(self, requests, batch_size=None, shuffle=None):
-        self.requests, self._size, self._mixed, self.events = requests, batch_size, shuffle, []
-
-    batch_size = property(lambda self: self._size)
-    shuffle = property(lambda self: self._mixed)
-
-    def n_batches(self, n_obs):
-        return len(self.requests)
-
-    def validate(self, n_obs):
-        self.events.append("validate")
-
-    def _sample(self, n_obs):
-        try:
-            self.events.append("start")
-            yield from self.requests
-        finally:
-            self.events.append("end")
 
 
 def test_base_class_defaults():

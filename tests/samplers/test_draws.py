@@ -22,10 +22,9 @@ from annbatch_dask.scdataset import (
 )
 from annbatch_dask.transforms import NormalizeLog1p
 from tests.loader.data import dense, frame, genes, matrix
-from tests.loader.test_order import N_CLASSED, RUNS, classes_in_runs
-from tests.loader.test_resume import SAMPLERS
-from tests.loader.test_resume import make as make_loader
-from tests.loader.test_samplers import rng
+from tests.loader.every_sampler import SAMPLERS
+from tests.loader.every_sampler import make as make_loader
+from tests.samplers.tools import N_CLASSED, RUNS, classes_in_runs, rng
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:rank . of . draws its seed from a generator:UserWarning"),

@@ -4,7 +4,7 @@ from scipy.special import comb
 
 from annbatch_dask.mixing import batch_entropy, expected_entropy, measure_mixing, plot_mixing, sampled_batches
 from annbatch_dask.samplers import RandomSampler, SequentialSampler
-from tests.loader.test_samplers import rows
+from tests.samplers.tools import rows
 
 
 def simulated_entropy(counts, n, *, n_draws=4000, seed=0):

@@ -31,7 +31,7 @@ from annbatch_dask.samplers import (
 )
 from annbatch_dask.samplers.epoch_counter import EpochCounter
 from annbatch_dask.scdataset import BlockShuffling, StrategySampler
-from tests.loader.test_samplers import Minimal, batches, rng, rows
+from tests.samplers.tools import N_CLASSED, RUNS, Minimal, batches, classes_in_runs, rng, rows
 
 # What most of these ranks are given: generators, of one seed.
 pytestmark = pytest.mark.filterwarnings("ignore:rank . of . draws its seed from a generator:UserWarning")
@@ -45,16 +45,6 @@ def counted(sampler, n_obs, n_epochs):
             rows = expand(request["requests"])
             counts += np.bincount(rows[np.concatenate(request["splits"])], minlength=n_obs)
     return counts
-
-
-def classes_in_runs(lengths, labels="ABC"):
-    """Uneven runs of classes: A B C A B C ..."""
-    codes = np.repeat(np.arange(len(lengths)) % len(labels), lengths)
-    return pd.Categorical.from_codes(codes, list(labels))
-
-
-RUNS = (20, 35, 50, 90, 21, 40, 33)
-N_CLASSED = sum(RUNS)
 
 
 def of_classes(kind=ClassSampler, *, num_samples=240, weights=None, seed=0, **kwargs):

@@ -22,11 +22,11 @@ from distributed import Client
 from annbatch_dask import DatasetCollection
 from annbatch_dask.cli import main
 from tests.etl.inputs import dense_x
-from tests.etl.test_build import Counter, rows_of, tree_digest
+from tests.lazy.files import assert_shuffled, preprocessed
 from tests.lazy.files import write as write_three
-from tests.lazy.test_collection import assert_shuffled, preprocessed
 from tests.s3.server import S3Server
 from tests.s3.tools import contents
+from tests.tools import Counter, rows_of, tree_digest
 
 N_WORKERS = 2
 TIMEOUT_S = 240  # a machine that does other work too

@@ -15,23 +15,15 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, ZstdCodec
+from zarr.codecs import BytesCodec, GzipCodec, ShardingCodec, ZstdCodec
 
 from annbatch_dask.chunks import files as chunk_files
 from annbatch_dask.chunks.reader import RangeReader
 from annbatch_dask.errors import CollectionChangedError, IntegrityError
 from annbatch_dask.manifest import ALL_WRITTEN
 from tests.leaks import open_files
+from tests.loader.data import CODECS
 
-CODECS = {
-    "blosc-lz4": [BloscCodec(cname="lz4", shuffle="shuffle")],
-    "blosc-zstd": [BloscCodec(cname="zstd", shuffle="bitshuffle")],
-    "zstd": [ZstdCodec(level=1)],
-    "gzip": [GzipCodec(level=1)],
-    "none": None,
-    "crc": [BloscCodec(cname="lz4"), Crc32cCodec()],
-    "crc-alone": [Crc32cCodec()],
-}
 # shape, chunks, shards
 LAYOUTS = {
     "sharded": ((1000,), (30,), (120,)),
