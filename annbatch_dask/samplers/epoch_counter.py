@@ -3,6 +3,9 @@
 A DataLoader with worker processes starts new ones for each epoch, from copies of what the parent has: a count
 in the copies would be lost, and every epoch would be the first. So the count is in memory they all share, and so does
 a seed that a worker was told to continue with.
+
+A ``multiprocessing.Value`` would not do: it may be neither pickled nor copied but as a process starts, which samplers
+are at any time, and a worker that is killed would keep its lock, while the system lets go of a file's.
 """
 
 from __future__ import annotations
