@@ -132,7 +132,7 @@ class DatasetCollection(StoredCollection):
         root.refresh()  # the copy alone: what was opened stays so until a build
         warn_of_duplicates(root, request.refs, on_duplicate_source)
         prepared = prepare(root, request, room, read_values=read_values)
-        return RunnablePlan.of(prepared.plan, functools.partial(self._run, prepared, room, h5ad_compressor))
+        return RunnablePlan(prepared.plan, functools.partial(self._run, prepared, room, h5ad_compressor))
 
     def add_adatas(  # noqa: PLR0913 - annbatch's arguments
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from annbatch_dask.events import Callback
@@ -21,12 +20,18 @@ C = TypeVar("C")
 """Type of the collection."""
 
 
-@dataclass(frozen=True, repr=False, eq=False)
 class RunnablePlan(Plan, Generic[C]):
     """A plan of :meth:`annbatch_dask.DatasetCollection.plan_adatas`: look at it, then run it.
 
     Its repr says tasks, bytes and peak memory. All attributes of :class:`annbatch_dask.plan.plan.Plan`, which opens
     nothing and is the same for the same inputs and options, are its own.
+
+    Parameters
+    ----------
+    plan
+        What was decided.
+    run
+        Builds it, from the arguments of the method.
 
     Examples
     --------
@@ -37,12 +42,10 @@ class RunnablePlan(Plan, Generic[C]):
     DatasetCollection('planned.zarr', 2 datasets, 500 cells x 40 genes)
     """
 
-    _run: Callable[[Mapping[str, Any]], C] = field(kw_only=True)
+    _run: Callable[[Mapping[str, Any]], C]
 
-    @classmethod
-    def of(cls, plan: Plan, run: Callable[[Mapping[str, Any]], C]) -> RunnablePlan[C]:
-        """From a plan that knows nothing of where it is run, and what runs it."""
-        return cls(**{f.name: getattr(plan, f.name) for f in fields(plan)}, _run=run)
+    def __init__(self, plan: Plan, run: Callable[[Mapping[str, Any]], C]) -> None:
+        vars(self).update(vars(plan), _run=run)  # a frozen value's, and one thing more
 
     def run(
         self,
@@ -76,7 +79,15 @@ class RunnablePlan(Plan, Generic[C]):
         MemoryBudgetError
             If a task does not fit the client's workers.
         """
-        return self._run({name: value for name, value in locals().items() if name != "self"})
+        return self._run(
+            {
+                "client": client,
+                "scratch": scratch,
+                "scratch_options": scratch_options,
+                "callbacks": callbacks,
+                "progress": progress,
+            }
+        )
 
     @property
     def title(self) -> str:
