@@ -304,8 +304,8 @@ def test_nan_and_infinite_values_are_data(tmp_path):
     collection = add(tmp_path / "o.zarr", [tmp_path / "a.h5ad"], seed=0)
     out = ad.io.read_zarr(next(iter(collection)))
     assert sorted(map(str, out.X.data.tolist())) == ["-inf", "inf", "nan"]
-    assert collection.manifest.matrices["X"]["n_nan"] == 1
-    assert collection.manifest.matrices["X"]["n_inf"] == 2
+    assert collection.manifest.matrices["X"].n_nan == 1
+    assert collection.manifest.matrices["X"].n_inf == 2
     plan = DatasetCollection(tmp_path / "p.zarr").plan_adatas([tmp_path / "a.h5ad"], seed=0, read_values=True)
     assert "1 NaN and 2 infinite values, kept as they are" in repr(plan)
 

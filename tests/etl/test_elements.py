@@ -284,7 +284,7 @@ def test_raw_becomes_x(tmp_path, how):
     twice = joined(inputs, out.obs_names)[0]  # a layer keeps its values on its own genes
     np.testing.assert_array_equal(dense(out[:, twice.var_names].layers["twice"]), dense(twice.layers["twice"]))
     assert {s.counts for s in collection.manifest.sources} == {"raw/X"}
-    assert collection.manifest.matrices["X"]["dtype"] == "uint8"
+    assert collection.manifest.matrices["X"].dtype == "uint8"
     assert collection.verify(against=paths, load_adata=load).ok
 
 

@@ -349,7 +349,7 @@ def test_values_of_x_that_would_be_rounded_are_refused_by_the_plan(tmp_path, one
 def test_values_of_x_in_a_dtype_that_holds_both(tmp_path):
     paths = pair(tmp_path, x_of("int64", 5), x_of("uint64", 2**63 + 1))
     collection = build(tmp_path / "o.zarr", paths)
-    assert collection.manifest.matrices["X"]["source_dtype"] == "uint64"
+    assert collection.manifest.matrices["X"].source_dtype == "uint64"
     assert contents(collection).X.max() == 2**63 + 1
     assert collection.verify(against=paths).ok
 
