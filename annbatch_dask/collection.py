@@ -68,7 +68,7 @@ class DatasetCollection(StoredCollection):
     Raises
     ------
     CollectionError
-        If something else than a collection lies there.
+        If something else than a collection is there.
 
     Examples
     --------
@@ -171,7 +171,7 @@ class DatasetCollection(StoredCollection):
 
         Every cell of every input gets a place drawn uniformly over the whole collection. The work is done by Dask, in
         bounded memory, and leaves the collection as it was until the last step publishes the new one. A build that was
-        interrupted goes on where it stopped when it is called again with the same arguments, unless an input was
+        interrupted continues where it stopped when it is called again with the same arguments, unless an input was
         changed since. The very same call, repeated after it succeeded, does nothing; anything else, such
         as other options or a file that was replaced, is done.
 
@@ -206,7 +206,7 @@ class DatasetCollection(StoredCollection):
         mode
             What happens to a collection that holds cells. ``"extend"`` (default) deals the new cells into its datasets,
             to each in proportion to its size and anywhere in it, and leaves their number and ``dataset_size`` as they
-            are. ``"append"`` adds new datasets, shuffled among themselves. ``"reshuffle"`` shuffles everything anew.
+            are. ``"append"`` adds new datasets, shuffled among themselves. ``"reshuffle"`` shuffles everything again.
         genes
             ``"collection"`` (default): an extension keeps the collection's genes, drops others of the new inputs and
             fills those they lack. ``"union"``: it adds the new inputs' genes behind; not with ``mode="append"``.
@@ -223,7 +223,7 @@ class DatasetCollection(StoredCollection):
         load_adata
             ``path -> AnnData`` instead of the default, which reads all elements from the file. What it
             returns may be in memory, backed or lazy; it is called on the workers, several times for an input. An
-            interrupted build goes on only where its code, and the file at the path it is given, are what they were.
+            interrupted build continues only where its code, and the file at the path it is given, are what they were.
             What is in memory is counted in the plan's figures, once a thread; what the function needs beside it while
             it runs, nobody knows.
         storage_options
@@ -237,7 +237,7 @@ class DatasetCollection(StoredCollection):
             three times as fast to decode, which zarr and anndata read only where this package is installed. Values that
             are not whole numbers, and dense matrices, are stored as in ``"open"``. None keeps the collection's.
         gene_order
-            Of a new collection's genes: ``"names"`` (default), as :func:`anndata.concat` has them, or ``"abundance"``:
+            Order of a new collection's genes: ``"names"`` (default), as in :func:`anndata.concat`, or ``"abundance"``:
             those first that most cells of a sample have, which makes sparse matrices smaller, packed or not. ``raw``
             keeps its order. None keeps the collection's, as every extension does.
         n_obs_per_chunk
@@ -247,7 +247,7 @@ class DatasetCollection(StoredCollection):
         zarr_compressor
             A zarr codec (blosc, zstd or gzip), or () for none.
         h5ad_compressor
-            Of a folder of h5ad files: ``"gzip"`` (default), ``"lzf"`` or None. On zarr it has no effect, and any other
+            Compression of h5ad files: ``"gzip"`` (default), ``"lzf"`` or None. On zarr it has no effect, and any other
             than the default is warned of.
         shuffle_chunk_size
             annbatch's, taken and not needed: rows are shuffled one by one, which mixes no less than any of its values.
@@ -280,7 +280,7 @@ class DatasetCollection(StoredCollection):
             Before any work, where an input cannot be read, inputs contradict each other, or sizes cannot be met.
             SourceError also where an input is changed while the build reads it.
         CollectionError
-            If an input lies in the collection itself, or is in it already and ``on_duplicate_source="error"``.
+            If an input is in the collection itself, or is in it already and ``on_duplicate_source="error"``.
         CollectionBusyError
             If another build works on the collection.
         IntegrityError
@@ -294,7 +294,7 @@ class DatasetCollection(StoredCollection):
         return self
 
     def _request(self, given: Mapping[str, Any]) -> Request:
-        """What is asked for, by the arguments of a method."""
+        """Make a request from the arguments of a method."""
         if not self._is_h5ad and given["h5ad_compressor"] != "gzip":
             warn("h5ad_compressor of annbatch's add_adatas has no effect on zarr; leave it out")
         self._root.folder  # noqa: B018 - raises for stores that workers cannot open
@@ -323,7 +323,7 @@ class DatasetCollection(StoredCollection):
         """Write the same cells in the same order, in the other layout, as a collection at another place.
 
         What this one is stays as it is. Splits, and states of loaders, that were saved of one are good for both. Each
-        dataset is read back and compared before the new collection is there. A call that was interrupted goes on with
+        dataset is read back and compared before the new collection is there. A call that was interrupted continues with
         the dataset at which it stopped.
 
         Parameters
@@ -430,7 +430,7 @@ class DatasetCollection(StoredCollection):
         CollectionBusyError
             If a build runs, or may run.
         CollectionError
-            If something else lies in the folder, which is named; nothing is removed.
+            If something else is in the folder, which is named; nothing is removed.
         """
         roots = [default_scratch(self._root.target)]
         if scratch is not None:
@@ -442,7 +442,7 @@ class DatasetCollection(StoredCollection):
 
 
 def _means(root: Root, room: EngineChoice, given: Mapping[str, Any]) -> Means:
-    """What a build runs with, from a method's arguments by name."""
+    """Make the means of a build from a method's arguments by name."""
     scratch = given["scratch"]
     base = default_scratch(root.target) if scratch is None else absolute(folder_at(scratch, given["scratch_options"]))
     callback = Callbacks([*default_callbacks(progress=given["progress"]), *(given["callbacks"] or ())])

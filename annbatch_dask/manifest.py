@@ -108,14 +108,14 @@ class DatasetRecord:
     files: Mapping[str, tuple[int, str]] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Convert to JSON values."""
         values = asdict(self) | {"metadata": None if self.metadata is None else list(self.metadata)}
         files = {name: list(sums) for name, sums in values.pop("files").items()}
         return values | ({"files": files} if files else {})
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> DatasetRecord:
-        """From JSON values."""
+        """Read from JSON values."""
         files = {name: (int(n), str(crc)) for name, (n, crc) in values.get("files", {}).items()}
         counted = {"n_files": len(files), "n_bytes": sum(n for n, _ in files.values())} if files else {}
         metadata = values.get("metadata")
@@ -136,7 +136,7 @@ class MatrixRecord:
     kind
         ``"csr"`` or ``"dense"``.
     dtype, source_dtype
-        Of the values as they are stored, and as the sources had them.
+        Dtype of the stored values, and of those of the sources.
     n_nan, n_inf
         How many values are NaN and infinite.
     integral
@@ -156,7 +156,7 @@ class MatrixRecord:
     high: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; what is not recorded is left out."""
+        """Convert to JSON values, without what is not recorded."""
         return {k: v for k, v in asdict(self).items() if v is not None}
 
 
@@ -200,13 +200,13 @@ class BuildRecord:
     gene_order: str = "names"
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; what is as releases before had it, which know no other, is left out."""
+        """Convert to JSON values, without the defaults of earlier releases, which do not know these fields."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {k: v for k, v in values.items() if (k, v) not in (("layout", "open"), ("gene_order", "names"))}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> BuildRecord:
-        """From JSON values, whose lists are tuples here."""
+        """Read from JSON values, whose lists become tuples."""
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**plain)
 
@@ -277,11 +277,11 @@ class Manifest:
 
     @property
     def gene_order(self) -> str:
-        """In which order genes are, which every build keeps: ``"names"`` or ``"abundance"``."""
+        """Order of genes, kept by every build: ``"names"`` or ``"abundance"``."""
         return self.builds[-1].gene_order if self.builds else "names"
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values, with a checksum of themselves."""
+        """Convert to JSON values, with their checksum."""
         values = asdict(self) | {
             "matrices": {name: matrix.to_json() for name, matrix in self.matrices.items()},
             "datasets": [d.to_json() for d in self.datasets],
@@ -293,7 +293,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Manifest:
-        """From JSON values.
+        """Read from JSON values.
 
         Raises
         ------

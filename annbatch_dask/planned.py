@@ -91,11 +91,11 @@ class RunnablePlan(Plan, Generic[C]):
 
     @property
     def title(self) -> str:
-        """What comes of what, in one line."""
+        """Title of the plan: inputs and outputs in one line."""
         return words.title(self)
 
     def figures(self) -> list[tuple[str, str]]:
-        """What the plan says, each with a name: tasks, bytes, peak memory and the like."""
+        """Named figures of the plan: tasks, bytes, peak memory and others."""
         return words.figures(self)
 
     def summary(self) -> str:

@@ -263,7 +263,7 @@ def _count(column: str, names: Sequence[Any], codes: NDArray[np.int32]) -> Categ
 
 
 def _values(groups: Sequence[zarr.Group]) -> ValueSummary | None:
-    """From the row pointers of X."""
+    """Statistics of values per cell, from the row pointers of X."""
     counts = np.zeros(1, np.int64)  # cells by their number of values
     for x in (group["X"] for group in groups):
         if not isinstance(x, zarr.Group):

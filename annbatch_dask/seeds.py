@@ -17,7 +17,7 @@ Seed = int | np.random.Generator
 
 
 def _is_number(value: object) -> bool:
-    """Whether a seed or generator was given as a number."""
+    """True if a seed or generator was given as a number."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 

@@ -32,7 +32,7 @@ __all__ = ["StoredCollection"]
 
 
 class StoredCollection:
-    """What is read of a collection: its datasets, obs and var, lazy views, a report, splits.
+    """The readable part of a collection: its datasets, obs and var, lazy views, a report, splits.
 
     Nothing here changes it; :class:`annbatch_dask.DatasetCollection` adds what does.
     """
@@ -45,13 +45,13 @@ class StoredCollection:
         return isinstance(self._root, H5adRoot)
 
     def __repr__(self) -> str:
-        """Where, and how much."""
+        """Show path and size."""
         if self._is_h5ad or self.is_empty:
             return f"DatasetCollection({self.path!r}, empty)" if self.is_empty else f"DatasetCollection({self.path!r})"
         return f"DatasetCollection({self.path!r}, {len(self)} datasets, {self.n_obs:,} cells x {self.n_vars:,} genes)"
 
     def _repr_html_(self) -> str:
-        """Where, how much, and of which sources, for a notebook."""
+        """Show path, size and sources in a notebook."""
         manifest, facts = self.manifest, []
         if not self._is_h5ad and not self.is_empty:
             facts = [("cells", f"{self.n_obs:,}"), ("genes", f"{self.n_vars:,}"), ("datasets", f"{len(self):,}")]
@@ -82,7 +82,7 @@ class StoredCollection:
 
     @property
     def manifest(self) -> Manifest | None:
-        """What the build recorded; None for an empty collection and for one that annbatch wrote."""
+        """Manifest of the collection; None if it is empty or was written by annbatch."""
         return self._root.manifest
 
     @property
@@ -277,7 +277,7 @@ class StoredCollection:
             check_readable(self._root.target, manifest, None if obs_columns is None else self._reads(obs_columns))
 
     def _reads(self, obs_columns: Sequence[str]) -> Callable[[str], bool]:
-        """Whether a loader of these columns reads a file whole, by its path within a dataset."""
+        """True if a loader of these columns reads a file whole, by its path within a dataset."""
         index = next(iter(self))["obs"].attrs["_index"]
         parts = tuple(f"obs/{name}/" for name in (*obs_columns, index)) + ("var/",)
         return lambda name: name.startswith(parts) and not is_metadata(name)  # whose copies above are what is used

@@ -98,7 +98,7 @@ class Condition:
 
     @classmethod
     def parse(cls, text: str) -> Condition:
-        """From its text.
+        """Parse a condition.
 
         Raises
         ------

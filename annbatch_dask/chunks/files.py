@@ -61,10 +61,10 @@ class ChunkFiles(Protocol):
         """True if bytes may come from a copy."""
 
     def name(self, key: str) -> str:
-        """Of a file, for people."""
+        """Readable name of a file."""
 
     def version(self, key: str) -> Version | None:
-        """Of a file when the array was opened; None where there was none."""
+        """Version of a file when the array was opened; None if there was no file."""
 
     def check(self, key: str) -> None:
         """Refuse a file that is not as it was when the array was opened.

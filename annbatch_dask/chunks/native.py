@@ -168,7 +168,7 @@ def _read(file: Any, offset: int, nbytes: int, c: Any, raw: Any, found: Any) -> 
 
 @compiled
 def _are_few(pieces: Any, n_values: int) -> bool:
-    """Whether to unpack the blocks of each piece of a chunk is no more work than to unpack all of the chunk."""
+    """True if unpacking the blocks of each piece of a chunk takes no more work than unpacking the whole chunk."""
     n_blocks = 0
     for p in range(len(pieces)):
         n_blocks += (pieces[p, 1] - 1) // BLOCK_VALUES - pieces[p, 0] // BLOCK_VALUES + 1

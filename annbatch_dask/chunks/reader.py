@@ -165,7 +165,7 @@ class RangeReader:
 
 
 def _read_plain(array: zarr.Array[Any], files: ChunkFiles | None, start: int, stop: int, out: Array) -> None:
-    """By zarr; afterwards the files it has read must be as they were."""
+    """Read with zarr, and check that the files did not change meanwhile."""
     out[...] = array[start:stop]
     if files is not None:
         outer = array.shards or array.chunks

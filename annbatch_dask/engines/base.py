@@ -27,7 +27,7 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """In words."""
+        """Readable name of the engine."""
 
     @property
     def dashboard(self) -> str | None:

@@ -60,7 +60,7 @@ class LocalEngine:
 
     @property
     def name(self) -> str:
-        """In words."""
+        """Readable name of the engine."""
         return f"dask's {self.scheduler} scheduler"
 
     def run(
@@ -131,7 +131,7 @@ class ClusterEngine:
 
     @property
     def name(self) -> str:
-        """In words."""
+        """Readable name of the engine."""
         info = self.client.scheduler_info(n_workers=-1)
         workers = info["workers"].values()
         return f"{info['address']}, {len(workers)} workers, {sum(w['nthreads'] for w in workers)} threads"

@@ -57,7 +57,7 @@ _MAX_OVERLAPS = 64
 
 
 def commit(job: Job, manifest: Manifest, written: Mapping[str, str]) -> None:
-    """Publish a collection: its datasets are there, and nobody sees them before this returns.
+    """Publish a collection, whose datasets exist and are invisible to readers until this returns.
 
     The root's ``zarr.json`` holds the attributes annbatch looks for, the manifest, and the metadata of all datasets.
 
@@ -100,7 +100,7 @@ def write_root(
 
 
 def _inputs(job: Job) -> list[Input]:
-    """Of every source in the manifest, in its order: where it is and which content it had, where that is known."""
+    """Location and content identity of every source in the manifest, in its order, where known."""
     before = [] if job.base is None else known_inputs(job.target, job.base)
     new = [(ref, source) for ref, source in zip(job.refs, job.plan.sources, strict=True) if not source.tagged]
     return [*before, *(Input.of(where_of(ref), source.identity) for ref, source in new)]
@@ -115,7 +115,7 @@ def _finished_nodes(target: Folder, record: DatasetRecord) -> dict[str, Any]:
         msg = (
             f"{target.url}/{record.name} has {len(sizes):,} files, {sum(sizes.values()):,} bytes, and "
             f"{record.n_files:,} files, {record.n_bytes:,} bytes were written; "
-            "let nobody remove files while a build runs, and call again"
+            "do not remove files while a build runs, and call again"
         )
         raise IntegrityError(msg)
     return (consolidated(document, record.name) if document else {}) or metadata_below(folder, record.name)
@@ -137,7 +137,7 @@ def _put_in_place(job: Job, written: Mapping[str, str]) -> None:
 
 
 def _plans(job: Job) -> list[str]:
-    """Of builds that were interrupted: datasets of theirs may have been given names before."""
+    """Plans of interrupted builds, whose datasets may have been given names before."""
     return [] if job.claim is None else [w.plan for w in job.claim.works]
 
 

@@ -32,7 +32,7 @@ class Input:
 
     @classmethod
     def of(cls, where: str, identity: str) -> Input:
-        """From a place and an identity, see :mod:`annbatch_dask.sources.identity`."""
+        """Make an input from a place and an identity, see :mod:`annbatch_dask.sources.identity`."""
         return cls(_digest(where), _digest(identity if is_known(identity) else ""))
 
 

@@ -104,7 +104,7 @@ class Job:
 
     @property
     def collection_id(self) -> str:
-        """Of the collection after the build: its base's, or else this build makes it."""
+        """Id of the collection after the build: that of its base, or a new one."""
         return (self.base.id if self.base is not None else "") or self.plan.fingerprint[:16]
 
     @contextmanager

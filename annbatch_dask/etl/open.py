@@ -1,4 +1,4 @@
-"""What is at a place where a collection is opened: one, nothing yet, or something else."""
+"""Opens the place of a collection: an existing collection, nothing yet, or something else."""
 
 from __future__ import annotations
 

@@ -369,7 +369,7 @@ class Scratch:
     target
         The collection's folder, by which its own know themselves.
     options
-        Of the store that scratch folders are on, as no claim holds any; none stands for the collection's own, where
+        Options of the store of scratch folders, as no claim holds any; none stands for the collection's own, where
         that is the same store.
     """
 

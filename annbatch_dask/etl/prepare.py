@@ -1,4 +1,4 @@
-"""From a request to a plan: look at what the collection has, scan the inputs, decide."""
+"""Turns a request into a plan: inspect the collection, scan the inputs, decide."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Prepared:
     base
         Manifest of the collection that is extended.
     version
-        Of the collection's root document when it was planned.
+        Version of the collection's root document when it was planned.
     """
 
     plan: Plan
@@ -82,7 +82,7 @@ class Prepared:
 
 
 def resolve(root: Root, request: Request) -> tuple[Extension | None, Options]:
-    """What the collection means for a build, if it holds cells, and the options this comes to."""
+    """Resolve the options of a build, given what the collection holds."""
     extension = _extension(root, request)
     return extension, _stored_as(root, request.options, request.layout, request.gene_order, extension)
 
@@ -133,7 +133,7 @@ def _stored_as(
 
 
 def is_done(root: Root, refs: Sequence[SourceRef], request: str, room: EngineChoice) -> bool:
-    """Whether this very call has succeeded already, and was the last to do so: it asks for the same of the same."""
+    """True if this very call has succeeded already, and was the last to do so: it asks for the same of the same."""
     manifest = root.manifest
     if manifest is None or not manifest.builds or manifest.builds[-1].request != request:
         return False
@@ -151,7 +151,7 @@ def is_done(root: Root, refs: Sequence[SourceRef], request: str, room: EngineCho
 
 
 def warn_of_duplicates(root: Root, refs: Sequence[SourceRef], on_duplicate_source: OnDuplicate) -> None:
-    """Refuse inputs that lie in the collection; warn of those whose cells it has, or refuse these too."""
+    """Refuse inputs that are in the collection; warn of those whose cells it has, or refuse these too."""
     if on_duplicate_source not in ("warn", "error"):
         msg = f"on_duplicate_source is {on_duplicate_source!r}; it must be 'warn' or 'error'"
         raise ValueError(msg)

@@ -1,4 +1,4 @@
-"""What a finished task reports, and how it is in the scratch folder: a file of JSON that a later call reads."""
+"""Receipts of finished tasks: JSON files in the scratch folder that a later call reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["GatherReceipt", "ScatterReceipt"]
 
 @dataclass(frozen=True)
 class ScatterReceipt:
-    """What a scatter task did.
+    """Receipt of a scatter task.
 
     Attributes
     ----------
@@ -29,7 +29,7 @@ class ScatterReceipt:
     nnz
         Stored values of each sparse matrix.
     fingerprint
-        Of the rows, 16 hex digits.
+        Fingerprint of the rows, 16 hex digits.
     datasets
         The last two of each dataset, encoded: see :class:`annbatch_dask.etl.totals.Totals`, which empties it.
     reused
@@ -46,7 +46,7 @@ class ScatterReceipt:
     reused: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Convert to JSON values."""
         values = {**vars(self), "ranges": {name: asdict(found) for name, found in self.ranges.items()}}
         del values["reused"]
         return values
@@ -60,18 +60,18 @@ class ScatterReceipt:
 
 @dataclass(frozen=True)
 class GatherReceipt:
-    """What a gather task wrote.
+    """Receipt of a gather task.
 
     Attributes
     ----------
     name
-        Of the dataset.
+        Name of the dataset.
     files
         Size and checksum of each of its files.
     n_rows, nnz
         Rows, and stored values of X.
     fingerprint
-        Of the rows, 16 hex digits.
+        Fingerprint of the rows, 16 hex digits.
     n_bytes
         Bytes written, uncompressed.
     folder
@@ -93,7 +93,7 @@ class GatherReceipt:
     reused: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Convert to JSON values."""
         values = {**vars(self), "scattered_again": list(self.scattered_again)}
         del values["reused"]
         return values

@@ -1,4 +1,4 @@
-"""What a call asks of a collection, checked and resolved: inputs to sources, sizes and switches to numbers."""
+"""Checks and resolves the arguments of a call: inputs to sources, sizes and switches to numbers."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ class Request:
     gene_order: GeneOrder | None
 
     def identity(self, options: Options) -> str:
-        """Of the call, with the options it comes to."""
+        """Identity of the call with its resolved options."""
         inputs = [(r.label, r.counts) for r in self.refs]
         return options.request(inputs, self.mode, self.genes, self.merge)
 
 
 def make_request(given: Mapping[str, Any]) -> Request:
-    """From the arguments of the method, by name.
+    """Make a request from the arguments of the method, by name.
 
     Raises
     ------

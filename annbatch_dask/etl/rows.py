@@ -107,7 +107,7 @@ def write_column(
 
 
 def group_keys(plan: Plan, fixed: FixedLike, ragged: RaggedLike) -> list[NDArray]:
-    """Of each column two keys, (n_rows,) each: whether it is missing, and values that sort as the column does."""
+    """Two sort keys for each column, (n_rows,) each: whether it is missing, and values that sort as the column does."""
     return [key for c in plan.group_columns for key in _sortable(c, fixed, ragged)]
 
 

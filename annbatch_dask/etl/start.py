@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Means:
-    """What a build runs with, which leaves no trace in its result.
+    """Means of a build, which leave no trace in its result.
 
     Attributes
     ----------
@@ -41,7 +41,7 @@ class Means:
     callback
         Listens to its events.
     scratch
-        Where scratch folders lie.
+        Where scratch folders are.
     """
 
     room: EngineChoice
@@ -92,7 +92,7 @@ def run_prepared(root: Root, prepared: Prepared, means: Means) -> None:
 
 @contextlib.contextmanager
 def _locked(root: Root) -> Iterator[FolderContents]:
-    """Hold the collection's lock, and see what lies in its folder."""
+    """Hold the collection's lock, and see what is in its folder."""
     with exclusive(root.target):
         found = contents_of(root.target)
         found.check()
@@ -106,7 +106,7 @@ def _nothing_to_do(root: Root, means: Means) -> None:
 
 
 def _is_published(root: Root, prepared: Prepared) -> bool:
-    """Whether the last build of the collection was this one."""
+    """True if the last build of the collection was this one."""
     last = None if root.manifest is None else next(reversed(root.manifest.builds), None)
     return last is not None and (last.plan, last.request) == (prepared.plan.fingerprint, prepared.request)
 

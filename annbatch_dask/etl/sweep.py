@@ -90,7 +90,7 @@ def clean_up(job: Job) -> None:
     """Remove what this build, and others before it that are over, have left, right after a commit.
 
     Where readers hold no lease (on an object store, or on a disk without locks), datasets that were just replaced stay
-    until the next build. A build's claim is the last to go: whoever comes after a crash finds by it what is left.
+    until the next build. A build's claim is the last to go: after a crash, later builds find the leftovers by it.
     """
     target, scratch = job.target, scratch_of(job)
     found = contents_of(target)

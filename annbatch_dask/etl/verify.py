@@ -103,7 +103,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What a check found.
+    """Result of a check.
 
     Attributes
     ----------

@@ -295,7 +295,7 @@ def _compiled_by_cupy(name: str) -> Kernel:
 
 
 def _external_stream(stream: Any) -> Any:
-    """As cupy before 14 has it."""
+    """Wrap an external stream as cupy before 14 does."""
     import cupy
 
     return cupy.cuda.ExternalStream(stream.cuda_stream)

@@ -48,7 +48,7 @@ VERSION = 1
 BLOCK_VALUES = 1024
 HEADER_NBYTES = 16
 TAIL_NBYTES = 8
-"""Zeros behind the last block: whoever reads eight bytes at a time reads no further."""
+"""Zeros behind the last block: a reader of eight bytes at a time reads no further."""
 DAMAGED = {
     1: "it is shorter than its header and block table",
     2: "it does not begin as a packed chunk does, or a later release wrote it",
@@ -179,7 +179,7 @@ U64 = np.uint64  # an index of this type is not looked at for a sign
 
 @compiled
 def table_entry_nbytes(n_bits):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
-    """Of a block in the table: 12, 16 or 20, of which the last bytes are the base."""
+    """Size of a block's entry in the table: 12, 16 or 20 bytes, of which the last are the base."""
     return (U64(10) + n_bits // U64(8) + U64(3)) & ~U64(3)
 
 

@@ -10,7 +10,7 @@ __all__ = ["finalise"]
 
 @nb.njit(inline="always")
 def finalise(z):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
-    """Of a uint64 in kernels; its ``py_func`` takes arrays of them."""
+    """Finalise a uint64 in kernels; its ``py_func`` takes arrays."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

@@ -25,7 +25,7 @@ def open_as_opened(ref: SourceRef, identity: str) -> Iterator[Source]:
     Raises
     ------
     CollectionChangedError
-        If it was replaced since, or a dataset removed, whatever else was raised.
+        If it was replaced since, or a dataset removed, in place of any other error.
     """
     try:
         with open_source(ref) as source:

@@ -98,7 +98,7 @@ class ValueBounds(NamedTuple):
 
     @classmethod
     def of(cls, values: Array) -> ValueBounds:
-        """Of an array, which is read whole."""
+        """Bounds of an array, which is read whole."""
         whole, low, high, *_ = range_of(values)
         return cls(low, high, whole)
 
@@ -351,7 +351,7 @@ class CsrSource(RowSource):
         self.dtype = self.stored_dtype = self._values.dtype
 
     def values(self) -> ValueBounds:
-        """Of its entries, those added up that name a place twice."""
+        """Bounds of its entries; duplicate entries are summed."""
         matrix = sp.csr_matrix((self._values, self._columns, self._indptr), shape=self.shape, copy=False)
         if not matrix.has_canonical_format:
             matrix = matrix.copy()
@@ -379,7 +379,7 @@ class ArraySource(RowSource):
         self.dtype = self.stored_dtype = array.dtype.newbyteorder("=")
 
     def values(self) -> ValueBounds:
-        """Of all."""
+        """Bounds of all values."""
         return ValueBounds.of(np.ascontiguousarray(self._array, self.dtype))
 
     @property

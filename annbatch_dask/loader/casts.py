@@ -20,7 +20,7 @@ Recorded = Mapping[str, ValueBounds]
 
 
 def recorded_values(manifest: Any) -> Recorded:
-    """From a manifest; nothing where there is none, or of matrices whose range it does not have."""
+    """Bounds recorded in a manifest, for matrices whose range it has."""
     matrices: Mapping[str, MatrixRecord] = {} if manifest is None else manifest.matrices
     return {
         name: ValueBounds(m.low, m.high, is_whole=bool(m.integral))

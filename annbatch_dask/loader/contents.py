@@ -56,12 +56,12 @@ class Matrix:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the first dataset; all have the same but for their rows."""
+        """Shape of the first dataset; all are equal except for their rows."""
         return self.sources[0].shape
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
-        """What holds the values of all datasets, so that no batch depends on which of them it is from."""
+        """Dtype that holds the values of all datasets, so that it is the same for all batches."""
         return np.result_type(*(source.dtype for source in self.sources))
 
 
@@ -149,7 +149,7 @@ class BatchSpec:
         obs_columns: Sequence[str] | None,
         obs_codes: Codes | None,
     ) -> BatchSpec:
-        """From the arguments of the Loader."""
+        """Make the spec from the arguments of the Loader."""
         check_framework(to, preload_to_gpu=preload_to_gpu)
         made = _where_dense(dense, preload_to_gpu=preload_to_gpu)
         if made == "gpu":

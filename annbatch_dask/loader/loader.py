@@ -138,8 +138,8 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         cupy is installed. ``dense`` says where they are made.
     prefetch_bytes
         How many bytes, such as ``"1GiB"``, of loaded windows (three quarters) and finished batches (one quarter) may
-        lie ready or be under way. One of each is always allowed, however large. Batches the user holds, and buffers
-        waiting to be used again, come on top. A batch made on a GPU counts, though it lies there.
+        are ready or be under way. One of each is always allowed, however large. Batches the user holds, and buffers
+        waiting to be used again, come on top. A batch made on a GPU counts, though it is there.
     cache_dir
         A folder on a local disk where what is read from an object store is kept for later epochs and runs. Loaders
         and processes of one user share it while they run. It is made for that user alone, and a folder that others

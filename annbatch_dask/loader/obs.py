@@ -55,7 +55,7 @@ class Names:
 
     @classmethod
     def of(cls, index: pd.Index) -> Names | None:
-        """From an index; None if it holds anything but text."""
+        """Compress an index; None if it holds anything but text."""
         if index.hasnans or pd.api.types.infer_dtype(index, skipna=False) != "string":
             return None  # pandas 3 has a dtype of text that may be missing
         values = index.to_numpy(object)
@@ -144,7 +144,7 @@ class ObsTable:
 
     @classmethod
     def of(cls, frame: pd.DataFrame, index: Names | pd.Index | None) -> ObsTable:
-        """Of one dataset; the frame's columns are not copied."""
+        """Make the table of one dataset; the frame's columns are not copied."""
         columns = {name: _array(frame[name]) for name in frame.columns}
         return cls(columns, (index,), np.array([0, len(frame)], np.int64))
 
@@ -332,7 +332,7 @@ def _whole(index: Names | pd.Index | None) -> pd.Index:
 
 
 def _plain(index: Names | pd.Index | None) -> pd.Index:
-    """As pandas has it; SelectionError where names are needed that were not read."""
+    """Convert to a pandas index; SelectionError if names are needed that were not read."""
     if index is None:
         msg = "obs names were not read, as obs_columns=[] asks for; name a column"
         raise SelectionError(msg)

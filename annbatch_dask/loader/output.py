@@ -1,4 +1,4 @@
-"""From assembled arrays to the types a user asked for."""
+"""Converts assembled arrays to the requested types."""
 
 from __future__ import annotations
 

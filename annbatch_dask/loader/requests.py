@@ -1,4 +1,4 @@
-"""From a load request to rows of datasets, and back to rows of a load window."""
+"""Maps load requests to rows of datasets, and back to rows of a load window."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Selected:
         return blake2b(self.rows.tobytes(), digest_size=8).hexdigest()
 
     def translate(self, requests: Iterator[LoadRequest]) -> Iterator[LoadRequest]:
-        """From requests for the n-th selected row to requests for rows of the data."""
+        """Translate requests for the n-th selected row to requests for rows of the data."""
         for request in requests:
             yield request | {"requests": self.rows[resolve_rows(request, len(self))]}
 

@@ -111,7 +111,7 @@ class State:
 
     @classmethod
     def read(cls, state: dict[str, Any]) -> State:
-        """From a dictionary; StateError where it is not one of this version."""
+        """Read from a dictionary; StateError if it is not one of this version."""
         if state.get("version") != _VERSION or set(state) != set(cls.__dataclass_fields__):
             msg = (
                 f"not a state of this release's Loader: version {state.get('version')!r}, expected {_VERSION}, and "

@@ -1,4 +1,4 @@
-"""From what the scan found to a frozen plan. Pure: the same schemas and options give the same plan."""
+"""Turns the scanned schemas into a frozen plan. Pure: equal schemas and options give equal plans."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def _join(listed: Sequence[NDArray[np.object_]], subset: Sequence[str] | None, e
 
 
 def _check_carried(datasets: Sequence[SourceSchema], matrices: Sequence[MatrixSpec], common: set[str]) -> None:
-    """What the collection has must not get lost because new inputs lack it, and keeps its kind."""
+    """Refuse new inputs that lack an element of the collection or have it in another kind."""
     kinds = {m.name: m.kind for m in matrices}
     for name in dict.fromkeys(
         [m.name for s in datasets for m in s.matrices] + [c.frame for s in datasets for c in s.columns]

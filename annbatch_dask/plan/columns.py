@@ -47,7 +47,7 @@ def unite_columns(sources: Sequence[SourceSchema]) -> tuple[ColumnSpec, ...]:
 
 
 def unsure(sources: Sequence[SourceSchema]) -> list[frozenset[str]]:
-    """Of each source: its matrices and columns of integers whose values decide whether one dtype holds all sources'.
+    """Integer matrices and columns of each source whose values decide whether one dtype holds those of all sources.
 
     They are of 64 bits in some source, and meet floats, integers of the other sign, or genes that are missing.
     """
@@ -72,7 +72,7 @@ def unsure(sources: Sequence[SourceSchema]) -> list[frozenset[str]]:
 
 
 def texts_of(columns: Sequence[ColumnSpec], sources: Sequence[SourceSchema]) -> tuple[ColumnSpec, ...]:
-    """The same, where a categorical column that has nearly a category a row becomes one of strings.
+    """Convert a categorical column with nearly one category per row to strings.
 
     anndata makes a categorical of every column of strings in which one is repeated, barcodes included; and each dataset
     holds all categories of the collection. So one with more of them than half of its rows, and more than 10,000, is

@@ -1,4 +1,4 @@
-"""What rows weigh: in a source, in a scatter task, in a part of the output. Bytes, from schemas alone."""
+"""Bytes per row in a source, in a scatter task and in a partition of the output, from schemas alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 _ROW_NBYTES = 48
-"""Of a row in a scatter task, whatever it holds: its place, its order, its hash."""
+"""Bytes per row in a scatter task, apart from its content: its position, its order, its hash."""
 _ENTRY_NBYTES = 12
 """Of a string beside its characters, while it travels: its length, and where it begins."""
 _STRING_NBYTES = 65
@@ -77,7 +77,7 @@ def heaviest_rows(
 
 
 def read_weight(source: SourceSchema, *, obs_nbytes: float) -> Weight:
-    """As the source stores its rows, uncompressed."""
+    """Bytes per row as the source stores them, uncompressed."""
     dense = sum(m.n_cols * _item(m.dtype) for m in source.matrices if m.kind == "dense")
     sparse = {m.name: _item(m.dtype) + _item(m.index_dtype) for m in source.matrices if m.kind != "dense"}
     return Weight(obs_nbytes + dense + 8 * len(sparse), sparse)
@@ -86,7 +86,7 @@ def read_weight(source: SourceSchema, *, obs_nbytes: float) -> Weight:
 def held_weight(
     source: SourceSchema, matrices: Sequence[MatrixSpec], columns: Sequence[ColumnSpec], *, obs_nbytes: float
 ) -> Weight:
-    """What a scatter task holds of its rows: at most twice as much as this says, see :mod:`annbatch_dask.plan.memory`.
+    """Bytes per row that a scatter task holds; its peak is at most twice that, see :mod:`annbatch_dask.plan.memory`.
 
     A sparse row weighs what it weighs in the source. A dense one is widened to the collection's genes; among sparse
     sources it becomes three arrays, which may have an entry for each of its values.
@@ -121,7 +121,7 @@ def part_weight(
 
 
 def fixed_nbytes(source: SourceSchema) -> int:
-    """What a task holds of a source whatever rows it reads: all of it where it is in memory, and chunks at work."""
+    """Bytes that a task holds for any rows of a source: all of an in-memory source, and chunks in flight."""
     chunks = max((m.in_flight_nbytes for m in source.matrices), default=0)
     return source.resident_nbytes + max(0, chunks - IN_FLIGHT_NBYTES)
 

@@ -1,4 +1,4 @@
-"""Which dtype holds these values exactly, in the fewest bytes."""
+"""Chooses the smallest dtype that holds values exactly."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SIGNED = ("int8", "int16", "int32", "int64")
 
 @dataclass(frozen=True)
 class ValueRange:
-    """What must be known of some values to choose a dtype; merging is associative.
+    """Range of some values, from which a dtype is chosen; merging is associative.
 
     Attributes
     ----------
@@ -109,7 +109,7 @@ def smallest_dtype(values: ValueRange, source: np.dtype) -> np.dtype:
 
 
 def is_wide(dtype: str) -> bool:
-    """Whether a dtype holds whole numbers that float64 rounds."""
+    """True if a dtype holds whole numbers that float64 rounds."""
     return dtype in ("int64", "uint64")
 
 
@@ -119,9 +119,9 @@ def common_dtype(name: str, found: Sequence[tuple[str, str, ValueRange | None]])
     Parameters
     ----------
     name
-        Of the element.
+        Name of the element.
     found
-        Of each source: its path, its dtype and the range of its values, None where nobody looked.
+        Path, dtype and range of values of each source; None where values were not read.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Which elements of the inputs a build carries, and which of their matrices becomes X."""
+"""Chooses the elements that a build carries, and the matrix that becomes X."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Elements:
 
     @classmethod
     def parse(cls, names: Iterable[str] | None) -> Elements:
-        """From names, of which those with a leading ``-`` are excluded.
+        """Parse names; those with a leading ``-`` are excluded.
 
         Raises
         ------
@@ -51,11 +51,11 @@ class Elements:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """As :meth:`parse` takes them."""
+        """Names in the form that :meth:`parse` takes."""
         return (*self.wanted, *(f"-{n}" for n in self.excluded))
 
     def keeps(self, name: str) -> bool:
-        """Whether an element is carried if it can be."""
+        """True if an element is carried if it can be."""
         if any(_is_in(name, e) for e in self.excluded):
             return False
         return not self.wanted or name == "X" or any(_is_in(name, w) for w in self.wanted)
@@ -119,7 +119,7 @@ def choose_counts(source: SourceSchema, name: str) -> SourceSchema:
     Parameters
     ----------
     source
-        As the scan found it.
+        The source as it was scanned.
     name
         ``"X"``, ``"raw/X"`` or ``"layers/<key>"``.
 

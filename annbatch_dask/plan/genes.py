@@ -78,14 +78,14 @@ def join_genes(names: Sequence[NDArray[np.object_]], subset: Sequence[str] | Non
 
 
 def order_genes(genes: pd.Index, names: Sequence[NDArray[np.object_]], abundance: Sequence[NDArray]) -> pd.Index:
-    """The same genes, those that most cells have first; equal ones stay in their order.
+    """Sort genes by the number of cells that express them, most first; ties keep their order.
 
     Parameters
     ----------
     genes
         (n_vars,) names.
     names, abundance
-        Of each source: its genes, and about how many of its cells have each.
+        Genes of each source, and the estimated number of its cells that express each.
     """
     total = np.zeros(len(genes))
     for listed, found in zip(names, abundance, strict=True):
@@ -132,7 +132,7 @@ class GeneSpace:
         return self.maps[self.which[source, genes]]
 
     def overlaps(self, lists: Sequence[tuple[int, str]]) -> dict[int, int]:
-        """How many genes exactly the same sources have.
+        """Count the genes of each combination of sources.
 
         Parameters
         ----------

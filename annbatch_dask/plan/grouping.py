@@ -20,9 +20,9 @@ class Groups:
     Attributes
     ----------
     values
-        Of each key: the sorted distinct values.
+        Sorted distinct values of each key.
     pairs
-        Of each key: the sorted distinct int64 numbers ``place of the keys before * len(values) + place in values``,
+        For each key the sorted distinct int64 numbers ``rank of earlier keys * len(values) + rank in values``,
         of which the last key's are the groups. No product of many keys' sizes, which int64 might not hold.
     """
 
@@ -110,7 +110,7 @@ def group_layout(layout: Layout, n_groups: int, dataset: NDArray, group: NDArray
     Parameters
     ----------
     layout
-        Of the same datasets.
+        Layout of the same datasets.
     n_groups
         Number of groups.
     dataset, group, n_rows

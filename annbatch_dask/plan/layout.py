@@ -1,4 +1,4 @@
-"""Which rows go where: row blocks of the sources, datasets and parts of the output. Ranges are half-open."""
+"""Assigns rows to row blocks of the sources, and to datasets and partitions of the output. Ranges are half-open."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Block:
     """Rows [start, stop) of a source: the work of one scatter task.
 
     ``first`` is the global input row of its first row; ``n_bytes`` what its matrices and obs take
-    uncompressed, as the source stores them; ``peak_nbytes`` what the task needs at most, 0 where nobody asked.
+    uncompressed, as the source stores them; ``peak_nbytes`` is the task's peak memory, 0 if not computed.
     """
 
     source: int
@@ -119,16 +119,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class Room:
-    """What a scatter task may hold.
+    """Memory that a scatter task may hold.
 
     Attributes
     ----------
     nbytes
         Bytes of a worker that are one task's.
     held
-        Of each source: what its rows weigh in a task.
+        Bytes per row of each source in a task.
     fixed
-        Of each source: bytes that a task takes whatever rows it reads.
+        Bytes that a task needs for any rows of each source.
     """
 
     nbytes: int

@@ -49,7 +49,7 @@ class Budget:
 
     @property
     def task_nbytes(self) -> int:
-        """What one task may use at its peak."""
+        """Peak memory available to one task."""
         return max(0, self.worker_nbytes - RESERVED_NBYTES) // max(1, self.n_threads)
 
     def check(self, what: str, peak_nbytes: int, remedy: str) -> None:
@@ -77,7 +77,7 @@ def scatter_peak_nbytes(held_nbytes: float, fixed_nbytes: int = 0) -> int:
     held_nbytes
         Its rows, see :func:`annbatch_dask.plan.costs.held_weight`.
     fixed_nbytes
-        What the source takes whatever rows are read.
+        Bytes that the source needs for any rows.
     """
     return int(2 * held_nbytes) + fixed_nbytes + SMALL_NBYTES
 
@@ -98,7 +98,7 @@ def gather_peak_nbytes(
     frame_nbytes
         The same at the time when it is written.
     chunk_nbytes
-        Of all arrays, one chunk each, which wait to be filled; and the largest thrice, at work.
+        Bytes of one chunk of each array, waiting to be filled, and three times the largest, being encoded.
     """
     chunks = max(0, chunk_nbytes - IN_FLIGHT_NBYTES)
     return max(int(2.2 * part_nbytes) + segment_nbytes + obs_nbytes, frame_nbytes) + chunks + SMALL_NBYTES

@@ -1,4 +1,4 @@
-"""What a build is asked for, resolved to numbers."""
+"""Options of a build, resolved to numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Extension", "Options"]
 
 @dataclass(frozen=True)
 class Options:
-    """What a user asked for, resolved to numbers.
+    """Options of a build, resolved to numbers.
 
     Attributes
     ----------
@@ -34,7 +34,7 @@ class Options:
     layout
         How sparse matrices are stored: ``"open"``, by the compressor, or ``"packed"``, integers by our own codec.
     gene_order
-        Of a new collection's genes: ``"names"``, as anndata joins them, or ``"abundance"``, those that most cells have
+        Order of a new collection's genes: ``"names"``, as anndata joins them, or ``"abundance"``, those most cells have
         first.
     """
 
@@ -70,7 +70,7 @@ class Extension:
     ----------
     mode
         ``"extend"``: new rows are dealt into the existing datasets. ``"append"``: new rows make new datasets, the
-        existing ones stay. ``"reshuffle"``: all rows are shuffled anew.
+        existing ones stay. ``"reshuffle"``: all rows are shuffled again.
     n_datasets
         Datasets the collection has.
     first_dataset

@@ -1,4 +1,4 @@
-"""Where each row goes: a stateless permutation of [0, n), named and versioned in the manifest."""
+"""A stateless permutation of [0, n), named and versioned in the manifest."""
 
 from __future__ import annotations
 

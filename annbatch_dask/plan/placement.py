@@ -1,4 +1,4 @@
-"""Where each row of a build goes: anywhere at all, or, for an extension, new rows among old ones that stay together."""
+"""Placement of rows: any position for a new build; for an extension, new rows among old rows that keep their order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ExtendPermutation", "deal"]
 
 
 def deal(old: tuple[int, ...], n_new: int) -> tuple[int, ...]:
-    """How many of ``n_new`` rows each dataset receives: in proportion to its rows, so that all stay equally mixed.
+    """Number of new rows for each dataset, in proportion to its rows, so that all stay equally mixed.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ class ExtendPermutation:
     seed
         Any non-negative integer.
     name
-        Of the permutations.
+        Name of the permutations.
     """
 
     old: tuple[int, ...]
@@ -63,7 +63,7 @@ class ExtendPermutation:
 
     @property
     def version(self) -> int:
-        """Of the permutations."""
+        """Version of the permutations."""
         return self._dealing.version
 
     @property

@@ -144,16 +144,16 @@ class Plan:
         return "".join(digest(json.dumps(payload).encode())[:WORK_DIGITS] for payload in (what, cut))
 
     def gene_map(self, source: int, matrix: MatrixSchema, spec: MatrixSpec) -> NDArray[np.int32] | None:
-        """Where a source matrix's columns are in the collection's, -1 where left out; None where they stay."""
+        """Map a source matrix's columns to the collection's, -1 for dropped ones; None if they are equal."""
         return self.genes[spec.genes].map_of(source, matrix.genes) if spec.genes else None
 
     def n_genes_of(self, source: int) -> int:
-        """How many of the collection's genes a source has."""
+        """Number of the collection's genes that a source has."""
         return int((self.genes["var"].map_of(source, self.sources[source].x.genes) >= 0).sum())
 
     @cached_property
     def gene_overlaps(self) -> dict[int, int]:
-        """How many genes exactly the same inputs have, by a bit mask of them, the most frequent mask first."""
+        """Number of genes for each combination of inputs, by a bit mask of them, the most frequent mask first."""
         inputs = [(k, s.x.genes) for k, s in enumerate(self.sources) if not s.tagged]
         return self.genes["var"].overlaps(inputs)
 
@@ -166,5 +166,5 @@ class Plan:
         return {name: merge_ranges(r for r in ranges if r) for name, ranges in found.items() if all(ranges)}
 
     def __repr__(self) -> str:
-        """Which, and how much."""
+        """Show fingerprint and size."""
         return f"Plan({self.fingerprint[:12]}, {self.n_obs:,} cells x {self.n_vars:,} genes)"

@@ -1,4 +1,4 @@
-"""What the scan found in a source, and what the collection will hold: frozen descriptions of elements."""
+"""Schemas of sources and of the collection: frozen descriptions of elements."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Categories:
     ordered: bool = False
 
     def index(self) -> pd.Index:
-        """As a pandas index; strings stand in an object index, which every pandas reads alike."""
+        """Convert to a pandas index; strings become an object index, which all versions of pandas read alike."""
         return pd.Index(list(self.values), dtype=object if self.dtype == "str" else self.dtype)
 
 
@@ -62,7 +62,7 @@ class ColumnSchema:
     nullable
         The column may hold missing values beside its dtype's own (a mask is stored).
     categories
-        Of a categorical column.
+        Categories of a categorical column.
     frame
         ``"obs"`` or ``"obsm/<key>"``.
     stored
@@ -105,7 +105,7 @@ class MatrixSchema:
     kind
         Layout in the source.
     dtype, index_dtype
-        Of its values, and of its column indices (``""`` where dense).
+        Dtype of its values, and of its column indices (``""`` if dense).
     n_cols
         Width.
     row_step, nnz
@@ -126,7 +126,7 @@ class MatrixSchema:
     in_flight_nbytes
         What reading any rows holds beside these: chunks, which are decoded whole.
     row_shape
-        Of a row that is no vector, such as an image: its product is ``n_cols``. Empty for a vector.
+        Shape of a row that is no vector, such as an image; its product is ``n_cols``. Empty for a vector.
     """
 
     name: str
@@ -147,7 +147,7 @@ class MatrixSchema:
 
     @property
     def source_name(self) -> str:
-        """What it is in the source."""
+        """Name of the element in the source."""
         return self.stored or self.name
 
 
@@ -158,7 +158,7 @@ def heaviest_at(n: int) -> np.ndarray:
 
 
 def shared_names(names: np.ndarray) -> np.ndarray:
-    """The same names, as strings that the process keeps once: a thousand files have mostly the same."""
+    """Intern names: a thousand files have mostly the same ones."""
     return np.array([sys.intern(str(n)) for n in names] or [], object)
 
 
@@ -169,7 +169,7 @@ class SourceSchema:
     Attributes
     ----------
     path
-        As the user wrote it; the category of ``src_path``.
+        Path as the user wrote it; the category of ``src_path``.
     var_names
         (n_vars,) gene names, object dtype.
     index_name
@@ -191,7 +191,7 @@ class SourceSchema:
     resident_nbytes
         What it holds in memory as long as it is open: all of it, where ``load_adata`` loads it or its format is old.
     abundance
-        (n_genes,) float64, about how many cells have a value of each gene of X; None where nobody asked.
+        (n_genes,) float64, about how many cells have a value of each gene of X; None if it was not counted.
     """
 
     path: str
@@ -211,7 +211,7 @@ class SourceSchema:
     abundance: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """What a worker sends brings strings of its own."""
+        """Restore with interned names."""
         names = {k: shared_names(state[k]) for k in ("var_names", "raw_names") if state[k] is not None}
         self.__dict__.update(state | names)
 
@@ -279,5 +279,5 @@ class MatrixSpec:
     row_shape: tuple[int, ...] = ()
 
     def shape(self, n_rows: int) -> tuple[int, ...]:
-        """Of so many rows."""
+        """Shape of the matrix with a number of rows."""
         return (n_rows, *(self.row_shape or (self.n_cols,)))

@@ -1,4 +1,4 @@
-"""How the work is cut: blocks, datasets and parts that fit a worker's memory, and what a task takes of it."""
+"""Cuts the work into blocks, datasets and partitions that fit a worker's memory, and sizes the tasks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _MAX_TASKS = 4096
 
 @dataclass(frozen=True)
 class Sizing:
-    """What the rows of a build weigh, and the blocks and parts that fit a worker."""
+    """Bytes per row of a build, and the blocks and partitions that fit a worker."""
 
     sources: tuple[SourceSchema, ...]
     matrices: tuple[MatrixSpec, ...]
@@ -64,7 +64,7 @@ class Sizing:
         budget: Budget,
         n_kept: int,
     ) -> Sizing:
-        """Of sources that are united to these matrices and columns."""
+        """Sizing of sources united to these matrices and columns."""
         maps = [m for space in genes.values() for m in space.maps]
         shared = max(0, int(shared_nbytes(sources, columns, maps)) - _JOB_NBYTES) // budget.n_threads
         return cls(sources, matrices, columns, options, budget, n_kept, shared)
@@ -126,7 +126,7 @@ class Sizing:
         return _lay_out(self.options, placement, row_nbytes=self.row_nbytes, part_rows=max(1, rows))
 
     def peaks(self, blocks: Sequence[Block], layout: Layout) -> tuple[int, int]:
-        """Of a scatter task, and of a gather task."""
+        """Peak bytes of a scatter task and of a gather task."""
         part = layout.part_rows * self.row_nbytes
         if self._heaviest is not None:
             part = float(np.interp(layout.part_rows, *self._heaviest))
@@ -175,7 +175,7 @@ class Sizing:
         return "the largest scatter task"
 
     def remedy(self, blocks: Sequence[Block]) -> str:
-        """What helps where it is too large."""
+        """Remedy for a task that is too large."""
         source, more = self._largest(blocks), "start workers with more memory or fewer threads"
         if source.resident_nbytes:
             return f"return a backed or lazy AnnData from load_adata, or write the file with anndata anew; or {more}"

@@ -15,7 +15,7 @@ __all__ = ["as_html", "figures", "summary", "title"]
 
 
 def title(plan: Plan) -> str:
-    """What comes of what, in one line."""
+    """Title of the plan: inputs and outputs in one line."""
     return (
         f"Plan {plan.fingerprint[:12]}: {plan.n_obs:,} cells x {plan.n_vars:,} genes "
         f"from {plural(len(plan.sources), 'source')} into {plural(plan.n_datasets, 'dataset')} "
@@ -24,7 +24,7 @@ def title(plan: Plan) -> str:
 
 
 def figures(plan: Plan) -> list[tuple[str, str]]:
-    """What the plan says, each with a name: tasks, bytes, peak memory and the like."""
+    """Named figures of the plan: tasks, bytes, peak memory and others."""
     scatter, gather = plan.peak_nbytes
     exact = all(m.exact for s in plan.sources for m in s.matrices)
     about = "" if exact else "about "
@@ -67,7 +67,7 @@ def as_html(plan: Plan) -> str:
 
 
 def _stored(plan: Plan) -> list[tuple[str, str]]:
-    """How matrices will be stored, where the scan read their values."""
+    """Describe the stored dtypes, if the scan read the values."""
     found = [(m, plan.values.get(m.name)) for m in plan.matrices]
     return [
         (
@@ -81,7 +81,7 @@ def _stored(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _chosen(plan: Plan) -> list[tuple[str, str]]:
-    """How matrices will be laid out, where that is not the default."""
+    """Describe layout and gene order, if not the defaults."""
     layout = "packed: columns and whole numbers in as few bits as most need; annbatch_dask reads them"
     return [
         *([("layout", layout)] if plan.options.layout == "packed" else []),
@@ -104,7 +104,7 @@ def _frames(plan: Plan) -> list[str]:
 
 
 def _counts(plan: Plan) -> str:
-    """Which matrix of the sources is X, and whether its values are counts."""
+    """Describe which matrix of the sources becomes X, and whether its values are counts."""
     words = {True: "whole numbers", False: "fractions", None: "zeros alone"}
     found = Counter((s.x.source_name, s.x.integral) for s in plan.sources)
     parts = [f"{name} in {plural(n, 'source')}: {words[whole]}" for (name, whole), n in found.items()]

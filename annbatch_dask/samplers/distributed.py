@@ -153,7 +153,7 @@ class DistributedSampler(Sampler):
         return self._global_batches
 
     def validate(self, n_obs: int) -> None:
-        """As the wrapped sampler does; RankError where nothing is left for any rank."""
+        """Validate the wrapped sampler; RankError if no batch is left for any rank."""
         self._sampler.validate(n_obs)
         if self._even == "drop" and isinstance(self._sampler, SeededSampler) and not self.n_batches(n_obs):
             n_batches = self._sampler.n_batches(n_obs)

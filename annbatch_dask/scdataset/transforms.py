@@ -34,7 +34,7 @@ def adata_to_mindex(batch: Any, columns: Sequence[str] | None = None) -> MultiIn
 
 
 def _column(column: Any) -> Any:
-    """A column as an array, whatever holds its ``values``."""
+    """Convert a column to an array."""
     return np.asarray(getattr(column, "values", column))
 
 

@@ -118,7 +118,7 @@ def raise_if_changed(ref: SourceRef, identity: str) -> None:
         was, now = _words(identity), _words(now)
         msg = (
             f"{ref.label} was changed while the build read it: it was {was} when the build looked at it first, and is "
-            f"{now}; nothing was published: call again when nobody writes to it"
+            f"{now}; nothing was published: call again when no other process writes to it"
         )
         raise SourceError(msg)
 
@@ -130,7 +130,7 @@ def unchanged(ref: SourceRef, identity: str) -> Iterator[None]:
     Raises
     ------
     SourceError
-        Then, whatever else was raised.
+        If the input changed, in place of any other error.
     """
     if has_many_files(identity):
         yield

@@ -1,4 +1,4 @@
-"""Inputs: what an AnnData file, or whatever ``load_adata`` returns, holds, and any rows of it."""
+"""Inputs: the schema and any rows of an AnnData file, or of the result of ``load_adata``."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def _open_group(ref: SourceRef, files: contextlib.ExitStack) -> Any:
 
 
 def is_hdf5(ref: SourceRef) -> bool:
-    """Whether to open an input as HDF5: a local file, or a remote one that begins like it.
+    """True if an input is an HDF5 file: a local file, or a remote one with its signature.
 
     A store cannot tell files from folders without listing, and an HTTP server not at all.
 

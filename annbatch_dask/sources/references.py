@@ -107,7 +107,7 @@ def check_portable(refs: Iterable[SourceRef]) -> None:
 
 
 def _name_of(item: Any) -> str:
-    """What an input that is no path calls itself, without its address in memory, which says nothing tomorrow."""
+    """Return a name for an input that is no path: its repr without the memory address."""
     return _ADDRESS.sub("", without_secrets(str(item)))
 
 
@@ -115,12 +115,12 @@ _ADDRESS = re.compile(r" object at 0x[0-9a-f]+|(?<=memory://)\d+/?")
 
 
 def _is_lazy(item: Any) -> bool:
-    """Whether it is an AnnData whose X dask will compute, so that workers can."""
+    """True if it is an AnnData whose X dask will compute, so that workers can."""
     return hasattr(item, "obs") and hasattr(getattr(item, "X", None), "dask")
 
 
 def _given(adata: ad.AnnData) -> ad.AnnData:
-    """What loads an input that is no file: nothing to do."""
+    """Return an input that is already an AnnData: nothing to load."""
     return adata
 
 

@@ -2,7 +2,7 @@
 
 A claim is a small file, ``.claim-<first number>``. On an object store, where there are no locks, it keeps two builds
 from writing datasets of the same names. Everywhere it says which leftovers are those of a build, and where its scratch
-folder is, until the build is over and its leftovers are gone: whoever comes later needs to know nothing else.
+folder is, until the build is over and its leftovers are gone: later builds need no other record.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ class Claim:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Name of its file."""
         return f".claim-{self.first}"
 
     @property
     def numbers(self) -> range:
-        """Of its datasets."""
+        """Numbers of its datasets."""
         return range(self.first, self.first + self.n)
 
     def payload(self) -> bytes:
@@ -87,7 +87,7 @@ class Claim:
 
     @classmethod
     def parse(cls, first: int, payload: bytes) -> Claim | None:
-        """From a file's content; None where it is no claim. Earlier releases wrote ``key`` and ``n`` alone."""
+        """Parse a file's content; None if it is no claim. Earlier releases wrote only ``key`` and ``n``."""
         try:
             values = json.loads(payload) | {"first": first}
             return cls(**values | {"works": tuple(Work(**w) for w in values.get("works", ()))})

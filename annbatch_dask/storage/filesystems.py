@@ -68,7 +68,7 @@ class RangeFile(Protocol):
 
 @dataclass
 class LocalRanges:
-    """Of a local file, which is open where ``fd`` is given."""
+    """Ranges of a local file, which is already open if ``fd`` is given."""
 
     path: str
     fd: int | None

@@ -109,7 +109,7 @@ class Folder:
 
     @property
     def is_local(self) -> bool:
-        """On a disk that this process can address by path."""
+        """True if the folder is on a disk that this process can address by path."""
         return isinstance(self.fs, LocalFileSystem)
 
     def zarr_store(self, *, read_only: bool = False) -> Store:

@@ -109,7 +109,7 @@ class PackedCodec(ArrayBytesCodec):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """From what an array's metadata say of it.
+        """Read from an array's metadata.
 
         Raises
         ------

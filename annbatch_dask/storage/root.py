@@ -1,4 +1,4 @@
-"""A collection as it lies on disk: its datasets, its manifest, and whether it is still what was opened."""
+"""A collection as it is on disk: its datasets, its manifest, and whether it is still what was opened."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Root:
     group
         The collection's group; None where there is no collection yet.
     folder
-        Where it lies; None is the group's place.
+        Where it is; None is the group's place.
     replaces
         Take what is there for empty: the next commit replaces it.
     """
@@ -62,7 +62,7 @@ class Root:
 
     @cached_property
     def has_folder(self) -> bool:
-        """Whether it lies at a path or URL."""
+        """True if it is at a path or URL."""
         try:
             return bool(self.folder.url)
         except CollectionError:
@@ -115,12 +115,12 @@ class Root:
 
     @property
     def manifest(self) -> Manifest | None:
-        """What the build recorded; None for an empty collection and for one that annbatch wrote."""
+        """Manifest of the collection; None if it is empty or was written by annbatch."""
         return None if self.is_empty else self._manifest
 
     @property
     def _manifest(self) -> Manifest | None:
-        """As above, read once from each group."""
+        """The manifest, parsed once for each group."""
         group = self.group
         if group is None or MANIFEST_KEY not in group.attrs:
             return None
@@ -176,7 +176,7 @@ class Root:
         return lease
 
     def check_as_opened(self, document: bytes | None = None) -> None:
-        """Refuse to go on where a dataset was replaced since the collection was opened, and others may be as it was.
+        """Refuse to continue where a dataset was replaced since the collection was opened, and others may be as it was.
 
         Raises
         ------
@@ -210,7 +210,7 @@ class Root:
 
     @contextlib.contextmanager
     def as_opened(self) -> Iterator[None]:
-        """What is read in the block is of the collection that was opened, or an error says that it is not there."""
+        """Raise CollectionChangedError if the collection is replaced while the block reads it."""
         try:
             yield
         except Exception:
@@ -232,7 +232,7 @@ class H5adRoot(Root):
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no file."""
+        """True if there is no file."""
         return not any(n.endswith(".h5ad") for n in self.folder.names())
 
     def __iter__(self) -> Iterator[zarr.Group]:

@@ -149,7 +149,7 @@ def check_scratch(folder: Folder) -> None:
 
 
 def scratch_gone(folder: Folder) -> ScratchGoneError:
-    """The error for it."""
+    """Make the error for a scratch folder that is gone."""
     msg = f"the scratch folder {folder.url} is gone: its build has ended, or it was removed; call again to go on"
     return ScratchGoneError(msg)
 

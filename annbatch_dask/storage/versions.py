@@ -109,12 +109,12 @@ def _walk(path: str, prefix: str) -> Iterator[tuple[str, Version]]:
 
 
 def version_on_disk(found: os.stat_result) -> Version:
-    """Of a local file. Its inode is none of it: some network file systems make up another one each time."""
+    """Version of a local file. Its inode is not used: some network file systems report another one each time."""
     return (found.st_mtime_ns, found.st_size)
 
 
 def changed(name: str, opened: Version | None, found: Version | None) -> CollectionChangedError:
-    """The error for a file that is not the one that was opened."""
+    """Make the error for a file that is not the one that was opened."""
     if found is None:
         what = "was removed since it was opened"
     elif opened is None:

@@ -50,7 +50,7 @@ class CupyDevice:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """On the device. Arrays that are delivered are the default stream's, so it stays the current one."""
+        """Make the device current. Delivered arrays belong to the default stream, so it stays the current one."""
         with self._device:
             yield
 
@@ -110,7 +110,7 @@ class CupyDevice:
         raise NotImplementedError
 
     def deliver(self, built: CsrParts | Array, *, bfloat16: bool) -> Any:
-        """By copies that are finished."""
+        """Deliver by synchronous copies."""
         return make_deliver(self._to, on_gpu=True, bfloat16=bfloat16)(built)
 
     def hand_over(self, placed: Placed | None, batch: int) -> Handover | None:

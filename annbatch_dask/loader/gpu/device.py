@@ -40,7 +40,7 @@ class Device(Protocol):
         """Host memory that the device reads fast."""
 
     def entered(self) -> AbstractContextManager[None]:
-        """In the calling thread, work on this device and its stream."""
+        """Make this device and its stream current in the calling thread."""
 
     def put(self, array: Array) -> Any:
         """A copy on the device."""
@@ -52,7 +52,7 @@ class Device(Protocol):
         """An array of which the copy is at this offset of what was uploaded."""
 
     def counts(self, n: int) -> Any:
-        """That many counters, all 0."""
+        """Allocate counters of value 0."""
 
     @property
     def makes_csr(self) -> bool:

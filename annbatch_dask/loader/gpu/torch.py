@@ -58,7 +58,7 @@ class TorchDevice:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """On the side stream."""
+        """Make the side stream current."""
         if not self._is_cuda:
             yield
             return
@@ -144,7 +144,7 @@ class TorchDevice:
         return csr_tensor(starts.to(columns.dtype), columns, values, (n_rows, target.n_columns))
 
     def _make_plainly(self, target: Target, placed: Placed, batch: int, n_rows: int) -> Any:
-        """By operations of torch alone."""
+        """Make a batch with torch's own operations."""
         import torch
 
         matrix = placed.matrices[target.number]
@@ -197,7 +197,7 @@ class TorchDevice:
         return there
 
     def hand_over(self, placed: Placed | None, batch: int) -> Handover | None:
-        """To the stream of whoever takes it."""
+        """Hand the batch to the consumer's stream."""
         if not self._is_cuda:
             if placed is not None:
                 placed.check(placed.n_outside[placed.counters(batch)].tolist())
@@ -244,7 +244,7 @@ class _TorchHandover:
 
 @contextmanager
 def _unaffected_by_captures() -> Iterator[None]:
-    """In the calling thread, allow what CUDA forbids all threads while one of them captures a graph.
+    """Allow, in the calling thread, operations that CUDA forbids while another thread captures a graph.
 
     Capturing threads forbid it because torch cannot know that it is unrelated to the graph; this thread's work has
     not. See cuThreadExchangeStreamCaptureMode of CUDA's driver interface.
