@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import anndata as ad
+import h5py
 
 from annbatch_dask.errors import CollectionError
 from annbatch_dask.manifest import DATASET_PREFIX, SOURCE_DTYPE
@@ -24,6 +25,9 @@ __all__ = ["written_from"]
 
 _DATASET_FILE = re.compile(rf"{DATASET_PREFIX}_\d+\.h5ad")
 """Names of the files."""
+
+_WRITTEN_BY = "annbatch_dask"
+"""Attribute of a file that a build wrote. anndata does not copy it, so a file that somebody wrote again is theirs."""
 
 
 @contextlib.contextmanager
@@ -46,16 +50,29 @@ def written_from(root: H5adRoot, compressor: str | None) -> Iterator[Root]:
             "mode='w' to replace them, or build zarr"
         )
         raise CollectionError(msg)
-    if foreign := [name for name in old if not (_DATASET_FILE.fullmatch(name) or UNFINISHED.fullmatch(name))]:
+    if foreign := [name for name in old if not _is_ours(folder, name)]:
         msg = (
-            f"{folder.url} holds {min(foreign)}, one of {len(foreign):,} h5ad files that are no datasets of a "
-            "collection and would go; move them, or give another folder"
+            f"{folder.url} holds {min(foreign)}, one of {len(foreign):,} h5ad files that no build wrote, or that were "
+            "written again since, and that would be removed; move them, or give another folder"
         )
         raise CollectionError(msg)
     yield hidden
     _write_datasets(hidden, folder, compressor, old)
     root.remove_hidden()
     root.replaces = False
+
+
+def _is_ours(folder: Folder, name: str) -> bool:
+    """Whether a build wrote this file, or left it unfinished."""
+    if UNFINISHED.fullmatch(name):
+        return True
+    if not _DATASET_FILE.fullmatch(name):
+        return False
+    try:
+        with h5py.File(f"{folder.path}/{name}") as file:
+            return bool(file.attrs.get(_WRITTEN_BY) == "dataset")
+    except OSError:
+        return False
 
 
 def _write_datasets(groups: Iterable[zarr.Group], folder: Folder, compressor: str | None, stale: Iterable[str]) -> None:
@@ -71,6 +88,8 @@ def _write_datasets(groups: Iterable[zarr.Group], folder: Folder, compressor: st
         adata = _as_given(group)
         with ad.settings.override(allow_write_nullable_strings=True):
             adata.write_h5ad(unfinished, compression=compressor)
+        with h5py.File(unfinished, "r+") as file:
+            file.attrs[_WRITTEN_BY] = "dataset"
         sync_path(unfinished)
         written[name] = unfinished
     for name, unfinished in written.items():

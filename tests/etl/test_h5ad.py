@@ -66,9 +66,24 @@ def test_files_of_others_are_kept(tmp_path):
     (tmp_path / "h5ad").mkdir()
     paths = write(tmp_path / "h5ad", [make(0), make(1, n_obs=20)])  # the inputs lie there
     before = {path: path.read_bytes() for path in paths}
-    with pytest.raises(CollectionError, match=r"holds 0\.h5ad, one of 2 h5ad files that are no datasets"):
+    with pytest.raises(CollectionError, match=r"holds 0\.h5ad, one of 2 h5ad files that no build wrote"):
         build(tmp_path / "h5ad", paths, mode="w")
     assert {path: path.read_bytes() for path in paths} == before
+
+
+@pytest.mark.parametrize("what", ["another AnnData", "a dataset written again", "no HDF5 at all"])
+def test_a_file_of_others_with_the_name_of_a_dataset_is_kept(tmp_path, what):
+    inputs = write(tmp_path, [make(0), make(1, n_obs=20)])
+    build(tmp_path / "h5ad", inputs)
+    path = tmp_path / "h5ad" / "dataset_0.h5ad"
+    if what == "no HDF5 at all":
+        path.write_bytes(b"notes")
+    else:
+        (ad.read_h5ad(path) if what == "a dataset written again" else make(2, genes=["a"], raw=["a"])).write_h5ad(path)
+    before = path.read_bytes()
+    with pytest.raises(CollectionError, match=r"holds dataset_0\.h5ad, one of 1 h5ad files that no build wrote"):
+        build(tmp_path / "h5ad", inputs, mode="w")
+    assert path.read_bytes() == before
 
 
 def test_old_files_stay_until_the_new_ones_are_there(tmp_path, monkeypatch):
