@@ -34,13 +34,13 @@ DESCRIPTION = "Shuffle AnnData files into one sharded zarr collection with Dask,
 EXAMPLES = {
     "": """\
 examples:
-  annbatch-dask plan a.h5ad b.h5ad                    what a shuffle would do; runs nothing
+  annbatch-dask plan a.h5ad b.h5ad                    tasks, bytes and peak memory; runs nothing
   annbatch-dask shuffle a.h5ad b.h5ad -o atlas.zarr   on all cores of this machine
   annbatch-dask info atlas.zarr
-  annbatch-dask report atlas.zarr -o report.html      the same and more, for a browser
+  annbatch-dask report atlas.zarr -o report.html      a page for the browser, with figures
   annbatch-dask verify atlas.zarr --against *.h5ad    proof that no cell was lost or changed
   annbatch-dask stream atlas.zarr --by cell_type      speed, and how well batches are mixed
-  annbatch-dask mixing atlas.zarr --plot mixing.png   the latter alone, without reading data
+  annbatch-dask mixing atlas.zarr --plot mixing.png   how well batches are mixed, from obs alone
 """,
     "shuffle": """\
 examples:
@@ -50,7 +50,7 @@ examples:
   annbatch-dask shuffle *.h5ad -o /shared/atlas.zarr --scheduler tcp://head-node:8786
   annbatch-dask shuffle new.h5ad -o atlas.zarr --mode append       more cells for a collection that exists
 
-A run that was interrupted goes on where it stopped when the same command is given again.
+An interrupted run resumes when the same command is given again.
 """,
     "plan": """\
 example:
@@ -71,8 +71,8 @@ mixing, and the builds with their timings.
 examples:
   annbatch-dask repack atlas.zarr -o atlas-packed.zarr --layout packed
 
-Reads every dataset back and compares its rows before the new collection is there. Interrupted, it goes on when it is
-called again.
+Reads every dataset back and compares its rows before the new collection is published. An interrupted run resumes when
+the same command is given again.
 """,
     "verify": """\
 examples:
@@ -101,7 +101,8 @@ examples:
   annbatch-dask mixing atlas.zarr --by donor --batch-size 1024 --chunk-size 64 --plot mixing.png
 
 Works out the batches of an epoch with these settings; only obs is read. The ideal is the mean entropy of batches
-that are drawn uniformly at random. Smaller chunks, and more of them, bring a collection that was not shuffled nearer.
+that are drawn uniformly at random. If the collection
+was not shuffled, more and smaller chunks bring batches closer to the ideal.
 """,
 }
 
@@ -125,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.run(args)
     except KeyboardInterrupt:
         return _fail("interrupted", code=130)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is said in a line
+    except Exception as error:  # noqa: BLE001 - any error becomes one line
         if args.debug:
             raise
         return _fail(_one_line(error), code=1)
@@ -416,7 +417,7 @@ def _add_shuffle(commands: Any) -> None:
         "--mode",
         choices=("extend", "append", "reshuffle"),
         default="extend",
-        help="for an output that holds cells: deal new ones into its datasets, add datasets, or shuffle all anew",
+        help="for an output that holds cells: distribute new ones over its datasets, add datasets, or reshuffle all",
     )
     parser.add_argument(
         "--on-duplicate-source",
@@ -436,17 +437,17 @@ def _add_shuffle(commands: Any) -> None:
 
 
 def _add_plan(commands: Any) -> None:
-    parser = _add_command(commands, "plan", _plan, "print what a shuffle would do, and run nothing")
+    parser = _add_command(commands, "plan", _plan, "print the plan of a shuffle, and run nothing")
     _add_layout_options(parser)
 
 
 def _add_info(commands: Any) -> None:
-    parser = _add_command(commands, "info", _info, "print what a collection holds")
+    parser = _add_command(commands, "info", _info, "print the content of a collection")
     _add_collection(parser)
 
 
 def _add_report(commands: Any) -> None:
-    parser = _add_command(commands, "report", _report, "write what a collection holds, and how it was built, as a page")
+    parser = _add_command(commands, "report", _report, "write a page on a collection's content and builds")
     _add_collection(parser)
     parser.add_argument(
         "-o", "--output", default="report.html", metavar="FILE", help="the page to write (default: report.html)"
@@ -454,7 +455,7 @@ def _add_report(commands: Any) -> None:
 
 
 def _add_verify(commands: Any) -> None:
-    parser = _add_command(commands, "verify", _verify, "read a whole collection and compare it with what was written")
+    parser = _add_command(commands, "verify", _verify, "read a whole collection and compare it with its records")
     _add_collection(parser)
     parser.add_argument("--against", nargs="+", metavar="FILES", help="the files it was made of")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="run on this Dask cluster, e.g. tcp://head-node:8786")
@@ -462,29 +463,33 @@ def _add_verify(commands: Any) -> None:
 
 
 def _add_repack(commands: Any) -> None:
-    parser = _add_command(commands, "repack", _repack, "write a collection anew in the other layout, in the same order")
+    parser = _add_command(commands, "repack", _repack, "convert a collection to the other layout, in the same order")
     _add_collection(parser)
     parser.add_argument("-o", "--output", required=True, metavar="NEW.zarr", help="the collection to write")
-    parser.add_argument("--layout", choices=("open", "packed"), required=True, help="of the new one")
+    parser.add_argument("--layout", choices=("open", "packed"), required=True, help="layout of the new collection")
 
 
 def _add_gc(commands: Any) -> None:
     parser = _add_command(commands, "gc", _gc, "remove what interrupted builds left behind")
     _add_collection(parser)
-    parser.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
-    parser.add_argument("--scratch", metavar="DIR", help="look through this scratch folder, too")
-    parser.add_argument("--abandoned", action="store_true", help="also what a build of another machine left on a store")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be removed, and remove nothing")
+    parser.add_argument("--scratch", metavar="DIR", help="search this scratch folder too")
+    parser.add_argument(
+        "--abandoned",
+        action="store_true",
+        help="also remove leftovers of a build on another machine, on an object store",
+    )
 
 
 def _add_stream(commands: Any) -> None:
-    parser = _add_command(commands, "stream", _stream, "stream epochs: cells per second, and how mixed batches are")
+    parser = _add_command(commands, "stream", _stream, "stream epochs and print cells per second and mixing")
     _add_order_options(parser)
     parser.add_argument("--dense", action="store_true", help="dense float32 batches instead of sparse ones")
     parser.add_argument("--epochs", type=_positive, default=1, metavar="N", help="passes over the cells (default: 1)")
 
 
 def _add_mixing(commands: Any) -> None:
-    parser = _add_command(commands, "mixing", _mixing, "tell how well batches are mixed, without reading data")
+    parser = _add_command(commands, "mixing", _mixing, "measure how well batches are mixed, without reading data")
     _add_order_options(parser)
     parser.add_argument("--plot", metavar="FILE", help="draw the entropy of each batch; needs matplotlib")
     parser.set_defaults(dense=False)
@@ -496,7 +501,9 @@ def _add_collection(parser: argparse.ArgumentParser) -> None:
 
 def _add_order_options(parser: argparse.ArgumentParser) -> None:
     _add_collection(parser)
-    parser.add_argument("--batch-size", type=_positive, default=4096, metavar="N", help="cells (default: 4096)")
+    parser.add_argument(
+        "--batch-size", type=_positive, default=4096, metavar="N", help="cells per batch (default: 4096)"
+    )
     parser.add_argument(
         "--chunk-size",
         type=_positive,
@@ -508,7 +515,7 @@ def _add_order_options(parser: argparse.ArgumentParser) -> None:
         "--preload-nchunks",
         type=_positive,
         metavar="N",
-        help="chunks mixed in memory (default: about 32, to make whole batches)",
+        help="chunks mixed in memory (default: about 32, for whole batches)",
     )
     parser.add_argument(
         "--by",
@@ -542,10 +549,12 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
         help="rows or bytes of a shard (default: 1GiB)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the shuffle; the same seed gives the same bytes (default: 0)"
+        "--seed", type=int, default=0, help="random seed (default: 0); equal seeds give byte-identical output"
     )
     parser.add_argument("--no-shuffle", dest="shuffle", action="store_false", help="keep the order of the inputs")
-    parser.add_argument("--var-subset", type=Path, metavar="FILE", help="keep these genes only: one name a line")
+    parser.add_argument(
+        "--var-subset", type=Path, metavar="FILE", help="keep only these genes: a text file with one name per line"
+    )
     parser.add_argument(
         "--merge",
         choices=("same", "unique", "first", "only"),
@@ -558,9 +567,11 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
         "--elements",
         type=_names,
         metavar="NAMES",
-        help="carry these alone: layers/counts,obsm,obs; or all but these: --elements=-raw,-obsm/X_umap",
+        help="carry only these: layers/counts,obsm,obs; or all except these: --elements=-raw,-obsm/X_umap",
     )
-    parser.add_argument("--counts", default="X", metavar="NAME", help="what becomes X: X, raw/X or layers/<key>")
+    parser.add_argument(
+        "--counts", default="X", metavar="NAME", help="the matrix that becomes X: X, raw/X or layers/<key> (default: X)"
+    )
     parser.add_argument(
         "--allow-mixed-counts",
         action="store_true",
@@ -569,12 +580,12 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout",
         choices=("open", "packed"),
-        help="how sparse matrices are stored: for any software (open), or a third smaller, for this package (packed)",
+        help="storage of sparse matrices: open (for any software) or packed (a third smaller, for this package)",
     )
     parser.add_argument(
         "--gene-order",
         choices=("names", "abundance"),
-        help="order of a new output's genes: by name, or those first that most cells have, which takes less space",
+        help="gene order of a new output: by name, or most expressed first, which takes less space",
     )
     parser.add_argument("--memory-limit", type=_bytes, metavar="SIZE", help="memory of one worker process, e.g. 4GB")
 

@@ -57,18 +57,18 @@ class DatasetCollection(StoredCollection):
         Path, URL or zarr group of the collection; a group of any store is read, and builds need one with a path or URL.
         Nothing is written until :meth:`add_adatas` commits.
     mode
-        As zarr's: ``"a"`` (default) opens or will create, ``"r"`` needs an existing collection, ``"w"`` shows an
-        existing one as empty, and replaces it when :meth:`add_adatas` commits: until then it stays as it is, for ever
-        if no build follows, and who reads it ends the epoch as it began.
+        As in zarr: ``"a"`` (default) opens or creates, ``"r"`` requires an existing collection, and ``"w"`` shows an
+        existing one as empty and replaces it when :meth:`add_adatas` commits. Until then, it stays unchanged, and
+        open readers finish their epoch on it.
     is_collection_h5ad
-        A folder of ``dataset_<i>.h5ad``: builds shuffle into such files, and of these only obs can be read here.
+        True for a folder of ``dataset_<i>.h5ad``. Builds write such files. Only their obs can be read here.
     storage_options
-        fsspec's, for a URL: credentials, endpoint and the like. They are written nowhere.
+        Options of fsspec for a URL, such as credentials and endpoint. They are not stored.
 
     Raises
     ------
     CollectionError
-        If something else than a collection is there.
+        If the path holds something other than a collection.
 
     Examples
     --------
@@ -117,14 +117,14 @@ class DatasetCollection(StoredCollection):
         memory_limit: int | str | None = None,
         read_values: bool = False,
     ) -> RunnablePlan[DatasetCollection]:
-        """Scan the inputs and say what :meth:`add_adatas` with the same arguments would do, without doing it.
+        """Scan the inputs and plan what :meth:`add_adatas` would do with the same arguments, without doing it.
 
-        Parameters are those of :meth:`add_adatas`, and ``read_values``: read every value, which takes as long as half
-        the build, so that the plan also says their dtype and how many are NaN or infinite.
+        The parameters are those of :meth:`add_adatas`, and ``read_values``: read every value, which takes about half
+        the time of the build. The plan then includes the dtypes on disk and the numbers of NaN and infinite values.
 
         Returns
         -------
-        The plan. Its repr says tasks, bytes and peak memory; its method ``run`` builds the collection.
+        The plan. Its repr shows tasks, bytes and peak memory. Its method ``run`` builds the collection.
         """
         request = self._request(locals())
         room = choose_engine(client, memory_limit)
@@ -169,14 +169,13 @@ class DatasetCollection(StoredCollection):
     ) -> DatasetCollection:
         """Shuffle the cells of many AnnData files into this collection.
 
-        Every cell of every input gets a place drawn uniformly over the whole collection. The work is done by Dask, in
-        bounded memory, and leaves the collection as it was until the last step publishes the new one. A build that was
-        interrupted continues where it stopped when it is called again with the same arguments, unless an input was
-        changed since. The very same call, repeated after it succeeded, does nothing; anything else, such
-        as other options or a file that was replaced, is done.
+        Each cell gets a position drawn uniformly over the whole collection. Dask does the work in bounded memory. The
+        collection stays unchanged until the last step publishes the new one. An interrupted build resumes when it is
+        called again with the same arguments, unless an input has changed. The same call, repeated after success, does
+        nothing. A call with other options or replaced files is a new build.
 
-        A collection that holds cells already is extended: see ``mode``. Its old datasets are removed after the new
-        ones are published.
+        A collection that holds cells is extended, see ``mode``. Its old datasets are removed after the new ones are
+        published.
 
         Parameters
         ----------
@@ -186,8 +185,8 @@ class DatasetCollection(StoredCollection):
             store that can be sent to workers (obstore's, icechunk's, a zip file), or AnnData whose X is a dask array,
             such as :func:`annbatch_dask.concat_lazy` returns: each task computes the blocks of its own rows.
         seed
-            Fixes the shuffle: a non-negative integer, or a generator to draw one from; None is 0. The manifest records
-            it. The same seed and inputs give the same bytes on any cluster.
+            Seed of the shuffle: a non-negative integer, or a generator to draw one from; None is 0. The manifest
+            records it. Equal seeds and inputs give equal bytes on any cluster.
         dataset_size
             Size of a dataset: cells, or uncompressed bytes (as in the inputs) as a string. The last one is smaller.
         shuffle
@@ -196,75 +195,73 @@ class DatasetCollection(StoredCollection):
             Keep only these genes.
         elements
             What to carry: names such as ``"layers"``, ``"layers/counts"``, ``"obsm/X_pca"``, ``"obs"``, ``"raw"``,
-            ``"uns"``, beside X and the obs names. Names with a leading ``-`` say what not to carry. None carries
-            everything that all inputs have. What is left out then is named in a warning and in the plan; ``obsp`` is
-            always, as a shuffle parts its pairs. What is named must be there, and what cannot be carried (awkward
-            arrays) must be excluded.
+            ``"uns"``, beside X and the obs names. Names with a leading ``-`` are excluded. None carries
+            everything that all inputs have; a warning and the plan name what is left out. ``obsp`` is always left out,
+            because a shuffle separates its pairs. Named elements must exist, and elements that cannot be carried
+            (awkward arrays) must be excluded.
         counts
             The matrix of the inputs that becomes X: ``"X"`` (default), ``"raw/X"`` or ``"layers/<key>"``, for all of
             them, or by path for some.
         mode
-            What happens to a collection that holds cells. ``"extend"`` (default) deals the new cells into its datasets,
-            to each in proportion to its size and anywhere in it, and leaves their number and ``dataset_size`` as they
-            are. ``"append"`` adds new datasets, shuffled among themselves. ``"reshuffle"`` shuffles everything again.
+            How a collection that holds cells is extended. ``"extend"`` (default) distributes the new cells over its
+            datasets, in proportion to their sizes and at random positions; the number of datasets stays. ``"append"``
+            adds new datasets, shuffled among themselves. ``"reshuffle"`` shuffles all cells.
         genes
-            ``"collection"`` (default): an extension keeps the collection's genes, drops others of the new inputs and
-            fills those they lack. ``"union"``: it adds the new inputs' genes behind; not with ``mode="append"``.
+            ``"collection"`` (default): an extension keeps the collection's genes, drops other genes of the new inputs
+            and fills missing ones. ``"union"``: it appends the new inputs' genes; not with ``mode="append"``.
         on_duplicate_source
-            An input whose cells the collection has: ``"warn"`` (default) adds them again, with a warning that says how
-            many there are; ``"error"`` refuses. The same file under another path is the same input.
+            For an input whose cells the collection has: ``"warn"`` (default) adds them again with a warning;
+            ``"error"`` refuses. The same file under another path is the same input.
         merge
-            Which var columns, varm, varp and uns to keep of several inputs, as in :func:`anndata.concat`; None keeps
-            none. All of a single input's are kept.
+            Which var columns, varm, varp and uns of several inputs to keep, as in :func:`anndata.concat`; None keeps
+            none. Those of a single input are all kept.
         groupby
             Columns of obs by which the rows of each dataset are sorted: by category in the collection's order of
             categories, by value where numbers or strings, missing ones last; rows of one group stand in the order of
             the shuffle. Categories may differ between inputs. An extension sorts what it rewrites only if it says so.
         load_adata
-            ``path -> AnnData`` instead of the default, which reads all elements from the file. What it
-            returns may be in memory, backed or lazy; it is called on the workers, several times for an input. An
-            interrupted build continues only where its code, and the file at the path it is given, are what they were.
-            What is in memory is counted in the plan's figures, once a thread; what the function needs beside it while
-            it runs, nobody knows.
+            ``path -> AnnData`` instead of the default, which reads all elements from the file. What it returns may be
+            in memory, backed or lazy; it is called on the workers, several times for an input. An interrupted build
+            resumes only if its code and the file are unchanged. Its result, if in memory, is counted in the plan's
+            figures, once per thread; the function's own temporary memory is not.
         storage_options
-            fsspec's, for inputs that are URLs: credentials, endpoint and the like. They go to the workers with each
-            task, and are written nowhere. The collection has its own, see the class.
+            Options of fsspec for inputs that are URLs, such as credentials and endpoint. They are sent to the workers
+            with each task and are not stored in the clear. The collection has its own, see the class.
         allow_mixed_counts
             Build even if X holds whole numbers in some inputs and fractions in others.
         layout
-            How sparse matrices are stored: ``"open"`` (default), by ``zarr_compressor``, which any software for zarr v3
-            reads, or ``"packed"``: columns and whole numbers in as few bits as most of them need, a third smaller and
-            three times as fast to decode, which zarr and anndata read only where this package is installed. Values that
-            are not whole numbers, and dense matrices, are stored as in ``"open"``. None keeps the collection's.
+            Storage of sparse matrices. ``"open"`` (default) uses ``zarr_compressor`` and is readable by any software
+            for zarr v3. ``"packed"`` stores columns and whole numbers in as few bits as most of them need: a third
+            smaller and three times as fast to decode, but zarr and anndata read it only where this package is
+            installed. Other values and dense matrices are stored as in ``"open"``. None keeps the collection's.
         gene_order
             Order of a new collection's genes: ``"names"`` (default), as in :func:`anndata.concat`, or ``"abundance"``:
-            those first that most cells of a sample have, which makes sparse matrices smaller, packed or not. ``raw``
-            keeps its order. None keeps the collection's, as every extension does.
+            most expressed first (in a sample of cells), which makes sparse matrices smaller. ``raw`` keeps its order.
+            None keeps the collection's, as every extension does.
         n_obs_per_chunk
-            Cells of a zarr chunk (for sparse matrices: as many entries as that many cells have on average).
+            Cells per zarr chunk. A chunk of a sparse matrix has as many entries as that many cells have on average.
         shard_size
             Size of a shard: cells, or uncompressed bytes as a string such as ``"1GiB"``, 2**30, or ``"1GB"``, 10**9.
         zarr_compressor
             A zarr codec (blosc, zstd or gzip), or () for none.
         h5ad_compressor
-            Compression of h5ad files: ``"gzip"`` (default), ``"lzf"`` or None. On zarr it has no effect, and any other
-            than the default is warned of.
+            Compression of h5ad files: ``"gzip"`` (default), ``"lzf"`` or None. It has no effect on zarr, where other
+            values give a warning.
         shuffle_chunk_size
-            annbatch's, taken and not needed: rows are shuffled one by one, which mixes no less than any of its values.
+            Argument of annbatch, without effect: rows are shuffled one by one.
         rng
-            annbatch's name of ``seed``: a generator.
+            Generator; annbatch's name for ``seed``.
         client
             A client of the Dask cluster to use. None uses the scheduler set in dask's configuration, or the current
             client, or starts a cluster of subprocesses on this machine and closes it afterwards.
         memory_limit
-            Memory a worker may use, bytes or a string such as ``"4GB"``; None uses what the workers have. The plan must
-            fit.
+            Memory of a worker, in bytes or as a string such as ``"4GB"``; None uses the workers' own limits. The plan
+            must fit.
         scratch, scratch_options
-            Folder or URL for spill files, which all workers can write, and fsspec's options for it; default beside the
-            collection. What the build puts there is removed after success, and of a build that was interrupted by the
-            next one or :meth:`gc`, which find it. In a local one that others may write to, a build makes a folder that
-            only its user may enter, so workers run as that user; a URL's rights are the bucket's. What a worker runs
-            comes through the scheduler or is checked with a key from there: trust the scheduler, and ``load_adata``.
+            Folder or URL for spill files, writable by all workers, and fsspec's options for it; by default beside the
+            collection. Its content is removed after success; that of an interrupted build by the next build or
+            :meth:`gc`. In a local folder, a build makes a private folder, so workers must run as the same user. Code
+            that workers run comes through the scheduler, or is authenticated with a key from it.
         callbacks
             Listeners for the build's events, see :mod:`annbatch_dask.events`.
         progress
@@ -277,14 +274,14 @@ class DatasetCollection(StoredCollection):
         Raises
         ------
         SourceError, SchemaError, LayoutError, MemoryBudgetError
-            Before any work, where an input cannot be read, inputs contradict each other, or sizes cannot be met.
-            SourceError also where an input is changed while the build reads it.
+            Before any work, if an input cannot be read, inputs contradict each other, or sizes cannot be met.
+            SourceError also if an input changes while the build reads it.
         CollectionError
             If an input is in the collection itself, or is in it already and ``on_duplicate_source="error"``.
         CollectionBusyError
             If another build works on the collection.
         IntegrityError
-            If what was written is not what was read; nothing is published.
+            If written rows differ from the rows that were read; nothing is published.
         """
         given = locals()
         request = self._request(given)

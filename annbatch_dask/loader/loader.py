@@ -46,9 +46,8 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
     """Mini-batches from one or more datasets, loaded ahead in background threads.
 
     Iterating yields dictionaries with the keys ``X``, ``obs``, ``var`` and ``index``
-    (:class:`annbatch_dask.types.LoaderOutput`), and ``layers``, ``obsm`` and ``obs_codes`` where they are asked for.
-    A batch belongs to the user: its memory is used again only
-    once nothing refers to it any more.
+    (:class:`annbatch_dask.types.LoaderOutput`), and ``layers``, ``obsm`` and ``obs_codes`` if requested.
+    A batch belongs to the user: its memory is reused only when no reference to it is left.
 
     What is delivered is what was opened. The files of each dataset are noted when it is added, before obs is read and
     once more afterwards, and every read compares its file with that: one that was replaced, overwritten or removed
@@ -70,7 +69,7 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         Fixes the order of all epochs: a non-negative integer, or a generator to draw one from; by default one is drawn
         from the system.
     drop_last
-        Leave out the last batch if it is not full.
+        Drop the last batch if it is not full.
     dense
         Deliver sparse data as dense rows, in the same pass that picks them. ``"cpu"`` makes them in host memory (from
         where ``preload_to_gpu`` copies them). ``"gpu"`` copies the rows to the GPU as they are stored and makes them
@@ -109,12 +108,12 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         ``{"cell_type": ["B", "T"]}`` gives B the code 0 and T the code 1, and refuses another value in a row that
         takes part (see ``where``); with None at the end of the list, all other values have code -1.
     where
-        Which rows take part: a condition on ``obs`` as :meth:`pandas.DataFrame.query` takes it, a mask over all rows,
-        or indices. Samplers count the selected rows only, ``index`` stays the position among all. Only chunks that
+        Rows to select: a condition on ``obs`` as in :meth:`pandas.DataFrame.query`, a mask over all rows, or indices.
+        Samplers count the selected rows only, ``index`` stays the position among all. Only chunks that
         hold a selected row are read. A condition is data, never run as code: it is made of what
         :class:`annbatch_dask.where.Condition` lists, and reads the columns it names.
     return_index
-        Whether batches carry the rows' global positions.
+        Add the rows' global positions to batches, under ``batch["index"]``.
     dist_info
         Share the batches among ranks: where the ranks come from, see
         :class:`annbatch_dask.samplers.DistributedSampler`. None reads everything.
@@ -126,31 +125,31 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         Instead of ``batch_size``: rows of the batches of all ranks together, which are then the same on any number
         of ranks.
     chunk_size
-        Rows read together; 512 by default.
+        Neighbouring rows that are read together; 512 by default.
     preload_nchunks
-        Chunks in one load window, whose rows are mixed; by default 32, or the nearest number that makes the
-        window a multiple of ``batch_size``.
+        Chunks in a load window, whose rows are mixed; by default 32, or the nearest number that makes the window a
+        multiple of ``batch_size``.
     batch_sampler
-        Decides which rows are loaded together and which make a batch. Excludes ``chunk_size``,
+        Chooses the rows that are loaded together and those that make a batch. Excludes ``chunk_size``,
         ``preload_nchunks``, ``batch_size``, ``shuffle``, ``drop_last``, ``seed`` and ``rng``.
     preload_to_gpu
         Deliver batches on the GPU that is current where the iteration begins; needs cupy, and is on by default where
         cupy is installed. ``dense`` says where they are made.
     prefetch_bytes
-        How many bytes, such as ``"1GiB"``, of loaded windows (three quarters) and finished batches (one quarter) may
-        are ready or be under way. One of each is always allowed, however large. Batches the user holds, and buffers
-        waiting to be used again, come on top. A batch made on a GPU counts, though it is there.
+        Limit in bytes, such as ``"1GiB"``, of windows (three quarters) and batches (one quarter) that are ready or in
+        flight. One of each is always allowed, however large. Batches the user holds, and idle buffers, come on top.
+        Batches on a GPU count.
     cache_dir
         A folder on a local disk where what is read from an object store is kept for later epochs and runs. Loaders
         and processes of one user share it while they run. It is made for that user alone, and a folder that others
         may write to is refused. What is damaged there is read from the store again. None keeps nothing.
     cache_bytes
-        Room on the disk that the folder may take, such as ``"500GB"``. Once it is full, the rest is read from the
-        store each time. Beyond the first process, each may pass it by 64 MiB.
+        Disk space that the folder may use, such as ``"500GB"``. When it is full, the rest is read from the store each
+        time. Each process beyond the first may exceed it by 64 MiB.
     rng
         annbatch's name of ``seed``: a generator.
     to_torch
-        An older name: True is ``to="torch"``, False the default.
+        Older name: True is ``to="torch"``, False the default.
 
     Raises
     ------
