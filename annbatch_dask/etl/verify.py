@@ -248,6 +248,7 @@ def _check_files(target: Folder, record: DatasetRecord, reads: Callable[[str], b
     folder, problems = target / record.name, []
     listing = list_files(folder)
     sizes = folder.sizes() if listing is None else listing.sizes
+    sizes = sizes or folder.sizes_of(files)  # a web server need not list what it has
     found = checksums(folder, {name: size for name, (size, _) in files.items() if reads(name) and name in sizes})
     for name, (size, crc) in files.items():
         where = f"{record.name}/{name}"

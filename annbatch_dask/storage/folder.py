@@ -11,6 +11,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import IO, TYPE_CHECKING, Any
@@ -52,6 +53,8 @@ _N_BLOCKS = 8
 """A remote file read here and there keeps this many blocks, read whole and once as long as they stay."""
 _N_REMOVALS = 10
 """How often a folder is removed into which somebody still writes."""
+_N_REQUESTS = 16
+"""Files whose sizes are asked for at the same time."""
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}
 """Extra of ours that brings what fsspec needs for a protocol."""
 
@@ -183,7 +186,21 @@ class Folder:
         root = self.path.rstrip("/")
         self.fs.invalidate_cache(root)
         found = self.fs.find(root, detail=True)
-        return dict(sorted((p[p.rindex(root) + len(root) :].lstrip("/"), info["size"]) for p, info in found.items()))
+        sizes = {p[p.rindex(root) + len(root) :].lstrip("/"): info["size"] for p, info in found.items()}
+        # A web server's page of names has no sizes.
+        sizes |= self.sizes_of(name for name, size in sizes.items() if size is None)
+        return dict(sorted(sizes.items()))
+
+    def sizes_of(self, names: Iterable[str]) -> dict[str, int]:
+        """Bytes of files, asked for one by one, where no listing has them; those that are not there are left out."""
+
+        def size_of(name: str) -> tuple[str, int] | None:
+            with contextlib.suppress(FileNotFoundError):
+                return name, self.fs.info(f"{self.path.rstrip('/')}/{name}")["size"]
+            return None
+
+        with ThreadPoolExecutor(_N_REQUESTS, thread_name_prefix="sizes") as pool:
+            return dict(filter(None, pool.map(size_of, names)))
 
     def files(self) -> list[str]:
         """Paths of all files below, within the folder, sorted."""

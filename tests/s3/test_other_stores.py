@@ -7,9 +7,10 @@ import dask
 import fsspec
 import numpy as np
 import pytest
+import zarr
 
 from annbatch_dask import DatasetCollection
-from annbatch_dask.errors import CollectionError, SourceError, SourceNotFoundError
+from annbatch_dask.errors import CollectionError, IntegrityError, SourceError, SourceNotFoundError
 from tests.s3.tools import contents, epoch
 from tests.tools import RangeHandler
 
@@ -80,3 +81,48 @@ def test_a_url_with_credentials_is_refused(url):
     with pytest.raises(CollectionError, match="give credentials in storage_options") as caught:
         DatasetCollection(url)
     assert "s3cr3t" not in str(caught.value)
+
+
+class Pages(RangeHandler):
+    """Files without a token; folders as pages of links, as web servers have them, where ``lists`` says so."""
+
+    def answer(self, send):
+        folder = self.server.folder / self.path.strip("/")
+        if self.server.lists and folder.is_dir():
+            names = [f"{found.name}/" if found.is_dir() else found.name for found in folder.iterdir()]
+            page = "".join(f'<a href="{self.path.rstrip("/")}/{name}">{name}</a>' for name in names).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", str(len(page)))
+            self.end_headers()
+            self.wfile.write(page if send else b"")
+        else:
+            self.path += "?token=s3cr3t"
+            super().answer(send)
+
+
+@pytest.mark.parametrize("lists", [True, False], ids=["lists", "lists nothing"])
+@pytest.mark.parametrize("form", ["url", "group"])
+def test_a_collection_is_read_from_a_web_server(tmp_path, h5ad_pair, lists, form):
+    """A page of names says no sizes, and a server need not have such pages: files are asked for by name."""
+    local = DatasetCollection(tmp_path / "o.zarr").add_adatas(h5ad_pair, seed=0, dataset_size=150)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Pages)
+    server.folder, server.lists = tmp_path, lists
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/o.zarr"
+        there = DatasetCollection(url if form == "url" else zarr.open_group(url, mode="r"), mode="r")
+        assert len(there) == len(local) == 4
+        np.testing.assert_array_equal(np.concatenate(epoch(there)), np.concatenate(epoch(local)))
+        shard = next(path for path in sorted((tmp_path / "o.zarr/dataset_0/X").rglob("c/0")))
+        shard.write_bytes(shard.read_bytes()[:-1])
+        with pytest.raises(IntegrityError, match=r"has [\d,]+ bytes and was written with"):
+            epoch(DatasetCollection(url, mode="r"))
+        shard.unlink()
+        with pytest.raises(IntegrityError, match="is missing"):
+            epoch(DatasetCollection(url, mode="r"))
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
