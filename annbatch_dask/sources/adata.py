@@ -27,6 +27,7 @@ from annbatch_dask.sources.files import GENE_WISE, PAIRED, no_cells
 from annbatch_dask.sources.matrices import (
     CsrRows,
     are_whole,
+    columnless,
     counted,
     describe_matrix,
     is_matrix,
@@ -105,6 +106,8 @@ class AnnDataSource:
         """Name, what the columns are, and the values."""
         if self._adata.X is not None:
             yield "X", "var", self._adata.X
+        elif not self._adata.n_vars:
+            yield "X", "var", columnless(self._adata.n_obs)
         if self._adata.raw is not None:
             yield "raw/X", "raw", self._adata.raw.X
         for name in sorted(k for k in self._adata.layers if k is not None):  # anndata 0.13 lists X as layer None

@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 from annbatch_dask.plan.schema import OBS, ColumnSchema, Genes, MatrixSchema, SourceSchema
 from annbatch_dask.sources.columns import ColumnRows, describe_elem, elem_rows, mean_width
-from annbatch_dask.sources.matrices import CsrRows, are_whole, check_rows, describe_matrix, matrix_rows, n_rows_of
+from annbatch_dask.sources.matrices import (
+    CsrRows,
+    are_whole,
+    check_rows,
+    columnless,
+    describe_matrix,
+    matrix_rows,
+    n_rows_of,
+)
 from annbatch_dask.storage.frames import n_rows
 
 if TYPE_CHECKING:
@@ -56,6 +64,8 @@ class GroupSource:
         index, n_obs = str(obs.attrs["_index"]), n_rows(obs)
         columns, matrices = self._columns(OBS, metadata_only=metadata_only), []
         unsupported = [f"{OBS}/{c}" for c in self._unsupported_columns(OBS)]
+        if self._is_absent("X") and not n_rows(self._group["var"]):
+            matrices += filter(None, [describe_matrix("X", columnless(n_obs))])
         for name, genes, elem in self._matrix_elems():
             if elem.attrs.get("encoding-type") == "dataframe":
                 columns += self._columns(name, metadata_only=metadata_only)
@@ -100,6 +110,10 @@ class GroupSource:
             for name in sorted(() if self._is_absent(kind) else self._group[kind]):
                 yield f"{kind}/{name}", genes, self._group[kind][name]  # type: ignore[misc]
 
+    def _element(self, name: str) -> Any:
+        is_missing = name == "X" and self._is_absent("X")
+        return columnless(n_rows(self._group["obs"])) if is_missing else self._group[name]
+
     def _columns(self, frame: str, *, metadata_only: bool) -> list[ColumnSchema]:
         found = self._described(frame, metadata_only=metadata_only).values()
         return [replace(c, frame=frame) for c in found if c is not None]
@@ -132,7 +146,7 @@ class GroupSource:
 
     def matrix(self, matrix: MatrixSchema, start: int, stop: int) -> CsrRows | NDArray:
         """Rows [start, stop) of a matrix: dense ones as an array."""
-        return matrix_rows(self._group[matrix.source_name], matrix, start, stop)
+        return matrix_rows(self._element(matrix.source_name), matrix, start, stop)
 
     def column(self, column: ColumnSchema, start: int, stop: int) -> ColumnRows:
         """Rows [start, stop) of a column."""

@@ -50,7 +50,7 @@ def where_of(ref: SourceRef) -> str:
         return ""
     folder = ref.folder
     if folder.is_local:
-        return os.path.realpath(folder.path)
+        return os.path.realpath(folder.path) + ref.within
     if "::" in folder.url:
         return shown(folder.url)
     protocol = folder.fs.protocol

@@ -100,6 +100,11 @@ def _is_group(values: Any) -> bool:
     return hasattr(values, "keys") and hasattr(values, "attrs") and not isinstance(values, pd.DataFrame)
 
 
+def columnless(n_obs: int) -> Any:
+    """X of cells that have no genes, as those whose images lie in obsm: a matrix of no columns."""
+    return sp.csr_matrix((n_obs, 0), dtype=np.float32)
+
+
 def is_matrix(name: str, dtype: np.dtype, ndim: int) -> bool:
     """True if rows of such an array can be carried: vectors of numbers, and in ``obsm`` arrays of any dimensions."""
     return dtype.kind in "biuf" and (ndim == 2 or (ndim > 2 and name.startswith("obsm/")))

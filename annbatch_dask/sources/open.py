@@ -38,7 +38,7 @@ class SourceRef:
 
     ``tagged``: a dataset of the collection that is extended, whose rows say where they came from. ``counts``: the
     matrix that becomes X. ``loader``: identity of ``load_adata``, see :mod:`annbatch_dask.sources.identity`. ``known``:
-    identity of the whole, where it is recorded.
+    identity of the whole, where it is recorded. ``within``: a group of the file at ``item``.
     """
 
     label: str
@@ -49,6 +49,7 @@ class SourceRef:
     options: StorageOptions = field(default_factory=StorageOptions, repr=False)
     loader: str = ""
     known: str = ""
+    within: str = ""
 
     @property
     def folder(self) -> Folder:

@@ -6,10 +6,12 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
+import h5py
 import zarr
 
 from annbatch_dask.errors import CollectionError, SourceError
@@ -36,7 +38,8 @@ def references(
         raise TypeError(msg)
     options = StorageOptions(storage_options or {})
     loader = "" if load_adata is None else function_identity(load_adata)
-    refs = tuple(replace(_reference(p, load_adata, options), loader=loader) for p in paths)
+    refs = tuple(_reference(p, load_adata, options) for p in paths)
+    refs = tuple(replace(r, loader=r.loader or loader) for r in refs)
     if not refs:
         msg = "adata_paths is empty; give at least one AnnData file"
         raise SourceError(msg)
@@ -80,6 +83,8 @@ def _reference(item: Any, load_adata: Callable[[Any], ad.AnnData] | None, option
         except CollectionError:  # its store alone knows its files: in memory, in a zip file, of obstore or icechunk
             return SourceRef(_name_of(item), item)
         return SourceRef(without_secrets(str(item)), folder.url, options=folder.options)
+    if isinstance(item, h5py.Group):
+        return _inside_a_file(item, load_adata)
     if load_adata is not None:
         return SourceRef(_name_of(item), item, load_adata)
     if _is_lazy(item):
@@ -87,6 +92,21 @@ def _reference(item: Any, load_adata: Callable[[Any], ad.AnnData] | None, option
         return SourceRef(_label(own), own, _given)
     msg = f"an input is a path, a URL, a zarr.Group or a lazy AnnData, not {type(item).__name__}; write it to a file"
     raise TypeError(msg)
+
+
+def _inside_a_file(group: h5py.Group, load_adata: Callable[[Any], ad.AnnData] | None) -> SourceRef:
+    """A group of an open HDF5 file, as a modality of an .h5mu is: a worker opens the file, and goes there."""
+    path = os.fsdecode(group.file.filename)
+    within = group.name.rstrip("/")
+    load = partial(_load_inside, name=group.name, load=load_adata)
+    return SourceRef(path + within, os.path.abspath(path), load, loader=function_identity(load), within=within)
+
+
+def _load_inside(path: str, *, name: str, load: Callable[[Any], ad.AnnData] | None) -> ad.AnnData:
+    from anndata.experimental import read_lazy
+
+    group = h5py.File(path, "r")[name]  # what is lazy reads from it; the last of it closes it
+    return (load or read_lazy)(group)
 
 
 def check_portable(refs: Iterable[SourceRef]) -> None:
