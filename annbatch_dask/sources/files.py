@@ -62,7 +62,8 @@ class GroupSource:
         """Schema of the input. With ``metadata_only``, no matrix value is read; stored values per row are guessed."""
         obs = self._group["obs"]
         index, n_obs = str(obs.attrs["_index"]), n_rows(obs)
-        columns, matrices = self._columns(OBS, metadata_only=metadata_only), []
+        columns = self._columns(OBS, metadata_only=metadata_only)
+        matrices: list[MatrixSchema] = []
         unsupported = [f"{OBS}/{c}" for c in self._unsupported_columns(OBS)]
         if self._is_absent("X") and not n_rows(self._group["var"]):
             matrices += filter(None, [describe_matrix("X", columnless(n_obs))])
