@@ -322,7 +322,7 @@ def join_dense(values: NDArray, spec: MatrixSpec, gene_map: NDArray[np.int32] | 
 
 def read_column(column: ColumnSpec, block: Block, source: SourceSchema, opened: Source) -> ColumnRows:
     """A block's rows of a column: codes mapped, dtypes promoted, gaps filled."""
-    if column.path == f"{OBS}/{SRC_PATH}" and not source.tagged:
+    if column.path == f"{OBS}/{SRC_PATH}" and not source.is_dataset:
         assert column.categories is not None  # it always is a categorical
         code = column.categories.values.index(source.path)
         return ColumnRows(np.full(block.n_rows, code, signed_dtype(len(column.categories.values))))

@@ -196,7 +196,7 @@ def check_old_rows(job: Job, scattered: Sequence[ScatterReceipt]) -> None:
 def _forget_dataset(job: Job, name: str) -> None:
     """Let a dataset's rows be read again by the next call, when its files have been restored."""
     for k, block in enumerate(job.plan.blocks):
-        if job.plan.sources[block.source].path == name and job.plan.sources[block.source].tagged:
+        if job.plan.sources[block.source].path == name and job.plan.sources[block.source].is_dataset:
             forget_task(job.scratch, k)
 
 

@@ -102,7 +102,7 @@ def write_root(
 def _inputs(job: Job) -> list[Input]:
     """Location and content identity of every source in the manifest, in its order, where known."""
     before = [] if job.base is None else known_inputs(job.target, job.base)
-    new = [(ref, source) for ref, source in zip(job.refs, job.plan.sources, strict=True) if not source.tagged]
+    new = [(ref, source) for ref, source in zip(job.refs, job.plan.sources, strict=True) if not source.is_dataset]
     return [*before, *(Input.of(where_of(ref), source.identity) for ref, source in new)]
 
 
@@ -154,7 +154,7 @@ def make_manifest(
         seed=plan.seed,
         permutation={"name": plan.placement.name, "version": plan.placement.version},
         plan=plan.fingerprint,
-        sources=tuple(s.path for s in plan.sources if not s.tagged),
+        sources=tuple(s.path for s in plan.sources if not s.is_dataset),
         elements=plan.options.elements.names,
         groupby=plan.options.groupby,
         genes=_gene_overlaps(plan),
@@ -244,7 +244,7 @@ def _sources(plan: Plan, scattered: Sequence[ScatterReceipt]) -> tuple[SourceRec
     return tuple(
         SourceRecord(s.path, s.n_obs, int(nnz[k]), fingerprints[k], s.x.source_name, plan.n_genes_of(k))
         for k, s in enumerate(plan.sources)
-        if not s.tagged
+        if not s.is_dataset
     )
 
 

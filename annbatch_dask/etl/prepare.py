@@ -66,7 +66,7 @@ class Prepared:
 
     def warn(self) -> None:
         """Say what the inputs have and the collection will not have, or will call otherwise."""
-        n_inputs = sum(not ref.tagged for ref in self.refs)
+        n_inputs = sum(not ref.is_dataset for ref in self.refs)
         if left_out := self.plan.left_out:
             shown = ", ".join(f"{name} ({len(paths)} of {n_inputs} inputs)" for name, paths in left_out.items())
             warn(f"left out: {shown}; name them with a leading '-' in elements to confirm, or see merge")
@@ -186,11 +186,11 @@ def warn_of_duplicates(root: Root, refs: Sequence[SourceRef], on_duplicate_sourc
 def dataset_refs(root: Root) -> list[SourceRef]:
     """The datasets as inputs of a build that extends them, or of a view."""
     if not root.has_folder:
-        return [SourceRef(name, group, tagged=True) for name, group in zip(root.names(), root, strict=True)]
+        return [SourceRef(name, group, is_dataset=True) for name, group in zip(root.names(), root, strict=True)]
     folder, manifest = root.target, root.manifest
     recorded = {} if manifest is None else {d.name: f"{d.fingerprint}/{d.metadata}" for d in manifest.datasets}
     return [
-        SourceRef(n, (folder / n).url, tagged=True, options=folder.options, known=recorded.get(n, ""))
+        SourceRef(n, (folder / n).url, is_dataset=True, options=folder.options, known=recorded.get(n, ""))
         for n in root.names()
     ]
 
@@ -244,7 +244,7 @@ def prepare(root: Root, request: Request, room: EngineChoice, *, read_values: bo
     annotations = merge_annotations(found, request.merge) if found else None
     if annotations is not None:
         _exclude(annotations, options.elements)
-    chosen = [s.schema if s.schema.tagged else options.elements.select(s.schema) for s in scanned]
+    chosen = [s.schema if s.schema.is_dataset else options.elements.select(s.schema) for s in scanned]
 
     def look_at(some: list[tuple[SourceRef, SourceSchema, frozenset[str]]]) -> list[dict[str, ValueRange]]:
         return room.scanner.run("look", look, some, lambda *_: None, lambda i: some[i][0].label)

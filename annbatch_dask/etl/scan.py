@@ -59,7 +59,7 @@ def scan(  # a task's arguments are positional
     try:
         with open_source(ref) as source:
             schema = _with_shared_names(source.schema(metadata_only=metadata_only))
-            schema = choose_counts(replace(schema, tagged=ref.tagged), ref.counts)
+            schema = choose_counts(replace(schema, is_dataset=ref.is_dataset), ref.counts)
             if read_values:
                 found = tuple(replace(m, values=_range_of_matrix(source, schema, m)) for m in schema.matrices)
                 schema = replace(schema, matrices=found)

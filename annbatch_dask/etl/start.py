@@ -113,7 +113,9 @@ def _is_published(root: Root, prepared: Prepared) -> bool:
 
 def _check_inputs(prepared: Prepared, room: EngineChoice) -> None:
     """Refuse inputs that are not what they were when they were scanned."""
-    tasks = [(ref, s.identity) for ref, s in zip(prepared.refs, prepared.plan.sources, strict=True) if not ref.tagged]
+    tasks = [
+        (ref, s.identity) for ref, s in zip(prepared.refs, prepared.plan.sources, strict=True) if not ref.is_dataset
+    ]
     try:
         room.scanner.run("check", raise_if_changed, tasks, lambda *_: None, lambda i: tasks[i][0].label)
     except SourceError as e:

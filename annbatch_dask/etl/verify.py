@@ -148,7 +148,7 @@ def _compare(
 ) -> list[Problem]:
     """Compare inputs with what the manifest says of them."""
     candidates = _match_sources([r.label for r in refs], manifest)
-    first = SourceRef("dataset", (target / manifest.datasets[0].name).url, tagged=True, options=target.options)
+    first = SourceRef("dataset", (target / manifest.datasets[0].name).url, is_dataset=True, options=target.options)
     results = run_stage(
         engine,
         "compare",
@@ -195,7 +195,7 @@ def check_dataset(target: Folder, record: DatasetRecord, n_vars: int) -> CheckRe
     folder = target / record.name
     problems = _check_files(target, record, lambda _: True)
     if not problems:
-        ref = SourceRef(record.name, folder.url, tagged=True, options=folder.options)
+        ref = SourceRef(record.name, folder.url, is_dataset=True, options=folder.options)
         problems = _check_rows(ref, record, n_vars=n_vars)
     return CheckResult(tuple(problems), record.n_obs, record.n_bytes)
 
@@ -315,7 +315,7 @@ def _fingerprint(ref: SourceRef, dataset: SourceRef | None, elements: Elements =
     if not schemas[-1].n_obs:
         return 0, 0, "0" * 16, 0
     refs = [r for r in (dataset, ref) if r is not None]
-    schemas = [s if s.tagged else elements.select(s) for s in schemas]
+    schemas = [s if s.is_dataset else elements.select(s) for s in schemas]
     schemas = with_ranges(refs, schemas, lambda some: [look(*args) for args in some])
     extension = None if dataset is None else Extension("append", 1, 0)
     options = Options(seed=0, shuffle=False, elements=elements, allow_mixed_counts=True)

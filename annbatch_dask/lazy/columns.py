@@ -124,11 +124,11 @@ def _read_names(_: ColumnSpec, block: Block, __: SourceSchema, opened: Source) -
 
 
 def _read_stored(spec: ColumnSpec, block: Block, source: SourceSchema, opened: Source) -> ColumnRows:
-    return read_column(spec, block, replace(source, tagged=True), opened)  # a src_path column is one like any other
+    return read_column(spec, block, replace(source, is_dataset=True), opened)  # a src_path column is one like any other
 
 
 def _read_label(spec: ColumnSpec, block: Block, source: SourceSchema, opened: Source) -> ColumnRows:
-    return read_column(spec, block, replace(source, tagged=False), opened)
+    return read_column(spec, block, replace(source, is_dataset=False), opened)
 
 
 class _LazyColumn(BackendArray):

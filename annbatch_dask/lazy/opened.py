@@ -31,7 +31,7 @@ def open_as_opened(ref: SourceRef, identity: str) -> Iterator[Source]:
         with open_source(ref) as source:
             yield source
     except Exception as e:
-        is_gone = isinstance(e, SourceNotFoundError) and not ref.tagged  # a file, of which that says enough
+        is_gone = isinstance(e, SourceNotFoundError) and not ref.is_dataset  # a file, of which that says enough
         if not is_gone and look_at(ref) != identity:
             raise _changed(ref) from e
         raise

@@ -67,9 +67,9 @@ def build_plan(
     if not any(s.n_obs for s in sources[n_old:]):
         msg = f"the {len(sources) - n_old} inputs hold 0 cells in all; give at least one file that has cells"
         raise SchemaError(msg)
-    sources = [s if s.tagged else options.elements.select(s) for s in sources]
-    renamed = tuple(s.path for s in sources if not s.tagged and _has_own_tag(s))
-    sources = [s if s.tagged else _rename_own_tag(s) for s in sources]
+    sources = [s if s.is_dataset else options.elements.select(s) for s in sources]
+    renamed = tuple(s.path for s in sources if not s.is_dataset and _has_own_tag(s))
+    sources = [s if s.is_dataset else _rename_own_tag(s) for s in sources]
     for source in sources:
         check_unique(source)
         _check_has_x(source)

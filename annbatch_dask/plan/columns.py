@@ -41,7 +41,7 @@ def unite_columns(sources: Sequence[SourceSchema]) -> tuple[ColumnSpec, ...]:
     united = []
     for frame, name in names:
         found = [(s.path, cols.get((frame, name))) for s, cols in zip(sources, by_source, strict=True)]
-        old = [c for s, (_, c) in zip(sources, found, strict=True) if s.tagged and c is not None]
+        old = [c for s, (_, c) in zip(sources, found, strict=True) if s.is_dataset and c is not None]
         united.append(replace(_unite(name, found, old), frame=frame))
     return tuple(united)
 
@@ -86,7 +86,7 @@ def _is_text(column: ColumnSpec, sources: Sequence[SourceSchema]) -> bool:
     if c is None or c.dtype != "str" or c.ordered:
         return False
     having = [s for s, there in zip(sources, column.present, strict=True) if there]
-    return len(c.values) > max(_FEW, sum(s.n_obs for s in having) // 2) and not any(s.tagged for s in having)
+    return len(c.values) > max(_FEW, sum(s.n_obs for s in having) // 2) and not any(s.is_dataset for s in having)
 
 
 def _text(column: ColumnSpec) -> ColumnSpec:
@@ -109,7 +109,7 @@ def unite_tags(sources: Sequence[SourceSchema]) -> ColumnSpec:
 
 
 def _tag(source: SourceSchema) -> Categories:
-    if not source.tagged:
+    if not source.is_dataset:
         return Categories((source.path,), "str")
     found = next((c.categories for c in source.columns if c.path == f"{OBS}/{SRC_PATH}"), None)
     if found is None or found.dtype != "str":

@@ -155,7 +155,7 @@ def check_counts(sources: Sequence[SourceSchema]) -> None:
     if len(by_kind) > 1:
         whole, other = by_kind[True], by_kind[False]
         remedy = f"choose the count matrix with counts={{{other.path!r}: 'raw/X'}}"
-        if other.tagged:  # a dataset of the collection, whose X is what it is
+        if other.is_dataset:  # a dataset of the collection, whose X is what it is
             remedy = f"choose the matrix of {whole.path} that is like the collection's X with counts="
         msg = (
             f"{whole.x.source_name} of {whole.path} holds whole numbers and {other.x.source_name} of {other.path} does "

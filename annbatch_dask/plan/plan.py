@@ -154,7 +154,7 @@ class Plan:
     @cached_property
     def gene_overlaps(self) -> dict[int, int]:
         """Number of genes for each combination of inputs, by a bit mask of them, the most frequent mask first."""
-        inputs = [(k, s.x.genes) for k, s in enumerate(self.sources) if not s.tagged]
+        inputs = [(k, s.x.genes) for k, s in enumerate(self.sources) if not s.is_dataset]
         return self.genes["var"].overlaps(inputs)
 
     @property

@@ -180,7 +180,7 @@ class SourceSchema:
         Row-aligned elements it could not carry: the plan refuses them unless the user excludes them.
     identity
         What tells this content of it from another, as the scan found it: a resume must see the same.
-    tagged
+    is_dataset
         A dataset of a collection: its rows say in ``src_path`` where they came from.
     cuts
         (n_blocks + 1,) rows at which its row blocks may be cut, where not everywhere: those of a lazy array's blocks.
@@ -202,7 +202,7 @@ class SourceSchema:
     index_name: str | None = None
     left_out: tuple[str, ...] = ()
     identity: str = ""
-    tagged: bool = False
+    is_dataset: bool = False
     unsupported: tuple[str, ...] = ()
     raw_names: np.ndarray | None = field(default=None, compare=False, repr=False)
     cuts: np.ndarray | None = field(default=None, compare=False, repr=False)

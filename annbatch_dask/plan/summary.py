@@ -61,7 +61,7 @@ def summary(plan: Plan) -> str:
 
 def as_html(plan: Plan) -> str:
     """The plan for a notebook, with the genes that inputs share."""
-    inputs = [(s.path, s.n_obs, plan.n_genes_of(k)) for k, s in enumerate(plan.sources) if not s.tagged]
+    inputs = [(s.path, s.n_obs, plan.n_genes_of(k)) for k, s in enumerate(plan.sources) if not s.is_dataset]
     genes = overlap_rows(plan.gene_overlaps, len(inputs))
     return render("plan.html", title=title(plan), figures=figures(plan), inputs=inputs, genes=genes)
 

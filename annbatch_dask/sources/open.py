@@ -36,7 +36,7 @@ __all__ = ["Source", "SourceRef", "hiding_secrets_of", "is_hdf5", "open_source"]
 class SourceRef:
     """An input as the user named it: what ``src_path`` says, and what a worker opens.
 
-    ``tagged``: a dataset of the collection that is extended, whose rows say where they came from. ``counts``: the
+    ``is_dataset``: a dataset of the collection that is extended, whose rows say where they came from. ``counts``: the
     matrix that becomes X. ``loader``: identity of ``load_adata``, see :mod:`annbatch_dask.sources.identity`. ``known``:
     identity of the whole, where it is recorded. ``within``: a group of the file at ``item``.
     """
@@ -44,7 +44,7 @@ class SourceRef:
     label: str
     item: Any = field(repr=False)  # a URL may be signed
     load_adata: Callable[[Any], AnnData] | None = None
-    tagged: bool = False
+    is_dataset: bool = False
     counts: str = "X"
     options: StorageOptions = field(default_factory=StorageOptions, repr=False)
     loader: str = ""

@@ -72,8 +72,8 @@ def barcodes(n, values, *, ordered=False, n_obs=None, **fields):
         ([barcodes(50_000, 20_000)], "categorical"),
         ([barcodes(9000, 9000)], "categorical"),
         ([barcodes(30_000, 20_000, ordered=True)], "categorical"),
-        ([barcodes(30_000, 20_000, tagged=True), barcodes(10, 5, path="b")], "categorical"),
-        ([source([1] * 10, tagged=True), barcodes(30_000, 20_000, path="b")], "string"),
+        ([barcodes(30_000, 20_000, is_dataset=True), barcodes(10, 5, path="b")], "categorical"),
+        ([source([1] * 10, is_dataset=True), barcodes(30_000, 20_000, path="b")], "string"),
     ],
     ids=["nearly one a row", "more rows", "few", "ordered", "kept", "new"],
 )

@@ -227,8 +227,8 @@ def test_categories_unite_and_codes_are_mapped():
     ],
 )
 def test_categories_of_a_collection_keep_their_codes(old, new, expected, maps):
-    tagged = [source(f"dataset_{k}", columns=[categorical(*c)], tagged=True) for k, c in enumerate(old)]
-    (spec,) = unite_columns([*tagged, source(columns=[categorical(*new)])])
+    is_dataset = [source(f"dataset_{k}", columns=[categorical(*c)], is_dataset=True) for k, c in enumerate(old)]
+    (spec,) = unite_columns([*is_dataset, source(columns=[categorical(*new)])])
     assert spec.categories.values == expected
     assert [m.tolist() for m in spec.code_maps] == maps
 
