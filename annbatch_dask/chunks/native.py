@@ -28,7 +28,21 @@ from numpy.typing import NDArray
 from annbatch_dask.kernels.compiled import compiled
 from annbatch_dask.kernels.packed import BLOCK_VALUES
 
-__all__ = ["BLOSC", "IN_MEMORY", "PLAIN", "can_fill", "can_inflate", "fill", "functions", "inflate_names"]
+__all__ = [
+    "BLOSC",
+    "IN_MEMORY",
+    "PLAIN",
+    "c_function",
+    "can_fill",
+    "can_inflate",
+    "crc_matches",
+    "decode",
+    "fill",
+    "functions",
+    "inflate_names",
+    "read_file",
+    "unpack_from",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +127,7 @@ def can_fill(*, is_blosc: bool, has_crc: bool, from_files: bool) -> bool:
     return bool(functions()[needed].all())
 
 
-def _c_function(result: int, *arguments: int) -> Any:
+def c_function(result: int, *arguments: int) -> Any:
     """A call, in a kernel, of the C function at an address; integers of so many bits, pointers among them."""
 
     def call(_typing: Any, _address: Any, _arguments: Any) -> tuple[Any, Callable[..., Any]]:
@@ -133,15 +147,15 @@ def _c_function(result: int, *arguments: int) -> Any:
     return intrinsic(call)
 
 
-_pread = _c_function(64, 32, 64, 64, 64)
-_statx = _c_function(32, 32, 64, 32, 32, 64)
-_memcpy = _c_function(64, 64, 64, 64)
-_crc32c = _c_function(32, 64, 64)
-_blosc = _c_function(32, 64, 64, 64, 32)
-_unpack = _c_function(64, 64, 64, 64, 64, 64, 64)
-_allocate = _c_function(64, 64)  # takes nothing, but a tuple here holds something
-_inflate = _c_function(32, 64, 64, 64, 64, 64, 64)
-_free = _c_function(64, 64)
+_pread = c_function(64, 32, 64, 64, 64)
+_statx = c_function(32, 32, 64, 32, 32, 64)
+_memcpy = c_function(64, 64, 64, 64)
+_crc32c = c_function(32, 64, 64)
+_blosc = c_function(32, 64, 64, 64, 32)
+_unpack = c_function(64, 64, 64, 64, 64, 64, 64)
+_allocate = c_function(64, 64)  # takes nothing, but a tuple here holds something
+_inflate = c_function(32, 64, 64, 64, 64, 64, 64)
+_free = c_function(64, 64)
 
 
 @compiled
@@ -152,7 +166,7 @@ def _number(raw: Any, at: int) -> Any:
 
 
 @compiled
-def _read(file: Any, offset: int, nbytes: int, c: Any, raw: Any, found: Any) -> Any:
+def read_file(file: Any, offset: int, nbytes: int, c: Any, raw: Any, found: Any) -> Any:
     """Read from an open file into ``raw``; whether all was there, and the file is in its version afterwards."""
     done = 0
     while done < nbytes:
@@ -164,6 +178,18 @@ def _read(file: Any, offset: int, nbytes: int, c: Any, raw: Any, found: Any) -> 
     if _statx(c[_STATX], (file[0], at + 256, _AT_EMPTY_PATH, _BASIC_STATS, at)) != 0:
         return False
     return found[14] * 1_000_000_000 + (found[15] & 0xFFFFFFFF) == file[1] and found[5] == file[2]
+
+
+@compiled
+def crc_matches(raw: Any, at: int, size: int, c: Any) -> bool:
+    """Whether the crc32c behind ``raw[at:at + size]`` is that of these bytes."""
+    return bool(_crc32c(c[_CRC], (np.int64(raw.ctypes.data) + at, size)) == _number(raw, at + size))
+
+
+@compiled
+def unpack_from(unpacker: int, source: int, size: int, n_values: int, start: int, target: int, n: int) -> Any:  # noqa: PLR0913, PLR0917
+    """Unpack n values of a packed chunk of so many bytes and values; 0, or what is wrong with it."""
+    return _unpack(unpacker, (source, size, n_values, start, target, n))
 
 
 @compiled
@@ -181,16 +207,16 @@ def _unpack_pieces(source: int, size: int, how: Any, pieces: Any) -> Any:
     status = 0
     for p in range(len(pieces)):
         start, target = pieces[p, 0], how[5] + pieces[p, 2] * how[6]
-        status |= _unpack(how[0], (source, size, how[2], start, target, pieces[p, 1] - start))
+        status |= unpack_from(how[0], source, size, how[2], start, target, pieces[p, 1] - start)
     return status
 
 
 @compiled
-def _decode(raw: Any, at: int, size: int, how: Any, c: Any, target: int) -> bool:
+def decode(raw: Any, at: int, size: int, how: Any, c: Any, target: int) -> bool:
     """Decode the whole chunk ``raw[at:at + size]``, which is not plain; whether it is sound."""
     source, nbytes = np.int64(raw.ctypes.data) + at, how[2] * how[3]
     if how[0] != BLOSC:
-        return bool(_unpack(how[0], (source, size, how[2], 0, target, how[2])) == 0)
+        return bool(unpack_from(how[0], source, size, how[2], 0, target, how[2]) == 0)
     if size < _BLOSC_HEADER_NBYTES or _number(raw, at + 4) != nbytes or _number(raw, at + 12) != size:
         return False
     return bool(_blosc(c[_BLOSC], (source, target, nbytes, 1)) == nbytes)
@@ -202,7 +228,7 @@ def _place(raw: Any, at: int, size: int, how: Any, pieces: Any, c: Any, spare: A
     source = np.int64(raw.ctypes.data) + at
     if how[1]:
         size -= 4
-        if size < 0 or _crc32c(c[_CRC], (source, size)) != _number(raw, at + size):
+        if size < 0 or not crc_matches(raw, at, size, c):
             return False
     n_rows, row_nbytes, width, dest, stride = how[2], how[3], how[4], how[5], how[6]
     nbytes = n_rows * row_nbytes
@@ -214,7 +240,7 @@ def _place(raw: Any, at: int, size: int, how: Any, pieces: Any, c: Any, spare: A
         return bool(_unpack_pieces(source, size, how, pieces) == 0)
     else:
         target = dest + pieces[0, 2] * stride if is_whole else np.int64(spare.ctypes.data)
-        if not _decode(raw, at, size, how, c, target):
+        if not decode(raw, at, size, how, c, target):
             return False
         if is_whole:
             return True
@@ -266,7 +292,7 @@ def fill(  # noqa: PLR0913, PLR0917 - a kernel
     n_left, found = 0, np.zeros(33, np.int64)
     for r in range(first, stop):
         read, how = reads[r], hows[reads[r, 7]]
-        is_read = read[0] == IN_MEMORY or _read(read, read[3], read[4], c, raw, found)
+        is_read = read[0] == IN_MEMORY or read_file(read, read[3], read[4], c, raw, found)
         for k in range(how[7] + read[5], how[7] + read[6]):
             chunk = chunks[k]
             own = pieces[how[8] + chunk[2] : how[8] + chunk[3]]

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -49,14 +50,14 @@ from annbatch_dask.storage.versions import Listing
 if TYPE_CHECKING:
     import zarr
 
-__all__ = ["MAX_READ_NBYTES", "RangeReader", "Task", "deal"]
+__all__ = ["MAX_READ_NBYTES", "MIN_PART_NBYTES", "Divisible", "LocalChunks", "RangeReader", "Task", "deal"]
 
 Task = Callable[[], object]
 MAX_READ_NBYTES = 2 * 1024 * 1024
 """A read grows no further than this (a single chunk may be larger)."""
 _MAX_FILL_NBYTES = 256 * 1024
 """The same where one call makes many reads: what was read is still in a core's cache when it is decoded."""
-_MIN_PART_NBYTES = 512 * 1024
+MIN_PART_NBYTES = 512 * 1024
 """Less is not worth a thread's waking up."""
 _BLOSC_HEADER_NBYTES = 16
 
@@ -145,6 +146,26 @@ class RangeReader:
             self._index.load(shard)
         return [task for column in self._index.columns for task in _tasks_of(self._index, column, spans, out)]
 
+    def local_chunks(self, spans: Ints) -> LocalChunks | None:
+        """Where the values of some runs lie, in the order of the array; None where no one call can read them.
+
+        It can where the array has one dimension and lies in local files, and all chunks were written, in order.
+        """
+        if self._index is None or len(self.shape) != 1 or self._index.layout.files.is_remote or not len(spans):
+            return None
+        (column,), nothing = self._index.columns, np.empty(0, self.dtype)
+        how = _how(self._index.layout, column, nothing)
+        if how is None:
+            return None
+        for shard in self._index.unknown(spans):
+            self._index.load(shard)
+        reads, chunks, pieces, missing = self._index.plan(column, spans, 0)
+        if len(missing) or (chunks[1:, 2] < chunks[:-1, 2]).any():
+            return None
+        held: list[Held] = []
+        reads = _opened(_Plan(self._index, column, reads, chunks, pieces, nothing), 0, held)
+        return LocalChunks(reads, chunks[:, 2:4], pieces, tuple(how[:4]), held)
+
     def close(self) -> None:
         """Keep no file open until the next read. Takes no lock."""
         if self._files is not None:
@@ -222,6 +243,42 @@ def _tasks_of(index: ShardIndex, column: GridColumn, spans: Ints, out: Array) ->
 
 
 @dataclass(frozen=True)
+class LocalChunks:
+    """Chunks of an array of one dimension in local files, which ``held`` keeps open.
+
+    Attributes
+    ----------
+    reads
+        A row of :func:`native.fill`'s ``reads`` for each chunk.
+    runs
+        (n, 2) the half-open run of pieces of each.
+    pieces
+        (n, 3) values ``[start, stop)`` of a chunk, and where they go.
+    how
+        How a chunk is encoded, whether a crc32c follows, its values, and the bytes of each.
+    """
+
+    reads: Ints
+    runs: Ints
+    pieces: Ints
+    how: tuple[int, ...]
+    held: Sequence[Held]
+
+
+class Divisible(ABC):
+    """Work that is done as a whole, or in parts by several threads."""
+
+    def __call__(self) -> None:
+        """Do all of it."""
+        for task in self.cut(1):
+            task()
+
+    @abstractmethod
+    def cut(self, n_parts: int) -> list[Task]:
+        """The same as at most so many calls about equal; fewer where they would not be worth it."""
+
+
+@dataclass(frozen=True)
 class _Fill:
     """Reads of local files that one call can make, or several about equal ones."""
 
@@ -235,11 +292,12 @@ class _Fill:
 def deal(tasks: Sequence[Task], n_parts: int) -> list[Task]:
     """Split the work into at most ``n_parts`` calls of about equal size, and tasks that cannot be split."""
     fills = [task for task in tasks if isinstance(task, _Fill)]
-    if not fills:
-        return list(tasks)
-    whole = _Fills.of(fills)
     others = [task for task in tasks if not isinstance(task, _Fill)]
-    return [*others, *(partial(whole.run, first, stop) for first, stop in whole.cut(n_parts))]
+    dealt = [part for task in others for part in (task.cut(n_parts) if isinstance(task, Divisible) else [task])]
+    if not fills:
+        return dealt
+    whole = _Fills.of(fills)
+    return [*dealt, *(partial(whole.run, first, stop) for first, stop in whole.cut(n_parts))]
 
 
 @dataclass(frozen=True)
@@ -270,7 +328,7 @@ class _Fills:
     def cut(self, n_parts: int) -> Iterator[tuple[int, int]]:
         """Runs of reads of about as many bytes."""
         so_far = np.cumsum(self.reads[:, 4])
-        n_parts = max(1, min(n_parts, int(so_far[-1]) // _MIN_PART_NBYTES))
+        n_parts = max(1, min(n_parts, int(so_far[-1]) // MIN_PART_NBYTES))
         bounds = np.searchsorted(so_far, so_far[-1] * np.arange(1, n_parts) / n_parts).tolist()
         bounds = [0, *bounds, len(self.reads)]
         return ((first, stop) for first, stop in itertools.pairwise(bounds) if first < stop)

@@ -9,7 +9,7 @@ import numpy as np
 from annbatch_dask.kernels.compiled import compiled
 from annbatch_dask.kernels.rows import order_row
 
-__all__ = ["deal_rows", "find_runs", "place_entries"]
+__all__ = ["deal_rows", "find_runs", "place_entries", "row_bounds"]
 
 
 @compiled
@@ -91,6 +91,21 @@ def place_entries(indptr: Any, rows: Any, row_spans: Any, span: Any) -> Any:
         start = indptr[rows[i]]
         starts[i], lengths[i] = start + shifts[span[i]], indptr[rows[i] + 1] - start
     return spans, starts, lengths
+
+
+@compiled
+def row_bounds(indptr: Any, row_spans: Any) -> Any:
+    """(n_rows + 1,) where each row of some runs of rows begins among the entries of all of these, and the end."""
+    n_rows = 0
+    for k in range(len(row_spans)):
+        n_rows += row_spans[k, 1] - row_spans[k, 0]
+    bounds = np.zeros(n_rows + 1, np.int64)
+    i = 0
+    for k in range(len(row_spans)):
+        for row in range(row_spans[k, 0], row_spans[k, 1]):
+            bounds[i + 1] = bounds[i] + indptr[row + 1] - indptr[row]
+            i += 1
+    return bounds
 
 
 @compiled

@@ -21,8 +21,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from annbatch_dask.chunks.cache import RangeCache
 from annbatch_dask.chunks.reader import RangeReader, Task
+from annbatch_dask.chunks.wanted import CsrRows, WantedEntries
 from annbatch_dask.errors import SourceError
-from annbatch_dask.kernels.row_runs import find_runs, place_entries
+from annbatch_dask.kernels.row_runs import find_runs, place_entries, row_bounds
 from annbatch_dask.kernels.values import range_of
 from annbatch_dask.manifest import SOURCE_DTYPE
 from annbatch_dask.storage.versions import Listing
@@ -34,6 +35,7 @@ __all__ = [
     "DenseBlock",
     "Loaded",
     "Located",
+    "PickedBlock",
     "RowSource",
     "SparseBlock",
     "ValueBounds",
@@ -54,6 +56,21 @@ class SparseBlock:
     columns: Array
     starts: Ints
     lengths: Ints
+
+
+@dataclass(frozen=True)
+class PickedBlock(SparseBlock):
+    """The same without entries of columns that are not wanted.
+
+    ``n_used`` says of how many entries of its room there are any; like all else, it is known once all tasks have run.
+    """
+
+    n_used: Ints
+
+    @property
+    def spare_nbytes(self) -> int:
+        """Room that was never touched."""
+        return (len(self.values) - int(self.n_used[0])) * (self.values.itemsize + self.columns.itemsize)
 
 
 @dataclass(frozen=True)
@@ -81,12 +98,15 @@ class Located:
         Where each row begins in what is read: a row, or an entry.
     lengths
         Entries of each row; all zero for dense sources.
+    rows
+        The runs of rows of a CSR group on disk, and which row of all of these each row is.
     """
 
     nbytes: int
     spans: Ints
     starts: Ints
     lengths: Ints
+    rows: tuple[Ints, Ints] | None = None
 
 
 class ValueBounds(NamedTuple):
@@ -160,6 +180,18 @@ class RowSource(ABC):
     @abstractmethod
     def open(self, located: Located, pool: Arrays) -> tuple[Block, list[Task]]:
         """The block, complete once every task has run; row ``i`` is the ``i``-th row located."""
+
+    def open_wanted(
+        self,
+        located: Located,
+        pool: Arrays,
+        is_wanted: NDArray[np.uint8],  # noqa: ARG002
+    ) -> tuple[Block, list[Task]]:
+        """The same; entries of columns that are not wanted, 0 of 0 and 1, may be left out of sparse rows.
+
+        Until every task has run, where rows begin and how long they are may mean nothing.
+        """
+        return self.open(located, pool)
 
     def close(self) -> None:  # noqa: B027 - most hold none
         """Keep no file open until the next read. Takes no lock."""
@@ -258,19 +290,34 @@ class ZarrCsrSource(RowSource):
     def locate(self, rows: Ints) -> Located:
         """Find the rows' entries."""
         indptr = self.indptr
-        row_spans, span, _ = find_runs(rows)
+        row_spans, span, position = find_runs(rows)
         spans, starts, lengths = place_entries(indptr, rows, row_spans, span)
         n_entries = int((spans[:, 1] - spans[:, 0]).sum())
         nbytes = n_entries * (self._values.dtype.itemsize + self._columns.dtype.itemsize)
-        return Located(nbytes, spans, starts, lengths)
+        return Located(nbytes, spans, starts, lengths, (row_spans, position))
 
     def open(self, located: Located, pool: Arrays) -> tuple[Block, list[Task]]:
         """Values and columns, each in one buffer."""
-        n_entries = int((located.spans[:, 1] - located.spans[:, 0]).sum())
-        values = pool.empty(n_entries, self._values.dtype)
-        columns = pool.empty(n_entries, self._columns.dtype)
+        return self._filled(located, *self._buffers(located, pool))
+
+    def open_wanted(self, located: Located, pool: Arrays, is_wanted: NDArray[np.uint8]) -> tuple[Block, list[Task]]:
+        """Values and columns, each in one buffer, of which little is touched where few columns are wanted."""
+        assert located.rows is not None
+        row_spans, position = located.rows
+        values, columns = self._buffers(located, pool)
+        rows = CsrRows(located.spans, row_bounds(self.indptr, row_spans), position)
+        wanted = WantedEntries.of((self._columns, self._values), rows, is_wanted, (columns, values))
+        if wanted is None:
+            return self._filled(located, values, columns)
+        return PickedBlock(values, columns, wanted.starts, wanted.lengths, wanted.used), [wanted]
+
+    def _filled(self, located: Located, values: Array, columns: Array) -> tuple[Block, list[Task]]:
         tasks = [*self._values.tasks(located.spans, values), *self._columns.tasks(located.spans, columns)]
         return SparseBlock(values, columns, located.starts, located.lengths), tasks
+
+    def _buffers(self, located: Located, pool: Arrays) -> tuple[Array, Array]:
+        n_entries = int((located.spans[:, 1] - located.spans[:, 0]).sum())
+        return pool.empty(n_entries, self._values.dtype), pool.empty(n_entries, self._columns.dtype)
 
     def close(self) -> None:
         """Let go of the shards."""

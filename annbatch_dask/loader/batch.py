@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.chunks.reader import Task
+from annbatch_dask.chunks.wanted import say_outside
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.kernels.assemble import (
     Places,
@@ -46,6 +47,7 @@ RunTasks = Callable[[list[Task]], object]
 _MIN_TASK_NBYTES = 1024 * 1024
 _MAX_INT32 = np.iinfo(np.int32).max
 _ROWS_AT_ONCE = 64
+_WANTED_SHARE = 0.5  # of all columns: of more, too few entries are left out for the time that takes
 
 
 @dataclass(frozen=True)
@@ -68,17 +70,20 @@ class Selection:
         The chosen columns of the data.
     places
         For each column of the data its place in the batch; -1 where it is left out.
+    is_wanted
+        For each column of the data 1, or 0 where it is left out.
     """
 
     columns: Ints
     places: Places
+    is_wanted: NDArray[np.uint8]
 
     @classmethod
     def of(cls, columns: Ints, n_columns: int) -> Selection:
         """Select these columns out of ``n_columns``."""
         places = np.full(n_columns, -1, np.int32)
         places[columns] = np.arange(len(columns), dtype=np.int32)
-        return cls(columns, places)
+        return cls(columns, places, (places >= 0).view(np.uint8))
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,14 @@ class Form:
     def is_computed(self) -> bool:
         """True if values take more than a cast."""
         return self.is_half or self.target_sum is not None
+
+    @property
+    def wanted(self) -> NDArray[np.uint8] | None:
+        """The columns whose entries are all that is looked at, as 1 among 0, where to leave out the others pays."""
+        if self.selection is None or self.target_sum is not None:  # a row's sum is that of all its entries
+            return None
+        n_wanted, n_columns = len(self.selection.columns), len(self.selection.places)
+        return self.selection.is_wanted if n_wanted <= _WANTED_SHARE * n_columns else None
 
     def dtype_of(self, loaded: Loaded) -> np.dtype[Any]:
         """Dtype in which the values of a window are delivered."""
@@ -279,8 +292,7 @@ def _prepared(form: Form, block: SparseBlock, starts: Ints, lengths: Ints, dtype
 def check_columns(n_outside: int, n_columns: int) -> None:
     """IntegrityError if entries name a column that does not exist."""
     if n_outside:
-        msg = f"{n_outside} entries name a column beyond the {n_columns} the data has: the data is damaged"
-        raise IntegrityError(msg)
+        raise IntegrityError(say_outside(n_outside, n_columns))
 
 
 # ------------------------------------------------------------------------------- tasks over dense blocks

@@ -19,7 +19,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Generic, TypeVar
@@ -27,7 +27,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from annbatch_dask.chunks.reader import Task, deal
-from annbatch_dask.loader.backing import Loaded, Located
+from annbatch_dask.loader.backing import Block, Loaded, Located, PickedBlock, RowSource
 from annbatch_dask.loader.batch import BatchBuilder
 from annbatch_dask.loader.contents import Contents, Matrix
 from annbatch_dask.loader.gpu.builder import DeviceBuilder
@@ -87,6 +87,10 @@ class ByteLimit:
             raise Closed
         self._used -= returned
         self._n_held -= 1
+
+    def shrink(self, nbytes: int) -> None:
+        """Give back a part of a reservation, in the thread that reserves."""
+        self._used -= nbytes
 
     def release(self, nbytes: int) -> None:
         """Give back a reservation, in any thread."""
@@ -294,7 +298,16 @@ class Pipeline:
             while begun:
                 begun.popleft().reading.settle()
             raise
-        self._windows.put(first.window)
+        self._windows.put(self._without_spare(first.window))
+
+    def _without_spare(self, window: Window) -> Window:
+        """Give back what was reserved for entries that were left out."""
+        blocks = [block for loaded in window.matrices for block in loaded.blocks]
+        spare_nbytes = sum(block.spare_nbytes for block in blocks if isinstance(block, PickedBlock))
+        if not spare_nbytes:
+            return window
+        self._window_budget.shrink(spare_nbytes)
+        return replace(window, nbytes=window.nbytes - spare_nbytes)
 
     def _begin(self, request: LoadRequest, begun: deque[_Begun]) -> _Begun:
         """Let helpers read a window, in its turn where there is no room beside those before."""
@@ -317,10 +330,7 @@ class Pipeline:
         for matrix, parts in zip(self._contents.matrices, located, strict=True):
             blocks, lengths = [], np.empty(len(rows), np.int64)
             for assignment, part in zip(assignments, parts, strict=True):
-                opened, its_tasks = matrix.sources[assignment.dataset].open(part, slab or self._pool)
-                if slab is not None:
-                    opened, copies = stage(opened, slab)
-                    its_tasks = [*its_tasks, *copies]
+                opened, its_tasks = self._open(matrix, matrix.sources[assignment.dataset], part, slab)
                 blocks.append(opened)
                 tasks.extend(its_tasks)
                 lengths[assignment.places] = part.lengths
@@ -336,6 +346,15 @@ class Pipeline:
             reading.settle()
             raise
         return _Begun(Window(rows, splits, matrices, taken, codes, nbytes, slab), reading)
+
+    def _open(self, matrix: Matrix, source: RowSource, part: Located, slab: Slab | None) -> tuple[Block, list[Task]]:
+        """A block of a window, in the slab if it is to go to a device at once, and what fills it."""
+        if slab is not None:
+            opened, tasks = source.open(part, slab)
+            staged, copies = stage(opened, slab)
+            return staged, [*tasks, *copies]
+        wanted = matrix.form.wanted
+        return source.open(part, self._pool) if wanted is None else source.open_wanted(part, self._pool, wanted)
 
     def _room_of(self, located: Sequence[Sequence[Located]], assignments: Sequence[Assignment]) -> int:
         """Bytes of a window; in one piece where it goes to a device."""

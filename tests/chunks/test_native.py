@@ -226,7 +226,7 @@ def test_what_was_not_placed_natively_is_read_again(tmp_path, monkeypatch):
 
 
 def test_work_is_dealt_out_in_about_equal_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(ranges, "_MIN_PART_NBYTES", 1)
+    monkeypatch.setattr(ranges, "MIN_PART_NBYTES", 1)
     monkeypatch.setattr(ranges, "_MAX_FILL_NBYTES", 1)
     array = write(tmp_path / "a", simple("none"))
     readers = [RangeReader(array) for _ in range(3)]
@@ -241,7 +241,7 @@ def test_work_is_dealt_out_in_about_equal_parts(tmp_path, monkeypatch):
         part()
     for out in outs:
         np.testing.assert_array_equal(out, array[:])
-    monkeypatch.setattr(ranges, "_MIN_PART_NBYTES", 10**9)
+    monkeypatch.setattr(ranges, "MIN_PART_NBYTES", 10**9)
     assert len(deal(tasks, 4)) == 1
 
 

@@ -10,13 +10,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import zarr
 
 from annbatch_dask.errors import SchemaError
 from annbatch_dask.loader import Loader
+from annbatch_dask.loader.backing import PickedBlock, ZarrCsrSource
+from annbatch_dask.loader.batch import Form
 from annbatch_dask.loader.reading import load_all_aligned
 from annbatch_dask.transforms import NormalizeLog1p
 from tests.loader.aligned import CHOSEN, EVERYTHING, PLAIN, SIZES, SMALL
 from tests.loader.data import N_VAR, dense, genes, matrix, quiet
+from tests.loader.test_equality import write_csr
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 
@@ -259,6 +263,47 @@ def test_entries_named_twice_are_added_up_in_every_form(dtype, names):
     (batch,) = loader.add_dataset(x, var=var)
     whole = np.array([[4, 3, 0], [0, 0, 8]], dtype)
     same(batch["X"], whole if names is None else whole[:, [1, 0]])
+
+
+CYCLE = ["g7", "g0", "g22", "g3", "g14"]  # no permutation that undoes itself, in the order of the data or of names
+
+
+@pytest.fixture(scope="module")
+def packed(adatas, tmp_path_factory):
+    """Rows on disk whose chosen entries are picked while they are decoded."""
+    made, path = adatas[0].copy(), tmp_path_factory.mktemp("packed")
+    write_csr(zarr.open_group(path / "x", mode="w"), "X", made.X, ("crc", 40, 4, "uint16", "uint16"))
+    made.X = ad.io.sparse_dataset(zarr.open_group(path / "x", mode="r")["X"])
+    return made
+
+
+@pytest.mark.parametrize("names", [CYCLE, sorted(CYCLE), ["g5"], CYCLE[::-1]], ids=["cycle", "sorted", "one", "back"])
+@pytest.mark.parametrize("form", [{}, {"dense": True}, {"dense": True, "dtype": "float16", "casting": "unsafe"}])
+def test_entries_that_are_left_out_early_are_missed_by_nobody(packed, monkeypatch, names, form):
+    def read():
+        loader = Loader(**SMALL, **PLAIN, shuffle=True, rng=0, var_names=names, **form).add_adata(packed)
+        return [(dense(batch["X"]), batch["index"]) for batch in loader]
+
+    picked = []
+    opened = ZarrCsrSource.open_wanted
+
+    def open_wanted(self, *args):
+        block, tasks = opened(self, *args)
+        picked.append(isinstance(block, PickedBlock))
+        return block, tasks
+
+    monkeypatch.setattr(ZarrCsrSource, "open_wanted", open_wanted)
+    early = read()
+    assert all(picked)
+    n_picked = len(picked)
+    assert n_picked
+    monkeypatch.setattr(Form, "wanted", None)
+    late = read()
+    assert len(picked) == n_picked
+    for (x, index), (expected, its_index) in zip(early, late, strict=True):
+        np.testing.assert_array_equal(x, expected)
+        np.testing.assert_array_equal(index, its_index)
+        assert x.dtype == expected.dtype
 
 
 def by_scanpy(x, target_sum):

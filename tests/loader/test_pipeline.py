@@ -302,6 +302,18 @@ def test_requests_without_batches_are_skipped():
     assert [batch["index"].tolist() for batch in loader] == [[5, 6, 7], []]
 
 
+def test_a_reservation_that_turns_out_too_large_leaves_room():
+    budget = Budget(10)
+    budget.reserve(9)
+    assert not budget.has_room(9)
+    budget.shrink(8)
+    assert budget.has_room(9)
+    budget.reserve(9)
+    budget.release(1)
+    budget.release(9)
+    assert budget.has_room(10)
+
+
 def test_budget():
     budget = ByteLimit(10)
     budget.reserve(50)  # more than there is, but alone
