@@ -268,7 +268,7 @@ def _gather(form: Form, block: SparseBlock, starts: Ints, lengths: Ints, out: tu
 
 def _densify(form: Form, block: SparseBlock, starts: Ints, lengths: Ints, out: Array, places: Ints) -> None:
     selected = None if form.selection is None else form.selection.places
-    for part in _steps(len(starts)):
+    for part in _steps(len(starts), form):
         rows = starts[part], lengths[part]
         sparse = _prepared(form, block, *rows, out.dtype)
         n_outside, n_repeated = scatter_rows(sparse, *rows, _bits(out, form), places[part], selected)
@@ -301,7 +301,7 @@ def check_columns(n_outside: int, n_columns: int) -> None:
 def _pick(form: Form, values: Array, positions: Ints, out: Array, places: Ints) -> None:
     width = math.prod(values.shape[1:])
     dest = _bits(out, form)
-    for part in _steps(len(positions)):
+    for part in _steps(len(positions), form):
         starts, lengths = positions[part] * width, np.full(len(positions[part]), width, np.int64)
         flat = values.reshape(-1)
         if form.is_computed:
@@ -334,6 +334,7 @@ def _bits(out: Array, form: Form) -> Array:
     return out.view(np.uint16) if form.is_half else out
 
 
-def _steps(n_rows: int) -> Iterator[slice]:
-    """A few rows at a time: what is worked out for them stays in the cache until it is used."""
-    return (slice(first, first + _ROWS_AT_ONCE) for first in range(0, n_rows, _ROWS_AT_ONCE))
+def _steps(n_rows: int, form: Form) -> Iterator[slice]:
+    """All rows; where values are worked out a few at a time, which stay in the cache until they are used."""
+    n_each = _ROWS_AT_ONCE if form.is_computed else max(n_rows, 1)
+    return (slice(first, first + n_each) for first in range(0, n_rows, n_each))
