@@ -150,7 +150,7 @@ def questions(draw):
     return made, np.array(rows), is_wanted
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(question=questions(), n_parts=st.integers(1, 5), order=st.sampled_from([1, -1]))
 def test_what_is_picked_is_what_the_plain_ways_leave(tmp_path_factory, question, n_parts, order):
     made, rows, is_wanted = question
