@@ -163,7 +163,7 @@ class RangeReader:
         if len(missing) or (chunks[1:, 2] < chunks[:-1, 2]).any():
             return None
         held: list[Held] = []
-        reads = _opened(_Plan(self._index, column, reads, chunks, pieces, nothing), 0, held)
+        reads = _opened(_ColumnPlan(self._index, column, reads, chunks, pieces, nothing), 0, held)
         return LocalChunks(reads, chunks[:, 2:4], pieces, tuple(how[:4]), held)
 
     def close(self) -> None:

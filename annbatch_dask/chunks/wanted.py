@@ -23,12 +23,12 @@ from annbatch_dask.chunks.reader import MIN_PART_NBYTES, Divisible, LocalChunks,
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.kernels.wanted import finder, taker
 
-__all__ = ["CsrRows", "WantedEntries", "say_outside"]
+__all__ = ["CoveredRows", "WantedEntries", "say_outside"]
 
 _ITEM_NBYTES = (1, 2, 4, 8)
 
 
-class CsrRows(NamedTuple):
+class CoveredRows(NamedTuple):
     """Rows whose entries are wanted.
 
     Attributes
@@ -70,7 +70,7 @@ class WantedEntries(Divisible):
 
     readers: tuple[RangeReader, RangeReader]
     local: tuple[LocalChunks, LocalChunks]
-    rows: CsrRows
+    rows: CoveredRows
     is_wanted: NDArray[np.uint8]
     outputs: tuple[Array, Array]
     starts: Ints
@@ -82,7 +82,7 @@ class WantedEntries(Divisible):
     def of(
         cls,
         readers: tuple[RangeReader, RangeReader],
-        rows: CsrRows,
+        rows: CoveredRows,
         is_wanted: NDArray[np.uint8],
         outputs: tuple[Array, Array],
     ) -> WantedEntries | None:

@@ -21,7 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from annbatch_dask.chunks.cache import RangeCache
 from annbatch_dask.chunks.reader import RangeReader, Task
-from annbatch_dask.chunks.wanted import CsrRows, WantedEntries
+from annbatch_dask.chunks.wanted import CoveredRows, WantedEntries
 from annbatch_dask.errors import SourceError
 from annbatch_dask.kernels.row_runs import find_runs, place_entries, row_bounds
 from annbatch_dask.kernels.values import range_of
@@ -305,7 +305,7 @@ class ZarrCsrSource(RowSource):
         assert located.rows is not None
         row_spans, position = located.rows
         values, columns = self._buffers(located, pool)
-        rows = CsrRows(located.spans, row_bounds(self.indptr, row_spans), position)
+        rows = CoveredRows(located.spans, row_bounds(self.indptr, row_spans), position)
         wanted = WantedEntries.of((self._columns, self._values), rows, is_wanted, (columns, values))
         if wanted is None:
             return self._filled(located, values, columns)

@@ -11,26 +11,13 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec
 
 from annbatch_dask.chunks import native
 from annbatch_dask.chunks import reader as ranges
 from annbatch_dask.chunks.reader import RangeReader, deal
 from annbatch_dask.errors import CollectionChangedError, IntegrityError
-from annbatch_dask.storage.packed import PackedCodec
+from tests.chunks.codecs import CODECS, NATIVE, SERIALIZERS
 
-CODECS = {
-    "blosc": [BloscCodec(cname="lz4", shuffle="shuffle")],
-    "blosc-crc": [BloscCodec(cname="lz4", shuffle="shuffle"), Crc32cCodec()],
-    "blosc-zstd": [BloscCodec(cname="zstd", shuffle="bitshuffle"), Crc32cCodec()],
-    "none": None,
-    "crc": [Crc32cCodec()],
-    "gzip": [GzipCodec(level=1)],
-    "packed": None,
-    "packed-crc": [Crc32cCodec()],
-}
-SERIALIZERS = {"packed": PackedCodec(differences=True), "packed-crc": PackedCodec()}
-NATIVE = [name for name in CODECS if name != "gzip"]
 N_CANARY = 64
 
 pytestmark = pytest.mark.skipif(not native.functions().all(), reason="C functions are missing here")

@@ -18,7 +18,7 @@ from annbatch_dask.errors import CollectionChangedError, IntegrityError
 from annbatch_dask.kernels.wanted import OUTSIDE, find_wanted
 from annbatch_dask.loader.backing import PickedBlock, SparseBlock, ZarrCsrSource
 from annbatch_dask.storage.packed import PackedCodec
-from tests.storage.test_native import CODECS, NATIVE, SERIALIZERS
+from tests.chunks.codecs import CODECS, NATIVE, SERIALIZERS
 
 UNTOUCHED = 0xA5
 

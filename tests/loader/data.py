@@ -143,3 +143,28 @@ CODECS = {
     "crc": [BloscCodec(cname="lz4"), Crc32cCodec()],
     "crc-alone": [Crc32cCodec()],
 }
+
+
+def write_array(group, name, values, chunks, layout):
+    """An array in a layout: a codec, entries of a chunk, chunks of a shard, dtypes of values and columns."""
+    shards = None if layout[2] is None else (chunks[0] * layout[2], *chunks[1:])
+    array = group.create_array(
+        name,
+        shape=values.shape,
+        dtype=values.dtype,
+        chunks=chunks,
+        shards=shards,
+        compressors=CODECS[layout[0]],
+    )
+    array[...] = values
+    return array
+
+
+def write_csr(parent, name, x, layout):
+    """Rows as a CSR group in such a layout."""
+    csr = sp.csr_matrix(x)
+    group = parent.create_group(name)
+    group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": list(x.shape)})
+    parts = {"data": csr.data.astype(layout[3]), "indices": csr.indices.astype(layout[4])}
+    for part, values in (parts | {"indptr": csr.indptr.astype(np.int64)}).items():
+        write_array(group, part, values, (layout[1],), layout)

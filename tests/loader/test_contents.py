@@ -19,8 +19,7 @@ from annbatch_dask.loader.batch import Form
 from annbatch_dask.loader.reading import load_all_aligned
 from annbatch_dask.transforms import NormalizeLog1p
 from tests.loader.aligned import CHOSEN, EVERYTHING, PLAIN, SIZES, SMALL
-from tests.loader.data import N_VAR, dense, genes, matrix, quiet
-from tests.loader.test_equality import write_csr
+from tests.loader.data import N_VAR, dense, genes, matrix, quiet, write_csr
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 

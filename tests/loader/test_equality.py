@@ -6,7 +6,6 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-import scipy.sparse as sp
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from annbatch_dask.loader import Loader
 from annbatch_dask.loader import backing as sources_module
 from annbatch_dask.loader.reading import load_all_aligned
-from tests.loader.data import CODECS, dense, quiet
+from tests.loader.data import dense, quiet, write_array, write_csr
 from tests.samplers.tools import Minimal
 
 N_VAR = 11
@@ -41,29 +40,6 @@ def draw_rows(seed: int, n_obs: int) -> np.ndarray:
     x = rng.integers(0, 300, (n_obs, N_VAR)) * (rng.random((n_obs, N_VAR)) < rng.random())
     x[rng.random(n_obs) < 0.3] = 0
     return x
-
-
-def write_array(group, name, values, chunks, layout):
-    shards = None if layout[2] is None else (chunks[0] * layout[2], *chunks[1:])
-    array = group.create_array(
-        name,
-        shape=values.shape,
-        dtype=values.dtype,
-        chunks=chunks,
-        shards=shards,
-        compressors=CODECS[layout[0]],
-    )
-    array[...] = values
-    return array
-
-
-def write_csr(parent, name, x, layout):
-    csr = sp.csr_matrix(x)
-    group = parent.create_group(name)
-    group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": list(x.shape)})
-    parts = {"data": csr.data.astype(layout[3]), "indices": csr.indices.astype(layout[4])}
-    for part, values in (parts | {"indptr": csr.indptr.astype(np.int64)}).items():
-        write_array(group, part, values, (layout[1],), layout)
 
 
 def write_dense(parent, name, x, layout):

@@ -303,7 +303,7 @@ def test_requests_without_batches_are_skipped():
 
 
 def test_a_reservation_that_turns_out_too_large_leaves_room():
-    budget = Budget(10)
+    budget = ByteLimit(10)
     budget.reserve(9)
     assert not budget.has_room(9)
     budget.shrink(8)
