@@ -25,19 +25,15 @@ from annbatch_dask.chunks.wanted import CoveredRows, WantedEntries
 from annbatch_dask.errors import SourceError
 from annbatch_dask.kernels.row_runs import find_runs, place_entries, row_bounds
 from annbatch_dask.kernels.values import range_of
+from annbatch_dask.loader.blocks import Block, DenseBlock, PickedBlock, SparseBlock
 from annbatch_dask.manifest import SOURCE_DTYPE
 from annbatch_dask.storage.versions import Listing
 
 __all__ = [
     "ArraySource",
-    "Block",
     "CsrSource",
-    "DenseBlock",
-    "Loaded",
     "Located",
-    "PickedBlock",
     "RowSource",
-    "SparseBlock",
     "ValueBounds",
     "ZarrArraySource",
     "ZarrCsrSource",
@@ -46,42 +42,6 @@ __all__ = [
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class SparseBlock:
-    """Loaded sparse rows: row ``i`` is ``starts[i]:starts[i] + lengths[i]`` of both flat arrays."""
-
-    values: Array
-    columns: Array
-    starts: Ints
-    lengths: Ints
-
-
-@dataclass(frozen=True)
-class PickedBlock(SparseBlock):
-    """The same without entries of columns that are not wanted.
-
-    ``n_used`` says of how many entries of its room there are any; like all else, it is known once all tasks have run.
-    """
-
-    n_used: Ints
-
-    @property
-    def spare_nbytes(self) -> int:
-        """Room that was never touched."""
-        return (len(self.values) - int(self.n_used[0])) * (self.values.itemsize + self.columns.itemsize)
-
-
-@dataclass(frozen=True)
-class DenseBlock:
-    """Loaded dense rows: row ``i`` is ``values[positions[i]]``; ``values`` is C-contiguous."""
-
-    values: Array
-    positions: Ints
-
-
-Block = SparseBlock | DenseBlock
 
 
 @dataclass(frozen=True)
@@ -448,24 +408,3 @@ class ArraySource(RowSource):
             values[...] = self._array[located.starts]
 
         return DenseBlock(values, np.arange(len(located.starts))), [copy]
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The rows of one matrix in a load window.
-
-    Attributes
-    ----------
-    blocks, block, position
-        Row ``j`` is row ``position[j]`` of ``blocks[block[j]]``.
-    lengths
-        Entries of each row; zeros for dense blocks.
-    dtype
-        The dtype the values had in the sources.
-    """
-
-    blocks: list[Block]
-    block: Ints
-    position: Ints
-    lengths: Ints
-    dtype: np.dtype[Any]

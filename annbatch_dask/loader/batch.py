@@ -25,7 +25,7 @@ from annbatch_dask.kernels.assemble import (
     select_rows,
     take_columns,
 )
-from annbatch_dask.loader.backing import DenseBlock, Loaded, SparseBlock
+from annbatch_dask.loader.blocks import DenseBlock, Loaded, SparseBlock
 from annbatch_dask.loader.pool import BufferPool
 
 __all__ = [

@@ -27,8 +27,9 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from annbatch_dask.chunks.reader import Task, deal
-from annbatch_dask.loader.backing import Block, Loaded, Located, PickedBlock, RowSource
+from annbatch_dask.loader.backing import Located, RowSource
 from annbatch_dask.loader.batch import BatchBuilder
+from annbatch_dask.loader.blocks import Block, Loaded, PickedBlock
 from annbatch_dask.loader.contents import Contents, Matrix
 from annbatch_dask.loader.gpu.builder import DeviceBuilder
 from annbatch_dask.loader.gpu.device import Handover, Placed

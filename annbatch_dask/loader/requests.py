@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.kernels.row_runs import deal_rows
-from annbatch_dask.loader.backing import Loaded
+from annbatch_dask.loader.blocks import Loaded
 from annbatch_dask.order.planned import expand
 from annbatch_dask.types import LoadRequest
 

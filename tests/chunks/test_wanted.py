@@ -16,7 +16,8 @@ from annbatch_dask.chunks.reader import deal
 from annbatch_dask.chunks.wanted import WantedEntries
 from annbatch_dask.errors import CollectionChangedError, IntegrityError
 from annbatch_dask.kernels.wanted import OUTSIDE, find_wanted
-from annbatch_dask.loader.backing import PickedBlock, SparseBlock, ZarrCsrSource
+from annbatch_dask.loader.backing import ZarrCsrSource
+from annbatch_dask.loader.blocks import PickedBlock, SparseBlock
 from annbatch_dask.storage.packed import PackedCodec
 from tests.chunks.codecs import CODECS, NATIVE, SERIALIZERS
 

@@ -14,8 +14,9 @@ import zarr
 
 from annbatch_dask.errors import SchemaError
 from annbatch_dask.loader import Loader
-from annbatch_dask.loader.backing import PickedBlock, ZarrCsrSource
+from annbatch_dask.loader.backing import ZarrCsrSource
 from annbatch_dask.loader.batch import Form
+from annbatch_dask.loader.blocks import PickedBlock
 from annbatch_dask.loader.reading import load_all_aligned
 from annbatch_dask.transforms import NormalizeLog1p
 from tests.loader.aligned import CHOSEN, EVERYTHING, PLAIN, SIZES, SMALL

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from annbatch_dask.kernels import gpu
-from annbatch_dask.loader.backing import Loaded, RowSource
+from annbatch_dask.loader.backing import RowSource
 from annbatch_dask.loader.batch import Form
+from annbatch_dask.loader.blocks import Loaded
 from annbatch_dask.loader.gpu.device import Device, Ints, Placed, Target
 from annbatch_dask.loader.gpu.slab import Group, Piece
 

@@ -16,7 +16,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from annbatch_dask.chunks.reader import Task
 from annbatch_dask.kernels.assemble import copy_rows
-from annbatch_dask.loader.backing import Block, DenseBlock, Loaded, Located, RowSource, SparseBlock
+from annbatch_dask.loader.backing import Located, RowSource
+from annbatch_dask.loader.blocks import Block, DenseBlock, Loaded, SparseBlock
 
 __all__ = ["Group", "Piece", "RowTable", "Slab", "deal", "room_for", "room_of", "stage", "tabulate"]
 
