@@ -19,7 +19,7 @@ from annbatch_dask.loader.batch import Form
 from annbatch_dask.loader.blocks import PickedBlock
 from annbatch_dask.loader.reading import load_all_aligned
 from annbatch_dask.transforms import NormalizeLog1p
-from tests.loader.aligned import CHOSEN, EVERYTHING, PLAIN, SIZES, SMALL
+from tests.loader.aligned import CHOSEN, EVERYTHING, PLAIN, SIZES, SMALL, adatas, stored  # noqa: F401 - fixtures
 from tests.loader.data import N_VAR, dense, genes, matrix, quiet, write_csr
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
