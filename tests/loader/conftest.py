@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.loader.aligned import adatas, stored  # noqa: F401 - fixtures
 from tests.loader.data import Collection, write_collection
 
 

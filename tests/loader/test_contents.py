@@ -19,7 +19,7 @@ from annbatch_dask.loader.batch import Form
 from annbatch_dask.loader.blocks import PickedBlock
 from annbatch_dask.loader.reading import load_all_aligned
 from annbatch_dask.transforms import NormalizeLog1p
-from tests.loader.aligned import CHOSEN, EVERYTHING, PLAIN, SIZES, SMALL, adatas, stored  # noqa: F401 - fixtures
+from tests.loader.aligned import CHOSEN, EVERYTHING, PLAIN, SIZES, SMALL
 from tests.loader.data import N_VAR, dense, genes, matrix, quiet, write_csr
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
@@ -281,7 +281,7 @@ def packed(adatas, tmp_path_factory):
 @pytest.mark.parametrize("form", [{}, {"dense": True}, {"dense": True, "dtype": "float16", "casting": "unsafe"}])
 def test_entries_that_are_left_out_early_are_missed_by_nobody(packed, monkeypatch, names, form):
     def read():
-        loader = Loader(**SMALL, **PLAIN, shuffle=True, rng=0, var_names=names, **form).add_adata(packed)
+        loader = Loader(**SMALL, **PLAIN, shuffle=True, seed=0, var_names=names, **form).add_adata(packed)
         return [(dense(batch["X"]), batch["index"]) for batch in loader]
 
     picked = []
