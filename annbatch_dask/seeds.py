@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from annbatch_dask.errors import LayoutError
 from annbatch_dask.warn import warn
 
 __all__ = ["Seed", "check_rng", "check_seed", "draw_seed", "only_one", "resolve_seed"]
@@ -29,8 +30,8 @@ def check_seed(seed: Seed | None) -> Seed | None:
         msg = f"seed must be a non-negative integer, a numpy.random.Generator or None, got {type(seed).__name__}"
         raise TypeError(msg)
     if seed < 0:
-        msg = f"seed must be 0 or more, got {seed}"
-        raise ValueError(msg)
+        msg = f"seed is {seed}; it must be 0 or more"
+        raise LayoutError(msg)
     return int(seed)
 
 

@@ -18,7 +18,7 @@ ALLOWED = {
     "events": set(),
     "formatting": set(),
     "warn": set(),
-    "seeds": {"warn"},
+    "seeds": {"errors", "warn"},
     "sizes": {"errors"},
     "types": {"errors"},
     "transforms": {"errors"},

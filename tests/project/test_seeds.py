@@ -88,7 +88,7 @@ def test_a_split_takes_the_same(of_split):
 @pytest.mark.parametrize("take", [*BOTH, of_scdataset])
 @pytest.mark.parametrize(("bad", "error"), [("3", TypeError), (1.5, TypeError), (True, TypeError), (-1, ValueError)])
 def test_anything_else_is_refused(take, bad, error):
-    with pytest.raises(error, match="seed must be"):
+    with pytest.raises(error, match="seed .*must be"):
         take(seed=bad)
 
 
