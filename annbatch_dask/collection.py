@@ -403,20 +403,19 @@ class DatasetCollection(StoredCollection):
     ) -> list[str]:
         """Remove what interrupted builds left in the collection's folder, and their scratch folders, wherever they are.
 
-        A build that was interrupted cannot be resumed afterwards. Datasets that were replaced go, too, unless somebody
-        reads them. What is not known to be this package's and this collection's stays.
+        A build that was interrupted cannot be resumed afterwards. Replaced datasets are removed too, unless a reader
+        holds them. Files that are not known to belong to this collection are kept.
 
         Parameters
         ----------
         dry_run
-            Remove nothing, only say what would be removed.
+            List what would be removed, and remove nothing.
         abandoned
-            On an object store: also remove what a build of another machine left, of which nobody can know here whether
-            it still runs.
+            On an object store: also remove the leftovers of a build on another machine, which may still run.
         scratch
-            A scratch folder to look through besides those that builds left word of.
+            A scratch folder to search, besides those recorded by builds.
         scratch_options
-            fsspec's, for scratch folders on a store.
+            Options of fsspec for scratch folders on a store.
 
         Returns
         -------

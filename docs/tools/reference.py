@@ -55,6 +55,9 @@ class Reference(griffe.Extension):
             obj.docstring.value = ROLE.sub(lambda m: link(m, obj, loader), obj.docstring.value)
         if obj.is_class:
             obj.bases = [b for b in obj.bases if not str(b).split(".")[-1].startswith(("_", "Generic"))]
+            drop_private_fields(obj)
+        if obj.is_attribute and obj.value is not None:
+            obj.value = public_default(obj.value, obj)
         if obj.is_function:
             for parameter in obj.parameters:
                 parameter.default = public_default(parameter.default, obj)
@@ -88,12 +91,24 @@ def find(name: str, obj: Any, loader: griffe.GriffeLoader) -> str | None:
         return None
 
 
-def public_default(default: Any, function: Any) -> Any:
+def public_default(default: Any, obj: Any) -> Any:
     """Return the value of a default that is the name of a private constant."""
-    name = str(default)
-    if not name.startswith("_") or name not in function.module.members:
+    named = re.fullmatch(r"(?:field\(default=)?(_\w+)\)?", str(default))
+    if named is None or named[1] not in obj.module.members:
         return default
-    return function.module.members[name].value
+    return obj.module.members[named[1]].value
+
+
+def drop_private_fields(cls: Any) -> None:
+    """Leave private fields out of a dataclass and its signature."""
+    if "dataclass" not in cls.labels:
+        return
+    private = [n for n, m in cls.members.items() if m.is_attribute and n.startswith("_")]
+    for name in private:
+        del cls.members[name]
+    if (init := cls.members.get("__init__")) is not None:
+        for name in [p.name for p in init.parameters if p.name in private]:
+            del init.parameters[name]
 
 
 def group_parameters(obj: Any, groups: dict[str, list[str]]) -> None:
