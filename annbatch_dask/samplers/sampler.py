@@ -146,6 +146,9 @@ class Sampler(ABC):
         requests = self._sample(n_obs)
         try:
             for request in requests:
+                if "requests" not in request:
+                    msg = f"a load request of {type(self).__name__} has no 'requests', but {sorted(request)}"
+                    raise KeyError(msg)
                 if "splits" not in request:
                     request = {"requests": request["requests"], "splits": self._default_splits(request)}  # noqa: PLW2901
                 yield plan_request(request)

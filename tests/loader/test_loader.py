@@ -381,7 +381,7 @@ def test_request_without_requests():
     sampler = Minimal([{"requests": [slice(0, 5)]}, {"splits": [np.arange(3)]}], 5, shuffle=False)
     iterator = iter(Loader(batch_sampler=sampler, preload_to_gpu=False).add_dataset(csr()))
     assert next(iterator)["X"].shape[0] == 5  # what was asked for before the mistake arrives
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="has no 'requests'"):
         next(iterator)
 
 

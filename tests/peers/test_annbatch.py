@@ -12,6 +12,14 @@ import pytest
 import zarr
 
 from annbatch_dask import DatasetCollection, Loader
+from annbatch_dask.abc import Sampler
+from annbatch_dask.samplers import (
+    ClassSampler,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    WeightedClassSampler,
+)
 from tests.etl.inputs import dense_x
 
 FIXTURE = Path(__file__).parent / "annbatch_collection.zip"
@@ -96,3 +104,52 @@ def test_both_loaders_yield_the_same_rows_of_a_live_collection(tmp_path, h5ad_pa
         )
     )
     pd.testing.assert_frame_equal(a, b, check_dtype=False)
+
+
+class Counting(Sampler):
+    """A sampler of a third party around another: it reads where each slice of a request starts and stops."""
+
+    def __init__(self, inner):
+        self.inner, self.n_rows = inner, 0
+
+    batch_size = property(lambda self: self.inner.batch_size)
+    shuffle = property(lambda self: self.inner.shuffle)
+
+    def n_batches(self, n_obs):
+        return self.inner.n_batches(n_obs)
+
+    def validate(self, n_obs):
+        self.inner.validate(n_obs)
+
+    def _sample(self, n_obs):
+        for request in self.inner.sample(n_obs):
+            self.n_rows += sum(part.stop - part.start for part in request["requests"])
+            yield {
+                "requests": [slice(part.start, part.stop) for part in request["requests"]],
+                "splits": request["splits"],
+            }
+
+
+CLASSES = pd.Categorical(np.repeat(["a", "b"], 200))
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        RandomSampler(16, 4, 32),
+        RandomSampler(16, 4, 32, replacement=True, num_samples=640, rng=np.random.default_rng(0)),
+        SequentialSampler(16, 4, 32, mask=slice(7, 333)),
+        ClassSampler(16, 4, 32, classes=CLASSES, num_samples=640),
+        WeightedClassSampler(16, 4, 32, classes=CLASSES, num_samples=640, class_weights=np.array([3.0, 1.0])),
+        DistributedSampler(RandomSampler(16, 4, 32), dist_info=lambda: (0, 1)),
+    ],
+    ids=lambda inner: type(inner).__name__,
+)
+def test_a_wrapper_of_a_third_party_reads_slices(inner):
+    x = np.arange(400, dtype=np.float32)[:, None] * np.ones(3, np.float32)
+    sampler = Counting(inner)
+    loader = Loader(batch_sampler=sampler, preload_to_gpu=False, return_index=True).add_dataset(x)
+    batches = list(loader)
+    assert sampler.n_rows == sum(len(batch["index"]) for batch in batches) > 300
+    for batch in batches:
+        assert batch["X"][:, 0].tolist() == batch["index"].tolist()
