@@ -14,6 +14,7 @@ import zarr
 
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import IntegrityError
+from annbatch_dask.manifest import MatrixRecord
 from annbatch_dask.storage.folder import Folder
 from tests.etl.inputs import dense_x
 from tests.tools import Counter, rows_of, tree_digest
@@ -229,7 +230,7 @@ def test_values_take_the_smallest_dtype_and_say_what_they_were(tmp_path, h5ad_pa
         assert group["X"].attrs["source-dtype"] == "float32"
     facts = {"kind": "csr", "dtype": "uint8", "source_dtype": "float32", "n_nan": 0, "n_inf": 0}
     facts |= {"integral": True, "low": 0, "high": max(int(ad.read_h5ad(path).X.max()) for path in h5ad_pair)}
-    assert out.manifest.matrices == {"X": facts}
+    assert out.manifest.matrices == {"X": MatrixRecord(**facts)}
 
 
 @pytest.mark.parametrize(
