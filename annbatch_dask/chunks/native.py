@@ -182,7 +182,7 @@ def read_file(file: Any, offset: int, nbytes: int, c: Any, raw: Any, found: Any)
 
 @compiled
 def crc_matches(raw: Any, at: int, size: int, c: Any) -> bool:
-    """Whether the crc32c behind ``raw[at:at + size]`` is that of these bytes."""
+    """True if the crc32c behind ``raw[at:at + size]`` is that of these bytes."""
     return bool(_crc32c(c[_CRC], (np.int64(raw.ctypes.data) + at, size)) == _number(raw, at + size))
 
 

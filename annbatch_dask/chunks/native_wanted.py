@@ -25,7 +25,7 @@ _take = c_function(64, 64, 64, 64, 64, 64)
 
 @compiled
 def _load(array: Any, k: int, c: Any, found: Any) -> Any:
-    """Read the chunk ``k`` and check it: where its values, or what they are to be unpacked from, lie; 0 if nowhere."""
+    """Read the chunk ``k`` and check it: where its values, or what they are to be unpacked from, are; 0 if nowhere."""
     reads, how, raw, spare, _ = array
     source, size = np.int64(raw.ctypes.data), reads[k, 4]
     if not read_file(reads[k], reads[k, 3], size, c, raw, found):

@@ -147,9 +147,9 @@ class RangeReader:
         return [task for column in self._index.columns for task in _tasks_of(self._index, column, spans, out)]
 
     def local_chunks(self, spans: Ints) -> LocalChunks | None:
-        """Where the values of some runs lie, in the order of the array; None where no one call can read them.
+        """Locations of the values of some runs, in the order of the array; None if one call cannot read them.
 
-        It can where the array has one dimension and lies in local files, and all chunks were written, in order.
+        It can where the array has one dimension and is in local files, and all chunks were written, in order.
         """
         if self._index is None or len(self.shape) != 1 or self._index.layout.files.is_remote or not len(spans):
             return None
@@ -275,7 +275,7 @@ class Divisible(ABC):
 
     @abstractmethod
     def cut(self, n_parts: int) -> list[Task]:
-        """The same as at most so many calls about equal; fewer where they would not be worth it."""
+        """Split the work into at most a number of calls of about equal size; fewer if splitting does not pay."""
 
 
 @dataclass(frozen=True)

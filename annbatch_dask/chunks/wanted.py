@@ -55,7 +55,7 @@ class WantedEntries(Divisible):
     readers
         Of columns and values.
     local
-        Where columns and values lie.
+        Where columns and values are.
     rows
         Which ones.
     is_wanted
@@ -136,7 +136,7 @@ class WantedEntries(Divisible):
         return bool(pick(*given))
 
     def _given(self, number: int, out: Array) -> tuple[Any, ...]:
-        """How columns, or values, are read."""
+        """Description of how columns or values are read."""
         local = self.local[number]
         how = np.array([*local.how, out.ctypes.data, taker(out.itemsize).address])
         raw = scratch(f"raw_{number}", int(local.reads[:, 4].max()))
@@ -165,5 +165,5 @@ class WantedEntries(Divisible):
 
 
 def say_outside(n_outside: int, n_columns: int) -> str:
-    """What is to be said of entries that name no column."""
+    """Describe entries that name no existing column."""
     return f"{n_outside} entries name a column beyond the {n_columns} the data has: the data is damaged"

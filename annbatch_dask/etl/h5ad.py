@@ -63,7 +63,7 @@ def written_from(root: H5adRoot, compressor: str | None) -> Iterator[Root]:
 
 
 def _is_ours(folder: Folder, name: str) -> bool:
-    """Whether a build wrote this file, or left it unfinished."""
+    """True if a build wrote this file, or left it unfinished."""
     if UNFINISHED.fullmatch(name):
         return True
     if not _DATASET_FILE.fullmatch(name):

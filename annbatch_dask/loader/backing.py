@@ -147,7 +147,7 @@ class RowSource(ABC):
         pool: Arrays,
         is_wanted: NDArray[np.uint8],  # noqa: ARG002
     ) -> tuple[Block, list[Task]]:
-        """The same; entries of columns that are not wanted, 0 of 0 and 1, may be left out of sparse rows.
+        """Like `open`; may drop entries of columns that are not wanted (0 of 0 and 1) from sparse rows.
 
         Until every task has run, where rows begin and how long they are may mean nothing.
         """

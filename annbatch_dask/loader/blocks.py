@@ -1,4 +1,4 @@
-"""Rows that were loaded, as they lie in memory, and which of them a window holds."""
+"""Rows that were loaded, as they are in memory, and which of them a window holds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SparseBlock:
 
 @dataclass(frozen=True)
 class PickedBlock(SparseBlock):
-    """The same without entries of columns that are not wanted.
+    """A block without the entries of columns that are not wanted.
 
     ``n_used`` says of how many entries of its room there are any; like all else, it is known once all tasks have run.
     """

@@ -101,7 +101,7 @@ def _is_group(values: Any) -> bool:
 
 
 def columnless(n_obs: int) -> Any:
-    """X of cells that have no genes, as those whose images lie in obsm: a matrix of no columns."""
+    """X of cells that have no genes, as those whose images are in obsm: a matrix of no columns."""
     return sp.csr_matrix((n_obs, 0), dtype=np.float32)
 
 
