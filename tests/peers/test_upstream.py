@@ -12,7 +12,7 @@ import pytest
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3000)]
 
 
-@pytest.mark.parametrize("peer", ["scvi-tools", "annbatch"])
+@pytest.mark.parametrize("peer", ["scvi-tools", "annbatch", "scdataset"])
 def test_the_peers_own_tests_pass_but_for_those_that_are_named(peer):
     if peer == "scvi-tools" and find_spec("scvi") is None:
         pytest.skip("scvi-tools is no dependency; tests/peers/upstream.py brings it")
