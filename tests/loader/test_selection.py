@@ -18,6 +18,7 @@ from annbatch_dask.errors import SelectionError, StateError
 from annbatch_dask.manifest import DatasetRecord, Manifest
 from annbatch_dask.samplers import DistributedSampler, MatchedControlSampler
 from annbatch_dask.splits import make_splits
+from annbatch_dask.storage.root import Root
 from tests.loader.data import frame
 from tests.loader.loaders import SMALL, csr, make
 from tests.samplers.tools import batches
@@ -226,7 +227,7 @@ def test_splits_and_states_outlive_a_release(collection, tmp_path, monkeypatch):
     values = {"n_obs": 221, "n_vars": 23, "matrices": {}, "datasets": records, "sources": (), "builds": ()}
 
     def opened(kind):
-        monkeypatch.setattr(DatasetCollection, "manifest", kind(**values, last_dataset=2, id="a" * 16))
+        monkeypatch.setattr(Root, "manifest", kind(**values, last_dataset=2, id="a" * 16))
         stored = DatasetCollection(tmp_path / "c.zarr", mode="r")
         monkeypatch.setattr(stored, "check", lambda _: None)
         return stored, Loader(batch_size=8, **SMALL, shuffle=True, seed=0).use_collection(stored)
