@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import anndata as ad
@@ -76,9 +76,16 @@ class StoredCollection:
         """The datasets as zarr groups, in numeric order."""
         return iter(self._root)
 
-    def groups(self) -> list[zarr.Group]:
-        """List the datasets as zarr groups, many opened at a time: each is a request to a store."""
-        return self._root.open_all()
+    def groups(self, edited: Collection[str] = ()) -> list[zarr.Group]:
+        """List the datasets as zarr groups to read, many opened at a time: each may be a request to a store.
+
+        Parameters
+        ----------
+        edited
+            Datasets that :meth:`check` found to be edited. All others are opened by the copies that builds have made
+            of their metadata, which are sure to be right after :meth:`check`.
+        """
+        return self._root.open_all(edited)
 
     @property
     def manifest(self) -> Manifest | None:
@@ -94,7 +101,7 @@ class StoredCollection:
     def var(self) -> pd.DataFrame:
         """Frame of the genes, the same for all datasets."""
         with self._root.as_opened():
-            for group in self:
+            for group in self._root.readable():
                 frame: pd.DataFrame = ad.io.read_elem(group["var"])
                 return frame
         return pd.DataFrame()
@@ -165,9 +172,8 @@ class StoredCollection:
             msg = f"{self.path} holds no zarr datasets to report on; build it with add_adatas"
             raise CollectionError(msg)
         with self._root.as_opened():
-            return make_report(
-                self.path, list(self), self.manifest, self._root.target if self._root.has_folder else None
-            )
+            target = self._root.target if self._root.has_folder else None
+            return make_report(self.path, list(self._root.readable()), self.manifest, target)
 
     def to_lazy(self, *, load_annotation_index: bool = True) -> ad.AnnData:
         """All datasets as one AnnData to look at: X, layers and raw are dask arrays, columns of obs are read when used.
@@ -254,7 +260,7 @@ class StoredCollection:
         """Read a split that was saved; SelectionError if it is of another collection or of an earlier one."""
         return Splits.read(os.fspath(path), self._root.digest, self.n_obs)
 
-    def check(self, obs_columns: Sequence[str] | None = None) -> None:
+    def check(self, obs_columns: Sequence[str] | None = None) -> dict[str, frozenset[str]]:
         """Refuse a collection that a loader would read wrong rows of.
 
         All files must be there and have their size, and what is read whole (obs, var, metadata) must have its checksum.
@@ -267,20 +273,30 @@ class StoredCollection:
             Read these columns of obs, the names of cells and genes, and nothing else that is read whole, as a loader
             of these columns does. None reads everything.
 
+        Returns
+        -------
+        Elements that somebody edited since the build, by dataset.
+
         Raises
         ------
         IntegrityError
-            With the name of a file that is not as it was written.
+            With the name of a file that is not as it was written, and that no edit explains.
+        CollectionError
+            If a dataset was edited, and has another number of rows.
         """
         manifest = self.manifest
-        if manifest is not None and self._root.has_folder:
-            check_readable(self._root.target, manifest, None if obs_columns is None else self._reads(obs_columns))
+        if manifest is None or not self._root.has_folder:
+            return {}
+        return check_readable(self._root.target, manifest, None if obs_columns is None else self._reads(obs_columns))
 
     def _reads(self, obs_columns: Sequence[str]) -> Callable[[str], bool]:
-        """True if a loader of these columns reads a file whole, by its path within a dataset."""
-        index = next(iter(self))["obs"].attrs["_index"]
+        """True if a loader of these columns reads a file whole, by its path within a dataset.
+
+        Not so documents: copies of them are used, and one that somebody wrote has no seal, and so another size.
+        """
+        index = self._root.as_written(self._root.names()[0])["obs"].attrs["_index"]
         parts = tuple(f"obs/{name}/" for name in (*obs_columns, index)) + ("var/",)
-        return lambda name: name.startswith(parts) and not is_metadata(name)  # whose copies above are what is used
+        return lambda name: name.startswith(parts) and not is_metadata(name)
 
 
 def _in_order(frame: Any, columns: Sequence[str] | None) -> list[str] | None:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from annbatch_dask.errors import IntegrityError
-from annbatch_dask.etl.files import recorded_files
+from annbatch_dask.etl.edits import look_at_files
+from annbatch_dask.etl.files import recorded
 from annbatch_dask.etl.inputs import Input, known_inputs, record_inputs
 from annbatch_dask.etl.job import GatherTask, Job
 from annbatch_dask.etl.ours import remove_dataset
@@ -34,7 +35,14 @@ from annbatch_dask.sources.identity import where_of
 from annbatch_dask.storage.checksums import FileSums
 from annbatch_dask.storage.folder import Folder, sync_path
 from annbatch_dask.storage.lock import check_unchanged, keep_generation
-from annbatch_dask.storage.metadata import METADATA, consolidated, group_document, metadata_below, nodes_checksum
+from annbatch_dask.storage.metadata import (
+    METADATA,
+    copied_nodes,
+    group_document,
+    is_metadata,
+    metadata_below,
+    nodes_checksum,
+)
 from annbatch_dask.storage.packed import packs
 
 __all__ = [
@@ -110,15 +118,20 @@ def _finished_nodes(target: Folder, record: DatasetRecord) -> dict[str, Any]:
     """Metadata of a dataset's groups and arrays, by path within the collection; all its files must be there."""
     folder = target / record.name
     sizes, document = folder.sizes(), folder.find(METADATA)
-    files = recorded_files(target, record, document)
+    was = recorded(target, record, document)
+    files = was.files
+    is_edited = False
     if files and sizes != {name: size for name, (size, _) in files.items()}:
-        msg = (
-            f"{target.url}/{record.name} has {len(sizes):,} files, {sum(sizes.values()):,} bytes, and "
-            f"{record.n_files:,} files, {record.n_bytes:,} bytes were written; "
-            "do not remove files while a build runs, and call again"
-        )
-        raise IntegrityError(msg)
-    return (consolidated(document, record.name) if document else {}) or metadata_below(folder, record.name)
+        is_edited = not look_at_files(target, record, is_metadata).damage
+        if not is_edited:
+            msg = (
+                f"{target.url}/{record.name} has {len(sizes):,} files, {sum(sizes.values()):,} bytes, and "
+                f"{record.n_files:,} files, {record.n_bytes:,} bytes were written; "
+                "do not remove files while a build runs, and call again"
+            )
+            raise IntegrityError(msg)
+    copied = copied_nodes(document, record.name) if document and not was.is_edited and not is_edited else {}
+    return copied or metadata_below(folder, record.name)
 
 
 def _sync_names(target: Folder) -> None:

@@ -20,13 +20,20 @@ from pathlib import Path
 from typing import Any
 
 from annbatch_dask.errors import CollectionBusyError, CollectionError
+from annbatch_dask.etl.edits import recorded_datasets, refuse_edited
 from annbatch_dask.etl.job import owner_of
 from annbatch_dask.formatting import plural
-from annbatch_dask.manifest import ANNBATCH_ENCODING, DATASET_NAME, DATASET_PREFIX, MANIFEST_KEY, dataset_names
+from annbatch_dask.manifest import (
+    ANNBATCH_ENCODING,
+    DATASET_NAME,
+    DATASET_PREFIX,
+    MANIFEST_KEY,
+    dataset_names,
+)
 from annbatch_dask.storage.claims import CLAIM_NAME, Claim, Work, find_claims
 from annbatch_dask.storage.folder import UNFINISHED, Folder, StorageOptions, absolute
 from annbatch_dask.storage.lock import GENERATION_NAME, is_held
-from annbatch_dask.storage.metadata import FILES, METADATA, group_document
+from annbatch_dask.storage.metadata import FILES, METADATA, group_document, is_metadata
 from annbatch_dask.storage.spill import OWNER
 
 __all__ = [
@@ -176,13 +183,14 @@ class FolderContents:
             raise CollectionError(msg)
 
     def check_named(self) -> None:
-        """Refuse to replace datasets that somebody put files of their own into.
+        """Refuse to replace datasets that somebody put files of their own into, or edited.
 
         Raises
         ------
         CollectionError
-            With the files.
+            With the files, or the edited elements.
         """
+        refuse_edited(self.target, recorded_datasets(self.target.find(METADATA)))
         with ThreadPoolExecutor(_N_THREADS) as pool:  # each lists a folder
             added = pool.map(lambda name: added_files(self.target, name), sorted(self.named))
             replace(self, strangers=tuple(name for names in added for name in names)).check()
@@ -314,12 +322,17 @@ def _linked(target: Folder, name: str) -> str:
 
 
 def added_files(target: Folder, name: str, document: bytes | None = None) -> list[str]:
-    """Files in a finished dataset that it does not list as its own, by path within the collection."""
+    """Files in a finished dataset that are not those it lists as its own, by path within the collection.
+
+    Of those with a listed name it is groups and arrays whose document has another size: somebody wrote them anew.
+    """
     folder = target / name
     listed = _attributes(folder.find(METADATA) if document is None else document).get(FILES)
     if not isinstance(listed, dict):  # unfinished, or of an earlier release
         return []
-    found = folder.sizes().keys() - listed.keys() - {METADATA}
+    sizes = folder.sizes()
+    edited = {n for n in sizes.keys() & listed.keys() if is_metadata(n) and sizes[n] != listed[n][0]}
+    found = (sizes.keys() - listed.keys() - {METADATA}) | edited
     return [f"{name}/{file}" for file in sorted(found) if not _SYSTEM.fullmatch(file.rpartition("/")[2])]
 
 

@@ -16,6 +16,7 @@ from zarr.core.buffer import default_buffer_prototype
 from annbatch_dask.chunks.reader import RangeReader
 from annbatch_dask.errors import CollectionError, IntegrityError, LayoutError
 from annbatch_dask.etl.commit import record_of, write_root
+from annbatch_dask.etl.edits import refuse_edited
 from annbatch_dask.etl.files import recorded_files
 from annbatch_dask.etl.inputs import known_inputs
 from annbatch_dask.etl.ours import dataset_attributes, first_document, is_dataset_of
@@ -26,7 +27,7 @@ from annbatch_dask.manifest import MANIFEST_KEY, Manifest
 from annbatch_dask.storage.checksums import FileSums, checksum_of
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.lock import exclusive
-from annbatch_dask.storage.metadata import FILES, METADATA, group_document, is_metadata
+from annbatch_dask.storage.metadata import FILES, METADATA, group_document, is_metadata, nodes_of
 from annbatch_dask.storage.root import Root
 from annbatch_dask.storage.shards import ShardWriter
 
@@ -75,6 +76,7 @@ def _repack(source: Folder, manifest: Manifest, target: Folder, layout: str, att
     if any(d.metadata is None for d in manifest.datasets):
         msg = f"{source.url} has datasets without checksums, of annbatch or of an earlier release; build it anew"
         raise CollectionError(msg)
+    refuse_edited(source, manifest.datasets)
     _check_target(target, manifest)
     records = []
     for record in manifest.datasets:
@@ -128,9 +130,7 @@ def _write(source: Folder, folder: Folder, files: FileSums, about: dict[str, Any
     """Write a dataset: matrices packed or not, all else as it is."""
     folder.write(METADATA, first_document(about))
     small = {name: _checked(source, name, files) for name in files if is_metadata(name)}
-    root = json.loads(small[METADATA])["attributes"] | about
-    del root[FILES]
-    small[METADATA] = group_document(root, None)
+    small[METADATA] = group_document(nodes_of({METADATA: small[METADATA]})[""]["attributes"] | about, None)
     store, sums, left = zarr.storage.MemoryStore(), Sums(), dict(files)
     for key in (f"{name}/{part}" for name, m in manifest.matrices.items() if m.kind == "csr" for part in _PARTS):
         array: Any = zarr.open_array(source.zarr_store(read_only=True), path=key, mode="r")

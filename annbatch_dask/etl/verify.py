@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
+import zarr
+
 from annbatch_dask.engines.base import Engine, run_stage
 from annbatch_dask.errors import AnnbatchDaskError, CollectionError, IntegrityError
 from annbatch_dask.etl.blocks import hash_block, read_block
-from annbatch_dask.etl.files import recorded_files
+from annbatch_dask.etl.edits import Problem, look_at_files
 from annbatch_dask.etl.rows import array_name, sum_hashes
 from annbatch_dask.etl.scan import look, scan, with_ranges
 from annbatch_dask.etl.sweep import leftovers
@@ -22,30 +24,20 @@ from annbatch_dask.plan.build import build_plan
 from annbatch_dask.plan.elements import Elements
 from annbatch_dask.plan.memory import Budget
 from annbatch_dask.plan.options import Extension, Options
+from annbatch_dask.sources.matrices import n_rows_of
 from annbatch_dask.sources.open import SourceRef, open_source
-from annbatch_dask.storage.checksums import checksums
 from annbatch_dask.storage.folder import Folder
-from annbatch_dask.storage.metadata import METADATA, consolidated_below, metadata_below, nodes_checksum
-from annbatch_dask.storage.versions import list_files
+from annbatch_dask.storage.frames import n_rows
+from annbatch_dask.storage.metadata import METADATA, is_metadata, metadata_below, nodes_below, nodes_checksum
 
 __all__ = ["CheckResult", "Problem", "Verification", "check_dataset", "check_readable", "verify"]
 
 _ALL = Elements()
 _N_THREADS = 16
+_RENEW = "zarr.consolidate_metadata() of the collection renews it for those who read that by zarr alone"
+_RESTORE = "restore these files, or build it again"
 _BUDGET = Budget(2**40)
 """No limit: rows are read in blocks of the default size."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something that is not as it was written: ``where`` is a path within the collection, or a source's path."""
-
-    where: str
-    what: str
-
-    def __str__(self) -> str:
-        """One line."""
-        return f"{self.where}: {self.what}"
 
 
 @dataclass(frozen=True)
@@ -57,7 +49,7 @@ class Verification:
     path
         Path of the collection.
     problems
-        Empty where all is as it was written.
+        Empty where all is as it was written. Those that ``is_edit`` is true of are no damage: see :attr:`edited`.
     leftovers
         Names in the collection's folder that do not belong to it; harmless, ``gc()`` removes them.
     n_datasets, n_obs, n_bytes
@@ -85,6 +77,11 @@ class Verification:
         """True if no problem was found."""
         return not self.problems
 
+    @property
+    def edited(self) -> tuple[str, ...]:
+        """What somebody wrote, added or removed since the build, by path: ``dataset_0/X``. Loaders read it so."""
+        return tuple(p.where for p in self.problems if p.is_edit)
+
     def raise_for_problems(self) -> None:
         """Raise if there is a problem.
 
@@ -93,12 +90,14 @@ class Verification:
         IntegrityError
             With the first ones.
         """
-        if self.problems:
-            shown = "; ".join(map(str, self.problems[:3]))
-            n = len(self.problems)
-            problems = plural(n, "problem")
-            msg = f"{self.path} has {problems}: {shown}; restore these files, or build it again"
-            raise IntegrityError(msg)
+        if not self.problems:
+            return
+        damage = [p for p in self.problems if not p.is_edit]
+        shown = "; ".join(map(str, (damage or self.problems)[:3]))
+        problems = plural(len(self.problems), "problem")
+        remedy = _RESTORE if damage else f"if these edits are not yours, {_RESTORE}"
+        msg = f"{self.path} has {problems}: {shown}; {remedy}"
+        raise IntegrityError(msg)
 
 
 @dataclass(frozen=True)
@@ -173,15 +172,19 @@ def _check_root(target: Folder, manifest: Manifest) -> list[Problem]:
         if one != two:
             what = f"rows of the datasets have fingerprint {one:016x} and rows of the sources {two:016x}"
             problems.append(Problem(METADATA, what))
-    consolidated = consolidated_below(target)
+    copied = nodes_below(target)
     for record in manifest.datasets if manifest.metadata else ():
         try:
             nodes = metadata_below(target / record.name, record.name)
         except ValueError:
             continue  # its checksum tells which of them is damaged
-        copied = {k: v for k, v in consolidated.items() if k.split("/")[0] == record.name}
-        different = sorted(k for k in nodes.keys() | copied.keys() if nodes.get(k) != copied.get(k))
-        problems += [Problem(METADATA, f"its copy of the metadata of {name} differs") for name in different]
+        copy = {k: v for k, v in copied.items() if k.split("/")[0] == record.name}
+        different = sorted(k for k in nodes.keys() | copy.keys() if nodes.get(k) != copy.get(k))
+        if different and look_at_files(target, record, is_metadata).edits:
+            what = f"its copy of the metadata of {record.name} is older than the edits; {_RENEW}"
+            problems.append(Problem(METADATA, what, is_edit=True))
+        else:
+            problems += [Problem(METADATA, f"its copy of the metadata of {name} differs") for name in different]
     return problems
 
 
@@ -193,14 +196,17 @@ def _recorded(manifest: Manifest) -> bool:
 def check_dataset(target: Folder, record: DatasetRecord, n_vars: int) -> CheckResult:
     """Compare a dataset's files and rows with its record."""
     folder = target / record.name
-    problems = _check_files(target, record, lambda _: True)
-    if not problems:
+    found = look_at_files(target, record, lambda _: True)
+    problems = found.problems
+    if not found.damage:
         ref = SourceRef(record.name, folder.url, is_dataset=True, options=folder.options)
-        problems = _check_rows(ref, record, n_vars=n_vars)
+        problems += _check_rows(ref, record, n_vars=n_vars, is_edited=bool(found.edits))
     return CheckResult(tuple(problems), record.n_obs, record.n_bytes)
 
 
-def check_readable(target: Folder, manifest: Manifest, reads: Callable[[str], bool] | None = None) -> None:
+def check_readable(
+    target: Folder, manifest: Manifest, reads: Callable[[str], bool] | None = None
+) -> dict[str, frozenset[str]]:
     """Refuse a collection of which a file is missing or short, or of which damage would go unnoticed by a loader.
 
     That is all but the shards of matrices, each chunk of which is checked when it is read.
@@ -213,56 +219,62 @@ def check_readable(target: Folder, manifest: Manifest, reads: Callable[[str], bo
         Which files, by path within a dataset, are read for their checksums; None for all but shards. Of the others
         the sizes are looked at.
 
+    Returns
+    -------
+    Elements that somebody edited since the build, by dataset: of those datasets no copy of metadata is true.
+
     Raises
     ------
     IntegrityError
         With the first of such files.
+    CollectionError
+        If a dataset was edited, and has another number of rows.
     """
     whole = reads or (lambda name: not manifest.is_shard(name))
-    names = {d.name for d in manifest.datasets}  # others may have been added since
-    nodes = {path: node for path, node in consolidated_below(target).items() if path.split("/")[0] in names}
-    if manifest.metadata and nodes and manifest.metadata != (found := nodes_checksum(nodes)):
-        raise _unreadable(target, Problem(METADATA, f"its metadata have crc32c {found} and had {manifest.metadata}"))
     pool = ThreadPoolExecutor(_N_THREADS, thread_name_prefix="check")
+    edited = {}
     try:
-        for problems in pool.map(lambda record: _check_files(target, record, whole), manifest.datasets):
-            if problems:
-                raise _unreadable(target, problems[0])
+        looks = pool.map(lambda record: look_at_files(target, record, whole), manifest.datasets)
+        for record, look in zip(manifest.datasets, looks, strict=True):
+            if look.damage:
+                raise _unreadable(target, look.damage[0])
+            if look.edits:
+                edited[record.name] = look.edited(record.name)
+                _check_count(target, record)
     finally:
         pool.shutdown(cancel_futures=True)
+    _check_copies(target, manifest, edited)
+    return edited
+
+
+def _check_copies(target: Folder, manifest: Manifest, edited: Collection[str]) -> None:
+    """Refuse metadata beside the manifest that are neither the build's nor, of what was edited, zarr's of now."""
+    names = {d.name for d in manifest.datasets}  # others may have been added since
+    nodes = {path: node for path, node in nodes_below(target).items() if path.split("/")[0] in names}
+    if not manifest.metadata or not nodes or manifest.metadata == (found := nodes_checksum(nodes)):
+        return
+    now = {path: node for name in names if edited for path, node in metadata_below(target / name, name).items()}
+    if not edited or any(now.get(p) != node for p, node in nodes.items() if p.split("/")[0] not in edited):
+        raise _unreadable(target, Problem(METADATA, f"its metadata have crc32c {found} and had {manifest.metadata}"))
+
+
+def _check_count(target: Folder, record: DatasetRecord) -> None:
+    group = zarr.open_group((target / record.name).zarr_store(read_only=True), mode="r", use_consolidated=False)
+    for name, found in (("obs", n_rows(group["obs"])), ("X", n_rows_of(group["X"]))):
+        if found != record.n_obs:
+            msg = (
+                f"{target.url}/{record.name} was edited: its {name} has {found:,} rows, and had {record.n_obs:,} when "
+                "it was built; an edit keeps rows and their order: write as many, or build a new collection of it"
+            )
+            raise CollectionError(msg)
 
 
 def _unreadable(target: Folder, problem: Problem) -> IntegrityError:
-    return IntegrityError(f"{target.url} cannot be read: {problem}; verify() names all that is damaged; restore it")
+    remedy = "verify() names all that is damaged; restore it, or write the whole element anew if that was an edit"
+    return IntegrityError(f"{target.url} cannot be read: {problem}; {remedy}")
 
 
-def _check_files(target: Folder, record: DatasetRecord, reads: Callable[[str], bool]) -> list[Problem]:
-    """Problems of a dataset's files: sizes of all, and checksums of those that ``reads`` names."""
-    try:
-        files = recorded_files(target, record)
-    except IntegrityError as e:
-        where, _, what = str(e).partition(": ")
-        return [Problem(where, what)]
-    if not files:  # annbatch wrote it
-        return []
-    folder, problems = target / record.name, []
-    listing = list_files(folder)
-    sizes = folder.sizes() if listing is None else listing.sizes
-    sizes = sizes or folder.sizes_of(files)  # a web server need not list what it has
-    found = checksums(folder, {name: size for name, (size, _) in files.items() if reads(name) and name in sizes})
-    for name, (size, crc) in files.items():
-        where = f"{record.name}/{name}"
-        if name not in sizes:
-            problems.append(Problem(where, "is missing"))
-        elif sizes[name] != size:
-            problems.append(Problem(where, f"has {sizes[name]:,} bytes and was written with {size:,}"))
-        elif found.get(name, crc) != crc:
-            problems.append(Problem(where, f"has crc32c {found[name]} and was written with {crc}"))
-    extra = sorted(sizes.keys() - files.keys())
-    return [*problems, *(Problem(f"{record.name}/{name}", "was not written by the build") for name in extra)]
-
-
-def _check_rows(ref: SourceRef, record: DatasetRecord, *, n_vars: int) -> list[Problem]:
+def _check_rows(ref: SourceRef, record: DatasetRecord, *, n_vars: int, is_edited: bool) -> list[Problem]:
     try:
         n_obs, nnz, fingerprint, found_vars = _fingerprint(ref, None)
     except (AnnbatchDaskError, OSError, ValueError, KeyError, RuntimeError) as e:
@@ -270,7 +282,10 @@ def _check_rows(ref: SourceRef, record: DatasetRecord, *, n_vars: int) -> list[P
     problems = []
     if found_vars != n_vars:
         problems.append(Problem(record.name, f"has {found_vars:,} genes and the collection {n_vars:,}"))
-    if (n_obs, nnz) != (record.n_obs, record.nnz):
+    if is_edited:
+        if n_obs != record.n_obs:
+            problems.append(Problem(record.name, f"has {n_obs:,} rows and was written with {record.n_obs:,}"))
+    elif (n_obs, nnz) != (record.n_obs, record.nnz):
         what = f"has {n_obs:,} rows with {nnz:,} values and was written with {record.n_obs:,} and {record.nnz:,}"
         problems.append(Problem(record.name, what))
     elif record.fingerprint not in ("", fingerprint):

@@ -21,7 +21,7 @@ from annbatch_dask.plan.schema import ColumnSpec, MatrixSpec
 from annbatch_dask.sources.columns import to_pandas
 from annbatch_dask.storage.checksums import FileSums, checksum_of
 from annbatch_dask.storage.folder import Folder
-from annbatch_dask.storage.metadata import FILES, METADATA, group_document, is_metadata, nodes_of
+from annbatch_dask.storage.metadata import METADATA, dataset_document, is_metadata, nodes_of, sealed
 from annbatch_dask.storage.packed import PackedCodec, packs
 from annbatch_dask.storage.shards import ShardWriter
 
@@ -211,10 +211,11 @@ def publish_dataset(
     folder: Folder, files: dict[str, bytes], shards: dict[str, tuple[int, str]]
 ) -> dict[str, tuple[int, str]]:
     """Write a dataset's small files, its root with the metadata and checksums of all at last; returns all checksums."""
+    files = {name: sealed(content) if is_metadata(name) else content for name, content in files.items()}
     nodes = nodes_of({name: content for name, content in files.items() if is_metadata(name)})
     below = {name: content for name, content in files.items() if name != METADATA}
     sums = dict(sorted((shards | {name: checksum_of(content) for name, content in below.items()}).items()))
-    root = group_document(nodes[""]["attributes"] | {FILES: {name: list(found) for name, found in sums.items()}}, nodes)
+    root = dataset_document(nodes[""]["attributes"], nodes, sums)
     folder.write_all(below)
     folder.write(METADATA, root, durable=False, parents=False)  # all is synced together
     return sums | {METADATA: checksum_of(root)}

@@ -156,6 +156,8 @@ class AddedData(Generic[BackingArray_T]):
 
         Raises
         ------
+        CollectionError
+            If a dataset was edited since the build, and has another number of rows.
         IntegrityError
             If a file of the collection is missing or damaged. A damaged chunk of a matrix, which is found when it is
             read, ends the iteration with this error before any of its rows is delivered.
@@ -177,13 +179,15 @@ class AddedData(Generic[BackingArray_T]):
         if is_ours := hasattr(collection, "lease"):  # annbatch's has none
             self._lease = collection.lease()
         opening = Opening.of(collection.groups() if is_ours else list(collection))
-        if is_ours:
-            collection.check(None if load_adata is not None else self._columns_to_read())
+        edited = collection.check(None if load_adata is not None else self._columns_to_read()) if is_ours else {}
+        if edited:
+            opening = replace(opening, groups=tuple(collection.groups(edited)))
         manifest = getattr(collection, "manifest", None)  # annbatch's has none
         recorded = recorded_values(manifest)
         adatas = opening.load(load, in_threads=load_adata is None)
-        for adata, listing in zip(adatas, opening.listings, strict=True):
-            self._add_adata(adata, recorded, listing, is_ours=True)
+        for adata, listing, group in zip(adatas, opening.listings, opening.groups, strict=True):
+            is_edited = group.path.rpartition("/")[2] in edited  # then what is recorded of its values is of others
+            self._add_adata(adata, {} if is_edited else recorded, listing, is_ours=True)
             if self._tables is not None and self.n_obs > _MAX_PLAIN_NAMES:
                 self._tables = tuple(table.packed() for table in self._tables)
         self._collection_added = True

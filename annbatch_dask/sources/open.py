@@ -22,7 +22,7 @@ from annbatch_dask.sources.garbage import no_garbage_collection
 from annbatch_dask.sources.matrices import CsrRows
 from annbatch_dask.sources.tenx import is_tenx_file, is_tenx_folder, read_tenx
 from annbatch_dask.storage.folder import Folder, StorageOptions
-from annbatch_dask.storage.metadata import METADATA
+from annbatch_dask.storage.metadata import METADATA, open_as_it_is
 from annbatch_dask.storage.secrets import hiding_secrets
 from annbatch_dask.storage.transient import is_transient
 
@@ -155,7 +155,7 @@ def _open_group(ref: SourceRef, files: contextlib.ExitStack) -> Any:
             msg = f"{ref.label} ({size:,} bytes) is not a whole HDF5 file: {e}; copy it again, or leave it out"
             raise SourceError(msg) from e
     try:
-        return zarr.open_group(folder.zarr_store(read_only=True), mode="r")
+        return open_as_it_is(folder) if ref.is_dataset else zarr.open_group(folder.zarr_store(read_only=True), mode="r")
     except (FileNotFoundError, ValueError) as e:
         msg = (
             f"{ref.label} is no HDF5 file and not a zarr AnnData store ({e}); give an .h5ad file, a .zarr store, or "

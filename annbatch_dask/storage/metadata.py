@@ -1,30 +1,49 @@
-"""Consolidated zarr metadata: one document that holds those of a whole tree, so that opening it is one read."""
+"""Copies of zarr metadata: one document that holds those of a whole tree, so that opening it is one read.
+
+The root of a collection has one in zarr's own form, consolidated metadata: whoever opens the root reads it alone. zarr
+takes that copy for the truth, and anndata writes nothing to a group that was opened with one. So a dataset, which its
+owner may edit, has none in that form. It keeps its copy in an attribute, beside the list of its files that tells
+whether the copy still says what is there.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import google_crc32c
+import zarr
 
 from annbatch_dask.storage.folder import Folder
+from annbatch_dask.storage.versions import list_files
 
 __all__ = [
     "FILES",
     "METADATA",
-    "consolidated",
-    "consolidated_below",
+    "SEAL",
+    "copied_nodes",
+    "dataset_document",
     "group_document",
     "is_metadata",
+    "listed_files",
     "metadata_below",
+    "nodes_below",
     "nodes_checksum",
     "nodes_of",
+    "open_as_it_is",
+    "open_by_copy",
+    "sealed",
 ]
 
 METADATA = "zarr.json"
 FILES = "annbatch_dask_files"
 """Attribute of a dataset's group: bytes and crc32c of its other files. Copies of its metadata go without."""
+_NODES = "annbatch_dask_nodes"
+"""Attribute of a dataset's group: the metadata of what lies below it, with a checksum of them and of :data:`FILES`."""
+SEAL = "annbatch_dask_written"
+"""Attribute of every group and array in a dataset: what somebody writes in its place goes without, even where all else
+is the same."""
 
 
 def is_metadata(name: str) -> bool:
@@ -34,28 +53,64 @@ def is_metadata(name: str) -> bool:
 
 def metadata_below(folder: Folder, prefix: str = "") -> dict[str, Any]:
     """Metadata of every group and array below a folder, by relative path behind a prefix, sorted."""
-    paths = {f"{folder.path.rstrip('/')}/{name}": name for name in folder.files() if is_metadata(name)}
+    return _read_nodes(folder, folder.files(), prefix)
+
+
+def _read_nodes(folder: Folder, names: Iterable[str], prefix: str = "") -> dict[str, Any]:
+    paths = {f"{folder.path.rstrip('/')}/{name}": name for name in names if is_metadata(name)}
     documents = folder.fs.cat_ranges(list(paths), 0, None, on_error="raise") if paths else []
     return nodes_of(dict(zip(paths.values(), documents, strict=True)), prefix)
 
 
-def consolidated(document: bytes, prefix: str) -> dict[str, Any]:
-    """Like `metadata_below`, read from the folder's consolidated document; empty if it has none."""
-    root, below = _group(document)
-    return {prefix: root} | {f"{prefix}/{path}": node for path, node in below.items()} if below else {}
-
-
-def _group(document: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A folder's group document, and the nodes below by their paths, as that has them."""
+def copied_nodes(document: bytes, prefix: str) -> dict[str, Any]:
+    """The same from a dataset's own document alone; empty where that does not hold it."""
     root = json.loads(document)
-    below = (root.get("consolidated_metadata") or {}).get("metadata", {})
-    return _node(root), below
+    below = _copied(root)
+    return {prefix: _node(root)} | {f"{prefix}/{path}": node for path, node in below.items()} if below else {}
+
+
+def _copied(root: dict[str, Any]) -> dict[str, Any]:
+    """Nodes below a group by their paths, as its document has them; earlier releases consolidated datasets."""
+    ours = root.get("attributes", {}).get(_NODES)
+    found: dict[str, Any] = ours["nodes"] if ours else (root.get("consolidated_metadata") or {}).get("metadata", {})
+    return found
+
+
+def open_by_copy(group: zarr.Group) -> zarr.Group:
+    """A dataset's group that takes its members from the copy of their metadata: to read it as it was written."""
+    ours: Any = group.attrs.get(_NODES)
+    return group if ours is None else _with_members(group, ours["nodes"])  # earlier releases consolidated datasets
+
+
+def open_as_it_is(folder: Folder) -> zarr.Group:
+    """A dataset's group, to read it as it is now, in few requests.
+
+    Its copy of the metadata is used where all files have the sizes that it lists: a document that was written since has
+    no seal, or other attributes, and so another size. A web server, which lists nothing, has no owner who edits there.
+    """
+    store = folder.zarr_store(read_only=True)
+    if folder.is_local:
+        return zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)
+    group, listing = zarr.open_group(store, mode="r", zarr_format=3), list_files(folder)
+    listed: Any = group.attrs.get(FILES) or {}
+    sizes = {name: size for name, (size, _) in listed.items()}
+    if listing is None or sizes == {name: size for name, size in listing.sizes.items() if name != METADATA}:
+        return open_by_copy(group)
+    below = _read_nodes(folder, listing.sizes)
+    return _with_members(group, {path: node for path, node in below.items() if path})
+
+
+def _with_members(group: zarr.Group, nodes: Mapping[str, Any]) -> zarr.Group:
+    """A group that was opened, with the metadata of what lies below it."""
+    attributes = _node({"attributes": group.attrs.asdict()})["attributes"]
+    return zarr.Group(zarr.AsyncGroup.from_dict(group.store_path, json.loads(group_document(attributes, nodes))))
 
 
 def _node(document: dict[str, Any]) -> dict[str, Any]:
     """A group's or array's own metadata."""
     document.pop("consolidated_metadata", None)
-    document.get("attributes", {}).pop(FILES, None)
+    for name in (FILES, _NODES):
+        document.get("attributes", {}).pop(name, None)
     return document
 
 
@@ -79,9 +134,33 @@ def group_document(attributes: Mapping[str, Any], nodes: Mapping[str, Any] | Non
     return json.dumps(document, indent=2).encode()
 
 
-def consolidated_below(folder: Folder) -> dict[str, Any]:
-    """Metadata of the nodes below a folder, from its group document as :func:`group_document` made it."""
-    return _group(folder.read(METADATA))[1]
+def dataset_document(attributes: Mapping[str, Any], nodes: Mapping[str, Any], files: Mapping[str, Any]) -> bytes:
+    """A dataset's group document: the metadata of what lies below it, and bytes and crc32c of all its other files."""
+    below = {path: node for path, node in nodes.items() if path}
+    listed = {name: list(found) for name, found in files.items()}
+    copy = {"crc32c": nodes_checksum({"files": listed, "nodes": below}), "nodes": below}
+    return group_document({**attributes, FILES: listed, _NODES: copy}, None)
+
+
+def listed_files(attributes: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The list of a dataset's files in its attributes, if that and the copy of metadata are as they were written."""
+    listed, copy = attributes.get(FILES), attributes.get(_NODES)
+    if not isinstance(listed, dict) or not isinstance(copy, dict):
+        return None
+    return listed if copy.get("crc32c") == nodes_checksum({"files": listed, "nodes": copy.get("nodes")}) else None
+
+
+def sealed(document: bytes) -> bytes:
+    """A group's or array's document with the seal, in zarr's own form."""
+    node = json.loads(document)
+    node["attributes"] = node.get("attributes", {}) | {SEAL: True}
+    return json.dumps(node, indent=2).encode()
+
+
+def nodes_below(folder: Folder) -> dict[str, Any]:
+    """What a root's document says of the nodes below it, by their paths."""
+    below = (json.loads(folder.read(METADATA)).get("consolidated_metadata") or {}).get("metadata", {})
+    return {path: _node(node) for path, node in below.items()}
 
 
 def nodes_checksum(nodes: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from hashlib import blake2b
@@ -25,7 +25,7 @@ from annbatch_dask.manifest import (
 from annbatch_dask.storage.folder import Folder, absolute, folder_of
 from annbatch_dask.storage.frames import n_rows
 from annbatch_dask.storage.lock import Lease
-from annbatch_dask.storage.metadata import METADATA
+from annbatch_dask.storage.metadata import METADATA, open_as_it_is, open_by_copy
 
 __all__ = ["H5adRoot", "Root", "open_group"]
 
@@ -102,16 +102,60 @@ class Root:
     def __iter__(self) -> Iterator[zarr.Group]:
         """The datasets as zarr groups, in numeric order."""
         if not self.is_empty:
-            assert self.group is not None  # not empty
-            for name in self.names():
-                yield self.group[name]  # type: ignore[misc]
+            yield from map(self._dataset, self.names())
 
-    def open_all(self) -> list[zarr.Group]:
-        """The datasets as zarr groups, many opened at a time: each is a request to a store."""
-        if self.is_empty or self.group is None or not self.has_folder or self.folder.is_local:
+    def _dataset(self, name: str) -> zarr.Group:
+        """A dataset as it is now. Its owner may edit it: anndata writes to groups without copies of metadata alone."""
+        group = self.group
+        assert group is not None  # there is a dataset
+        if self._is_on_the_web:
+            return self.as_written(name)
+        return zarr.open_group(
+            group.store,
+            path=f"{group.path}/{name}".strip("/"),
+            mode="r" if group.read_only else "r+",
+            zarr_format=group.metadata.zarr_format,
+            use_consolidated=False,
+        )
+
+    def as_written(self, name: str) -> zarr.Group:
+        """A dataset with the metadata of all that is in it, as the build wrote them."""
+        assert self.group is not None  # there is a dataset
+        return open_by_copy(self.group[name])  # type: ignore[arg-type]
+
+    @cached_property
+    def _is_on_the_web(self) -> bool:
+        """True if it is on a web server, which lists nothing and takes nothing."""
+        return self.has_folder and "http" in self.folder.fs.protocol
+
+    def readable(self) -> Iterator[zarr.Group]:
+        """The datasets as they are now, to read them in few requests."""
+        if not self.is_empty and self.has_folder and not self.folder.is_local:
+            yield from (open_as_it_is(self.folder / name) for name in self.names())
+        else:
+            yield from self
+
+    def open_all(self, edited: Collection[str] = ()) -> list[zarr.Group]:
+        """The datasets as zarr groups, to read, many opened at a time: each may be a request to a store.
+
+        Parameters
+        ----------
+        edited
+            Datasets of ours that are not as they were written. All others of ours are opened by the copies that
+            builds have made of their metadata.
+        """
+        if self.is_empty or self.group is None or not self.has_folder:
             return list(self)
+        manifest = self.manifest
+        written = {d.name for d in manifest.datasets if d.n_files} - set(edited) if manifest is not None else set()
+
+        def open_one(name: str) -> zarr.Group:
+            return self.as_written(name) if name in written else self._dataset(name)
+
+        if self.folder.is_local:
+            return list(map(open_one, self.names()))
         with ThreadPoolExecutor(_N_THREADS, thread_name_prefix="open") as pool:
-            return list(pool.map(self.group.__getitem__, self.names()))  # type: ignore[arg-type]
+            return list(pool.map(open_one, self.names()))
 
     @property
     def manifest(self) -> Manifest | None:
@@ -133,7 +177,7 @@ class Root:
         """Cells in all datasets."""
         if (manifest := self.manifest) is not None:
             return manifest.n_obs
-        return sum(n_rows(group["obs"]) for group in self)
+        return sum(n_rows(group["obs"]) for group in self.readable())
 
     @property
     def digest(self) -> str:
@@ -152,7 +196,7 @@ class Root:
     @contextlib.contextmanager
     def obs_elements(self) -> Iterator[Iterator[Any]]:
         """Obs of each dataset, as it is stored, one at a time."""
-        yield (group["obs"] for group in self)
+        yield (group["obs"] for group in self.readable())
 
     def refresh(self) -> None:
         """See what other processes published since this object was made."""

@@ -1,12 +1,14 @@
 """A Loader over a collection on an S3 server: the same batches, few requests, many at once."""
 
+import anndata as ad
 import dask
 import numpy as np
 import pytest
+import zarr
 
 from annbatch_dask import DatasetCollection, Loader
 from annbatch_dask.chunks import reader as ranges
-from annbatch_dask.errors import CollectionChangedError, IntegrityError
+from annbatch_dask.errors import CollectionChangedError, CollectionError, IntegrityError
 from tests.s3.server import counts
 from tests.s3.tools import build, epoch
 
@@ -179,3 +181,35 @@ class TestCache:
     def test_a_limit_that_is_no_size(self, tmp_path, limit, message):
         with pytest.raises(ValueError, match=message):
             Loader(batch_size=1, cache_dir=tmp_path, cache_bytes=limit)
+
+
+@pytest.mark.filterwarnings("ignore:Adding dataset with dtype", "ignore:zarr v3 autosharding", "ignore:.*added again")
+def test_a_dataset_that_its_owner_edited(atlas, server, bucket):
+    built = build(f"{bucket}/o.zarr", atlas, server)
+    group = next(iter(built))
+    x = ad.io.read_elem(group["X"]).astype(np.float64) * 2
+    before = rows_of(loader_of(DatasetCollection(built.path, mode="r", storage_options=server.options)))
+    n = x.shape[0]
+    del group["X"]
+    ad.io.write_elem(group, "X", x)
+    collection = DatasetCollection(built.path, mode="r", storage_options=server.options)
+    assert collection.verify().edited == ("zarr.json", "dataset_0/X")
+    found = rows_of(loader_of(collection))
+    assert np.isclose(found.sum(), before.sum() + x.sum() / 2)
+    view = collection.to_lazy()
+    np.testing.assert_array_equal(view.X[:n].compute().toarray(), x.toarray())
+    with pytest.raises(CollectionError, match="dataset_0/X: was written anew"):
+        built.add_adatas(atlas.urls[:1], mode="reshuffle", storage_options=server.options)
+
+
+def test_plain_readers_need_few_requests_by_way_of_the_root(url, server):
+    def read(path, name):
+        group = zarr.open_group(path, mode="r", zarr_format=3, storage_options=server.options)
+        return ad.io.read_elem(group[name] if name else group)
+
+    n_documents = {}
+    for path, name in ((url, "dataset_0"), (f"{url}/dataset_0", "")):
+        with server.recorded() as requests:
+            read(path, name)
+        n_documents[name] = sum(r.key.endswith("zarr.json") for r in requests)
+    assert n_documents["dataset_0"] <= 2 < n_documents[""] / 5  # zarr asks for the root's once or twice
