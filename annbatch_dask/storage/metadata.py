@@ -21,6 +21,7 @@ from annbatch_dask.storage.versions import list_files
 __all__ = [
     "FILES",
     "METADATA",
+    "NODES",
     "SEAL",
     "copied_nodes",
     "dataset_document",
@@ -39,7 +40,7 @@ __all__ = [
 METADATA = "zarr.json"
 FILES = "annbatch_dask_files"
 """Attribute of a dataset's group: bytes and crc32c of its other files. Copies of its metadata go without."""
-_NODES = "annbatch_dask_nodes"
+NODES = "annbatch_dask_nodes"
 """Attribute of a dataset's group: the metadata of what lies below it, with a checksum of them and of :data:`FILES`."""
 SEAL = "annbatch_dask_written"
 """Attribute of every group and array in a dataset: what somebody writes in its place goes without, even where all else
@@ -71,14 +72,14 @@ def copied_nodes(document: bytes, prefix: str) -> dict[str, Any]:
 
 def _copied(root: dict[str, Any]) -> dict[str, Any]:
     """Nodes below a group by their paths, as its document has them; earlier releases consolidated datasets."""
-    ours = root.get("attributes", {}).get(_NODES)
+    ours = root.get("attributes", {}).get(NODES)
     found: dict[str, Any] = ours["nodes"] if ours else (root.get("consolidated_metadata") or {}).get("metadata", {})
     return found
 
 
 def open_by_copy(group: zarr.Group) -> zarr.Group:
     """A dataset's group that takes its members from the copy of their metadata: to read it as it was written."""
-    ours: Any = group.attrs.get(_NODES)
+    ours: Any = group.attrs.get(NODES)
     return group if ours is None else _with_members(group, ours["nodes"])  # earlier releases consolidated datasets
 
 
@@ -109,7 +110,7 @@ def _with_members(group: zarr.Group, nodes: Mapping[str, Any]) -> zarr.Group:
 def _node(document: dict[str, Any]) -> dict[str, Any]:
     """A group's or array's own metadata."""
     document.pop("consolidated_metadata", None)
-    for name in (FILES, _NODES):
+    for name in (FILES, NODES):
         document.get("attributes", {}).pop(name, None)
     return document
 
@@ -139,12 +140,12 @@ def dataset_document(attributes: Mapping[str, Any], nodes: Mapping[str, Any], fi
     below = {path: node for path, node in nodes.items() if path}
     listed = {name: list(found) for name, found in files.items()}
     copy = {"crc32c": nodes_checksum({"files": listed, "nodes": below}), "nodes": below}
-    return group_document({**attributes, FILES: listed, _NODES: copy}, None)
+    return group_document({**attributes, FILES: listed, NODES: copy}, None)
 
 
 def listed_files(attributes: Mapping[str, Any]) -> dict[str, Any] | None:
     """The list of a dataset's files in its attributes, if that and the copy of metadata are as they were written."""
-    listed, copy = attributes.get(FILES), attributes.get(_NODES)
+    listed, copy = attributes.get(FILES), attributes.get(NODES)
     if not isinstance(listed, dict) or not isinstance(copy, dict):
         return None
     return listed if copy.get("crc32c") == nodes_checksum({"files": listed, "nodes": copy.get("nodes")}) else None

@@ -177,7 +177,7 @@ class TestCache:
                 assert sum(batch["X"].shape[0] for batch in workers) == 500
         assert counts(asked)["GET"] == 0
 
-    @pytest.mark.parametrize(("limit", "message"), [("many", "many"), (0, "got 0")])
+    @pytest.mark.parametrize(("limit", "message"), [("many", "many"), (0, "is 0")])
     def test_a_limit_that_is_no_size(self, tmp_path, limit, message):
         with pytest.raises(ValueError, match=message):
             Loader(batch_size=1, cache_dir=tmp_path, cache_bytes=limit)
