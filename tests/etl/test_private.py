@@ -7,6 +7,7 @@ import pickle
 import stat
 import threading
 import traceback
+from dataclasses import fields
 from functools import partial
 from http.server import ThreadingHTTPServer
 
@@ -22,6 +23,7 @@ from annbatch_dask.cli import main
 from annbatch_dask.errors import ForeignScratchError, IntegrityError, SourceError
 from annbatch_dask.etl.job import Job, load_job, save_job
 from annbatch_dask.events import Callback
+from annbatch_dask.plan.plan import Plan
 from annbatch_dask.sources.references import references
 from annbatch_dask.storage.folder import Folder, folder_at
 from annbatch_dask.storage.private import check_private, make_private
@@ -209,7 +211,8 @@ def test_a_group_in_a_store_with_credentials(tmp_path, h5ad_pair):
     store = zarr.storage.FsspecStore.from_url("s3://bucket/x.zarr", storage_options=options)
     group = zarr.Group(AsyncGroup(metadata=GroupMetadata(), store_path=zarr.storage.StorePath(store)))
     here = Folder(str(tmp_path / "scratch" / "work"))
-    plan = DatasetCollection(tmp_path / "o.zarr").plan_adatas(h5ad_pair)
+    runnable = DatasetCollection(tmp_path / "o.zarr").plan_adatas(h5ad_pair)
+    plan = Plan(**{field.name: getattr(runnable, field.name) for field in fields(Plan)})
     file = save_job(Job(plan, references([group], ad.io.read_elem), make_private(here), here))
     assert not leaks(tmp_path)
     assert SECRET not in repr(file)

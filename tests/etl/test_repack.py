@@ -9,7 +9,7 @@ from annbatch_dask.cli import main
 from annbatch_dask.errors import CollectionError, IntegrityError, LayoutError
 from annbatch_dask.etl import repack as module
 from annbatch_dask.storage.packed import PACKED
-from tests.etl.packed import assert_same, build, codecs_of, paths, read  # noqa: F401 - a fixture
+from tests.etl.packed import assert_same, build, codecs_of, read
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def synchronous():
 
 
 @pytest.fixture
-def collection(paths, tmp_path):  # noqa: F811
+def collection(paths, tmp_path):
     return build(tmp_path / "a.zarr", paths, dataset_size=90)
 
 
@@ -29,7 +29,7 @@ def matrices(folder):
     return {name: content for name, content in files.items() if not name.endswith("zarr.json")}
 
 
-def test_there_and_back(collection, paths, tmp_path):  # noqa: F811
+def test_there_and_back(collection, paths, tmp_path):
     packed = collection.repack(tmp_path / "b.zarr", "packed")
     assert all(codecs_of(g["X"][part]) == [PACKED, "crc32c"] for g in packed for part in ("data", "indices"))
     assert_same(read(packed), read(collection))
@@ -42,7 +42,7 @@ def test_there_and_back(collection, paths, tmp_path):  # noqa: F811
     assert back.verify(against=paths).ok
 
 
-def test_it_writes_what_a_build_would(collection, paths, tmp_path):  # noqa: F811
+def test_it_writes_what_a_build_would(collection, paths, tmp_path):
     collection.repack(tmp_path / "b.zarr", "packed")
     build(tmp_path / "c.zarr", paths, dataset_size=90, layout="packed")
     assert matrices(tmp_path / "b.zarr") == matrices(tmp_path / "c.zarr")
@@ -97,7 +97,7 @@ def test_an_interrupted_one_goes_on(collection, tmp_path, monkeypatch, n_written
     assert not packed.verify().leftovers
 
 
-def test_it_can_be_extended(collection, paths, tmp_path):  # noqa: F811
+def test_it_can_be_extended(collection, paths, tmp_path):
     packed = collection.repack(tmp_path / "b.zarr", "packed")
     with pytest.warns(UserWarning, match="is in .* already"):
         extended = build(tmp_path / "b.zarr", paths[:1], seed=7)

@@ -1,0 +1,1 @@
+from tests.etl.packed import paths  # noqa: F401 - a fixture
