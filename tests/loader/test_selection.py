@@ -229,7 +229,7 @@ def test_splits_and_states_outlive_a_release(collection, tmp_path, monkeypatch):
     def opened(kind):
         monkeypatch.setattr(Root, "manifest", kind(**values, last_dataset=2, id="a" * 16))
         stored = DatasetCollection(tmp_path / "c.zarr", mode="r")
-        monkeypatch.setattr(stored, "check", lambda _: None)
+        monkeypatch.setattr(stored, "check", lambda _: {})
         return stored, Loader(batch_size=8, **SMALL, shuffle=True, seed=0).use_collection(stored)
 
     stored, loader = opened(Manifest)
