@@ -108,6 +108,7 @@ def folder(files, tmp_path, monkeypatch):
 # --- code ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:zarr v3 autosharding:UserWarning")  # anndata 0.12, when one writes to zarr
 @pytest.mark.filterwarnings("ignore:Batches do not carry:FutureWarning")  # layers and obsm, on most pages
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
