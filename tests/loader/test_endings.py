@@ -193,9 +193,8 @@ ENDINGS = {
     "atexit": ("import atexit; it = iter(loader()); next(it); atexit.register(lambda: it.close())", 0),
     "interrupt": (
         "import os, signal\n"
-        # Python drops an interrupt that arrives while a __del__ runs: then one presses the keys again.
-        "def press():\n while taken.wait(): os.kill(os.getpid(), signal.SIGINT); time.sleep(20)\n"
-        "threading.Thread(target=press, daemon=True).start()\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what a shell starts in the background ignores it
+        "threading.Thread(target=lambda: (taken.wait(), os.kill(os.getpid(), signal.SIGINT)), daemon=True).start()\n"
         "while True: iterate(loader())",
         -2,
     ),
