@@ -119,18 +119,17 @@ def _finished_nodes(target: Folder, record: DatasetRecord) -> dict[str, Any]:
     folder = target / record.name
     sizes, document = folder.sizes(), folder.find(METADATA)
     was = recorded(target, record, document)
-    files = was.files
-    is_edited = False
-    if files and sizes != {name: size for name, (size, _) in files.items()}:
-        is_edited = not look_at_files(target, record, is_metadata).damage
-        if not is_edited:
+    is_edited = was.is_edited
+    if was.files and sizes != {name: size for name, (size, _) in was.files.items()}:
+        if look_at_files(target, record, is_metadata).damage:
             msg = (
                 f"{target.url}/{record.name} has {len(sizes):,} files, {sum(sizes.values()):,} bytes, and "
                 f"{record.n_files:,} files, {record.n_bytes:,} bytes were written; "
                 "do not remove files while a build runs, and call again"
             )
             raise IntegrityError(msg)
-    copied = copied_nodes(document, record.name) if document and not was.is_edited and not is_edited else {}
+        is_edited = True
+    copied = copied_nodes(document, record.name) if document and not is_edited else {}
     return copied or metadata_below(folder, record.name)
 
 

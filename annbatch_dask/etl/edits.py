@@ -9,6 +9,7 @@ document that is as it was written is damaged, as is a document that is cut shor
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.metadata import METADATA, SEAL, is_metadata
 from annbatch_dask.storage.versions import list_files
 
-__all__ = ["Look", "Problem", "look_at_files", "recorded_datasets", "refuse_edited"]
+__all__ = ["Look", "Problem", "is_of_system", "look_at_files", "recorded_datasets", "refuse_edited"]
 
 State = Literal["intact", "damaged", "replaced", "changed", "added", "removed"]
 _OWNED = ("replaced", "added", "changed")
@@ -37,7 +38,8 @@ _WORDS = {
 _CONTAINERS = ("anndata", "dict", "raw")
 """What may lose a member and be whole."""
 _NEEDED = ("X", "obs", "var")
-_FILES_OF_SYSTEM = ".nfs"
+_SYSTEM = re.compile(r"\.nfs[0-9a-f]+")
+"""What NFS keeps of a removed file that is open."""
 _N_THREADS = 16
 _N_ROTTEN = 8
 
@@ -88,7 +90,7 @@ def look_at_files(target: Folder, record: DatasetRecord, reads: Callable[[str], 
     listing = list_files(folder)
     listed = folder.sizes() if listing is None else listing.sizes
     listed = listed or folder.sizes_of(was.files)  # a web server need not list what it has
-    sizes = {name: size for name, size in listed.items() if not _is_systems(name)}
+    sizes = {name: size for name, size in listed.items() if not is_of_system(name)}
     alike = {n for n, (size, _) in was.files.items() if sizes.get(n) == size}
     found = checksums(folder, {n: sizes[n] for n in alike if reads(n) and n != METADATA})
     differing = {n for n in alike if found.get(n, was.files[n][1]) != was.files[n][1]}
@@ -125,8 +127,9 @@ def recorded_datasets(document: bytes | None) -> tuple[DatasetRecord, ...]:
         return ()
 
 
-def _is_systems(name: str) -> bool:
-    return name.rpartition("/")[2].startswith(_FILES_OF_SYSTEM)
+def is_of_system(file: str) -> bool:
+    """True of a file that a file system put there for itself."""
+    return _SYSTEM.fullmatch(file.rpartition("/")[2]) is not None
 
 
 @dataclass(frozen=True)

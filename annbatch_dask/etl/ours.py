@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from annbatch_dask.errors import CollectionBusyError, CollectionError
-from annbatch_dask.etl.edits import recorded_datasets, refuse_edited
+from annbatch_dask.etl.edits import is_of_system, recorded_datasets, refuse_edited
 from annbatch_dask.etl.job import owner_of
 from annbatch_dask.formatting import plural
 from annbatch_dask.manifest import (
@@ -54,7 +54,6 @@ logger = logging.getLogger(__name__)
 
 ATTEMPT_NAME = re.compile(rf"\.attempt-[0-9a-f]{{8}}-({DATASET_PREFIX}_\d+)")
 """Folder of a dataset on a local disk until the build's commit, which gives it its name."""
-_SYSTEM = re.compile(r"\.nfs[0-9a-f]+")
 """What NFS makes of a file that was removed and is open."""
 _SCRATCH = ".scratch"
 _N_THREADS = 16
@@ -253,7 +252,7 @@ def contents_of(target: Folder) -> FolderContents:
     kept = set(root.names).union(*(generations[n].names or root.inherited for n, h in held.items() if h))
     datasets, files, strangers, named = [], [], [], set(root.names)
     for name in names:
-        if name == METADATA or _SYSTEM.fullmatch(name) or name in held and held[name] or name in kept:
+        if name == METADATA or is_of_system(name) or name in held and held[name] or name in kept:
             continue
         if DATASET_NAME.fullmatch(name) or ATTEMPT_NAME.fullmatch(name):
             document = (target / name).find(METADATA)
@@ -333,7 +332,7 @@ def added_files(target: Folder, name: str, document: bytes | None = None) -> lis
     sizes = folder.sizes()
     edited = {n for n in sizes.keys() & listed.keys() if is_metadata(n) and sizes[n] != listed[n][0]}
     found = (sizes.keys() - listed.keys() - {METADATA}) | edited
-    return [f"{name}/{file}" for file in sorted(found) if not _SYSTEM.fullmatch(file.rpartition("/")[2])]
+    return [f"{name}/{file}" for file in sorted(found) if not is_of_system(file)]
 
 
 def _is_blank(folder: Folder) -> bool:
