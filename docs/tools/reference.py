@@ -12,6 +12,9 @@ import griffe
 
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|exc|data|obj):`(~?)([^`]+)`")
 
+RESULT = re.compile(r"(?m)^(?P<title>(?:Returns|Yields)\n-+\n)(?P<text>(?:\S.*\n?)++)(?! )")
+"""A section of prose alone, which numpydoc would take for types."""
+
 SPECIAL = {"__call__", "__getitem__", "__iter__", "__len__", "__version__"}
 """Special methods that a user calls, if by another spelling. What the others do goes without saying."""
 
@@ -59,6 +62,8 @@ class Reference(griffe.Extension):
         if obj.is_attribute and obj.value is not None:
             obj.value = public_default(obj.value, obj)
         if obj.is_function:
+            if obj.docstring:
+                obj.docstring.value = RESULT.sub(lambda m: typed_result(m, obj), obj.docstring.value)
             for parameter in obj.parameters:
                 parameter.default = public_default(parameter.default, obj)
         for name, member in obj.members.items():
@@ -68,6 +73,12 @@ class Reference(griffe.Extension):
                 self._prepare(member, loader, seen)
         if groups := self._groups.get(obj.path):
             group_parameters(obj, groups)
+
+
+def typed_result(match: re.Match[str], obj: Any) -> str:
+    """Put the type of a signature's result before a section of prose."""
+    text = "".join(f"    {line}\n" for line in match["text"].splitlines())
+    return f"{match['title']}{obj.returns}\n{text}"
 
 
 def link(match: re.Match[str], obj: Any, loader: griffe.GriffeLoader) -> str:
