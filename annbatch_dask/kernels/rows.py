@@ -17,6 +17,7 @@ __all__ = [
     "slabs",
     "sort_entries",
     "sort_rows",
+    "take_rows",
 ]
 
 
@@ -54,6 +55,17 @@ def copy_runs(
         raise TypeError(msg)
     raw = np.dtype(f"u{src.dtype.itemsize}")
     _copy(src.view(raw), src_start, dst.view(raw), dst_start, length)
+
+
+def take_rows(
+    values: NDArray, offsets: NDArray[np.int64], rows: NDArray[np.integer]
+) -> tuple[NDArray, NDArray[np.int64]]:
+    """Some rows of a ragged array, in any order: their entries, and the (n + 1,) offsets of each row's."""
+    counts = np.diff(offsets)[rows]
+    new_offsets = offsets_of(counts)
+    out = np.empty(int(new_offsets[-1]), values.dtype)
+    copy_runs(values, offsets[:-1][rows], out, new_offsets[:-1], counts)
+    return out, new_offsets
 
 
 @compiled

@@ -32,12 +32,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import IntegrityError
-from annbatch_dask.kernels.rows import copy_runs, offsets_of
+from annbatch_dask.kernels.rows import offsets_of, take_rows
 from annbatch_dask.storage.checksums import checksum_of
 from annbatch_dask.storage.folder import Folder
 
 __all__ = [
     "OWNER",
+    "SPILL",
     "ScratchGoneError",
     "SpillError",
     "SpillReader",
@@ -54,6 +55,8 @@ logger = logging.getLogger(__name__)
 
 OWNER = "owner.json"
 """File of a scratch folder that says whose it is: the first that is written, and the last that is removed."""
+SPILL = "spill"
+"""Kind of the files that hold the rows of a block. Other kinds are tables of a stage, in the same form."""
 _ALIGN = 8
 _HEADER_NBYTES = 24
 _COPY_NBYTES = 8 * 2**20
@@ -64,11 +67,17 @@ RaggedArrays = Mapping[str, tuple[NDArray, NDArray[np.int64]]]
 
 
 class SpillError(IntegrityError):
-    """A spill file is missing or damaged: its ``block`` must be read again."""
+    """A spill file is missing or damaged: what wrote it must be done again.
 
-    def __init__(self, message: str, block: int) -> None:
+    Attributes
+    ----------
+    block, kind
+        Number and kind of the file: a ``"spill"`` is that of a block, which must be read again.
+    """
+
+    def __init__(self, message: str, block: int, kind: str = SPILL) -> None:
         super().__init__(message)
-        self.block = block
+        self.block, self.kind = block, kind
 
 
 class ScratchGoneError(IntegrityError):
@@ -89,8 +98,8 @@ def _aligned(n: int) -> int:
     return -(-n // _ALIGN) * _ALIGN
 
 
-def _body(block: int) -> str:
-    return f"spill-{block:06d}.bin"
+def _body(block: int, kind: str = SPILL) -> str:
+    return f"{kind}-{block:06d}.bin"
 
 
 def find_receipt(folder: Folder, task: str) -> dict[str, Any] | None:
@@ -176,13 +185,14 @@ def write_spill(
     rows: NDArray[np.int64],
     fixed: FixedArrays,
     ragged: RaggedArrays,
+    kind: str = SPILL,
 ) -> int:
     """Write a block's rows in the order of their part; a few parts at a time, so that no second copy of all is held.
 
     Parameters
     ----------
-    folder, block
-        Where, and which block.
+    folder, block, kind
+        Where, and which block; or which other file.
     order
         (n_rows,) the rows in the order of their part.
     rows
@@ -208,7 +218,7 @@ def write_spill(
     start = _HEADER_NBYTES + len(about)
     table[:, 0] = start + offsets_of(sizes)[:-1]
     end = int(start + sizes.sum())
-    with _still_there(folder), folder.create(_body(block), durable=False, parents=False) as f:
+    with _still_there(folder), folder.create(_body(block, kind), durable=False, parents=False) as f:
         f.write(np.array([len(about), end, google_crc32c.value(about)], np.uint64).tobytes() + about)
         for first, last in _runs(sizes):
             write = _write_part if last - first == 1 else _write_parts
@@ -237,7 +247,7 @@ def _write_parts(
 ) -> list[tuple[int, int]]:
     """Small parts, put in order together; returns the crc32c of the fixed-size and of the ragged arrays of each."""
     sorted_fixed = [values[order] for values in fixed.values()]
-    sorted_ragged = [_reorder(values, offsets, order) for values, offsets in ragged.values()]
+    sorted_ragged = [take_rows(values, offsets, order) for values, offsets in ragged.values()]
     crcs = []
     for a, b in pairwise(rows.tolist()):
         fixed_crc = _write_aligned(f, ([values[a:b]] for values in sorted_fixed))
@@ -256,21 +266,10 @@ def _write_part(
 
     def flat(values: NDArray, offsets: NDArray[np.int64]) -> Iterator[NDArray]:
         step = max(1, _COPY_NBYTES * len(order) // max(1, values.nbytes))
-        return (_reorder(values, offsets, order[at : at + step])[0] for at in range(0, len(order), step))
+        return (take_rows(values, offsets, order[at : at + step])[0] for at in range(0, len(order), step))
 
     fixed_crc = _write_aligned(f, map(head, fixed.values()))
     return [(fixed_crc, _write_aligned(f, (flat(*pair) for pair in ragged.values())))]
-
-
-def _reorder(
-    values: NDArray, offsets: NDArray[np.int64], order: NDArray[np.int64]
-) -> tuple[NDArray, NDArray[np.int64]]:
-    """Some rows of a ragged array, in any order."""
-    counts = np.diff(offsets)[order]
-    new_offsets = offsets_of(counts)
-    out = np.empty(int(new_offsets[-1]), values.dtype)
-    copy_runs(values, offsets[:-1][order], out, new_offsets[:-1], counts)
-    return out, new_offsets
 
 
 def _sizes(arrays: Sequence[_Array], n_fixed: int, line: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -300,8 +299,8 @@ class SpillReader(AbstractContextManager["SpillReader"]):
 
     Parameters
     ----------
-    folder, block
-        Where, and which block.
+    folder, block, kind
+        Where, and which block; or which other file.
     parts
         The parts wanted.
     keep_open
@@ -313,11 +312,12 @@ class SpillReader(AbstractContextManager["SpillReader"]):
         From any method, if the file is missing, ends early, or is not what was written.
     """
 
-    def __init__(self, folder: Folder, block: int, parts: range, *, keep_open: bool = True) -> None:
-        self._first, self._block, self._path = parts.start, block, f"{folder.url}/{_body(block)}"
+    def __init__(self, folder: Folder, block: int, parts: range, *, keep_open: bool = True, kind: str = SPILL) -> None:
+        name = _body(block, kind)
+        self._first, self._block, self._kind, self._path = parts.start, block, kind, f"{folder.url}/{name}"
         with ExitStack() as opened:
             try:
-                self._file = folder.ranges(_body(block), keep_open=keep_open)
+                self._file = folder.ranges(name, keep_open=keep_open)
                 opened.callback(self._file.close)
                 self._read_table(parts)
             except FileNotFoundError:
@@ -358,7 +358,7 @@ class SpillReader(AbstractContextManager["SpillReader"]):
         return raw
 
     def _damaged(self, how: str) -> SpillError:
-        return SpillError(f"{self._path} {how}", self._block)
+        return SpillError(f"{self._path} {how}", self._block, self._kind)
 
     def n_rows(self, part: int) -> int:
         """Rows of the block that go to a part."""
