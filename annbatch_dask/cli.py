@@ -363,6 +363,7 @@ def _layout(args: argparse.Namespace) -> dict[str, Any]:
         "allow_mixed_counts": args.allow_mixed_counts,
         "layout": args.layout,
         "gene_order": args.gene_order,
+        "where": args.where,
         "memory_limit": args.memory_limit,
     }
 
@@ -586,6 +587,11 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
         "--gene-order",
         choices=("names", "abundance"),
         help="gene order of a new output: by name, or most expressed first, which takes less space",
+    )
+    parser.add_argument(
+        "--where",
+        metavar="CONDITION",
+        help="keep the cells whose obs meets it: \"is_primary_data and tissue == 'lung'\"",
     )
     parser.add_argument("--memory-limit", type=_bytes, metavar="SIZE", help="memory of one worker process, e.g. 4GB")
 

@@ -107,6 +107,7 @@ class DatasetCollection(StoredCollection):
         allow_mixed_counts: bool = False,
         layout: MatrixLayout | None = None,
         gene_order: GeneOrder | None = None,
+        where: str | Mapping[str, str] | None = None,
         n_obs_per_chunk: int = 64,
         shard_size: int | str = "1GiB",
         zarr_compressor: Any = _DEFAULT_COMPRESSOR,
@@ -154,6 +155,7 @@ class DatasetCollection(StoredCollection):
         allow_mixed_counts: bool = False,
         layout: MatrixLayout | None = None,
         gene_order: GeneOrder | None = None,
+        where: str | Mapping[str, str] | None = None,
         n_obs_per_chunk: int = 64,
         shard_size: int | str = "1GiB",
         zarr_compressor: Any = _DEFAULT_COMPRESSOR,
@@ -238,6 +240,10 @@ class DatasetCollection(StoredCollection):
             Order of a new collection's genes: ``"names"`` (default), as in :func:`anndata.concat`, or ``"abundance"``:
             most expressed first (in a sample of cells), which makes sparse matrices smaller. ``raw`` keeps its order.
             None keeps the collection's, as every extension does.
+        where
+            Keep only the cells whose obs meets a condition, written as for the Loader's ``where``:
+            ``"is_primary_data and tissue == 'lung'"``. One for all inputs, or by path or pattern of paths (the first
+            that fits; others are kept whole). Cells that the collection has already are not asked.
         n_obs_per_chunk
             Cells per zarr chunk. A chunk of a sparse matrix has as many entries as that many cells have on average.
         shard_size
@@ -273,8 +279,9 @@ class DatasetCollection(StoredCollection):
 
         Raises
         ------
-        SourceError, SchemaError, LayoutError, MemoryBudgetError
-            Before any work, if an input cannot be read, inputs contradict each other, or sizes cannot be met.
+        SourceError, SchemaError, LayoutError, SelectionError, MemoryBudgetError
+            Before any work, if an input cannot be read, inputs contradict each other, sizes cannot be met, or no cell
+            is kept.
             SourceError also if an input changes while the build reads it.
         CollectionError
             If an input is in the collection itself, or is in it already and ``on_duplicate_source="error"``.

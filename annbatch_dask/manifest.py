@@ -68,6 +68,10 @@ class SourceRecord:
         Which of its matrices became X.
     n_vars
         Genes of the collection that it had; None where not recorded.
+    where
+        The condition on its obs that these rows meet; "" if there was none.
+    dropped
+        How many of its other rows each rule dropped: a row counts for the first that it did not meet.
     """
 
     path: str
@@ -76,6 +80,18 @@ class SourceRecord:
     fingerprint: str
     counts: str = "X"
     n_vars: int | None = None
+    where: str = ""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Convert to JSON values, without the defaults of fields that earlier releases do not know."""
+        values = asdict(self)
+        return {k: v for k, v in values.items() if v or k not in ("where", "dropped")}
+
+    @property
+    def n_dropped(self) -> int:
+        """Rows that it had besides."""
+        return sum(self.dropped.values())
 
 
 @dataclass(frozen=True)
@@ -285,7 +301,7 @@ class Manifest:
         values = asdict(self) | {
             "matrices": {name: matrix.to_json() for name, matrix in self.matrices.items()},
             "datasets": [d.to_json() for d in self.datasets],
-            "sources": [asdict(s) for s in self.sources],
+            "sources": [s.to_json() for s in self.sources],
             "inherited": list(self.inherited),
             "builds": [b.to_json() for b in self.builds],
         }

@@ -254,7 +254,16 @@ def _sources(plan: Plan, scattered: Sequence[ScatterReceipt]) -> tuple[SourceRec
         nnz[block.source] += receipt.nnz.get("X", 0)
     fingerprints = source_fingerprints(plan, scattered)
     return tuple(
-        SourceRecord(s.path, s.n_obs, int(nnz[k]), fingerprints[k], s.x.source_name, plan.n_genes_of(k))
+        SourceRecord(
+            s.path,
+            s.n_obs,
+            int(nnz[k]),
+            fingerprints[k],
+            s.x.source_name,
+            plan.n_genes_of(k),
+            where="" if s.kept is None else s.kept.where,
+            dropped={} if s.kept is None else dict(s.kept.dropped),
+        )
         for k, s in enumerate(plan.sources)
         if not s.is_dataset
     )

@@ -27,7 +27,8 @@ from annbatch_dask.errors import IntegrityError
 from annbatch_dask.formatting import format_bytes
 from annbatch_dask.manifest import Manifest
 from annbatch_dask.plan.plan import WORK_DIGITS, Plan
-from annbatch_dask.sources.open import Source, SourceRef, open_source
+from annbatch_dask.sources.chosen import choose_rows
+from annbatch_dask.sources.open import Source, SourceRef, WholeSource, open_source
 from annbatch_dask.storage.claims import Claim
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.private import check_private
@@ -109,17 +110,18 @@ class Job:
 
     @contextmanager
     def open_source(self, index: int) -> Iterator[Source]:
-        """Open an input. One that is read whole is kept for the next block of the same input in this thread.
+        """Open the rows of an input that take part.
 
-        That is what ``load_adata`` returned, and a file of an old format. :func:`forget_inputs` lets go of it.
+        One that is read whole is kept for the next block of the same input in this thread. That is what ``load_adata``
+        returned, and a file of an old format. :func:`forget_inputs` lets go of it.
         """
         ref = self.refs[index]
         with ExitStack() as files:
             with seen_before(ref.label):  # by the scan
                 source = self._open(index, files)
-            yield source
+            yield choose_rows(source, self.plan.sources[index].kept)
 
-    def _open(self, index: int, files: ExitStack) -> Source:
+    def _open(self, index: int, files: ExitStack) -> WholeSource:
         ref = self.refs[index]
         if ref.load_adata is None and not self.plan.sources[index].resident_nbytes:
             return files.enter_context(open_source(ref))
@@ -134,7 +136,7 @@ class Job:
         return kept[1]
 
 
-_kept: dict[int, tuple[tuple[str, int], Source]] = {}
+_kept: dict[int, tuple[tuple[str, int], WholeSource]] = {}
 """The input that was read whole last, by thread."""
 
 

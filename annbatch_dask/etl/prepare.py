@@ -12,6 +12,7 @@ import dask
 
 from annbatch_dask.engines.base import EngineChoice
 from annbatch_dask.errors import CollectionError, LayoutError
+from annbatch_dask.etl.choose import check_any_kept
 from annbatch_dask.etl.frames import try_frames
 from annbatch_dask.etl.inputs import Input, known_inputs
 from annbatch_dask.etl.request import GeneOrder, MatrixLayout, OnDuplicate, Request
@@ -236,6 +237,7 @@ def prepare(root: Root, request: Request, room: EngineChoice, *, read_values: bo
         lambda *_: None,
         lambda i: refs[i].label,
     )
+    check_any_kept([s.schema.kept for s in scanned[len(datasets) :]])
     for s in scanned:
         check_unique(s.schema)
     found = [s.annotations for s in scanned if s.annotations is not None]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from annbatch_dask.errors import LayoutError
+from annbatch_dask.errors import LayoutError, SelectionError
 from annbatch_dask.plan.elements import Elements
 from annbatch_dask.plan.options import Options
 from annbatch_dask.seeds import resolve_seed
 from annbatch_dask.sizes import parse_rows_or_nbytes
 from annbatch_dask.sources.open import SourceRef
 from annbatch_dask.sources.references import check_portable, references
+from annbatch_dask.storage.secrets import shown
 from annbatch_dask.storage.shards import compressor_json
+from annbatch_dask.where import Condition
 
-__all__ = ["GeneOrder", "MatrixLayout", "Mode", "OnDuplicate", "Request", "make_request"]
+__all__ = ["GeneOrder", "MatrixLayout", "Mode", "OnDuplicate", "Request", "make_request", "with_conditions"]
 
 Mode = Literal["extend", "append", "reshuffle"]
 OnDuplicate = Literal["warn", "error"]
@@ -48,7 +52,7 @@ class Request:
 
     def identity(self, options: Options) -> str:
         """Identity of the call with its resolved options."""
-        inputs = [(r.label, r.counts) for r in self.refs]
+        inputs = [(r.label, r.counts, r.where) if r.where else (r.label, r.counts) for r in self.refs]
         return options.request(inputs, self.mode, self.genes, self.merge)
 
 
@@ -57,11 +61,12 @@ def make_request(given: Mapping[str, Any]) -> Request:
 
     Raises
     ------
-    SourceError, LayoutError, ValueError, TypeError
+    SourceError, LayoutError, SelectionError, ValueError, TypeError
         Where one of them makes no sense.
     """
     refs = references(given["adata_paths"], given["load_adata"], given["storage_options"], given["counts"])
     check_portable(refs)
+    refs = with_conditions(refs, given["where"])
     return Request(
         refs,
         _options(given),
@@ -103,3 +108,28 @@ def _groupby(names: str | Iterable[str] | None) -> tuple[str, ...]:
         msg = f"groupby columns must be unique; got {list(found)}"
         raise ValueError(msg)
     return found
+
+
+def with_conditions(refs: Sequence[SourceRef], where: str | Mapping[str, str] | None) -> tuple[SourceRef, ...]:
+    """The inputs, each with the condition that its rows meet: one for all, or by path or pattern (the first that fits).
+
+    Raises
+    ------
+    SelectionError
+        If one cannot be read, or is for none of the inputs.
+    """
+    if where is None:
+        return tuple(refs)
+    by_pattern = {"*": where} if isinstance(where, str) else {shown(os.fspath(k)): v for k, v in where.items()}
+    for text in by_pattern.values():
+        Condition.parse(text)
+    used: set[str] = set()
+    out = []
+    for ref in refs:
+        fits = [p for p in by_pattern if p == ref.label] or [p for p in by_pattern if fnmatchcase(ref.label, p)]
+        used.update(fits)
+        out.append(replace(ref, where=by_pattern[fits[0]]) if fits else ref)
+    if unknown := [p for p in by_pattern if p not in used]:
+        msg = f"where names {unknown[0]}, which is none of the {len(refs)} inputs; give paths, or patterns of them"
+        raise SelectionError(msg)
+    return tuple(out)

@@ -11,12 +11,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from annbatch_dask.etl.choose import rows_where
 from annbatch_dask.kernels.values import range_of
 from annbatch_dask.plan.columns import unsure
 from annbatch_dask.plan.dtypes import ValueRange, merge_ranges
 from annbatch_dask.plan.elements import choose_counts
 from annbatch_dask.plan.layout import cut_blocks
 from annbatch_dask.plan.schema import MatrixSchema, SourceSchema, shared_names
+from annbatch_dask.sources.chosen import choose_rows, chosen_schema, open_chosen
 from annbatch_dask.sources.identity import identity_of, unique_identity
 from annbatch_dask.sources.matrices import CsrRows
 from annbatch_dask.sources.open import Source, SourceRef, open_source
@@ -54,11 +56,15 @@ def scan(  # a task's arguments are positional
         If it cannot be read.
     SchemaError
         If it contradicts itself.
+    SelectionError
+        If its obs has not what its condition asks for.
     """
     identity = identity_of(ref, at_a_glance=metadata_only) or unique_identity()
     try:
-        with open_source(ref) as source:
-            schema = _with_shared_names(source.schema(metadata_only=metadata_only))
+        with open_source(ref) as whole:
+            kept = rows_where(whole, ref.label, ref.where)
+            source = choose_rows(whole, kept)
+            schema = _with_shared_names(chosen_schema(whole, kept, metadata_only=metadata_only))
             schema = choose_counts(replace(schema, is_dataset=ref.is_dataset), ref.counts)
             if read_values:
                 found = tuple(replace(m, values=_range_of_matrix(source, schema, m)) for m in schema.matrices)
@@ -138,7 +144,7 @@ def look(ref: SourceRef, schema: SourceSchema, names: frozenset[str]) -> dict[st
     """Range of the values of some matrices and columns of an input, by name; missing ones do not count."""
     found: dict[str, ValueRange] = {}
     try:
-        with open_source(ref) as source:
+        with open_chosen(ref, schema.kept) as source:
             for matrix in (m for m in schema.matrices if m.name in names):
                 found[matrix.name] = _range_of_matrix(source, schema, matrix)
             for column in (c for c in schema.columns if c.path in names):

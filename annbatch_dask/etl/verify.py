@@ -24,8 +24,9 @@ from annbatch_dask.plan.build import build_plan
 from annbatch_dask.plan.elements import Elements
 from annbatch_dask.plan.memory import Budget
 from annbatch_dask.plan.options import Extension, Options
+from annbatch_dask.sources.chosen import open_chosen
 from annbatch_dask.sources.matrices import n_rows_of
-from annbatch_dask.sources.open import SourceRef, open_source
+from annbatch_dask.sources.open import SourceRef
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.frames import n_rows
 from annbatch_dask.storage.metadata import METADATA, is_metadata, metadata_below, nodes_below, nodes_checksum
@@ -302,12 +303,11 @@ def _check_source(ref: SourceRef, candidates: Sequence[Candidate], dataset: Sour
     """
     seen: dict[tuple[Any, ...], tuple[int, str]] = {}
     for c in candidates:
-        key = (c.record.path, c.record.counts, c.elements)
-        if key not in seen:
-            named = replace(ref, label=c.record.path, counts=c.record.counts)
+        if c.asked not in seen:
+            named = replace(ref, label=c.record.path, counts=c.record.counts, where=c.record.where)
             n_obs, _, fingerprint, _ = _fingerprint(named, dataset, Elements.parse(c.elements))
-            seen[key] = n_obs, fingerprint
-    found = [seen[c.record.path, c.record.counts, c.elements] for c in candidates]
+            seen[c.asked] = n_obs, fingerprint
+    found = [seen[c.asked] for c in candidates]
     pairs = list(zip(candidates, found, strict=True))
     matched = [c.index for c, is_now in pairs if is_now == (c.record.n_obs, c.record.fingerprint)]
     where = ref.label if len(candidates) > 1 else candidates[0].record.path
@@ -337,7 +337,7 @@ def _fingerprint(ref: SourceRef, dataset: SourceRef | None, elements: Elements =
     plan = build_plan(schemas, options, budget=_BUDGET, extension=extension)
     total, nnz = 0, 0
     x = array_name("X", "indices")
-    with open_source(ref) as opened:
+    with open_chosen(ref, schemas[-1].kept) as opened:
         for block in plan.blocks:
             rows = read_block(plan, block, plan.sources[block.source], opened)
             nnz += len(rows.ragged[x][0]) if x in rows.ragged else 0
@@ -352,6 +352,11 @@ class Candidate:
     index: int
     record: SourceRecord
     elements: tuple[str, ...]
+
+    @property
+    def asked(self) -> tuple[Any, ...]:
+        """What was asked for of the input: rows of equal candidates are compared once."""
+        return self.record.path, self.record.counts, self.record.where, self.elements
 
 
 def _match_sources(paths: Sequence[str], manifest: Manifest) -> list[tuple[Candidate, ...]]:

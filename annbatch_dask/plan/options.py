@@ -53,10 +53,10 @@ class Options:
     layout: str = "open"
     gene_order: str = "names"
 
-    def request(self, inputs: Sequence[tuple[str, str]], mode: str, genes: str, merge: str | None) -> str:
+    def request(self, inputs: Sequence[tuple[str, ...]], mode: str, genes: str, merge: str | None) -> str:
         """Identity of a call: everything that a user asks for, 32 hex digits. What the inputs hold is not in it.
 
-        ``inputs``: each one's label, and which of its matrices becomes X.
+        ``inputs``: each one's label, which of its matrices becomes X, and the condition on its obs, if there is one.
         """
         payload = {"options": canonical(self), "inputs": inputs, "mode": mode, "genes": genes, "merge": merge}
         return digest(json.dumps(payload, sort_keys=True).encode())

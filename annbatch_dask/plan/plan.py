@@ -119,6 +119,7 @@ class Plan:
         """Identity of the result: builds with equal fingerprints write equal collections."""
         sources = [
             {"path": s.path, "n_obs": s.n_obs, "matrices": canonical(s.matrices), "columns": canonical(s.columns)}
+            | ({} if s.kept is None else {"kept": canonical(s.kept)})
             for s in self.sources
         ]
         var = pd.util.hash_pandas_object(self.var.astype(str)).to_numpy().tobytes()

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from annbatch_dask.plan.dtypes import ValueRange
+from annbatch_dask.plan.kept import KeptRows
 
 __all__ = [
     "INPUT_SRC_PATH",
@@ -192,6 +193,8 @@ class SourceSchema:
         What it holds in memory as long as it is open: all of it, where ``load_adata`` loads it or its format is old.
     abundance
         (n_genes,) float64, about how many cells have a value of each gene of X; None if it was not counted.
+    kept
+        Which of its rows these are, where rows were chosen: all numbers of rows, here and elsewhere, are of these.
     """
 
     path: str
@@ -209,6 +212,7 @@ class SourceSchema:
     name_width: int = field(default=0, compare=False, repr=False)
     resident_nbytes: int = field(default=0, compare=False, repr=False)
     abundance: np.ndarray | None = field(default=None, compare=False, repr=False)
+    kept: KeptRows | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore with interned names."""

@@ -36,6 +36,7 @@ def figures(plan: Plan) -> list[tuple[str, str]]:
         ("order", f"{plan.placement.name}, seed {plan.seed}{groupby}"),
         ("carried", ", ".join([*(m.name for m in plan.matrices), *_frames(plan)])),
         ("X from", _counts(plan)),
+        *_dropped(plan),
         *([("left out", ", ".join(missing))] if missing else []),
         *([("strings", f"{', '.join(texts)}: categories in the inputs, nearly one a cell")] if texts else []),
         ("tasks", f"{n:,}: {len(plan.blocks):,} scatter + {plan.n_datasets:,} gather"),
@@ -87,6 +88,20 @@ def _chosen(plan: Plan) -> list[tuple[str, str]]:
         *([("layout", layout)] if plan.options.layout == "packed" else []),
         *([("genes", "in the order of how many cells have them")] if plan.options.gene_order != "names" else []),
     ]
+
+
+def _dropped(plan: Plan) -> list[tuple[str, str]]:
+    """Describe the rows that are kept, and what drops the others, if rows were chosen."""
+    kept = [s.kept for s in plan.sources if s.kept is not None]
+    if not kept:
+        return []
+    n_all = sum(s.n_obs for s in plan.sources if not s.is_dataset and s.kept is None) + sum(k.n_rows for k in kept)
+    n_kept = sum(s.n_obs for s in plan.sources if not s.is_dataset)
+    rules: Counter[str] = Counter()
+    for k in kept:
+        rules.update(dict(k.dropped))
+    dropped = ", ".join(f"{rule} drops {n:,}" for rule, n in rules.items()) or "none is dropped"
+    return [("cells", f"{n_kept:,} of {n_all:,}: {dropped}")]
 
 
 def _texts(plan: Plan) -> list[str]:

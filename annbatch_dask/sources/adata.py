@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +34,7 @@ from annbatch_dask.sources.matrices import (
     matrix_rows,
     row_of,
 )
+from annbatch_dask.sources.picked import pick_rows
 
 __all__ = ["AnnDataSource", "read_legacy"]
 
@@ -60,27 +61,38 @@ class AnnDataSource:
         self._columns = {(f, str(k)): k for f, frame in self._frames.items() for k in frame.columns}
         self._blocks: dict[str, _DaskBlocks] = {}
 
-    def schema(self, *, metadata_only: bool = False) -> SourceSchema:
-        """Schema of the input."""
+    @property
+    def n_obs(self) -> int:
+        """Rows."""
+        return int(self._adata.n_obs)
+
+    def obs_columns(self) -> tuple[ColumnSchema, ...]:
+        """Columns of obs."""
+        return tuple(c for c in self._described() if c.frame == OBS)
+
+    def _described(self) -> tuple[ColumnSchema, ...]:
+        return tuple(
+            replace(describe_series(name, self._frames[frame].rows(k, 0, self.n_obs)), frame=frame)
+            for (frame, name), k in self._columns.items()
+        )
+
+    def schema(self, *, metadata_only: bool = False, rows: NDArray[np.bool_] | None = None) -> SourceSchema:
+        """Schema of the input; stored values are counted of the ``rows``, (n_obs,), of which it is true."""
         adata = self._adata
         matrices, unsupported = [], []
         for name, genes, values in self._matrix_values():
-            described = _describe(name, values)
+            described = _describe(name, values, rows)
             if described is None:
                 unsupported.append(name)
             else:
                 matrices.append(replace(described, genes=genes))
         check_text("obs names", self._frames[OBS].names(0, adata.n_obs))
-        described_columns = [
-            replace(describe_series(name, self._frames[frame].rows(k, 0, adata.n_obs)), frame=frame)
-            for (frame, name), k in self._columns.items()
-        ]
         return SourceSchema(
             path=self._label,
             n_obs=adata.n_obs,
             var_names=_names_of(adata.var),
             matrices=tuple(matrices),
-            columns=tuple(described_columns),
+            columns=self._described(),
             index_name=self._frames[OBS].index_name,
             left_out=tuple(f"{k}/{name}" for k in PAIRED for name in sorted(getattr(adata, k))),
             unsupported=tuple(unsupported),
@@ -123,15 +135,29 @@ class AnnDataSource:
 
     def matrix(self, matrix: MatrixSchema, start: int, stop: int) -> CsrRows | NDArray:
         """Rows [start, stop) of a matrix: dense ones as an array."""
+        values = self._values(matrix)
+        if not isinstance(values, da.Array):
+            return matrix_rows(values, matrix, start, stop)
+        return matrix_rows(self._blocks_of(matrix, values).rows(start, stop), matrix, 0, stop - start)
+
+    def picked(self, matrix: MatrixSchema, rows: NDArray[np.int64]) -> CsrRows | NDArray:
+        """Rows of a matrix by their numbers, ascending."""
+        values = self._values(matrix)
+        if not isinstance(values, da.Array):
+            return pick_rows(values, matrix, rows)
+        return matrix_rows(self._blocks_of(matrix, values).picked(rows), matrix, 0, len(rows))
+
+    def _values(self, matrix: MatrixSchema) -> Any:
         values = _unwrap(next((v for name, _, v in self._matrix_values() if name == matrix.source_name), None))
         if values is None:
             msg = f"{self._label} had {matrix.source_name} when it was looked at first, and has it no more; call again"
             raise SourceError(msg)
-        if not isinstance(values, da.Array):
-            return matrix_rows(values, matrix, start, stop)
+        return values
+
+    def _blocks_of(self, matrix: MatrixSchema, values: da.Array) -> _DaskBlocks:
         if matrix.source_name not in self._blocks:
             self._blocks[matrix.source_name] = _DaskBlocks.of(values)
-        return matrix_rows(self._blocks[matrix.source_name].rows(start, stop), matrix, 0, stop - start)
+        return self._blocks[matrix.source_name]
 
     def column(self, column: ColumnSchema, start: int, stop: int) -> ColumnRows:
         """Rows [start, stop) of a column."""
@@ -242,10 +268,22 @@ class _DaskBlocks:
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
         last = max(first + 1, int(np.searchsorted(self.starts, stop)))
         wanted = self.keys[first:last]
-        found = get_sync(cull(self.graph, wanted)[0], wanted)
-        whole = sp.vstack(found, format="csr") if sp.issparse(found[0]) else np.concatenate(found)
+        whole = _stacked(get_sync(cull(self.graph, wanted)[0], wanted))
         low = int(self.starts[first])
         return whole if whole.shape[0] == stop - start else whole[start - low : stop - low]
+
+    def picked(self, rows: NDArray[np.int64]) -> Any:
+        """Rows by their numbers, ascending: a block after the other, so that one is whole in memory at a time."""
+        block = np.searchsorted(self.starts, rows, side="right") - 1
+        found = []
+        for k in np.unique(block).tolist():
+            whole = self.rows(int(self.starts[k]), int(self.starts[k + 1]))
+            found.append(whole[rows[block == k] - int(self.starts[k])])
+        return _stacked(found)
+
+
+def _stacked(found: Sequence[Any]) -> Any:
+    return sp.vstack(found, format="csr") if sp.issparse(found[0]) else np.concatenate(found)
 
 
 def _cuts(matrices: Iterable[Any]) -> NDArray[np.int64] | None:
@@ -259,15 +297,15 @@ def _unwrap(values: Any) -> Any:
     return values.group if isinstance(values, ad.abc.CSRDataset | ad.abc.CSCDataset) else values
 
 
-def _describe(name: str, values: Any) -> MatrixSchema | None:
+def _describe(name: str, values: Any, rows: NDArray[np.bool_] | None) -> MatrixSchema | None:
     values = _unwrap(values)
     if isinstance(values, da.Array):
-        return _describe_lazy(name, values)
-    described = describe_matrix(name, values)
+        return _describe_lazy(name, values, rows)
+    described = describe_matrix(name, values, rows=rows)
     return None if described is None else replace(described, integral=are_whole(values))
 
 
-def _describe_lazy(name: str, values: da.Array) -> MatrixSchema | None:
+def _describe_lazy(name: str, values: da.Array, rows: NDArray[np.bool_] | None) -> MatrixSchema | None:
     """A dask array; where sparse, stored values are extrapolated from its first block, which is computed."""
     if not is_matrix(name, values.dtype, values.ndim):
         return None
@@ -282,4 +320,4 @@ def _describe_lazy(name: str, values: da.Array) -> MatrixSchema | None:
         return replace(dense, integral=integral)
     ends = np.ceil(np.arange(1, n_rows + 1) * (first.nnz / n_first))
     schema = MatrixSchema(name, "csr", values.dtype.name, "int32", row["n_cols"], integral=integral)
-    return counted(schema, ends, exact=False)
+    return counted(schema, ends, exact=False, rows=rows)

@@ -206,8 +206,8 @@ def series_rows(column: ColumnSchema, series: pd.Series) -> ColumnRows:
     return ColumnRows(series.to_numpy(column.dtype, na_value=missing), mask)
 
 
-def to_pandas(spec: ColumnSpec, values: NDArray, mask: NDArray[np.bool_] | None) -> Any:
-    """A column of the collection as the array pandas holds for its spec."""
+def to_pandas(spec: ColumnSpec | ColumnSchema, values: NDArray, mask: NDArray[np.bool_] | None) -> Any:
+    """A column of the collection, or of a source, as the array pandas holds for its spec."""
     if spec.categories is not None:
         return pd.Categorical.from_codes(values, spec.categories.index(), ordered=spec.categories.ordered)
     if spec.kind == "string":

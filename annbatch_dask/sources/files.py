@@ -21,6 +21,7 @@ from annbatch_dask.sources.matrices import (
     matrix_rows,
     n_rows_of,
 )
+from annbatch_dask.sources.picked import pick_rows
 from annbatch_dask.storage.frames import n_rows
 
 if TYPE_CHECKING:
@@ -58,8 +59,20 @@ class GroupSource:
     def __init__(self, label: str, group: Any) -> None:
         self._label, self._group = label, group
 
-    def schema(self, *, metadata_only: bool = False) -> SourceSchema:
-        """Schema of the input. With ``metadata_only``, no matrix value is read; stored values per row are guessed."""
+    @property
+    def n_obs(self) -> int:
+        """Rows."""
+        return n_rows(self._group["obs"])
+
+    def obs_columns(self) -> tuple[ColumnSchema, ...]:
+        """Columns of obs, without looking at their values."""
+        return tuple(self._columns(OBS, metadata_only=True))
+
+    def schema(self, *, metadata_only: bool = False, rows: NDArray[np.bool_] | None = None) -> SourceSchema:
+        """Schema of the input. With ``metadata_only``, no matrix value is read; stored values per row are guessed.
+
+        ``rows``, (n_obs,): the stored values that are counted are those of the rows of which it is true.
+        """
         obs = self._group["obs"]
         index, n_obs = str(obs.attrs["_index"]), n_rows(obs)
         columns = self._columns(OBS, metadata_only=metadata_only)
@@ -72,7 +85,7 @@ class GroupSource:
                 columns += self._columns(name, metadata_only=metadata_only)
                 unsupported += [f"{name}/{c}" for c in self._unsupported_columns(name)]
                 continue
-            described = describe_matrix(name, elem, metadata_only=metadata_only)
+            described = describe_matrix(name, elem, metadata_only=metadata_only, rows=rows)
             if described is None:
                 unsupported.append(name)
             else:
@@ -148,6 +161,10 @@ class GroupSource:
     def matrix(self, matrix: MatrixSchema, start: int, stop: int) -> CsrRows | NDArray:
         """Rows [start, stop) of a matrix: dense ones as an array."""
         return matrix_rows(self._element(matrix.source_name), matrix, start, stop)
+
+    def picked(self, matrix: MatrixSchema, rows: NDArray[np.int64]) -> CsrRows | NDArray:
+        """Rows of a matrix by their numbers, ascending."""
+        return pick_rows(self._element(matrix.source_name), matrix, rows)
 
     def column(self, column: ColumnSchema, start: int, stop: int) -> ColumnRows:
         """Rows [start, stop) of a column."""

@@ -28,11 +28,17 @@ __all__ = [
     "are_whole",
     "check_rows",
     "counted",
+    "csc_rows",
     "describe_matrix",
+    "is_group",
     "is_matrix",
     "matrix_rows",
     "n_rows_of",
+    "read_dense",
+    "read_pointers",
     "row_of",
+    "visit_entries",
+    "whole_chunks",
 ]
 
 _SAMPLE = 4096
@@ -76,26 +82,29 @@ def check_rows(label: str, matrix: MatrixSchema, n_rows: int, n_obs: int) -> Non
         raise SchemaError(msg)
 
 
-def describe_matrix(name: str, values: Any, *, metadata_only: bool = False) -> MatrixSchema | None:
+def describe_matrix(
+    name: str, values: Any, *, metadata_only: bool = False, rows: NDArray[np.bool_] | None = None
+) -> MatrixSchema | None:
     """Schema of a matrix; None for an element that is no numeric matrix.
 
     With ``metadata_only`` a stored one is not read: its stored values are taken to be spread evenly over its rows.
+    With ``rows``, (n_rows,), it is that of the rows of which they are true.
     """
-    if _is_group(values):
-        return _describe_stored_sparse(name, values, metadata_only=metadata_only)
+    if is_group(values):
+        return _describe_stored_sparse(name, values, metadata_only=metadata_only, rows=rows)
     dtype, ndim = getattr(values, "dtype", None), getattr(values, "ndim", 0)
     if isinstance(values, pd.DataFrame) or dtype is None or not is_matrix(name, dtype, ndim):
         return None
     if sp.issparse(values):
         kind: MatrixKind = "csc" if values.format == "csc" else "csr"
         schema = MatrixSchema(name, kind, dtype.name, "int32", values.shape[1])
-        return counted(schema, np.cumsum(_row_counts(values)))
+        return counted(schema, np.cumsum(_row_counts(values)), rows=rows)
     stored_nbytes = _in_flight(values) if hasattr(values, "chunks") else 0
     schema = MatrixSchema(name, "dense", _source_dtype(values, dtype), "", **row_of(values.shape))
     return replace(schema, in_flight_nbytes=stored_nbytes)
 
 
-def _is_group(values: Any) -> bool:
+def is_group(values: Any) -> bool:
     """True if a matrix is a group of arrays in a file. Data frames have both as well, arrays of AnnData views keys."""
     return hasattr(values, "keys") and hasattr(values, "attrs") and not isinstance(values, pd.DataFrame)
 
@@ -126,7 +135,7 @@ def are_whole(values: Any) -> bool | None:
     if sp.issparse(values):
         stored: Any = values.data
     else:
-        stored = values["data"] if _is_group(values) else values
+        stored = values["data"] if is_group(values) else values
     if stored.dtype.kind in "biu":
         return True
     width = prod(stored.shape[1:])
@@ -146,8 +155,15 @@ def _row_counts(matrix: Any) -> NDArray[np.int64]:
     )
 
 
-def counted(schema: MatrixSchema, ends: NDArray, *, exact: bool = True) -> MatrixSchema:
-    """A sparse matrix with what is known of its rows, from the stored values up to and with each of them."""
+def counted(
+    schema: MatrixSchema, ends: NDArray, *, exact: bool = True, rows: NDArray[np.bool_] | None = None
+) -> MatrixSchema:
+    """A sparse matrix with what is known of its rows, from the stored values up to and with each of them.
+
+    ``rows``: see :func:`describe_matrix`.
+    """
+    if rows is not None:
+        ends = np.cumsum(np.diff(ends, prepend=ends.dtype.type(0))[rows])
     at = np.minimum(np.arange(-(-len(ends) // ROW_STEP) + 1) * ROW_STEP, len(ends))
     nnz = np.concatenate([[0], ends])[at].astype(np.int64)
     places = heaviest_at(len(ends))
@@ -159,7 +175,9 @@ def counted(schema: MatrixSchema, ends: NDArray, *, exact: bool = True) -> Matri
     return replace(schema, row_step=ROW_STEP, nnz=nnz, heaviest=heaviest, exact=exact)
 
 
-def _describe_stored_sparse(name: str, group: Any, *, metadata_only: bool) -> MatrixSchema | None:
+def _describe_stored_sparse(
+    name: str, group: Any, *, metadata_only: bool, rows: NDArray[np.bool_] | None
+) -> MatrixSchema | None:
     encoding = str(group.attrs.get("encoding-type", ""))
     if encoding not in ("csr_matrix", "csc_matrix"):
         return None
@@ -168,7 +186,7 @@ def _describe_stored_sparse(name: str, group: Any, *, metadata_only: bool) -> Ma
     dtypes = (_source_dtype(group, group["data"].dtype), group["indices"].dtype.name)
     ends = _even_ends(group, n_rows) if metadata_only else _row_ends(group, kind, n_rows)
     schema = MatrixSchema(name, kind, *dtypes, n_cols, in_flight_nbytes=_in_flight(group["data"], group["indices"]))
-    return counted(schema, ends, exact=not metadata_only)
+    return counted(schema, ends, exact=not metadata_only, rows=rows)
 
 
 def _even_ends(group: Any, n_rows: int) -> NDArray[np.float64]:
@@ -197,12 +215,10 @@ def _check_row_indices(rows: NDArray, n_rows: int) -> None:
 
 def matrix_rows(values: Any, matrix: MatrixSchema, start: int, stop: int) -> CsrRows | NDArray:
     """Rows [start, stop) of a stored or in-memory matrix; dense ones as (rows, n_cols) in the schema's dtype."""
-    if _is_group(values):
-        return _stored_csr(values, start, stop) if matrix.kind == "csr" else _csc_rows(values, start, stop)
-    elif isinstance(values, h5py.Dataset):
-        values = read_h5_rows(values, start, stop)
-    elif isinstance(values, zarr.Array):
-        values = _zarr_dense(values, start, stop)
+    if is_group(values):
+        return _stored_csr(values, start, stop) if matrix.kind == "csr" else csc_rows(values, start, stop)
+    elif isinstance(values, h5py.Dataset | zarr.Array):
+        values = read_dense(values, start, stop)
     else:
         if sp.issparse(values) and not values.dtype.isnative:  # scipy slices this machine's byte order alone
             values = values.astype(values.dtype.newbyteorder("="))
@@ -210,6 +226,12 @@ def matrix_rows(values: Any, matrix: MatrixSchema, start: int, stop: int) -> Csr
     if sp.issparse(values):
         return _csr_in_memory(values.tocsr())
     return np.asarray(values).reshape(stop - start, matrix.n_cols).astype(matrix.dtype, copy=False)
+
+
+def read_dense(array: Any, start: int, stop: int) -> NDArray:
+    """Rows [start, stop) of a stored array."""
+    is_h5 = isinstance(array, h5py.Dataset)
+    return read_h5_rows(array, start, stop) if is_h5 else _zarr_dense(array, start, stop)
 
 
 def _native(values: NDArray) -> NDArray:
@@ -235,28 +257,39 @@ def _check_pointers(offsets: NDArray[np.int64], indices: Any, data: Any) -> None
 
 
 def _stored_csr(group: Any, start: int, stop: int) -> CsrRows:
-    offsets = _read_pointers(group, start, stop + 1)
-    if len(offsets) != stop - start + 1:
-        msg = (
-            f"indptr ends after {start + len(offsets) - 1:,} rows and shape says at least {stop:,}; write the file anew"
-        )
-        raise SchemaError(msg)
-    _check_pointers(offsets, group["indices"], group["data"])
+    offsets = read_pointers(group, start, stop)
     low, high = int(offsets[0]), int(offsets[-1])
     return CsrRows(
         offsets - low,
-        lambda visit: _visit(group["indices"], low, high, visit),
-        lambda visit: _visit(group["data"], low, high, visit),
+        lambda visit: visit_entries(group["indices"], low, high, visit),
+        lambda visit: visit_entries(group["data"], low, high, visit),
     )
 
 
-def _read_pointers(group: Any, start: int, stop: int) -> NDArray[np.int64]:
+def read_pointers(group: Any, start: int, stop: int) -> NDArray[np.int64]:
+    """First entries of rows [start, stop) of a stored CSR matrix, and the end of the last.
+
+    Raises
+    ------
+    SchemaError
+        If they are not there, or go back, or beyond what is stored.
+    """
+    found = _pointers(group, start, stop + 1)
+    if len(found) != stop - start + 1:
+        msg = f"indptr ends after {start + len(found) - 1:,} rows and shape says at least {stop:,}; write the file anew"
+        raise SchemaError(msg)
+    _check_pointers(found, group["indices"], group["data"])
+    return found
+
+
+def _pointers(group: Any, start: int, stop: int) -> NDArray[np.int64]:
     pointers = group["indptr"]
     rows = _zarr_rows(pointers, start, stop) if isinstance(pointers, zarr.Array) else pointers[start:stop]
     return np.asarray(rows).astype(np.int64)
 
 
-def _visit(array: Any, start: int, stop: int, visit: Visitor) -> None:
+def visit_entries(array: Any, start: int, stop: int, visit: Visitor) -> None:
+    """Visit entries [start, stop) of a stored array in pieces, counted from ``start``."""
     if not array.dtype.isnative:
         visit = _swapped(visit)
     if isinstance(array, h5py.Dataset):
@@ -280,7 +313,7 @@ def _zarr_pieces(array: zarr.Array, start: int, stop: int) -> Iterator[tuple[int
 def _zarr_step(array: zarr.Array) -> int:
     """Rows read at a time: whole chunks."""
     row_nbytes = max(1, array.dtype.itemsize * prod(array.shape[1:]))
-    return _whole_chunks(array, _ZARR_NBYTES // row_nbytes)
+    return whole_chunks(array, _ZARR_NBYTES // row_nbytes)
 
 
 def _zarr_dense(array: zarr.Array, start: int, stop: int) -> NDArray:
@@ -311,8 +344,10 @@ def _zarr_rows(array: zarr.Array, start: int, stop: int) -> NDArray:
         raise IntegrityError(msg) from e
 
 
-def _csc_rows(group: Any, start: int, stop: int) -> CsrRows:
+def csc_rows(group: Any, start: int, stop: int, rows: NDArray[np.int64] | None = None) -> CsrRows:
     """Rows of a column-compressed matrix: all of it goes by, in slabs, and what is in the rows stays.
+
+    ``rows``: numbers of those of [start, stop) that are wanted, ascending; None for all.
 
     Raises
     ------
@@ -321,9 +356,14 @@ def _csc_rows(group: Any, start: int, stop: int) -> CsrRows:
     """
     indptr = np.asarray(group["indptr"][:]).astype(np.int64)
     _check_pointers(indptr, group["indices"], group["data"])
-    kept, counts = [], np.zeros(stop - start, np.int64)
-    for slab in _csc_slabs(group, indptr, start, stop):
-        counts += np.bincount(slab.rows, minlength=stop - start)
+    place = None
+    if rows is not None:
+        place = np.full(stop - start, -1, np.int64)
+        place[rows - start] = np.arange(len(rows))
+    n_rows = stop - start if rows is None else len(rows)
+    kept, counts = [], np.zeros(n_rows, np.int64)
+    for slab in _csc_slabs(group, indptr, start, stop, place):
+        counts += np.bincount(slab.rows, minlength=n_rows)
         kept.append(slab)
     offsets = offsets_of(counts)
     at, cols = offsets[:-1].copy(), [np.empty(int(offsets[-1]), np.int32)]
@@ -337,7 +377,7 @@ def _csc_rows(group: Any, start: int, stop: int) -> CsrRows:
 
 @dataclass(frozen=True)
 class _CscSlab:
-    """Entries of some columns of a matrix that are in some rows, counted from the first of these."""
+    """Entries of some columns of a matrix that are in some rows, which are counted from 0."""
 
     column: int
     offsets: NDArray[np.int64]
@@ -345,22 +385,28 @@ class _CscSlab:
     values: NDArray
 
 
-def _csc_slabs(group: Any, indptr: NDArray[np.int64], start: int, stop: int) -> Iterator[_CscSlab]:
+def _csc_slabs(
+    group: Any, indptr: NDArray[np.int64], start: int, stop: int, place: NDArray[np.int64] | None
+) -> Iterator[_CscSlab]:
     indices, data, n_rows = group["indices"], group["data"], n_rows_of(group)
-    step = max(_whole_chunks(indices, _CSC_SLAB), _whole_chunks(data, _CSC_SLAB))
+    step = max(whole_chunks(indices, _CSC_SLAB), whole_chunks(data, _CSC_SLAB))
     for a in range(0, int(indptr[-1]), step):
         b = min(a + step, int(indptr[-1]))
         rows = _read_flat(indices, a, b)
         at = np.empty(b - a + 1, np.int64)
         _check_row_indices(rows, n_rows)
-        n = find_rows(rows, start, stop, at)
+        at = at[: find_rows(rows, start, stop, at)]
+        numbers = (rows[at] - start).astype(np.uint32)
+        if place is not None:
+            wanted = place[numbers]
+            at, numbers = at[wanted >= 0], wanted[wanted >= 0].astype(np.uint32)
         first, last = np.searchsorted(indptr, [a, b - 1], side="right").tolist()
-        offsets = np.searchsorted(at[:n] + a, indptr[first - 1 : last + 1])
-        yield _CscSlab(first - 1, offsets, (rows[at[:n]] - start).astype(np.uint32), _read_flat(data, a, b)[at[:n]])
+        offsets = np.searchsorted(at + a, indptr[first - 1 : last + 1])
+        yield _CscSlab(first - 1, offsets, numbers, _read_flat(data, a, b)[at])
 
 
-def _whole_chunks(array: Any, size: int) -> int:
-    """About ``size`` entries, as whole chunks."""
+def whole_chunks(array: Any, size: int) -> int:
+    """About ``size`` entries or rows, as whole chunks."""
     chunk = int((array.chunks or (1,))[0])
     return max(1, size // chunk) * chunk
 

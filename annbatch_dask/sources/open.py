@@ -29,7 +29,7 @@ from annbatch_dask.storage.transient import is_transient
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["Source", "SourceRef", "hiding_secrets_of", "is_hdf5", "open_source"]
+__all__ = ["Source", "SourceRef", "WholeSource", "hiding_secrets_of", "is_hdf5", "open_source"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class SourceRef:
 
     ``is_dataset``: a dataset of the collection that is extended, whose rows say where they came from. ``counts``: the
     matrix that becomes X. ``loader``: identity of ``load_adata``, see :mod:`annbatch_dask.sources.identity`. ``known``:
-    identity of the whole, where it is recorded. ``within``: a group of the file at ``item``.
+    identity of the whole, where it is recorded. ``within``: a group of the file at ``item``. ``where``: the condition
+    on obs that rows meet; "" for all rows.
     """
 
     label: str
@@ -50,6 +51,7 @@ class SourceRef:
     loader: str = ""
     known: str = ""
     within: str = ""
+    where: str = ""
 
     @property
     def folder(self) -> Folder:
@@ -58,10 +60,7 @@ class SourceRef:
 
 
 class Source(Protocol):
-    """An open input."""
-
-    def schema(self, *, metadata_only: bool = False) -> SourceSchema:
-        """Schema of the input. With ``metadata_only``, no matrix value is read; stored values per row are guessed."""
+    """Rows of an open input: all, or those that were chosen."""
 
     def annotations(self) -> AnnData:
         """Annotations of genes and of the input: an AnnData without cells, with var, varm, varp, uns and raw.var."""
@@ -76,8 +75,28 @@ class Source(Protocol):
         """Obs names of rows [start, stop)."""
 
 
+class WholeSource(Source, Protocol):
+    """An open input, with all of its rows."""
+
+    @property
+    def n_obs(self) -> int:
+        """Rows."""
+
+    def schema(self, *, metadata_only: bool = False, rows: NDArray[np.bool_] | None = None) -> SourceSchema:
+        """Schema of the input. With ``metadata_only``, no matrix value is read; stored values per row are guessed.
+
+        ``rows``, (n_obs,): the stored values that are counted are those of the rows of which it is true.
+        """
+
+    def obs_columns(self) -> tuple[ColumnSchema, ...]:
+        """Columns of obs, without looking at their values."""
+
+    def picked(self, matrix: MatrixSchema, rows: NDArray[np.int64]) -> CsrRows | NDArray:
+        """Rows of a matrix by their numbers, (n_picked,) int64, ascending, one at least."""
+
+
 @contextlib.contextmanager
-def open_source(ref: SourceRef) -> Iterator[Source]:
+def open_source(ref: SourceRef) -> Iterator[WholeSource]:
     """Open an input, and close its files afterwards. Errors in the block do not show the secrets of its URL.
 
     Raises
@@ -97,7 +116,7 @@ def hiding_secrets_of(ref: SourceRef) -> contextlib.AbstractContextManager[None]
 
 
 @contextlib.contextmanager
-def _opened(ref: SourceRef) -> Iterator[Source]:
+def _opened(ref: SourceRef) -> Iterator[WholeSource]:
     if ref.load_adata is not None:
         from annbatch_dask.sources.adata import AnnDataSource  # imports anndata, which takes seconds
 
@@ -129,7 +148,7 @@ def _is_tenx_folder(ref: SourceRef) -> bool:
     return isinstance(ref.item, str | os.PathLike) and ref.folder.is_local and is_tenx_folder(ref.folder.path)
 
 
-def _tenx_source(ref: SourceRef) -> Source:
+def _tenx_source(ref: SourceRef) -> WholeSource:
     from annbatch_dask.sources.adata import AnnDataSource  # imports anndata
 
     if not isinstance(ref.item, str | os.PathLike) or not ref.folder.is_local:

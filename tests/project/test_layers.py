@@ -36,7 +36,7 @@ ALLOWED = {
     "chunks": {"errors", "kernels", "manifest", "storage"},
     "etl": {
         *("errors", "events", "formatting", "kernels", "manifest", "plan", "storage", "sources", "engines", "chunks"),
-        *("seeds", "sizes", "warn"),
+        *("seeds", "sizes", "warn", "where"),
     },
     "preload": {"etl"},
     "lazy": {"errors", "etl", "plan", "sources"},
@@ -71,8 +71,8 @@ PURE_FORBIDS = {
 }
 MAY_PRINT = {"cli.py"}
 MAX_LINES = 450
-MAY_BE_LONG = {"cli.py"}
-"""What each command says of itself takes half of the first."""
+MAY_BE_LONG = {"cli.py", "collection.py"}
+"""What each command says of itself takes half of the first, what two methods say of their arguments of the second."""
 
 
 def imports_of(path):
