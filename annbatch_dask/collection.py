@@ -14,25 +14,20 @@ import zarr.codecs
 
 from annbatch_dask.engines.base import EngineChoice
 from annbatch_dask.engines.choose import choose_engine
-from annbatch_dask.errors import CollectionError
 from annbatch_dask.etl.h5ad import written_from
 from annbatch_dask.etl.open import open_root
-from annbatch_dask.etl.ours import Scratch, default_scratch
+from annbatch_dask.etl.ours import default_scratch
 from annbatch_dask.etl.prepare import Prepared, prepare, warn_of_duplicates
 from annbatch_dask.etl.repack import repack
 from annbatch_dask.etl.request import GeneOrder, MatrixLayout, Mode, OnDuplicate, Request, make_request
 from annbatch_dask.etl.start import Means, plan_and_run, run_prepared
-from annbatch_dask.etl.sweep import sweep
-from annbatch_dask.etl.verify import Verification, verify
 from annbatch_dask.events import Callback, Callbacks
+from annbatch_dask.maintained import MaintainedCollection
 from annbatch_dask.planned import RunnablePlan
 from annbatch_dask.progress import default_callbacks
 from annbatch_dask.seeds import Seed
-from annbatch_dask.sources.references import references
-from annbatch_dask.storage.folder import StorageOptions, absolute, folder_at
-from annbatch_dask.storage.lock import exclusive
+from annbatch_dask.storage.folder import absolute, folder_at
 from annbatch_dask.storage.root import H5adRoot, Root
-from annbatch_dask.stored import StoredCollection
 from annbatch_dask.warn import warn
 
 if TYPE_CHECKING:
@@ -48,7 +43,7 @@ _DEFAULT_COMPRESSOR = (zarr.codecs.BloscCodec(cname="lz4", clevel=5, shuffle="sh
 smaller, at no cost in writing (measured on 20M uint16 values and their indices)."""
 
 
-class DatasetCollection(StoredCollection):
+class DatasetCollection(MaintainedCollection):
     """A folder of shuffled, sharded AnnData datasets, as annbatch has it.
 
     Parameters
@@ -356,92 +351,6 @@ class DatasetCollection(StoredCollection):
         """
         repack(self._root, absolute(folder_at(path, storage_options)), layout)
         return DatasetCollection(path, storage_options=storage_options)
-
-    def verify(
-        self,
-        against: Iterable[Any] | None = None,
-        *,
-        load_adata: Callable[[Any], ad.AnnData] | None = None,
-        client: Client | None = None,
-        storage_options: Mapping[str, Any] | None = None,
-        callbacks: Iterable[Callback] | None = None,
-        progress: bool | None = None,
-    ) -> Verification:
-        """Read everything and compare it with what was written, file by file and row by row.
-
-        Parameters
-        ----------
-        against
-            The inputs the collection was made of: prove that it is a permutation of their cells. They may have moved
-            to another folder. None compares with the manifest alone.
-        load_adata
-            The function the build used, if it used one.
-        client
-            A client of the Dask cluster to use; None uses the threads of this process.
-        storage_options
-            fsspec's, for inputs that are URLs.
-        callbacks, progress
-            As for :meth:`add_adatas`.
-
-        Returns
-        -------
-        The problems found, none where all is well; nothing is raised for them.
-
-        Raises
-        ------
-        CollectionError
-            If there is nothing to verify, or an input is none of the collection's.
-        """
-        manifest = self.manifest
-        if self.is_empty or manifest is None:
-            msg = f"{self.path} has no manifest to compare with: it is empty, or annbatch wrote it"
-            raise CollectionError(msg)
-        refs = () if against is None else references(against, load_adata, storage_options)
-        callback = Callbacks([*default_callbacks(progress=progress), *(callbacks or ())])
-        return verify(self._root.target, manifest, refs, engine=choose_engine(client, None).scanner, callback=callback)
-
-    def gc(
-        self,
-        *,
-        dry_run: bool = False,
-        abandoned: bool = False,
-        scratch: str | os.PathLike[str] | None = None,
-        scratch_options: Mapping[str, Any] | None = None,
-    ) -> list[str]:
-        """Remove what interrupted builds left in the collection's folder, and their scratch folders, wherever they are.
-
-        A build that was interrupted cannot be resumed afterwards. Replaced datasets are removed too, unless a reader
-        holds them. Files that are not known to belong to this collection are kept.
-
-        Parameters
-        ----------
-        dry_run
-            List what would be removed, and remove nothing.
-        abandoned
-            On an object store: also remove the leftovers of a build on another machine, which may still run.
-        scratch
-            A scratch folder to search, besides those recorded by builds.
-        scratch_options
-            Options of fsspec for scratch folders on a store.
-
-        Returns
-        -------
-        Names of what was removed, or would be; scratch folders by path.
-
-        Raises
-        ------
-        CollectionBusyError
-            If a build runs, or may run.
-        CollectionError
-            If something else is in the folder, which is named; nothing is removed.
-        """
-        roots = [default_scratch(self._root.target)]
-        if scratch is not None:
-            roots.append(absolute(folder_at(scratch, scratch_options)))
-        with exclusive(self._root.target):
-            self._root.refresh()
-            known = Scratch(self._root.target, options=StorageOptions(scratch_options or {}))
-            return sweep(self._root.target, known, *roots, dry_run=dry_run, abandoned=abandoned)
 
 
 def _means(root: Root, room: EngineChoice, given: Mapping[str, Any]) -> Means:
