@@ -364,6 +364,8 @@ def _layout(args: argparse.Namespace) -> dict[str, Any]:
         "layout": args.layout,
         "gene_order": args.gene_order,
         "where": args.where,
+        "stats": args.stats,
+        "stats_by": args.stats_by,
         "memory_limit": args.memory_limit,
     }
 
@@ -593,6 +595,13 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
         metavar="CONDITION",
         help="keep the cells whose obs meets it: \"is_primary_data and tissue == 'lung'\"",
     )
+    parser.add_argument(
+        "--stats",
+        action="store_true",
+        default=None,
+        help="store means and variances of genes (default for an output that holds cells: as it has them)",
+    )
+    parser.add_argument("--stats-by", metavar="COLUMN", help="the same, by the categories of this column of obs too")
     parser.add_argument("--memory-limit", type=_bytes, metavar="SIZE", help="memory of one worker process, e.g. 4GB")
 
 

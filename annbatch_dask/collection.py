@@ -103,6 +103,8 @@ class DatasetCollection(MaintainedCollection):
         layout: MatrixLayout | None = None,
         gene_order: GeneOrder | None = None,
         where: str | Mapping[str, str] | None = None,
+        stats: bool | None = None,
+        stats_by: str | None = None,
         n_obs_per_chunk: int = 64,
         shard_size: int | str = "1GiB",
         zarr_compressor: Any = _DEFAULT_COMPRESSOR,
@@ -151,6 +153,8 @@ class DatasetCollection(MaintainedCollection):
         layout: MatrixLayout | None = None,
         gene_order: GeneOrder | None = None,
         where: str | Mapping[str, str] | None = None,
+        stats: bool | None = None,
+        stats_by: str | None = None,
         n_obs_per_chunk: int = 64,
         shard_size: int | str = "1GiB",
         zarr_compressor: Any = _DEFAULT_COMPRESSOR,
@@ -239,6 +243,9 @@ class DatasetCollection(MaintainedCollection):
             Keep only the cells whose obs meets a condition, written as for the Loader's ``where``:
             ``"is_primary_data and tissue == 'lung'"``. One for all inputs, or by path or pattern of paths (the first
             that fits; others are kept whole). Cells that the collection has already are not asked.
+        stats, stats_by
+            Sum up each gene's counts and log-normalised counts on the way, for :meth:`gene_stats` and others; by a
+            categorical column of obs too, such as ``"donor"``. None keeps the collection's, or makes none.
         n_obs_per_chunk
             Cells per zarr chunk. A chunk of a sparse matrix has as many entries as that many cells have on average.
         shard_size

@@ -21,6 +21,8 @@ __all__ = [
     "MANIFEST_KEY",
     "SOURCE_DTYPE",
     "SRC_PATH",
+    "STATS",
+    "TARGET_SUM",
     "BuildRecord",
     "DatasetRecord",
     "Manifest",
@@ -42,6 +44,11 @@ ALL_WRITTEN = "all-chunks-written"
 """Attribute of an array of which every chunk was written: a file that is not there was lost, and is no fill value."""
 SRC_PATH = "src_path"
 """Name of the obs column that tells a row's source, as annbatch has it."""
+STATS = "annbatch_dask_stats"
+"""Key of a dataset's uns with statistics of its genes. They say nothing of other cells: whatever is made of a dataset
+goes without."""
+TARGET_SUM = 1e4
+"""What statistics of genes scale every cell to before the logarithm, as ``scanpy`` users do."""
 FORMAT_VERSION = 2
 _READABLE = (1, FORMAT_VERSION)
 """Version 1 held the checksums of all files itself; since 2, each dataset's own ``zarr.json`` holds them, so that a
@@ -201,6 +208,8 @@ class BuildRecord:
         How it stored sparse matrices: ``"open"`` or ``"packed"``.
     gene_order
         In which order the collection's genes are: ``"names"`` or ``"abundance"``.
+    stats, stats_by
+        Whether the datasets it wrote have statistics of genes, and the column of obs by which; "" for none.
     """
 
     mode: str
@@ -214,11 +223,14 @@ class BuildRecord:
     request: str = field(default="", repr=False)
     layout: str = "open"
     gene_order: str = "names"
+    stats: bool = False
+    stats_by: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Convert to JSON values, without the defaults of earlier releases, which do not know these fields."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return {k: v for k, v in values.items() if (k, v) not in (("layout", "open"), ("gene_order", "names"))}
+        defaults = {"layout": "open", "gene_order": "names", "stats": False, "stats_by": ""}
+        return {k: v for k, v in values.items() if k not in defaults or v != defaults[k]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> BuildRecord:
@@ -295,6 +307,11 @@ class Manifest:
     def gene_order(self) -> str:
         """Order of genes, kept by every build: ``"names"`` or ``"abundance"``."""
         return self.builds[-1].gene_order if self.builds else "names"
+
+    @property
+    def stats(self) -> tuple[bool, str]:
+        """Whether the last build made statistics of genes, and the column of obs by which, "" for none."""
+        return (self.builds[-1].stats, self.builds[-1].stats_by) if self.builds else (False, "")
 
     def to_json(self) -> dict[str, Any]:
         """Convert to JSON values, with their checksum."""

@@ -173,6 +173,8 @@ def make_manifest(
         request=job.request,
         layout=plan.options.layout,
         gene_order=plan.options.gene_order,
+        stats=plan.options.stats,
+        stats_by=plan.options.stats_by,
     )
     written = tuple(record_of(r.name, r.files, n_obs=r.n_rows, nnz=r.nnz, fingerprint=r.fingerprint) for r in gathered)
     sources = _sources(plan, scattered)

@@ -32,6 +32,7 @@ from annbatch_dask.etl.rows import (
     sum_hashes,
 )
 from annbatch_dask.etl.scatter import scatter_again
+from annbatch_dask.etl.stats import DatasetSums
 from annbatch_dask.etl.write import ObsColumns, matrix_writer, publish_dataset
 from annbatch_dask.kernels.rows import copy_runs, offsets_of
 from annbatch_dask.manifest import DATASET_PREFIX
@@ -171,6 +172,7 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
     group = zarr.create_group(zarr.storage.MemoryStore(files), attributes=attributes)
     start, stop = plan.layout.dataset_bounds(task.dataset)
     obs = ObsColumns(all_columns(plan), stop - start)
+    stats = DatasetSums(plan) if plan.options.stats else None
     total, n_bytes = 0, 0
     with contextlib.ExitStack() as open_shards:
         writers = [matrix_writer(m, plan.options, stop - start, task, folder, group) for m in plan.matrices]
@@ -185,6 +187,8 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
             for w in writers:
                 n_bytes += w.append(fixed, ragged)
             obs.append(fixed, ragged)
+            if stats is not None:
+                stats.append(fixed, ragged)
             del fixed, ragged  # before obs is written
     if total != task.fingerprint:
         msg = (
@@ -195,6 +199,8 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
     write_frames(group, obs.frames(plan.index_name) | annotation_frames(plan, job.annotations))
     for name, values in obs.strings():
         write_frames(group, {name: values})
+    if stats is not None:
+        stats.write(group)
     shards = {name: found for w in writers for name, found in w.files.items()}
     sums = publish_dataset(folder, {name: content.to_bytes() for name, content in files.items()}, shards)
     folder.sync()

@@ -85,7 +85,8 @@ class Prepared:
 def resolve(root: Root, request: Request) -> tuple[Extension | None, Options]:
     """Resolve the options of a build, given what the collection holds."""
     extension = _extension(root, request)
-    return extension, _stored_as(root, request.options, request.layout, request.gene_order, extension)
+    options = _stored_as(root, request.options, request.layout, request.gene_order, extension)
+    return extension, _with_stats(root, options, request, extension)
 
 
 def _extension(root: Root, request: Request) -> Extension | None:
@@ -131,6 +132,18 @@ def _stored_as(
         )
         raise LayoutError(msg)
     return replace(options, layout=layout or was.layout, gene_order=gene_order or was.gene_order)
+
+
+def _with_stats(root: Root, options: Options, request: Request, extension: Extension | None) -> Options:
+    """The options with the statistics that were asked for, or that the collection has."""
+    if request.stats is False and request.stats_by is not None:
+        msg = f"stats is False and stats_by {request.stats_by!r}; leave one of them out"
+        raise ValueError(msg)
+    manifest = None if extension is None else root.manifest
+    had, had_by = (False, "") if manifest is None else manifest.stats
+    stats = (had or request.stats_by is not None) if request.stats is None else request.stats
+    by = had_by if request.stats_by is None else request.stats_by
+    return replace(options, stats=stats, stats_by=by if stats else "")
 
 
 def is_done(root: Root, refs: Sequence[SourceRef], request: str, room: EngineChoice) -> bool:

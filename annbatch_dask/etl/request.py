@@ -36,8 +36,8 @@ class Request:
     refs
         The inputs.
     options
-        Sizes, seed and switches; of layout and gene order the defaults.
-    layout, gene_order
+        Sizes, seed and switches; of layout, gene order and statistics the defaults.
+    layout, gene_order, stats, stats_by
         As asked for; None is the collection's, or the default.
     """
 
@@ -49,6 +49,8 @@ class Request:
     on_duplicate_source: OnDuplicate
     layout: MatrixLayout | None
     gene_order: GeneOrder | None
+    stats: bool | None
+    stats_by: str | None
 
     def identity(self, options: Options) -> str:
         """Identity of the call with its resolved options."""
@@ -71,6 +73,7 @@ def make_request(given: Mapping[str, Any]) -> Request:
         refs,
         _options(given),
         *(given[n] for n in ("merge", "mode", "genes", "on_duplicate_source", "layout", "gene_order")),
+        *(given[n] for n in ("stats", "stats_by")),
     )
 
 

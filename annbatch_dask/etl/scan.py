@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.etl.choose import rows_where
 from annbatch_dask.kernels.values import range_of
+from annbatch_dask.manifest import STATS
 from annbatch_dask.plan.columns import unsure
 from annbatch_dask.plan.dtypes import ValueRange, merge_ranges
 from annbatch_dask.plan.elements import choose_counts
@@ -65,6 +66,7 @@ def scan(  # a task's arguments are positional
             kept = rows_where(whole, ref.label, ref.where)
             source = choose_rows(whole, kept)
             schema = _with_shared_names(chosen_schema(whole, kept, metadata_only=metadata_only))
+            schema = _without_stats(schema)
             schema = choose_counts(replace(schema, is_dataset=ref.is_dataset), ref.counts)
             if read_values:
                 found = tuple(replace(m, values=_range_of_matrix(source, schema, m)) for m in schema.matrices)
@@ -81,6 +83,11 @@ def scan(  # a task's arguments are positional
 def _with_shared_names(schema: SourceSchema) -> SourceSchema:
     raw = None if schema.raw_names is None else shared_names(schema.raw_names)
     return replace(schema, var_names=shared_names(schema.var_names), raw_names=raw)
+
+
+def _without_stats(schema: SourceSchema) -> SourceSchema:
+    """The schema without the statistics of a dataset, which nothing that is made of it has."""
+    return replace(schema, left_out=tuple(name for name in schema.left_out if name != f"uns/{STATS}"))
 
 
 def _annotations(source: Source, counts: str) -> ad.AnnData:

@@ -87,6 +87,7 @@ def build_plan(
     columns = texts_of(columns, sources)
     _check_names(matrices, columns)
     _check_groupby(options.groupby, sources[n_kept:])
+    _check_stats(options, matrices, (*columns, unite_tags(sources)))
     placement = _place(options, [s.n_obs for s in sources], extension)
     costs = Sizing.of(sources, matrices, (*columns, unite_tags(sources)), genes, options, budget, n_kept)
     check_chunk(options.n_obs_per_chunk, costs.row_nbytes)
@@ -194,6 +195,29 @@ def _check_groupby(names: Sequence[str], sources: Sequence[SourceSchema]) -> Non
         if lacking:
             msg = f"groupby columns {name!r} not present in all anndatas: {lacking[0]} lacks it; add it in load_adata"
             raise SchemaError(msg)
+
+
+def _check_stats(options: Options, matrices: Sequence[MatrixSpec], columns: Sequence[ColumnSpec]) -> None:
+    """Refuse statistics of what is no number to sum up, or by a column that has no categories."""
+    if not options.stats:
+        return
+    x = next(m for m in matrices if m.name == "X")
+    if np.dtype(x.source_dtype).kind not in "buif":
+        msg = f"X is {x.source_dtype}, of which there are no statistics; leave stats out"
+        raise SchemaError(msg)
+    if not options.stats_by:
+        return
+    found = {c.name: c for c in columns if c.frame == OBS}
+    column = found.get(options.stats_by)
+    if column is None:
+        msg = f"stats_by={options.stats_by!r} is in no input's obs, which has {', '.join(map(repr, found))}; name one"
+        raise SchemaError(msg)
+    if column.categories is None:
+        msg = (
+            f"stats_by={options.stats_by!r} is a column of {column.dtype or column.kind}, and statistics are by "
+            "categories; make it categorical in load_adata, or name another column"
+        )
+        raise SchemaError(msg)
 
 
 def _gene_spaces(

@@ -83,7 +83,13 @@ def scatter_peak_nbytes(held_nbytes: float, fixed_nbytes: int = 0) -> int:
 
 
 def gather_peak_nbytes(
-    *, part_nbytes: int, segment_nbytes: int, obs_nbytes: int, frame_nbytes: int = 0, chunk_nbytes: int = 0
+    *,
+    part_nbytes: int,
+    segment_nbytes: int,
+    obs_nbytes: int,
+    frame_nbytes: int = 0,
+    chunk_nbytes: int = 0,
+    stats_nbytes: int = 0,
 ) -> int:
     """Peak of a gather task: while it puts parts in order, or when it writes obs, which follows.
 
@@ -99,6 +105,9 @@ def gather_peak_nbytes(
         The same at the time when it is written.
     chunk_nbytes
         Bytes of one chunk of each array, waiting to be filled, and three times the largest, being encoded.
+    stats_nbytes
+        Statistics of genes, held until they are written.
     """
     chunks = max(0, chunk_nbytes - IN_FLIGHT_NBYTES)
-    return max(int(2.2 * part_nbytes) + segment_nbytes + obs_nbytes, frame_nbytes) + chunks + SMALL_NBYTES
+    at_work = max(int(2.2 * part_nbytes) + segment_nbytes + obs_nbytes, frame_nbytes)
+    return at_work + stats_nbytes + chunks + SMALL_NBYTES

@@ -36,6 +36,8 @@ class Options:
     gene_order
         Order of a new collection's genes: ``"names"``, as anndata joins them, or ``"abundance"``, those most cells have
         first.
+    stats, stats_by
+        Sum up statistics of genes, by the categories of this column of obs too; "" for none.
     """
 
     seed: int
@@ -52,6 +54,8 @@ class Options:
     allow_mixed_counts: bool = False
     layout: str = "open"
     gene_order: str = "names"
+    stats: bool = False
+    stats_by: str = ""
 
     def request(self, inputs: Sequence[tuple[str, ...]], mode: str, genes: str, merge: str | None) -> str:
         """Identity of a call: everything that a user asks for, 32 hex digits. What the inputs hold is not in it.

@@ -85,6 +85,12 @@ class Plan:
         return tuple(by_name[name] for name in self.options.groupby)
 
     @property
+    def stats_column(self) -> ColumnSpec | None:
+        """Column of ``options.stats_by``; None where there is none."""
+        columns = (*self.columns, self.source_column)
+        return next((c for c in columns if c.path == f"{OBS}/{self.options.stats_by}"), None)
+
+    @property
     def first_dataset(self) -> int:
         """Number of the first dataset to write."""
         return 0 if self.extension is None else self.extension.first_dataset

@@ -29,7 +29,7 @@ from annbatch_dask.plan.memory import IN_FLIGHT_NBYTES, MIB, SMALL_NBYTES, Budge
 from annbatch_dask.plan.options import Options
 from annbatch_dask.plan.permutation import Permutation
 from annbatch_dask.plan.placement import ExtendPermutation
-from annbatch_dask.plan.schema import ColumnSpec, MatrixSpec, SourceSchema
+from annbatch_dask.plan.schema import OBS, ColumnSpec, MatrixSpec, SourceSchema
 
 __all__ = ["Sizing", "check_chunk"]
 
@@ -39,6 +39,9 @@ _MAX_CHUNK_NBYTES = 2**31 - 1
 """What blosc takes at once."""
 _MAX_TASKS = 4096
 """Blocks grow, as far as memory allows, so that a stage stays below about so many tasks."""
+
+_SUMS_NBYTES = 160
+"""Of a gene in a group of cells: 64 of its sums, as much of what is written of them, one array of it at work."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,19 @@ class Sizing:
             obs_nbytes=int(n_rows * max(3 * self._obs_nbytes, collected)),
             frame_nbytes=int(n_rows * written + categories_nbytes(self.columns)),
             chunk_nbytes=int(self._chunks(n_rows)),
+            stats_nbytes=self._stats_nbytes,
         )
         return max(b.peak_nbytes for b in blocks) + self.shared_nbytes, gather + self.shared_nbytes
+
+    @cached_property
+    def _stats_nbytes(self) -> int:
+        """Bytes of a dataset's statistics: its sums, and what is stored of them."""
+        if not self.options.stats:
+            return 0
+        by = next((c for c in self.columns if c.path == f"{OBS}/{self.options.stats_by}"), None)
+        n_groups = 1 + (0 if by is None or by.categories is None else len(by.categories.values))
+        n_vars = next(m.n_cols for m in self.matrices if m.name == "X")
+        return n_groups * n_vars * _SUMS_NBYTES
 
     def lowered(self, layout: Layout) -> str:
         """The options that make a gather task smaller."""

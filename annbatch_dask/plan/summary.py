@@ -87,6 +87,7 @@ def _chosen(plan: Plan) -> list[tuple[str, str]]:
     return [
         *([("layout", layout)] if plan.options.layout == "packed" else []),
         *([("genes", "in the order of how many cells have them")] if plan.options.gene_order != "names" else []),
+        *([("stats", f"of each gene{_by(plan)}")] if plan.options.stats else []),
     ]
 
 
@@ -102,6 +103,14 @@ def _dropped(plan: Plan) -> list[tuple[str, str]]:
         rules.update(dict(k.dropped))
     dropped = ", ".join(f"{rule} drops {n:,}" for rule, n in rules.items()) or "none is dropped"
     return [("cells", f"{n_kept:,} of {n_all:,}: {dropped}")]
+
+
+def _by(plan: Plan) -> str:
+    """Describe the groups of statistics."""
+    column = plan.stats_column
+    if column is None or column.categories is None:
+        return ""
+    return f", by {column.name} ({plural(len(column.categories.values), 'group')})"
 
 
 def _texts(plan: Plan) -> list[str]:

@@ -21,6 +21,7 @@ from dask.optimization import cull
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError, SourceError
+from annbatch_dask.manifest import STATS
 from annbatch_dask.plan.schema import OBS, ColumnSchema, Genes, MatrixSchema, SourceSchema
 from annbatch_dask.sources.columns import ColumnRows, check_text, describe_series, mean_width, series_rows
 from annbatch_dask.sources.files import GENE_WISE, PAIRED, no_cells
@@ -131,6 +132,9 @@ class AnnDataSource:
     def annotations(self) -> ad.AnnData:
         """Annotations of genes and of the input: an AnnData without cells, with var, varm, varp, uns and raw.var."""
         found = {k: _in_memory(getattr(self._adata, k)) for k in GENE_WISE}
+        found["uns"] = {
+            k: v for k, v in found["uns"].items() if k != STATS
+        }  # statistics of a dataset, not of these rows
         return no_cells(**found, raw_var=None if self._adata.raw is None else _in_memory(self._adata.raw.var))
 
     def matrix(self, matrix: MatrixSchema, start: int, stop: int) -> CsrRows | NDArray:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from annbatch_dask.manifest import STATS
 from annbatch_dask.plan.schema import OBS, ColumnSchema, Genes, MatrixSchema, SourceSchema
 from annbatch_dask.sources.columns import ColumnRows, describe_elem, elem_rows, mean_width
 from annbatch_dask.sources.matrices import (
@@ -154,7 +155,10 @@ class GroupSource:
         """Annotations of genes and of the input: an AnnData without cells, with var, varm, varp, uns and raw.var."""
         import anndata as ad  # see the module's first line
 
-        found = {k: ad.io.read_elem(self._group[k]) for k in GENE_WISE if not self._is_absent(k)}
+        found = {k: ad.io.read_elem(self._group[k]) for k in GENE_WISE if not self._is_absent(k) and k != "uns"}
+        if not self._is_absent("uns"):  # statistics of a dataset may be large, and are not carried on
+            uns = self._group["uns"]
+            found["uns"] = {k: ad.io.read_elem(uns[k]) for k in uns if k != STATS}
         raw = ad.io.read_elem(self._group["raw/var"]) if self._has_raw() else None
         return no_cells(**found, raw_var=raw)
 

@@ -34,7 +34,10 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "inputs": ["adata_paths", "load_adata", "storage_options", "on_duplicate_source"],
         "what is carried": ["elements", "counts", "allow_mixed_counts", "var_subset", "merge"],
         "order": ["shuffle", "seed", "rng", "groupby", "mode", "genes"],
-        "form on disk": ["dataset_size", "shard_size", "n_obs_per_chunk", "layout", "gene_order", "zarr_compressor"],
+        "form on disk": [
+            *("dataset_size", "shard_size", "n_obs_per_chunk", "layout", "gene_order", "zarr_compressor"),
+            *("stats", "stats_by"),
+        ],
         "how it runs": ["client", "memory_limit", "scratch", "scratch_options", "callbacks", "progress"],
     },
 }

@@ -1,0 +1,148 @@
+"""Statistics of genes: a gather task sums them up while the rows go by, and stores them beside what it writes.
+
+They are in ``uns`` of each dataset, where anndata and all that reads by it leave them alone, and say nothing of the
+other datasets: so a dataset that an extension leaves as it is keeps its own, and all of them add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from annbatch_dask.etl.frames import write_frames
+from annbatch_dask.etl.rows import FixedArrays, RaggedArrays, array_name
+from annbatch_dask.kernels.gene_sums import SUMS, add_csr, add_dense, new_sums
+from annbatch_dask.manifest import STATS, TARGET_SUM
+from annbatch_dask.plan.plan import Plan
+
+if TYPE_CHECKING:
+    import zarr
+
+__all__ = ["DatasetSums", "GeneSums", "add_rows", "stored_sums"]
+
+_EXACT = 2**53
+"""Whole numbers below it are what float64 holds exactly."""
+
+
+@dataclass(frozen=True)
+class GeneSums:
+    """Sums over cells of each gene, by group of cells.
+
+    Attributes
+    ----------
+    by
+        Column of obs whose categories are the groups; "" where all cells are one.
+    groups
+        The categories, (n_groups,).
+    n_cells
+        (n_groups + 1,) cells of each, and of none: those without a category, or all where ``by`` is "".
+    sums
+        (n_groups + 1, n_vars, 7) float64, in the order of :data:`annbatch_dask.kernels.gene_sums.SUMS`.
+    """
+
+    by: str
+    groups: pd.Index
+    n_cells: NDArray[np.int64]
+    sums: NDArray[np.float64] = field(repr=False)
+
+    def of(self, by: str | None) -> GeneSums:
+        """The same by no group, or by its own column."""
+        if by == self.by or (by is None and not self.by):
+            return self
+        assert by is None  # who asks for another column counts anew
+        none = pd.Index([], dtype=object)
+        return GeneSums("", none, self.n_cells.sum(keepdims=True), self.sums.sum(0, keepdims=True))
+
+
+class DatasetSums:
+    """The sums of a dataset that is being written."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._spec = next(m for m in plan.matrices if m.name == "X")
+        self._column = plan.stats_column
+        categories = None if self._column is None else self._column.categories
+        self._groups = pd.Index([], dtype=object) if categories is None else categories.index()
+        self._sums = new_sums(len(self._groups) + 1, plan.n_vars)
+        self._n_cells = np.zeros(len(self._groups) + 1, np.int64)
+
+    def append(self, fixed: FixedArrays, ragged: RaggedArrays) -> None:
+        """Add rows."""
+        if self._spec.kind == "dense":
+            rows: Any = fixed[array_name("X", "dense")]
+            n_rows = len(rows)
+        else:
+            indices, offsets = ragged[array_name("X", "indices")]
+            rows, n_rows = (offsets, indices, ragged[array_name("X", "values")][0]), len(offsets) - 1
+        codes = np.full(n_rows, -1) if self._column is None else fixed[array_name(self._column.path)]
+        add_rows(self._sums, self._n_cells, codes, rows)
+
+    def write(self, group: zarr.Group) -> None:
+        """Write them into a dataset's group, whose uns is there; array by array, as they may be large."""
+        by = "" if self._column is None else self._column.name
+        found = GeneSums(by, self._groups, self._n_cells, self._sums)
+        write_frames(group, {f"uns/{STATS}": {}})
+        for name, value in _elements(found):
+            write_frames(group, {f"uns/{STATS}/{name}": value})
+
+
+def add_rows(sums: NDArray[np.float64], n_cells: NDArray[np.int64], codes: NDArray, rows: Any) -> None:
+    """Add rows to the sums of their groups, of which the last is of those without a code.
+
+    Parameters
+    ----------
+    sums, n_cells
+        (n_groups + 1, n_vars, 8), of :func:`annbatch_dask.kernels.gene_sums.new_sums`, and (n_groups + 1,); changed in
+        place.
+    codes
+        (n_rows,) group of each row, -1 for none.
+    rows
+        (n_rows, n_vars) array, or offsets, indices and values of a CSR matrix.
+    """
+    last = len(n_cells) - 1
+    groups = np.where(codes < 0, last, codes).astype(np.int64)
+    n_cells += np.bincount(groups, minlength=last + 1)
+    if isinstance(rows, tuple):
+        offsets, indices, values = rows
+        add_csr(sums, groups, offsets, indices, _plain(values), TARGET_SUM)
+    else:
+        add_dense(sums, groups, _plain(rows), TARGET_SUM)
+
+
+def _plain(values: NDArray) -> NDArray:
+    """Values in a dtype that kernels know, without a loss."""
+    if values.dtype == bool:
+        return values.view(np.uint8)
+    return values.astype(np.float32) if values.dtype == np.float16 else values
+
+
+def _elements(found: GeneSums) -> list[tuple[str, Any]]:
+    """What is stored, by name: whole numbers as such."""
+    groups = found.groups.to_numpy()
+    arrays = [(name, _whole(found.sums[:, :, k])) for k, name in enumerate(SUMS)]
+    return [("by", found.by), ("target_sum", TARGET_SUM), ("groups", groups), ("n_cells", found.n_cells), *arrays]
+
+
+def _whole(values: NDArray[np.float64]) -> NDArray:
+    """Whole numbers that are exact as integers."""
+    is_whole = np.isfinite(values).all() and (values == np.floor(values)).all() and (np.abs(values) < _EXACT).all()
+    return values.astype(np.int64) if is_whole else np.ascontiguousarray(values)
+
+
+def stored_sums(group: zarr.Group) -> GeneSums | None:
+    """The sums that are stored in a dataset; None where there are none."""
+    import anndata as ad  # takes seconds, and gather tasks start without it
+
+    uns: Any = group["uns"] if "uns" in group else {}
+    if STATS not in uns:
+        return None
+    found: Mapping[str, Any] = ad.io.read_elem(uns[STATS])
+    if float(found["target_sum"]) != TARGET_SUM:  # of another release
+        return None
+    sums = np.stack([np.asarray(found[name], np.float64) for name in SUMS], axis=-1)
+    groups = pd.Index(np.asarray(found["groups"]))
+    return GeneSums(str(found["by"]), groups, np.asarray(found["n_cells"], np.int64), sums)

@@ -1,0 +1,125 @@
+"""Sums over cells of each gene, by group of cells: what means, variances and dispersions are worked out of."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from annbatch_dask.kernels.compiled import compiled
+from annbatch_dask.kernels.rows import offsets_of
+
+__all__ = ["N_SUMS", "SUMS", "add_csr", "add_dense", "new_sums"]
+
+SUMS = (
+    "n_nonzero",
+    "sum",
+    "sum_of_squares",
+    "normalized_sum",
+    "normalized_sum_of_squares",
+    "log_sum",
+    "log_sum_of_squares",
+)
+"""Of a gene: cells that have it; sums of its counts, of those scaled to one sum a cell, and of log(1 + x) of these."""
+N_SUMS = 8
+"""Their places, the last of which is empty: a gene's sums are one line of a processor's cache."""
+_COUNT_NBYTES = 4
+"""Counts of so many bytes add up to a row's sum in 64 bits."""
+_TABLE = 64
+"""Counts below this are worked out once a row, most of whose values are the same few."""
+
+
+def new_sums(n_groups: int, n_vars: int) -> NDArray[np.float64]:
+    """(n_groups, n_vars, :data:`N_SUMS`) float64 zeros."""
+    flat = np.zeros(n_groups * n_vars * N_SUMS + N_SUMS)
+    shift = (-flat.ctypes.data // 8) % N_SUMS  # to where a line of the cache begins
+    return flat[shift : shift + n_groups * n_vars * N_SUMS].reshape(n_groups, n_vars, N_SUMS)
+
+
+@compiled
+def _fill(line, value, scale):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    scaled = value * scale
+    logged = np.log1p(scaled)
+    line[0], line[1], line[2] = 1.0, value, value * value
+    line[3], line[4] = scaled, scaled * scaled
+    line[5], line[6] = logged, logged * logged
+
+
+@compiled
+def _add_counts(sums, order, groups, offsets, indices, values, target_sum):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913, PLR0917
+    """Whole numbers of 0 and more."""
+    lines = np.zeros((_TABLE + 1, N_SUMS))
+    for row in order:
+        start, stop = offsets[row], offsets[row + 1]
+        row_indices, row_values, out = indices[start:stop], values[start:stop], sums[groups[row]]
+        total, most = np.uint64(0), np.uint64(0)
+        for k in range(row_values.shape[0]):
+            total += np.uint64(row_values[k])
+            most = max(most, np.uint64(row_values[k]))
+        scale = target_sum / max(float(total), 1.0)
+        for small in range(1, min(int(most) + 1, _TABLE)):
+            _fill(lines[small], float(small), scale)
+        for k in range(row_values.shape[0]):
+            count, gene = np.uint64(row_values[k]), np.uint64(row_indices[k])  # unsigned: no look behind the end
+            if count >= _TABLE:
+                _fill(lines[_TABLE], float(count), scale)
+            line = min(count, np.uint64(_TABLE))
+            # all are read before one is written, so that they are added as vectors
+            a, b, c, d = lines[line, 0], lines[line, 1], lines[line, 2], lines[line, 3]
+            e, f, g = lines[line, 4], lines[line, 5], lines[line, 6]
+            a, b, c, d = a + out[gene, 0], b + out[gene, 1], c + out[gene, 2], d + out[gene, 3]
+            e, f, g = e + out[gene, 4], f + out[gene, 5], g + out[gene, 6]
+            out[gene, 0], out[gene, 1], out[gene, 2], out[gene, 3] = a, b, c, d
+            out[gene, 4], out[gene, 5], out[gene, 6] = e, f, g
+
+
+@compiled
+def _add_values(sums, order, groups, offsets, indices, values, target_sum):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913, PLR0917
+    """Any numbers."""
+    line = np.zeros(N_SUMS)
+    for row in order:
+        out, total = sums[groups[row]], 0.0
+        for k in range(offsets[row], offsets[row + 1]):
+            total += values[k]
+        scale = target_sum / (total if total != 0 else 1.0)
+        for k in range(offsets[row], offsets[row + 1]):
+            if values[k] != 0:
+                _fill(line, float(values[k]), scale)
+                gene = out[indices[k]]
+                for j in range(N_SUMS):
+                    gene[j] += line[j]
+
+
+def add_csr(
+    sums: NDArray[np.float64],
+    groups: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    indices: NDArray,
+    values: NDArray,
+    target_sum: float,
+) -> None:
+    """Add rows of a CSR matrix to the sums of their groups.
+
+    Each group's rows are added one by one in their order, so the sums do not depend on how rows are cut into calls.
+    Sums of whole numbers are exact below 2**53.
+
+    Parameters
+    ----------
+    sums
+        Of :func:`new_sums`; changed in place.
+    groups
+        (n_rows,) group of each row.
+    offsets, indices, values
+        (n_rows + 1,), from 0, (nnz,) and (nnz,).
+    target_sum
+        What a row is scaled to before the logarithm.
+    """
+    is_one = sums.shape[0] == 1
+    order = np.arange(len(groups)) if is_one else np.argsort(groups, kind="stable")  # a group's sums stay in the cache
+    is_count = values.dtype.kind == "u" and values.dtype.itemsize <= _COUNT_NBYTES
+    add = _add_counts if is_count else _add_values
+    add(sums, order, groups, offsets, indices, values, float(target_sum))
+
+
+def add_dense(sums: NDArray[np.float64], groups: NDArray[np.int64], rows: NDArray, target_sum: float) -> None:
+    """Add (n_rows, n_vars) rows likewise."""
+    there = rows != 0
+    offsets = offsets_of(there.sum(1, dtype=np.int64))
+    add_csr(sums, groups, offsets, there.nonzero()[1], rows[there], target_sum)
