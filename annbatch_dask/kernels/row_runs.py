@@ -9,7 +9,23 @@ import numpy as np
 from annbatch_dask.kernels.compiled import compiled
 from annbatch_dask.kernels.rows import order_row
 
-__all__ = ["deal_rows", "find_runs", "place_entries", "row_bounds"]
+__all__ = ["deal_batches", "deal_rows", "find_runs", "lay_out", "place_entries", "row_bounds"]
+
+_U = np.uint64  # an index of this type is not looked at for a sign
+
+
+@compiled
+def lay_out(runs: Any) -> Any:
+    """The rows of (n, 3) runs, one behind the other: each from a first row to before a last one, in steps of 1 or more."""  # noqa: E501
+    n_rows = 0
+    for k in range(len(runs)):
+        n_rows += max(0, (runs[k, 1] - runs[k, 0] + runs[k, 2] - 1) // runs[k, 2])
+    rows, n = np.empty(n_rows, np.int64), 0
+    for k in range(len(runs)):
+        for row in range(runs[k, 0], runs[k, 1], runs[k, 2]):
+            rows[n] = row
+            n += 1
+    return rows
 
 
 @compiled
@@ -131,20 +147,86 @@ def deal_rows(rows: Any, bounds: Any) -> Any:
         (n_parts + 1,) the rows of part ``k`` are ``firsts[k]:firsts[k + 1]`` of both arrays that follow.
     places, local
         (n,) where each stood in ``rows``, ascending within a part, and which of the part's rows it is.
+    number, position
+        (n,) of each of ``rows``: the number of its part among those that have any, and which of its rows here it is.
     """
     n_rows, n_parts = len(rows), len(bounds) - 1
     part, firsts = np.empty(n_rows, np.int64), np.zeros(n_parts + 1, np.int64)
-    k = 0
-    for i in range(n_rows):
-        if not bounds[k] <= rows[i] < bounds[k + 1]:
-            k = _last_at_most(bounds, rows[i])
+    k, low, high, n = 0, bounds[0], bounds[1], 0
+    for i in range(_U(n_rows)):
+        if not low <= rows[i] < high:  # rows come in runs: to count in memory at each of them takes twice as long
+            firsts[k + 1] += n
+            k, n = _last_at_most(bounds, rows[i]), 0
+            low, high = bounds[k], bounds[k + 1]
         part[i] = k
-        firsts[k + 1] += 1
+        n += 1
+    firsts[k + 1] += n
     for k in range(n_parts):
         firsts[k + 1] += firsts[k]
+    numbers, n_there = np.empty(n_parts, np.int64), 0
+    for k in range(n_parts):
+        numbers[k] = n_there
+        n_there += firsts[k + 1] > firsts[k]
     after, places, local = firsts.copy(), np.empty(n_rows, np.int64), np.empty(n_rows, np.int64)
-    for i in range(n_rows):
-        k = part[i]
-        places[after[k]], local[after[k]] = i, rows[i] - bounds[k]
-        after[k] += 1
-    return firsts, places, local
+    position, k, at = np.empty(n_rows, np.int64), 0, after[0]
+    for i in range(_U(n_rows)):
+        if part[i] != k:
+            after[k] = at
+            k = part[i]
+            at = after[k]
+        places[_U(at)], local[_U(at)] = i, rows[i] - bounds[k]
+        part[i], position[i] = numbers[k], at - firsts[k]
+        at += 1
+    return firsts, places, local, part, position
+
+
+@compiled
+def deal_batches(dealt: Any, ends: Any, number: Any, position: Any, firsts: Any) -> Any:
+    """The rows of each batch by the part that holds them.
+
+    Parameters
+    ----------
+    dealt
+        (n,) which rows of a window all batches have, one behind the other.
+    ends
+        (n_batches,) where each ends.
+    number, position
+        See :func:`deal_rows`.
+    firsts
+        (n_parts,) where the rows of each part begin, if those of all parts stand one behind the other.
+
+    Returns
+    -------
+    slots
+        (n,) where each row is in its batch; ascending within a part.
+    rows
+        (n,) where each row is among those of all parts.
+    cuts
+        (n_batches, n_parts + 1) the rows of a batch that are in part ``k`` are ``cuts[batch, k]:cuts[batch, k + 1]``.
+    """
+    n_batches, n_parts = len(ends), len(firsts)
+    slots, rows = np.empty(len(dealt), np.int64), np.empty(len(dealt), np.int64)
+    cuts, after, start = np.zeros((n_batches, n_parts + 1), np.int64), np.zeros(n_parts, np.int64), 0
+    if n_parts == 1:
+        for batch in range(n_batches):
+            cuts[batch, 0], cuts[batch, 1] = start, ends[batch]
+            for i in range(_U(start), _U(ends[batch])):
+                slots[i], rows[i] = i - _U(start), position[_U(dealt[i])]
+            start = ends[batch]
+        return slots, rows, cuts
+    for batch in range(n_batches):
+        for i in range(_U(start), _U(ends[batch])):
+            after[_U(number[_U(dealt[i])])] += 1
+        cuts[batch, 0] = start
+        for k in range(n_parts):
+            cuts[batch, k + 1] = cuts[batch, k] + after[k]
+            after[k] = cuts[batch, k]
+        for i in range(_U(start), _U(ends[batch])):
+            row = _U(dealt[i])
+            its = _U(number[row])
+            at = _U(after[its])
+            slots[at], rows[at] = i - _U(start), firsts[its] + position[row]
+            after[its] += 1
+        after[:] = 0
+        start = ends[batch]
+    return slots, rows, cuts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from annbatch_dask.kernels.assemble import (
     select_rows,
     take_columns,
 )
-from annbatch_dask.loader.blocks import DenseBlock, Loaded, SparseBlock
+from annbatch_dask.loader.blocks import BatchRows, DenseBlock, Loaded, SparseBlock
 from annbatch_dask.loader.pool import BufferPool
 
 __all__ = [
@@ -36,15 +36,13 @@ __all__ = [
     "Selection",
     "check_columns",
     "count_parts",
-    "row_parts",
-    "sparse_parts",
 ]
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
 RunTasks = Callable[[list[Task]], object]
 
-_MIN_TASK_NBYTES = 1024 * 1024
+_MIN_TASK_NBYTES = 2 * 1024 * 1024
 _MAX_INT32 = np.iinfo(np.int32).max
 _ROWS_AT_ONCE = 64
 _WANTED_SHARE = 0.5  # of all columns: of more, too few entries are left out for the time that takes
@@ -166,61 +164,72 @@ class BatchBuilder:
     pool: BufferPool
     n_parts: int
 
-    def nbytes(self, loaded: Loaded, split: Ints) -> int:
+    def nbytes(self, loaded: Loaded, rows: BatchRows) -> int:
         """Memory the batch will take at most."""
         itemsize = self.form.dtype_of(loaded).itemsize
         if self.is_sparse and not self.form.dense:
-            return int(np.minimum(loaded.lengths[split], self.width[0]).sum()) * (itemsize + 4) + 4 * len(split)
-        return len(split) * math.prod(self.width) * itemsize
+            lengths = loaded.sparse_rows[1][rows.rows]
+            n_entries = lengths if self.form.selection is None else np.minimum(lengths, self.width[0])
+            return int(n_entries.sum()) * (itemsize + 4) + 4 * len(rows)
+        return len(rows) * math.prod(self.width) * itemsize
 
-    def build(self, loaded: Loaded, split: Ints, run: RunTasks) -> CsrParts | Array:
+    def build(self, loaded: Loaded, rows: BatchRows, run: RunTasks) -> CsrParts | Array:
         """Pick the rows of one batch; the work is handed to ``run`` in independent pieces."""
         dtype = self.form.dtype_of(loaded)
         if self.is_sparse and not self.form.dense:
-            return self._build_csr(loaded, split, dtype, run)
-        out = self.pool.empty((len(split), *self.width), dtype)
-        run(list(self._dense_tasks(loaded, split, out)))
+            return self._build_csr(loaded, rows, dtype, run)
+        out = self.pool.empty((len(rows), *self.width), dtype)
+        run(list(self._dense_tasks(loaded, rows, out)))
         return out
 
-    def _build_csr(self, loaded: Loaded, split: Ints, dtype: np.dtype[Any], run: RunTasks) -> CsrParts:
-        counts = self._count(loaded, split, run)
+    def _build_csr(self, loaded: Loaded, rows: BatchRows, dtype: np.dtype[Any], run: RunTasks) -> CsrParts:
+        starts, lengths = (there[rows.rows] for there in loaded.sparse_rows)
+        blocks = _sparse(loaded)
+        found = self._count(blocks, rows, starts, lengths, run)
+        counts = np.empty(len(rows), np.int64)
+        counts[rows.slots] = found
         ends = np.cumsum(counts)
         nnz = int(ends[-1]) if len(ends) else 0
         index_dtype = np.int32 if max(nnz, *self.width) <= _MAX_INT32 else np.int64
         values = self.pool.empty(nnz, dtype)
         columns = self.pool.empty(nnz, index_dtype)
-        dest = ends - counts
+        dest = (ends - counts)[rows.slots]
         n_parts = count_parts(self.n_parts, nnz * (values.itemsize + columns.itemsize))
         run(
             [
-                partial(_gather, self.form, block, starts, lengths, (values, columns), dest[places])
-                for block, places, starts, lengths in sparse_parts(loaded, split, n_parts)
+                partial(_gather, self.form, blocks[k], starts[part], lengths[part], (values, columns), dest[part])
+                for k, part in rows.pieces(n_parts)
             ]
         )
-        indptr = np.zeros(len(split) + 1, index_dtype)
+        indptr = np.zeros(len(rows) + 1, index_dtype)
         indptr[1:] = ends
-        return CsrParts(values, columns, indptr, (len(split), self.width[0]))
+        return CsrParts(values, columns, indptr, (len(rows), self.width[0]))
 
-    def _count(self, loaded: Loaded, split: Ints, run: RunTasks) -> Ints:
-        """Entries of each row of the batch."""
-        if self.form.selection is None:
-            return loaded.lengths[split]
-        counts = np.empty(len(split), np.int64)
-        parts = sparse_parts(loaded, split, self.n_parts)
-        run([partial(_count, self.form.selection, *part, counts) for part in parts])
+    def _count(
+        self, blocks: Sequence[SparseBlock], rows: BatchRows, starts: Ints, lengths: Ints, run: RunTasks
+    ) -> Ints:
+        """Entries of each row that the batch takes."""
+        selection = self.form.selection
+        if selection is None:
+            return lengths
+        counts = np.empty(len(rows), np.int64)
+        parts = rows.pieces(self.n_parts)
+        run([partial(_count, selection, blocks[k], starts[p], lengths[p], counts[p]) for k, p in parts])
         return counts
 
-    def _dense_tasks(self, loaded: Loaded, split: Ints, out: Array) -> Iterator[Task]:
-        n_parts = count_parts(self.n_parts, out.nbytes)
+    def _dense_tasks(self, loaded: Loaded, rows: BatchRows, out: Array) -> Iterator[Task]:
+        parts = rows.pieces(count_parts(self.n_parts, out.nbytes))
         if self.is_sparse:
-            for block, places, starts, lengths in sparse_parts(loaded, split, n_parts):
-                yield partial(_densify, self.form, block, starts, lengths, out, places)
+            starts, lengths = (there[rows.rows] for there in loaded.sparse_rows)
+            blocks = _sparse(loaded)
+            for k, part in parts:
+                yield partial(_densify, self.form, blocks[k], starts[part], lengths[part], out, rows.slots[part])
             return
-        for number, places in row_parts(loaded, split, n_parts):
-            source = loaded.blocks[number]
+        positions = loaded.dense_rows[rows.rows]
+        for k, part in parts:
+            source = loaded.blocks[k]
             assert isinstance(source, DenseBlock)  # noqa: S101
-            positions = source.positions[loaded.position[split[places]]]
-            yield partial(_pick, self.form, source.values, positions, out, places)
+            yield partial(_pick, self.form, source.values, positions[part], out, rows.slots[part])
 
 
 def count_parts(n_parts: int, nbytes: int) -> int:
@@ -228,31 +237,15 @@ def count_parts(n_parts: int, nbytes: int) -> int:
     return max(1, min(n_parts, nbytes // _MIN_TASK_NBYTES))
 
 
-def row_parts(loaded: Loaded, split: Ints, n_parts: int) -> Iterator[tuple[int, Ints]]:
-    """Pieces of a batch, each from one block: the block and the places in the batch."""
-    block = loaded.block[split]
-    for b in range(len(loaded.blocks)):
-        places = np.flatnonzero(block == b)
-        if len(places):
-            n = max(1, min(len(places), -(-n_parts * len(places) // len(split))))
-            for piece in np.array_split(places, n):
-                yield b, piece
-
-
-def sparse_parts(loaded: Loaded, split: Ints, n_parts: int) -> Iterator[tuple[SparseBlock, Ints, Ints, Ints]]:
-    """Like `row_parts`, for sparse blocks: the block, the slots, and the offset and length of each row in it."""
-    for b, places in row_parts(loaded, split, n_parts):
-        source = loaded.blocks[b]
-        assert isinstance(source, SparseBlock)  # noqa: S101
-        rows = loaded.position[split[places]]
-        yield source, places, source.starts[rows], source.lengths[rows]
+def _sparse(loaded: Loaded) -> Sequence[SparseBlock]:
+    return [block for block in loaded.blocks if isinstance(block, SparseBlock)]
 
 
 # ------------------------------------------------------------------------------- tasks over sparse blocks
 
 
-def _count(selection: Selection, block: SparseBlock, places: Ints, starts: Ints, lengths: Ints, out: Ints) -> None:
-    out[places], n_outside = count_selected(block.columns, starts, lengths, selection.places)
+def _count(selection: Selection, block: SparseBlock, starts: Ints, lengths: Ints, out: Ints) -> None:
+    out[:], n_outside = count_selected(block.columns, starts, lengths, selection.places)
     check_columns(n_outside, len(selection.places))
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Block", "DenseBlock", "Loaded", "PickedBlock", "SparseBlock"]
+from annbatch_dask.kernels.row_runs import deal_batches
+
+__all__ = ["BatchRows", "Block", "DenseBlock", "Loaded", "PickedBlock", "SparseBlock"]
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -69,3 +74,64 @@ class Loaded:
     position: Ints
     lengths: Ints
     dtype: np.dtype[Any]
+
+    @cached_property
+    def sparse_rows(self) -> tuple[Ints, Ints]:
+        """Where each row of all sparse blocks, one behind the other, begins in its own, and its length.
+
+        To be asked for once they were read.
+        """
+        blocks = [block for block in self.blocks if isinstance(block, SparseBlock)]
+        return _joined([block.starts for block in blocks]), _joined([block.lengths for block in blocks])
+
+    @cached_property
+    def dense_rows(self) -> Ints:
+        """The position of each row of all dense blocks, one behind the other, in its own."""
+        return _joined([block.positions for block in self.blocks if isinstance(block, DenseBlock)])
+
+
+def _joined(parts: Sequence[Ints]) -> Ints:
+    return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int64), *parts])
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """The rows of one batch, by the block that holds them.
+
+    Attributes
+    ----------
+    slots
+        Where each is in the batch.
+    rows
+        Where each is among the rows of all blocks, one behind the other.
+    cuts
+        Those in block ``k`` are ``cuts[k]:cuts[k + 1]`` of both.
+    """
+
+    slots: Ints
+    rows: Ints
+    cuts: Sequence[int]
+
+    @classmethod
+    def of_all(
+        cls, dealt: Ints, sizes: Sequence[int], places: tuple[Ints, Ints], n_each: Sequence[int]
+    ) -> list[BatchRows]:
+        """Those of all batches of a window.
+
+        ``dealt`` has their rows, ``sizes`` of each, one behind the other; ``places`` are the block and the position of
+        each row of the window, ``n_each`` the rows of each block.
+        """
+        ends = np.cumsum(sizes, dtype=np.int64)
+        firsts = np.cumsum([0, *n_each[:-1]], dtype=np.int64)[: len(n_each)]
+        slots, rows, cuts = deal_batches(dealt, ends, *places, firsts)
+        return [cls(slots[c[0] : c[-1]], rows[c[0] : c[-1]], [at - c[0] for at in c]) for c in cuts.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def pieces(self, n_parts: int) -> Iterator[tuple[int, slice]]:
+        """Runs of rows that are in one block, and its number: about ``n_parts`` of about equal length."""
+        for block, (first, stop) in enumerate(pairwise(self.cuts)):
+            n_rows = stop - first
+            n = min(n_rows, -(-n_parts * n_rows // len(self))) if n_rows else 0
+            yield from ((block, slice(first + n_rows * k // n, first + n_rows * (k + 1) // n)) for k in range(n))

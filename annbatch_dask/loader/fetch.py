@@ -29,7 +29,7 @@ import numpy as np
 from annbatch_dask.chunks.reader import Task, deal
 from annbatch_dask.loader.backing import Located, RowSource
 from annbatch_dask.loader.batch import BatchBuilder
-from annbatch_dask.loader.blocks import Block, Loaded, PickedBlock
+from annbatch_dask.loader.blocks import BatchRows, Block, Loaded, PickedBlock
 from annbatch_dask.loader.contents import Contents, Matrix
 from annbatch_dask.loader.gpu.builder import DeviceBuilder
 from annbatch_dask.loader.gpu.device import Handover, Placed
@@ -314,7 +314,7 @@ class Pipeline:
         """Let helpers read a window, in its turn where there is no room beside those before."""
         rows = resolve_rows(request, int(self._bounds[-1]))
         splits = resolve_splits(request, len(rows))
-        assignments = assign(rows, self._bounds)
+        assignments, places = assign(rows, self._bounds)
         located = [self._locate(matrix, assignments) for matrix in self._contents.matrices]
         nbytes = self._room_of(located, assignments)
         while begun and not self._window_budget.has_room(nbytes):
@@ -322,10 +322,6 @@ class Pipeline:
         self._window_budget.reserve(nbytes)
         slab = Slab(self._pool.empty(nbytes, np.uint8)) if self._contents.is_made_there else None
 
-        block, position = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
-        for number, assignment in enumerate(assignments):
-            block[assignment.places] = number
-            position[assignment.places] = np.arange(len(assignment.places))
         matrices: list[Loaded] = []
         tasks: list[Task] = []
         for matrix, parts in zip(self._contents.matrices, located, strict=True):
@@ -335,18 +331,20 @@ class Pipeline:
                 blocks.append(opened)
                 tasks.extend(its_tasks)
                 lengths[assignment.places] = part.lengths
-            matrices.append(Loaded(blocks, block, position, lengths, matrix.dtype))
+            matrices.append(Loaded(blocks, *places, lengths, matrix.dtype))
         reading = self._fetchers.start(deal(tasks, _PARTS_PER_THREAD * self._n_threads))
         obs, labels = self._contents.obs, self._contents.labels
         # One frame for all batches, which are stretches of it: to take each of them costs as much as to take all.
         dealt = np.concatenate(splits) if splits else np.zeros(0, np.int64)
         try:
-            taken = None if obs is None else obs.take(assignments, len(rows), dealt)
-            codes = {} if labels is None else labels.take(assignments, len(rows), dealt)
+            taken = None if obs is None else obs.take(assignments, rows, dealt)
+            codes = {} if labels is None else labels.take(rows[dealt])
         except BaseException:
             reading.settle()
             raise
-        return _Begun(Window(rows, splits, matrices, taken, codes, nbytes, slab), reading)
+        n_each = [len(assignment.rows) for assignment in assignments]
+        batches = BatchRows.of_all(dealt, list(map(len, splits)), places, n_each) if slab is None else []
+        return _Begun(Window(rows, splits, matrices, taken, codes, nbytes, slab, batches), reading)
 
     def _open(self, matrix: Matrix, source: RowSource, part: Located, slab: Slab | None) -> tuple[Block, list[Task]]:
         """A block of a window, in the slab if it is to go to a device at once, and what fills it."""
@@ -416,17 +414,19 @@ class Pipeline:
         return window.without_blocks(), placed
 
     def _assemble(self, window: Window, number: int, placed: Placed | None) -> _Ready[LoaderOutput]:
-        split, contents = window.splits[number], self._contents
+        contents = self._contents
         if placed is not None:
+            split = window.splits[number]
             on_device = list(zip(self._device_builders, window.matrices, strict=True))
             nbytes = sum(builder.nbytes(loaded, split) for builder, loaded in on_device)
             self._batch_budget.reserve(nbytes)
             built = [builder.build(loaded, placed, number) for builder, loaded in on_device]
         else:
             on_host = list(zip(self._builders, window.matrices, strict=True))
-            nbytes = sum(builder.nbytes(loaded, split) for builder, loaded in on_host)
+            rows = window.batches[number]
+            nbytes = sum(builder.nbytes(loaded, rows) for builder, loaded in on_host)
             self._batch_budget.reserve(nbytes)
-            parts = [builder.build(loaded, split, self._assemblers.run) for builder, loaded in on_host]
+            parts = [builder.build(loaded, rows, self._assemblers.run) for builder, loaded in on_host]
             built = [m.deliver(part) for m, part in zip(contents.matrices, parts, strict=True)]
         batch = contents.batch(window, number, built, placed)
         handover = None if contents.device is None else contents.device.hand_over(placed, number)

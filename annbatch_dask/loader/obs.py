@@ -211,19 +211,11 @@ class ObsTable:
             for index, (start, stop) in zip(self.indexes, pairs, strict=True)
         ]
 
-    def take(self, assignments: Sequence[Assignment], n_rows: int, wanted: Ints) -> pd.DataFrame:
-        """Some of the ``n_rows`` rows of a window, by their places in its request."""
+    def take(self, assignments: Sequence[Assignment], rows: Ints, wanted: Ints) -> pd.DataFrame:
+        """Some of the rows of a window, by their places in its request, which has these ``rows`` of all."""
         if not assignments:
             return self.frames()[0].iloc[:0]
-        rows = self.rows_of(assignments, n_rows)[wanted]
-        return self._frame(rows, self._index(assignments, n_rows, wanted))
-
-    def rows_of(self, assignments: Sequence[Assignment], n_rows: int) -> Ints:
-        """The rows of a window among all, in request order."""
-        rows = np.empty(n_rows, np.int64)
-        for a in assignments:
-            rows[a.places] = a.rows + self.bounds[a.dataset]
-        return rows
+        return self._frame(rows[wanted], self._index(assignments, len(rows), wanted))
 
     def _frame(self, rows: Ints | slice, index: pd.Index) -> pd.DataFrame:
         columns = {}
@@ -231,7 +223,9 @@ class ObsTable:
             taken = array[rows] if isinstance(rows, slice) else array.take(rows)
             # pandas would look for a dtype of objects; a Series says which, and takes as long as a frame.
             columns[name] = pd.Series(taken, index, array.dtype, copy=False) if array.dtype == object else taken
-        return pd.DataFrame(columns, index=index, columns=list(columns), copy=False)
+        if not columns:
+            return pd.DataFrame(index=index, columns=[])
+        return pd.DataFrame(columns, index=index, copy=False)  # told the columns, pandas takes six times as long
 
     def _index(self, assignments: Sequence[Assignment], n_rows: int, wanted: Ints) -> pd.Index:
         indexes = [self.indexes[a.dataset] for a in assignments]
@@ -276,7 +270,6 @@ class Labels:
     def __init__(self, table: ObsTable, wanted: Mapping[str, Categories], rows: Ints | None) -> None:
         self.categories: dict[str, pd.Index[Any]] = {}
         self._codes: dict[str, Codes] = {}
-        self._table = table
         for name, given in wanted.items():
             found, codes = _encoded(table.series(name))
             if given is not None:
@@ -286,9 +279,8 @@ class Labels:
                 found = kept
             self.categories[name], self._codes[name] = found, codes
 
-    def take(self, assignments: Sequence[Assignment], n_rows: int, wanted: Ints) -> dict[str, Ints]:
-        """The codes of the same rows."""
-        rows = self._table.rows_of(assignments, n_rows)[wanted]
+    def take(self, rows: Ints) -> dict[str, Ints]:
+        """The codes of some rows of all."""
         return {name: codes[rows].astype(np.int64) for name, codes in self._codes.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.kernels.row_runs import deal_rows
-from annbatch_dask.loader.blocks import Loaded
+from annbatch_dask.loader.blocks import BatchRows, Loaded
 from annbatch_dask.order.planned import expand
 from annbatch_dask.types import LoadRequest
 
@@ -44,6 +45,8 @@ class Window:
         Memory reserved for the blocks.
     slab
         Where all blocks are, if they are to be copied at once.
+    batches
+        The rows of each batch, by block; none where batches are made on a device.
     """
 
     rows: Ints
@@ -53,6 +56,7 @@ class Window:
     codes: dict[str, Ints]
     nbytes: int
     slab: Slab | None = None
+    batches: Sequence[BatchRows] = ()
 
     def dealt(self, batch: int) -> slice:
         """Position of a batch among all batches."""
@@ -100,8 +104,12 @@ def resolve_splits(request: LoadRequest, n_rows: int) -> list[Ints]:
     return splits
 
 
-def assign(rows: Ints, bounds: Ints) -> list[Assignment]:
-    """Deal rows out to the datasets that hold them; dataset ``d`` has rows ``bounds[d]:bounds[d + 1]``."""
-    firsts, places, local = deal_rows(rows, bounds)
+def assign(rows: Ints, bounds: Ints) -> tuple[list[Assignment], tuple[Ints, Ints]]:
+    """Deal rows out to the datasets that hold them; dataset ``d`` has rows ``bounds[d]:bounds[d + 1]``.
+
+    Beside the parts, returns of each row the number of its part, and which of the rows there it is.
+    """
+    firsts, places, local, number, position = deal_rows(rows, bounds)
     pairs = enumerate(pairwise(firsts.tolist()))
-    return [Assignment(d, places[first:stop], local[first:stop]) for d, (first, stop) in pairs if first < stop]
+    parts = [Assignment(d, places[first:stop], local[first:stop]) for d, (first, stop) in pairs if first < stop]
+    return parts, (number, position)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from annbatch_dask.kernels.row_runs import lay_out
 from annbatch_dask.types import LoadRequest
 
 __all__ = ["Planned", "as_runs", "cut", "expand", "plan_request", "skip"]
@@ -66,15 +67,16 @@ def expand(requests: Requests) -> Ints:
             )
             raise TypeError(msg)
         return requests.astype(np.int64)
-    parts = [_rows_of(part) for part in requests]
-    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+    runs = np.array([_run_of(part) for part in requests], np.int64)
+    rows: Ints = lay_out(runs.reshape(-1, 3))
+    return rows
 
 
-def _rows_of(part: slice) -> Ints:
+def _run_of(part: slice) -> tuple[int, int, int]:
     if not isinstance(part, slice) or part.stop is None or (part.step is not None and part.step < 1):
         msg = f"requests must be slices with a stop and a step of 1 or more, or an array of row numbers, got {part!r}"
         raise TypeError(msg)
-    return np.arange(index(part.start or 0), index(part.stop), index(part.step or 1), dtype=np.int64)
+    return index(part.start or 0), index(part.stop), index(part.step or 1)
 
 
 def as_runs(rows: Ints) -> Requests:

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from annbatch_dask.kernels.row_runs import deal_rows, find_runs, place_entries
+from annbatch_dask.kernels.row_runs import deal_batches, deal_rows, find_runs, lay_out, place_entries
 
 N_ROWS = 60
 parts = st.tuples(st.integers(0, N_ROWS - 1), st.integers(1, 12), st.sampled_from([1, 1, 1, 2]))
@@ -43,9 +43,39 @@ def test_entries_are_those_of_the_rows(drawn, seed):
 @given(st.lists(parts, max_size=8), st.lists(st.integers(0, N_ROWS), max_size=5))
 def test_rows_are_dealt_to_the_parts_that_hold_them(drawn, cuts):
     rows, offsets = rows_of(drawn), np.array([0, *sorted(cuts), N_ROWS])
-    firsts, places, local = deal_rows(rows, offsets)
+    firsts, places, local, number, position = deal_rows(rows, offsets)
     part = np.searchsorted(offsets, rows, side="right") - 1
     for k in range(len(offsets) - 1):
         own = slice(firsts[k], firsts[k + 1])
         np.testing.assert_array_equal(places[own], np.flatnonzero(part == k))
         np.testing.assert_array_equal(local[own] + offsets[k], rows[part == k])
+    _, expected = np.unique(part, return_inverse=True)
+    np.testing.assert_array_equal(number, expected)
+    for i in range(len(rows)):
+        assert places[firsts[part[i]] + position[i]] == i
+
+
+@given(st.lists(st.tuples(st.integers(-3, 40), st.integers(-3, 40), st.integers(1, 4)), max_size=6))
+def test_runs_are_laid_out_as_numpy_does(runs):
+    expected = np.concatenate([np.zeros(0, np.int64), *(np.arange(*run) for run in runs)])
+    np.testing.assert_array_equal(lay_out(np.array(runs, np.int64).reshape(-1, 3)), expected)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.integers(0, 2**32 - 1), st.integers(0, 5))
+def test_batches_have_their_rows_by_part(parts, seed, n_batches):
+    rng = np.random.default_rng(seed)
+    _, number = np.unique(parts, return_inverse=True)
+    n_each = np.bincount(number)
+    firsts = np.cumsum(n_each) - n_each
+    position = np.array([np.sum(number[:i] == k) for i, k in enumerate(number)])
+    splits = [rng.integers(0, len(parts), rng.integers(0, 20)) for _ in range(n_batches)]
+    dealt = np.concatenate([np.zeros(0, np.int64), *splits])
+    slots, rows, cuts = deal_batches(
+        dealt, np.cumsum([len(s) for s in splits], dtype=np.int64), number, position, firsts
+    )
+    for split, cut in zip(splits, cuts, strict=True):
+        for k in range(len(n_each)):
+            own = slice(cut[k], cut[k + 1])
+            np.testing.assert_array_equal(slots[own], np.flatnonzero(number[split] == k))
+            np.testing.assert_array_equal(rows[own], firsts[k] + position[split[slots[own]]])
+    assert len(slots) == len(dealt)
