@@ -43,7 +43,8 @@ class LoaderOutput(TypedDict):
     Attributes
     ----------
     X
-        The rows: ``scipy.sparse.csr_matrix`` or ``numpy.ndarray``, or what ``to=`` asked for.
+        The rows: ``scipy.sparse.csr_matrix`` or ``numpy.ndarray``, or what ``to=`` asked for; a dictionary of such
+        arrays where a transform makes tokens of them.
     obs
         The same rows of ``obs`` in the same order, or None.
     var

@@ -67,6 +67,8 @@ class Loaded:
         Entries of each row; zeros for dense blocks.
     dtype
         The dtype the values had in the sources.
+    rows
+        Position of row ``j`` among all.
     """
 
     blocks: list[Block]
@@ -74,6 +76,7 @@ class Loaded:
     position: Ints
     lengths: Ints
     dtype: np.dtype[Any]
+    rows: Ints
 
     @cached_property
     def sparse_rows(self) -> tuple[Ints, Ints]:
@@ -88,6 +91,14 @@ class Loaded:
     def dense_rows(self) -> Ints:
         """The position of each row of all dense blocks, one behind the other, in its own."""
         return _joined([block.positions for block in self.blocks if isinstance(block, DenseBlock)])
+
+    @cached_property
+    def numbers(self) -> Ints:
+        """The position among all of each row of all blocks, one behind the other."""
+        n_each = np.bincount(self.block, minlength=1)
+        found = np.empty(len(self.rows), np.int64)
+        found[(np.cumsum(n_each) - n_each)[self.block] + self.position] = self.rows
+        return found
 
 
 def _joined(parts: Sequence[Ints]) -> Ints:

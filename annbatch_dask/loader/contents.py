@@ -20,12 +20,15 @@ from annbatch_dask.loader.gpu.find import check_device, find_device, has_device
 from annbatch_dask.loader.obs import Categories, Labels, ObsTable
 from annbatch_dask.loader.output import Framework, check_framework, make_deliver
 from annbatch_dask.loader.requests import Window
-from annbatch_dask.transforms import NormalizeLog1p
+from annbatch_dask.loader.tokens import TokenForm, check_counts, deliver_each
+from annbatch_dask.transforms import BinnedExpression, NormalizeLog1p, RankTokens
 
 __all__ = ["BatchSpec", "Casting", "Contents", "Dense", "Key", "Matrix", "Transform"]
 
 Array = NDArray[Any]
-Transform = NormalizeLog1p | Callable[[Any], Any]
+Fused = NormalizeLog1p | RankTokens | BinnedExpression
+"""Transforms that are part of the pass that picks the rows."""
+Transform = Fused | Callable[[Any], Any]
 Dense = bool | Literal["cpu", "gpu"]
 Casting = Literal["unsafe"]
 Codes = Sequence[str] | Mapping[str, Sequence[Any] | None]
@@ -53,6 +56,7 @@ class Matrix:
     sources: tuple[RowSource, ...]
     form: Form
     deliver: Callable[[Any], Any]
+    tokens: TokenForm | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -127,6 +131,7 @@ class BatchSpec:
     casting: Casting | None
     var_names: tuple[str, ...] | None
     normalize: NormalizeLog1p | None
+    tokens: RankTokens | BinnedExpression | None
     transform: Callable[[Any], Any] | None
     layers: tuple[str, ...] | None
     obsm: tuple[str, ...] | None
@@ -154,7 +159,7 @@ class BatchSpec:
         made = _where_dense(dense, preload_to_gpu=preload_to_gpu)
         if made == "gpu":
             check_device(to)
-        normalize, rest = _split_transform(transform)
+        fused, rest = _split_transform(transform)
         wanted = cls(
             to,
             preload_to_gpu or made == "gpu",
@@ -162,7 +167,8 @@ class BatchSpec:
             _checked_dtype(dtype),
             casting,
             _names("var_names", var_names),
-            normalize,
+            fused if isinstance(fused, NormalizeLog1p) else None,
+            None if isinstance(fused, NormalizeLog1p) else fused,
             rest,
             _names("layers", layers),
             _names("obsm", obsm),
@@ -185,6 +191,13 @@ class BatchSpec:
         is_float = self.dtype in (None, "bfloat16") or (self.dtype != STORED and np.dtype(self.dtype).kind == "f")
         if self.normalize is not None and not is_float:
             msg = f"NormalizeLog1p makes floats, dtype is {self.dtype!r}; give a float dtype or none"
+            raise ValueError(msg)
+        if self.tokens is not None and (self.dense is not None or self.dtype is not None):
+            name = type(self.tokens).__name__
+            msg = (
+                f"{name} makes tokens of the rows as they are stored: leave out dense={self.dense!r} and "
+                f"dtype={str(self.dtype)!r} ({name}(dtype=...) says which integers come)"
+            )
             raise ValueError(msg)
 
     @property
@@ -218,7 +231,12 @@ class BatchSpec:
         """ValueError where a dataset cannot be delivered as asked for."""
         source = sources[X]
         self.select(var)
-        for what, is_asked in (("var_names", self.var_names is not None), ("NormalizeLog1p", self.normalize)):
+        tokens = self.tokens
+        for what, is_asked in (
+            ("var_names", self.var_names is not None),
+            ("NormalizeLog1p", self.normalize),
+            (type(tokens).__name__, tokens),
+        ):
             if is_asked and len(source.shape) != 2:
                 msg = f"{what} needs rows of one dimension, the dataset has shape {source.shape}"
                 raise ValueError(msg)
@@ -229,6 +247,9 @@ class BatchSpec:
             if key.kind == "layers" and other.shape != source.shape:
                 msg = f"{key} has shape {other.shape}, X has {source.shape}"
                 raise ValueError(msg)
+        if tokens is not None:
+            check_counts(source, tokens)
+            self._tokens_of(var)
         if self.dtype not in (None, STORED) and self.casting is None and self.normalize is None:
             check_cast("X", source, self.dtype)
         is_sparse = source.is_sparse and not self.dense
@@ -250,8 +271,9 @@ class BatchSpec:
         var: pd.DataFrame | None,
         *,
         with_index: bool,
+        epoch: int = 0,
     ) -> Contents:
-        """Bring what is wanted together with the data."""
+        """Bring what is wanted together with the data, for the pass of this number."""
         chosen = self.select(var)
         selection = None if chosen is None else Selection.of(chosen, sources[X][0].shape[1])
         has_names = table is not None and all(index is not None for index in table.indexes)
@@ -260,10 +282,15 @@ class BatchSpec:
         matrices = []
         for key, parts in sources.items():
             form = Form(dense=self.dense is not None, selection=None if key.kind == "obsm" else selection)
-            if key == X:
+            tokens = self._tokens_of(var, epoch) if key == X else None
+            if tokens is not None:
+                form = Form(selection=tokens.selection)
+            elif key == X:
                 form = self._form_of_x(parts, form)
             deliver = self._deliver(device, is_made_there=is_made_there, bfloat16=form.is_bfloat16)
-            matrices.append(Matrix(key, parts, form, deliver))
+            if tokens is not None:
+                deliver = partial(deliver_each, deliver)
+            matrices.append(Matrix(key, parts, form, deliver, tokens))
         return Contents(
             tuple(matrices),
             table.select(self.obs_columns) if table is not None and (has_names or self.obs_columns != ()) else None,
@@ -276,9 +303,19 @@ class BatchSpec:
             is_made_there,
         )
 
+    def _tokens_of(self, var: pd.DataFrame | None, epoch: int = 0) -> TokenForm | None:
+        """How rows become tokens; None if they do not."""
+        if self.tokens is None:
+            return None
+        if var is None:
+            msg = f"{type(self.tokens).__name__} looks genes up by their names, but the datasets have no var"
+            raise ValueError(msg)
+        return TokenForm.of(self.tokens, var.index, self.select(var), epoch)
+
     def _makes_csr(self, device: Device | None, sources: Mapping[Key, tuple[RowSource, ...]]) -> bool:
         """True if sparse batches are made on the device: not of chosen genes, whose entries it would have to count."""
-        if device is None or not device.makes_csr or self.dense is not None or self.var_names is not None:
+        is_chosen = self.var_names is not None or self.tokens is not None
+        if device is None or not device.makes_csr or self.dense is not None or is_chosen:
             return False
         asked = () if self.dtype in (None, STORED, "bfloat16") else (self.dtype,)
         there = {dtype for parts in sources.values() for s in parts for dtype in (s.dtype, s.stored_dtype)}
@@ -371,20 +408,20 @@ def _checked_dtype(dtype: Any) -> Any:
 
 def _split_transform(
     transform: Transform | Sequence[Transform] | None,
-) -> tuple[NormalizeLog1p | None, Callable[[Any], Any] | None]:
+) -> tuple[Fused | None, Callable[[Any], Any] | None]:
     """Split a transform into the fused part and the functions called with the batch."""
     steps: list[Any] = [] if transform is None else list(transform) if isinstance(transform, Sequence) else [transform]
-    normalize = steps.pop(0) if steps and isinstance(steps[0], NormalizeLog1p) else None
+    fused = steps.pop(0) if steps and isinstance(steps[0], Fused) else None
     functions: list[Callable[[Any], Any]] = []
     for step in steps:
-        if isinstance(step, NormalizeLog1p):
-            msg = "NormalizeLog1p is done while the batch is put together: give it once, and first"
+        if isinstance(step, Fused):
+            msg = f"{type(step).__name__} is done while the batch is put together: give it once, and first"
             raise TypeError(msg)
         if not callable(step):
             msg = f"transform must be callable, got {type(step).__name__}"
             raise TypeError(msg)
         functions.append(step)
-    return normalize, _Chain(tuple(functions)) if functions else None
+    return fused, _Chain(tuple(functions)) if functions else None
 
 
 @dataclass(frozen=True)

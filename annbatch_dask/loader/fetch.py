@@ -38,6 +38,7 @@ from annbatch_dask.loader.gpu.slab import Slab, room_for, room_of, stage
 from annbatch_dask.loader.helpers import Closed, Helpers, LoaderThread, SharedJob
 from annbatch_dask.loader.pool import BufferPool
 from annbatch_dask.loader.requests import Assignment, Window, assign, resolve_rows, resolve_splits
+from annbatch_dask.loader.tokens import TokenBuilder
 from annbatch_dask.types import LoaderOutput, LoadRequest
 
 __all__ = ["END", "ByteLimit", "End", "Pipeline", "PipelineOptions"]
@@ -331,7 +332,7 @@ class Pipeline:
                 blocks.append(opened)
                 tasks.extend(its_tasks)
                 lengths[assignment.places] = part.lengths
-            matrices.append(Loaded(blocks, *places, lengths, matrix.dtype))
+            matrices.append(Loaded(blocks, *places, lengths, matrix.dtype, rows))
         reading = self._fetchers.start(deal(tasks, _PARTS_PER_THREAD * self._n_threads))
         obs, labels = self._contents.obs, self._contents.labels
         # One frame for all batches, which are stretches of it: to take each of them costs as much as to take all.
@@ -437,6 +438,8 @@ def _run(tasks: Sequence[Callable[[], T]]) -> list[T]:
     return [task() for task in tasks]
 
 
-def _make_builder(matrix: Matrix, pool: BufferPool, n_parts: int) -> BatchBuilder:
+def _make_builder(matrix: Matrix, pool: BufferPool, n_parts: int) -> BatchBuilder | TokenBuilder:
     form = matrix.form
+    if matrix.tokens is not None:
+        return TokenBuilder(matrix.tokens, pool, n_parts)
     return BatchBuilder(form, form.width_of(matrix.shape), matrix.sources[0].is_sparse, pool, n_parts)

@@ -89,7 +89,8 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
     var_names
         Genes to deliver, in this order, picked in the same pass; by default all. ``var`` and ``n_vars`` follow.
     transform
-        What to do to a batch: :class:`annbatch_dask.transforms.NormalizeLog1p`, which is fused into the same pass,
+        What to do to a batch: :class:`annbatch_dask.transforms.NormalizeLog1p`, which is fused into the same pass, as
+        are :class:`annbatch_dask.transforms.RankTokens` and ``BinnedExpression``, which make tokens of ``X``;
         or a function that takes the batch and returns what is yielded in its place, or a list of both in this
         order. Functions are called one batch at a time, in order, in a background thread.
     layers, obsm
@@ -290,7 +291,7 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         return Iteration(self._progress, self._begin_pass, self._passes)
 
     def _begin_pass(self, progress: Progress) -> tuple[Iterator[LoadRequest], Pipeline]:
-        return self._open(progress), self._start()
+        return self._open(progress), self._start(progress.epoch or 0)
 
     def _open(self, progress: Progress) -> Iterator[LoadRequest]:
         """The requests of the pass that begins, from where it was left if a state was loaded."""
@@ -307,9 +308,11 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         rows = None if selected is None else selected.digest
         return digest(([source.shape for source in self._sources], ends, self._collection_digest, rows))
 
-    def _start(self) -> Pipeline:
+    def _start(self, epoch: int) -> Pipeline:
         sources = {Key("X"): self._sources, **self._beside}
-        contents = self._wanted.contents(sources, self._table, self._label(), self._var, with_index=self._return_index)
+        contents = self._wanted.contents(
+            sources, self._table, self._label(), self._var, with_index=self._return_index, epoch=epoch
+        )
         read = tuple(chain.from_iterable(sources.values()))
         options = PipelineOptions(self._prefetch_nbytes, count_threads())
         return Pipeline(contents, options, partial(_let_go, read, self._cache))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["NormalizeLog1p"]
+from annbatch_dask.transforms.tokens import BinnedExpression, RankTokens
+
+__all__ = ["BinnedExpression", "NormalizeLog1p", "RankTokens"]
 
 
 @dataclass(frozen=True)
