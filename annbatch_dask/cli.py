@@ -364,6 +364,7 @@ def _layout(args: argparse.Namespace) -> dict[str, Any]:
         "layout": args.layout,
         "gene_order": args.gene_order,
         "where": args.where,
+        "duplicates": args.duplicates,
         "stats": args.stats,
         "stats_by": args.stats_by,
         "memory_limit": args.memory_limit,
@@ -594,6 +595,12 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
         "--where",
         metavar="CONDITION",
         help="keep the cells whose obs meets it: \"is_primary_data and tissue == 'lung'\"",
+    )
+    parser.add_argument(
+        "--duplicates",
+        choices=("keep", "report", "drop", "error"),
+        default="keep",
+        help="cells with the X of an earlier cell: do not look for them (default), count, leave out, or refuse them",
     )
     parser.add_argument(
         "--stats",

@@ -19,7 +19,7 @@ from annbatch_dask.etl.open import open_root
 from annbatch_dask.etl.ours import default_scratch
 from annbatch_dask.etl.prepare import Prepared, prepare, warn_of_duplicates
 from annbatch_dask.etl.repack import repack
-from annbatch_dask.etl.request import GeneOrder, MatrixLayout, Mode, OnDuplicate, Request, make_request
+from annbatch_dask.etl.request import DuplicateCells, GeneOrder, MatrixLayout, Mode, OnDuplicate, Request, make_request
 from annbatch_dask.etl.start import Means, plan_and_run, run_prepared
 from annbatch_dask.events import Callback, Callbacks
 from annbatch_dask.maintained import MaintainedCollection
@@ -103,6 +103,7 @@ class DatasetCollection(MaintainedCollection):
         layout: MatrixLayout | None = None,
         gene_order: GeneOrder | None = None,
         where: str | Mapping[str, str] | None = None,
+        duplicates: DuplicateCells = "keep",
         stats: bool | None = None,
         stats_by: str | None = None,
         n_obs_per_chunk: int = 64,
@@ -153,6 +154,7 @@ class DatasetCollection(MaintainedCollection):
         layout: MatrixLayout | None = None,
         gene_order: GeneOrder | None = None,
         where: str | Mapping[str, str] | None = None,
+        duplicates: DuplicateCells = "keep",
         stats: bool | None = None,
         stats_by: str | None = None,
         n_obs_per_chunk: int = 64,
@@ -243,6 +245,10 @@ class DatasetCollection(MaintainedCollection):
             Keep only the cells whose obs meets a condition, written as for the Loader's ``where``:
             ``"is_primary_data and tissue == 'lung'"``. One for all inputs, or by path or pattern of paths (the first
             that fits; others are kept whole). Cells that the collection has already are not asked.
+        duplicates
+            For cells whose X equals an earlier cell's in every gene: ``"keep"`` (default) does not look for them,
+            ``"report"`` counts them by file, ``"drop"`` keeps the first of equals, ``"error"`` refuses. Cells without
+            counts are no duplicates, nor are those that the collection has. Not with ``mode="append"``.
         stats, stats_by
             Sum up each gene's counts and log-normalised counts on the way, for :meth:`gene_stats` and others; by a
             categorical column of obs too, such as ``"donor"``. None keeps the collection's, or makes none.
@@ -289,6 +295,8 @@ class DatasetCollection(MaintainedCollection):
             If an input is in the collection itself, or is in it already and ``on_duplicate_source="error"``.
         CollectionBusyError
             If another build works on the collection.
+        DuplicateCellsError
+            If there are duplicates, and ``duplicates="error"``; nothing is published.
         IntegrityError
             If written rows differ from the rows that were read; nothing is published.
         """

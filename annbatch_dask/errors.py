@@ -17,6 +17,7 @@ __all__ = [
     "CollectionChangedError",
     "CollectionError",
     "DeviceError",
+    "DuplicateCellsError",
     "ForeignScratchError",
     "IntegrityError",
     "LayoutError",
@@ -56,6 +57,10 @@ class LayoutError(AnnbatchDaskError, ValueError):
 
 class MemoryBudgetError(AnnbatchDaskError, MemoryError):
     """A task would need more memory than a worker thread has."""
+
+
+class DuplicateCellsError(AnnbatchDaskError, ValueError):
+    """Cells have the X of an earlier cell, and ``duplicates="error"`` refuses them."""
 
 
 class CollectionError(AnnbatchDaskError, ValueError):

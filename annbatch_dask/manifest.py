@@ -23,8 +23,10 @@ __all__ = [
     "SRC_PATH",
     "STATS",
     "TARGET_SUM",
+    "DUPLICATES",
     "BuildRecord",
     "DatasetRecord",
+    "DuplicatesRecord",
     "Manifest",
     "MatrixRecord",
     "SourceRecord",
@@ -47,6 +49,8 @@ SRC_PATH = "src_path"
 STATS = "annbatch_dask_stats"
 """Key of a dataset's uns with statistics of its genes. They say nothing of other cells: whatever is made of a dataset
 goes without."""
+DUPLICATES = "duplicates"
+"""Rule by which a source's rows are dropped because an earlier cell has the same X."""
 TARGET_SUM = 1e4
 """What statistics of genes scale every cell to before the logarithm, as ``scanpy`` users do."""
 FORMAT_VERSION = 2
@@ -78,7 +82,10 @@ class SourceRecord:
     where
         The condition on its obs that these rows meet; "" if there was none.
     dropped
-        How many of its other rows each rule dropped: a row counts for the first that it did not meet.
+        How many of its other rows each rule dropped: a row counts for the first that it did not meet, and those dropped
+        by ``duplicates`` were met by all.
+    duplicates
+        Fingerprint of the rows that were dropped as duplicates, 16 hex digits; "" if there were none.
     """
 
     path: str
@@ -89,16 +96,48 @@ class SourceRecord:
     n_vars: int | None = None
     where: str = ""
     dropped: Mapping[str, int] = field(default_factory=dict)
+    duplicates: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Convert to JSON values, without the defaults of fields that earlier releases do not know."""
         values = asdict(self)
-        return {k: v for k, v in values.items() if v or k not in ("where", "dropped")}
+        return {k: v for k, v in values.items() if v or k not in ("where", "dropped", "duplicates")}
 
     @property
     def n_dropped(self) -> int:
         """Rows that it had besides."""
         return sum(self.dropped.values())
+
+    @property
+    def as_chosen(self) -> tuple[int, str]:
+        """Rows before duplicates were dropped, and their fingerprint."""
+        total = int(self.fingerprint, 16) + int(self.duplicates or "0", 16)
+        return self.n_obs + self.dropped.get(DUPLICATES, 0), f"{total % 2**64:016x}"
+
+
+@dataclass(frozen=True)
+class DuplicatesRecord:
+    """What a build found that looked for cells whose X is equal to an earlier cell's.
+
+    Attributes
+    ----------
+    mode
+        What it was asked to do with them: ``"report"``, ``"drop"`` or ``"error"``.
+    n_obs
+        How many there were.
+    pairs
+        ``(file, file of the first of its equals, cells)``; the 64 most frequent pairs, and
+        all others together as "" and "".
+    """
+
+    mode: str
+    n_obs: int
+    pairs: tuple[tuple[str, str, int], ...] = field(default=(), repr=False)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> DuplicatesRecord:
+        """Read from JSON values, whose lists become tuples."""
+        return cls(values["mode"], values["n_obs"], tuple((a, b, n) for a, b, n in values["pairs"]))
 
 
 @dataclass(frozen=True)
@@ -208,6 +247,8 @@ class BuildRecord:
         How it stored sparse matrices: ``"open"`` or ``"packed"``.
     gene_order
         In which order the collection's genes are: ``"names"`` or ``"abundance"``.
+    duplicates
+        What it found of them; None where it did not look.
     stats, stats_by
         Whether the datasets it wrote have statistics of genes, and the column of obs by which; "" for none.
     """
@@ -223,19 +264,22 @@ class BuildRecord:
     request: str = field(default="", repr=False)
     layout: str = "open"
     gene_order: str = "names"
+    duplicates: DuplicatesRecord | None = None
     stats: bool = False
     stats_by: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Convert to JSON values, without the defaults of earlier releases, which do not know these fields."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        defaults = {"layout": "open", "gene_order": "names", "stats": False, "stats_by": ""}
+        defaults = {"layout": "open", "gene_order": "names", "duplicates": None, "stats": False, "stats_by": ""}
         return {k: v for k, v in values.items() if k not in defaults or v != defaults[k]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> BuildRecord:
         """Read from JSON values, whose lists become tuples."""
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if (duplicates := plain.get("duplicates")) is not None:
+            plain["duplicates"] = DuplicatesRecord.from_json(duplicates)
         return cls(**plain)
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "BlockRows",
     "cast_exactly",
     "dense_to_csr",
+    "exact_rows",
     "hash_block",
     "in_gene_order",
     "join_dense",
@@ -202,10 +203,16 @@ def _read_dense(
     rows.ranges[spec.name] = values_range
 
 
-def hash_block(plan: Plan, block: Block, rows: BlockRows) -> NDArray[np.uint64]:
-    """(n_rows,) hashes of the rows of a block."""
-    fixed = rows.fixed | _of(rows.exact, rows.fixed)
-    return row_hashes(block.n_rows, plan.matrices, all_columns(plan), fixed, _exact_ragged(rows))
+def hash_block(
+    plan: Plan, block: Block, rows: BlockRows, *, of_x: NDArray[np.uint64] | None = None
+) -> NDArray[np.uint64]:
+    """(n_rows,) hashes of the rows of a block; ``of_x`` as for :func:`annbatch_dask.etl.rows.row_hashes`."""
+    return row_hashes(block.n_rows, plan.matrices, all_columns(plan), *exact_rows(rows), of_x=of_x)
+
+
+def exact_rows(rows: BlockRows) -> tuple[FixedArrays, RaggedArrays]:
+    """A block's rows, of which the values have the dtype of the source."""
+    return rows.fixed | _of(rows.exact, rows.fixed), _exact_ragged(rows)
 
 
 def _of(some: dict[str, NDArray], fixed: FixedArrays) -> FixedArrays:

@@ -13,6 +13,8 @@ from annbatch_dask.engines.base import Engine, run_stage
 from annbatch_dask.engines.dask import LocalEngine
 from annbatch_dask.errors import CollectionBusyError, IntegrityError
 from annbatch_dask.etl.commit import commit, make_manifest, merged_range, source_fingerprints
+from annbatch_dask.etl.compare import LeftOut
+from annbatch_dask.etl.duplicates import find_duplicates
 from annbatch_dask.etl.gather import gather
 from annbatch_dask.etl.group import count_groups, with_groups
 from annbatch_dask.etl.inputs import forget_inputs_of
@@ -64,18 +66,22 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
         )
         check_inputs(job, engine)
         check_old_rows(job, scattered)
+        duplicates = find_duplicates(job, file, engine, callback, scattered)
         tasks = gather_tasks(plan, scattered, totals)
+        if duplicates is not None:
+            tasks = without(plan, tasks, duplicates.datasets)
+        n_obs = plan.n_obs - sum(t.n_left_out for t in tasks)
         gathered = run_stage(
             engine,
             "gather",
             gather,
             [(file, t) for t in tasks],
             callback,
-            size=(plan.n_obs, _gather_nbytes(plan, tasks)),
+            size=(n_obs, _gather_nbytes(plan, tasks, n_obs)),
             measure=lambda _, r: (r.n_rows, r.n_bytes),
-            describe=lambda k: f"{DATASET_PREFIX}_{job.first_dataset + k}",
+            describe=lambda k: f"{DATASET_PREFIX}_{job.first_dataset + tasks[k].dataset}",
         )
-        manifest = make_manifest(job, scattered, gathered, tasks)
+        manifest = make_manifest(job, scattered, gathered, tasks, duplicates)
         written = {r.name: r.folder for r in gathered}
         run_stage(
             LocalEngine("synchronous", engine.budget, patient=False),  # who wrote a root may not write it again
@@ -83,8 +89,8 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
             commit,
             [(job, manifest, written)],
             callback,
-            size=(plan.n_obs, 0),
-            measure=lambda *_: (plan.n_obs, 0),
+            size=(n_obs, 0),
+            measure=lambda *_: (n_obs, 0),
             describe=lambda _: job.target.url,
         )
         committed = True
@@ -216,14 +222,28 @@ def gather_tasks(plan: Plan, scattered: Sequence[ScatterReceipt], totals: Totals
     ]
 
 
-def _gather_nbytes(plan: Plan, tasks: Sequence[GatherTask]) -> int:
+def without(plan: Plan, tasks: Sequence[GatherTask], left_out: LeftOut) -> list[GatherTask]:
+    """The tasks for the rows that stay; a dataset of which none do is not written."""
+    left = [
+        replace(
+            t,
+            nnz={name: n - int(left_out.nnz[name][t.dataset]) for name, n in t.nnz.items()},
+            fingerprint=(t.fingerprint - int(left_out.fingerprint[t.dataset])) % 2**64,
+            n_left_out=int(left_out.n_rows[t.dataset]),
+        )
+        for t in tasks
+    ]
+    return [t for t, size in zip(left, plan.layout.sizes, strict=True) if t.n_left_out < size]
+
+
+def _gather_nbytes(plan: Plan, tasks: Sequence[GatherTask], n_obs: int) -> int:
     """Bytes that the gather tasks will report as written: the length of the progress bar."""
     total = 0
     for m in plan.matrices:
         item = np.dtype(tasks[0].dtypes[m.name]).itemsize
         if m.kind == "dense":
-            total += plan.n_obs * m.n_cols * item
+            total += n_obs * m.n_cols * item
         else:
             nnz = sum(t.nnz[m.name] for t in tasks)
-            total += nnz * (item + index_dtype(m.n_cols).itemsize) + 8 * plan.n_obs
+            total += nnz * (item + index_dtype(m.n_cols).itemsize) + 8 * n_obs
     return total

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from annbatch_dask.errors import IntegrityError
+from annbatch_dask.etl.compare import LeftOut
+from annbatch_dask.etl.duplicates import Duplicates
 from annbatch_dask.etl.edits import look_at_files
 from annbatch_dask.etl.files import recorded
 from annbatch_dask.etl.inputs import Input, known_inputs, record_inputs
@@ -22,6 +24,7 @@ from annbatch_dask.etl.ours import remove_dataset
 from annbatch_dask.etl.receipts import GatherReceipt, ScatterReceipt
 from annbatch_dask.manifest import (
     ANNBATCH_ENCODING,
+    DUPLICATES,
     MANIFEST_KEY,
     BuildRecord,
     DatasetRecord,
@@ -157,7 +160,11 @@ def _plans(job: Job) -> list[str]:
 
 
 def make_manifest(
-    job: Job, scattered: Sequence[ScatterReceipt], gathered: Sequence[GatherReceipt], tasks: Sequence[GatherTask]
+    job: Job,
+    scattered: Sequence[ScatterReceipt],
+    gathered: Sequence[GatherReceipt],
+    tasks: Sequence[GatherTask],
+    duplicates: Duplicates | None = None,
 ) -> Manifest:
     """The manifest of the collection after the build."""
     plan, base, extension = job.plan, job.base, job.plan.extension
@@ -173,16 +180,17 @@ def make_manifest(
         request=job.request,
         layout=plan.options.layout,
         gene_order=plan.options.gene_order,
+        duplicates=None if duplicates is None else duplicates.record,
         stats=plan.options.stats,
         stats_by=plan.options.stats_by,
     )
     written = tuple(record_of(r.name, r.files, n_obs=r.n_rows, nnz=r.nnz, fingerprint=r.fingerprint) for r in gathered)
-    sources = _sources(plan, scattered)
+    sources = _sources(plan, scattered, None if duplicates is None else duplicates.sources)
     matrices = _matrices(plan, scattered, tasks)
     last = job.first_dataset + plan.n_datasets - 1
     if base is None:
         return Manifest(
-            plan.n_obs,
+            sum(d.n_obs for d in written),
             plan.n_vars,
             matrices,
             written,
@@ -250,12 +258,12 @@ def source_fingerprints(plan: Plan, scattered: Sequence[ScatterReceipt]) -> list
     return [f"{total % 2**64:016x}" for total in totals]
 
 
-def _sources(plan: Plan, scattered: Sequence[ScatterReceipt]) -> tuple[SourceRecord, ...]:
+def _sources(plan: Plan, scattered: Sequence[ScatterReceipt], left_out: LeftOut | None) -> tuple[SourceRecord, ...]:
     nnz = np.zeros(len(plan.sources), np.int64)
     for block, receipt in zip(plan.blocks, scattered, strict=True):
         nnz[block.source] += receipt.nnz.get("X", 0)
     fingerprints = source_fingerprints(plan, scattered)
-    return tuple(
+    records = [
         SourceRecord(
             s.path,
             s.n_obs,
@@ -267,7 +275,24 @@ def _sources(plan: Plan, scattered: Sequence[ScatterReceipt]) -> tuple[SourceRec
             dropped={} if s.kept is None else dict(s.kept.dropped),
         )
         for k, s in enumerate(plan.sources)
-        if not s.is_dataset
+    ]
+    if left_out is not None:
+        records = [_without(r, left_out, k) for k, r in enumerate(records)]
+    return tuple(r for r, s in zip(records, plan.sources, strict=True) if not s.is_dataset)
+
+
+def _without(record: SourceRecord, left_out: LeftOut, k: int) -> SourceRecord:
+    """The record of the k-th source, whose rows are those that stay."""
+    n, fingerprint = int(left_out.n_rows[k]), int(left_out.fingerprint[k])
+    if not n:
+        return record
+    return replace(
+        record,
+        n_obs=record.n_obs - n,
+        nnz=record.nnz - int(left_out.nnz["X"][k] if "X" in left_out.nnz else 0),
+        fingerprint=f"{(int(record.fingerprint, 16) - fingerprint) % 2**64:016x}",
+        dropped={**record.dropped, DUPLICATES: n},
+        duplicates=f"{fingerprint:016x}",
     )
 
 

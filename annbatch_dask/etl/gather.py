@@ -7,7 +7,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
 from uuid import uuid4
@@ -17,6 +17,7 @@ import zarr
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import IntegrityError
+from annbatch_dask.etl.compare import left_out_of, repair
 from annbatch_dask.etl.frames import annotation_frames, write_frames
 from annbatch_dask.etl.job import GatherTask, Job, JobFile, forget_inputs, load_job
 from annbatch_dask.etl.ours import ATTEMPT_NAME, dataset_attributes, first_document
@@ -28,22 +29,21 @@ from annbatch_dask.etl.rows import (
     RaggedArrays,
     all_columns,
     array_name,
+    ragged_arrays,
     row_hashes,
     sum_hashes,
 )
-from annbatch_dask.etl.scatter import scatter_again
 from annbatch_dask.etl.stats import DatasetSums
 from annbatch_dask.etl.write import ObsColumns, matrix_writer, publish_dataset
 from annbatch_dask.kernels.rows import copy_runs, offsets_of
 from annbatch_dask.manifest import DATASET_PREFIX
-from annbatch_dask.plan.dtypes import index_dtype
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.storage.checksums import FileSums, checksum
 from annbatch_dask.storage.filesystems import name_errors
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.lock import is_held
 from annbatch_dask.storage.metadata import METADATA
-from annbatch_dask.storage.spill import SpillError, SpillReader, check_scratch, find_receipt, write_receipt
+from annbatch_dask.storage.spill import SPILL, SpillError, SpillReader, check_scratch, find_receipt, write_receipt
 from annbatch_dask.storage.threads import one_ahead
 
 __all__ = ["gather"]
@@ -92,20 +92,16 @@ def _write_and_repair(file: JobFile, job: Job, task: GatherTask, dataset: str) -
 
     That needs the memory of a scatter task, and not that of the gather task beside it, which has ended by then.
     """
-    again: list[int] = []
+    repaired: list[tuple[str, int]] = []
     while True:
         try:
             with name_errors(f"{job.target.url}/{dataset}"):  # of what zarr and anndata write
-                return replace(_write_dataset(job, task, dataset), scattered_again=tuple(again))
+                again = tuple(block for kind, block in repaired if kind == SPILL)
+                return replace(_write_dataset(job, task, dataset), scattered_again=again)
         except SpillError as e:
-            if e.block in again:
-                msg = f"{e}, and so it was after it was written anew; check the disk under the scratch folder"
-                raise IntegrityError(msg) from e
-            logger.warning("%s: block %d is read again", e, e.block)
-            again.append(e.block)
+            damaged = e
         check_scratch(job.scratch)
-        scatter_again(file, again[-1])
-        forget_inputs()  # that block's too
+        repair(file, damaged, repaired)
 
 
 @contextlib.contextmanager
@@ -171,11 +167,12 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
     files: dict[str, Any] = {}  # all but the shards
     group = zarr.create_group(zarr.storage.MemoryStore(files), attributes=attributes)
     start, stop = plan.layout.dataset_bounds(task.dataset)
-    obs = ObsColumns(all_columns(plan), stop - start)
+    n_obs = stop - start - task.n_left_out
+    obs = ObsColumns(all_columns(plan), n_obs)
     stats = DatasetSums(plan) if plan.options.stats else None
     total, n_bytes = 0, 0
     with contextlib.ExitStack() as open_shards:
-        writers = [matrix_writer(m, plan.options, stop - start, task, folder, group) for m in plan.matrices]
+        writers = [matrix_writer(m, plan.options, n_obs, task, folder, group) for m in plan.matrices]
         for w in writers:
             open_shards.enter_context(w)
         parts = open_shards.enter_context(contextlib.closing(one_ahead(_parts(job, task))))
@@ -207,7 +204,7 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
     return GatherReceipt(
         name=dataset,
         files=dict(sorted(sums.items())),
-        n_rows=stop - start,
+        n_rows=n_obs,
         nnz=task.nnz.get("X", 0),
         fingerprint=f"{total:016x}",
         n_bytes=n_bytes,
@@ -222,18 +219,23 @@ def _parts(job: Job, task: GatherTask) -> Iterator[tuple[FixedArrays, RaggedArra
     n_blocks = len(plan.blocks)
     buffer_sets: Iterator[dict[str, NDArray]] = cycle(({}, {}))  # one is written while the other fills
     raw: dict[str, NDArray] = {}
+    left_out = left_out_of(job, task.dataset) if task.n_left_out else None
     with contextlib.ExitStack() as files:
         readers = [
             files.enter_context(SpillReader(job.scratch, b, parts, keep_open=n_blocks <= _MAX_OPEN))
             for b in range(n_blocks)
         ]
         for part in parts:
-            segments = [(r, r.read_fixed(part)) for r in readers if r.n_rows(part)]
+            segments = [_Segment.read(r, part) for r in readers if r.n_rows(part)]
             if plan.groups is None:
                 n_rows = int(plan.layout.part_starts[part + 1] - plan.layout.part_starts[part])
+                if left_out is not None:
+                    n_rows = _leave_out(segments, left_out[_places(plan, task.dataset, part)], is_place=True)
             else:
-                n_rows = _place_by_group([fixed for _, fixed in segments])
-            if not n_rows:  # a piece of a large group may have none
+                if left_out is not None:
+                    _leave_out(segments, left_out, is_place=False)
+                n_rows = _place_by_group([s.fixed for s in segments])
+            if not n_rows:  # a piece of a large group may have none, and all rows may be left out
                 continue
             _check_places(segments, n_rows)
             ragged = _gather_ragged(segments, n_rows, part, plan, task, next(buffer_sets), raw)
@@ -244,6 +246,49 @@ def _parts(job: Job, task: GatherTask) -> Iterator[tuple[FixedArrays, RaggedArra
                         n_rows, m.n_cols
                     )
             yield fixed, ragged
+
+
+@dataclass
+class _Segment:
+    """Rows of one block in a part: all of them as they are in the file, and those that stay, which ``kept`` says."""
+
+    reader: SpillReader
+    whole: FixedArrays
+    fixed: FixedArrays
+    kept: NDArray[np.bool_] | None = None
+
+    @classmethod
+    def read(cls, reader: SpillReader, part: int) -> _Segment:
+        whole = reader.read_fixed(part)
+        return cls(reader, whole, dict(whole))
+
+    def lengths(self, length: str | int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where the entries of the rows that stay begin in the file, and how many each has, of a ragged array."""
+        n = len(self.whole[PLACE])
+        lengths = self.whole[length].astype(np.int64) if isinstance(length, str) else np.full(n, length, np.int64)
+        starts = offsets_of(lengths)[:-1]
+        return (starts, lengths) if self.kept is None else (starts[self.kept], lengths[self.kept])
+
+
+def _places(plan: Plan, dataset: int, part: int) -> slice:
+    """Places in a dataset of the rows of one of its parts."""
+    start, _ = plan.layout.dataset_bounds(dataset)
+    first, last = plan.layout.part_starts[part : part + 2].tolist()
+    return slice(first - start, last - start)
+
+
+def _leave_out(segments: Sequence[_Segment], left_out: NDArray[np.bool_], *, is_place: bool) -> int:
+    """Take rows out, and move the others together, which stay in their order; returns how many places are left.
+
+    ``left_out``: by the place that each row has; ``is_place``: that place is the one in the part.
+    """
+    place = (np.cumsum(~left_out) - 1).astype(np.uint32)
+    for s in segments:
+        s.kept = ~left_out[s.whole[PLACE]]
+        s.fixed = {name: values[s.kept] for name, values in s.whole.items()}
+        if is_place:
+            s.fixed[PLACE] = place[s.fixed[PLACE]]
+    return int(place[-1]) + 1 if not left_out.all() else 0
 
 
 def _place_by_group(fixed: Sequence[FixedArrays]) -> int:
@@ -259,29 +304,29 @@ def _place_by_group(fixed: Sequence[FixedArrays]) -> int:
     return len(place)
 
 
-def _check_places(segments: Sequence[tuple[SpillReader, FixedArrays]], n_rows: int) -> None:
+def _check_places(segments: Sequence[_Segment], n_rows: int) -> None:
     """Every row of the part must be there exactly once."""
     seen = np.zeros(n_rows, np.uint8)
-    for _, fixed in segments:
-        np.add.at(seen, fixed[PLACE], 1)
+    for s in segments:
+        np.add.at(seen, s.fixed[PLACE], 1)
     if not (seen == 1).all():
         missing, twice = int((seen == 0).sum()), int((seen > 1).sum())
         msg = f"{missing:,} of {n_rows:,} rows are missing from the spill files, {twice:,} are there twice"
         raise IntegrityError(msg)
 
 
-def _gather_fixed(segments: Sequence[tuple[SpillReader, FixedArrays]], n_rows: int) -> FixedArrays:
+def _gather_fixed(segments: Sequence[_Segment], n_rows: int) -> FixedArrays:
     out: FixedArrays = {}
-    for name, like in segments[0][1].items():
+    for name, like in segments[0].fixed.items():
         values = np.empty((n_rows, *like.shape[1:]), like.dtype)
-        for _, fixed in segments:
-            values[fixed[PLACE]] = fixed[name]
+        for s in segments:
+            values[s.fixed[PLACE]] = s.fixed[name]
         out[name] = values
     return out
 
 
 def _gather_ragged(  # noqa: PLR0913 - buffers
-    segments: Sequence[tuple[SpillReader, FixedArrays]],
+    segments: Sequence[_Segment],
     n_rows: int,
     part: int,
     plan: Plan,
@@ -289,37 +334,23 @@ def _gather_ragged(  # noqa: PLR0913 - buffers
     buffers: dict[str, NDArray],
     raw_buffers: dict[str, NDArray],
 ) -> RaggedArrays:
-    arrays = list(_ragged_arrays(plan, task))
+    arrays = list(ragged_arrays(plan, task.dtypes))
     out: RaggedArrays = {}
     for name, dtype, length in arrays:
         counts = np.empty(n_rows, np.int64)
-        for _, fixed in segments:
-            counts[fixed[PLACE]] = fixed[length] if isinstance(length, str) else length
+        for s in segments:
+            counts[s.fixed[PLACE]] = s.fixed[length] if isinstance(length, str) else length
         offsets = offsets_of(counts)
         out[name] = _buffer(buffers, name, int(offsets[-1]), dtype), offsets
-    raw = _buffer(raw_buffers, "raw", max(reader.ragged_nbytes(part) for reader, _ in segments), np.dtype(np.uint8))
-    for reader, fixed in segments:
-        found = reader.read_ragged(part, raw)
+    raw = _buffer(raw_buffers, "raw", max(s.reader.ragged_nbytes(part) for s in segments), np.dtype(np.uint8))
+    for s in segments:
+        found = s.reader.read_ragged(part, raw)
         for name, dtype, length in arrays:
             values, offsets = out[name]
-            n = len(fixed[PLACE])
-            lengths = fixed[length].astype(np.int64) if isinstance(length, str) else np.full(n, length, np.int64)
+            starts, lengths = s.lengths(length)
             source = found[name].astype(dtype, copy=False)
-            copy_runs(source, offsets_of(lengths)[:-1], values, offsets[fixed[PLACE]], lengths)
+            copy_runs(source, starts, values, offsets[s.fixed[PLACE]], lengths)
     return out
-
-
-def _ragged_arrays(plan: Plan, task: GatherTask) -> Iterator[tuple[str, np.dtype, str | int]]:
-    """Name and dtype of every ragged array, and the array that counts its entries, or how many each row has."""
-    for m in plan.matrices:
-        if m.kind == "csr":
-            yield array_name(m.name, "indices"), index_dtype(m.n_cols), array_name(m.name, "length")
-            yield array_name(m.name, "values"), np.dtype(task.dtypes[m.name]), array_name(m.name, "length")
-        else:
-            yield array_name(m.name, "dense"), np.dtype(task.dtypes[m.name]), m.n_cols
-    for c in all_columns(plan):
-        if c.kind == "string":
-            yield array_name(c.path, "bytes"), np.dtype(np.uint8), array_name(c.path, "length")
 
 
 def _buffer(buffers: dict[str, NDArray], name: str, size: int, dtype: np.dtype) -> NDArray:

@@ -281,9 +281,12 @@ class GatherTask:
         Stored values of each sparse matrix in this dataset.
     fingerprint
         Fingerprint of the rows as they were read.
+    n_left_out
+        Rows of the plan's that are left out, of which the others say nothing.
     """
 
     dataset: int
     dtypes: Mapping[str, str]
     nnz: Mapping[str, int]
     fingerprint: int
+    n_left_out: int = 0

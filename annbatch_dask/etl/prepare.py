@@ -99,6 +99,12 @@ def _extension(root: Root, request: Request) -> Extension | None:
     if mode == "append" and genes == "union":
         msg = "mode='append' leaves the datasets as they are, so genes='union' cannot add to them; use 'reshuffle'"
         raise ValueError(msg)
+    if mode == "append" and (duplicates := request.options.duplicates) != "keep":
+        msg = (
+            f"mode='append' does not read the collection's cells, so duplicates={duplicates!r} cannot compare new "
+            "ones with them; give mode='extend' or 'reshuffle', or duplicates='keep'"
+        )
+        raise ValueError(msg)
     names = root.names()
     last = max(map(dataset_number, names))
     if root.manifest is not None:

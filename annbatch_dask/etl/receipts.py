@@ -9,7 +9,7 @@ from typing import Any, Self
 from annbatch_dask.plan.dtypes import ValueRange
 from annbatch_dask.storage.checksums import FileSums
 
-__all__ = ["GatherReceipt", "ScatterReceipt"]
+__all__ = ["CollectReceipt", "CompareReceipt", "FindReceipt", "GatherReceipt", "ScatterReceipt"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class ScatterReceipt:
         Fingerprint of the rows, 16 hex digits.
     datasets
         The last two of each dataset, encoded: see :class:`annbatch_dask.etl.totals.Totals`, which empties it.
+    repeats
+        Whether a row of X names a gene twice; False unless duplicates are looked for.
     reused
         Whether the task had been run before.
     """
@@ -43,12 +45,15 @@ class ScatterReceipt:
     nnz: Mapping[str, int]
     fingerprint: str
     datasets: dict[str, str] = field(repr=False)
+    repeats: bool = False
     reused: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Convert to JSON values."""
         values = {**vars(self), "ranges": {name: asdict(found) for name, found in self.ranges.items()}}
         del values["reused"]
+        if not self.repeats:
+            del values["repeats"]
         return values
 
     @classmethod
@@ -103,3 +108,55 @@ class GatherReceipt:
         """The receipt of a task that was run before, in this release or an earlier one."""
         again = tuple(values.get("scattered_again", ()))
         return cls(**{"folder": values["name"], **values, "scattered_again": again, "reused": True})
+
+
+@dataclass(frozen=True)
+class _StageReceipt:
+    """Receipt of a task of a stage between scatter and gather, whose fields are JSON values."""
+
+    reused: bool = field(default=False, kw_only=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """Convert to JSON values."""
+        return {name: value for name, value in vars(self).items() if name != "reused"}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The receipt of a task that was run before."""
+        return cls(**values, reused=True)
+
+
+@dataclass(frozen=True)
+class FindReceipt(_StageReceipt):
+    """Receipt of a find task: ``n_rows`` hashes were sorted; ``cells`` of each block share theirs, encoded."""
+
+    n_rows: int
+    cells: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class CollectReceipt(_StageReceipt):
+    """Receipt of a collect task: ``n_rows`` cells of a block were written, ``n_bytes`` of them."""
+
+    n_rows: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class CompareReceipt(_StageReceipt):
+    """Receipt of a compare task.
+
+    Attributes
+    ----------
+    n_rows
+        Cells that were compared.
+    pairs
+        ``[file, file of an earlier equal, cells]``, the files as codes of the source column.
+    datasets, sources
+        What is left out of each dataset and of each source: rows, fingerprint, stored values; encoded.
+    """
+
+    n_rows: int
+    pairs: list[list[int]]
+    datasets: dict[str, str] = field(repr=False)
+    sources: dict[str, str] = field(repr=False)

@@ -92,7 +92,7 @@ def _repack(source: Folder, manifest: Manifest, target: Folder, layout: str, att
             raise IntegrityError(msg)
         logger.info("%s is %s, %d bytes", now.name, layout, now.n_bytes)
         records.append(now)
-    last = replace(manifest.builds[-1], mode="repack", sources=(), genes={}, request="", layout=layout)
+    last = replace(manifest.builds[-1], mode="repack", sources=(), genes={}, request="", layout=layout, duplicates=None)
     repacked = replace(manifest, datasets=tuple(records), builds=(*manifest.builds, last))
     write_root(target, repacked, known_inputs(source, manifest), attributes, version=None)
 

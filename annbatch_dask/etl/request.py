@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from annbatch_dask.errors import LayoutError, SelectionError
 from annbatch_dask.plan.elements import Elements
@@ -19,12 +19,22 @@ from annbatch_dask.storage.secrets import shown
 from annbatch_dask.storage.shards import compressor_json
 from annbatch_dask.where import Condition
 
-__all__ = ["GeneOrder", "MatrixLayout", "Mode", "OnDuplicate", "Request", "make_request", "with_conditions"]
+__all__ = [
+    "DuplicateCells",
+    "GeneOrder",
+    "MatrixLayout",
+    "Mode",
+    "OnDuplicate",
+    "Request",
+    "make_request",
+    "with_conditions",
+]
 
 Mode = Literal["extend", "append", "reshuffle"]
 OnDuplicate = Literal["warn", "error"]
 MatrixLayout = Literal["open", "packed"]
 GeneOrder = Literal["names", "abundance"]
+DuplicateCells = Literal["keep", "report", "drop", "error"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,15 @@ def _options(given: Mapping[str, Any]) -> Options:
         groupby=_groupby(given["groupby"]),
         elements=Elements.parse(given["elements"]),
         allow_mixed_counts=given["allow_mixed_counts"],
+        duplicates=_duplicates(given["duplicates"]),
     )
+
+
+def _duplicates(given: str) -> str:
+    if given not in (known := get_args(DuplicateCells)):
+        msg = f"duplicates is {given!r}; it must be one of {', '.join(map(repr, known))}"
+        raise ValueError(msg)
+    return given
 
 
 def _groupby(names: str | Iterable[str] | None) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ entries the cell has. A ragged one has any number a cell, and offsets: sparse in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -20,6 +20,7 @@ from annbatch_dask.kernels.fingerprint import (
     finish_rows,
 )
 from annbatch_dask.kernels.rows import offsets_of
+from annbatch_dask.plan.dtypes import index_dtype
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import Categories, ColumnSpec, MatrixSpec
 from annbatch_dask.sources.columns import ColumnRows
@@ -29,12 +30,15 @@ __all__ = [
     "NAMES",
     "PLACE",
     "FixedArrays",
+    "FixedLike",
     "RaggedArrays",
+    "RaggedLike",
     "all_columns",
     "array_name",
     "decode_strings",
     "encode_strings",
     "group_keys",
+    "ragged_arrays",
     "row_hashes",
     "sum_hashes",
     "write_column",
@@ -72,6 +76,22 @@ def array_name(element: str, what: str = "values") -> str:
         ``mask``, or of strings ``bytes`` and ``length``.
     """
     return f"{element}#{what}"
+
+
+def ragged_arrays(plan: Plan, dtypes: Mapping[str, str]) -> Iterator[tuple[str, np.dtype, str | int]]:
+    """Name and dtype of every ragged array, and the array that counts its entries, or how many each row has.
+
+    ``dtypes``: of the values of each matrix.
+    """
+    for m in plan.matrices:
+        if m.kind == "csr":
+            yield array_name(m.name, "indices"), index_dtype(m.n_cols), array_name(m.name, "length")
+            yield array_name(m.name, "values"), np.dtype(dtypes[m.name]), array_name(m.name, "length")
+        else:
+            yield array_name(m.name, "dense"), np.dtype(dtypes[m.name]), m.n_cols
+    for c in all_columns(plan):
+        if c.kind == "string":
+            yield array_name(c.path, "bytes"), np.dtype(np.uint8), array_name(c.path, "length")
 
 
 def encode_strings(strings: NDArray[np.object_]) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
@@ -133,19 +153,25 @@ def row_hashes(
     columns: Sequence[ColumnSpec],
     fixed: FixedLike,
     ragged: RaggedLike,
+    *,
+    of_x: NDArray[np.uint64] | None = None,
 ) -> NDArray[np.uint64]:
     """(n_rows,) hashes of whole rows; see :mod:`annbatch_dask.kernels.fingerprint`.
 
     They depend on what a row says and not on how it is held: categories enter by their value and not their code, a
     missing value like a column that is not there. So they stay the same when a collection is extended.
+    ``of_x``: (n_rows,) zeros, which become what X alone adds.
     """
     hashes = np.zeros(n_rows, np.uint64)
     for m in matrices:
+        sums = hashes if of_x is None or m.name != "X" else of_x
         if m.kind == "csr":
             indices, offsets = ragged[array_name(m.name, "indices")]
-            add_sparse(hashes, offsets, indices, ragged[array_name(m.name, "values")][0], field_salt(m.name))
+            add_sparse(sums, offsets, indices, ragged[array_name(m.name, "values")][0], field_salt(m.name))
         else:
-            add_dense(hashes, fixed[array_name(m.name, "dense")], field_salt(m.name))
+            add_dense(sums, fixed[array_name(m.name, "dense")], field_salt(m.name))
+    if of_x is not None:
+        hashes += of_x
     for c in columns:
         hashes += _column_hashes(n_rows, c, fixed, ragged)
     return hashes

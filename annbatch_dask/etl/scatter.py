@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
-from annbatch_dask.etl.blocks import BlockRows, hash_block, read_block
+from annbatch_dask.etl.blocks import BlockRows, exact_rows, hash_block, read_block
+from annbatch_dask.etl.cells import hash_cells, n_bins, write_hashes
 from annbatch_dask.etl.job import JobFile, load_job, trim_memory
 from annbatch_dask.etl.receipts import ScatterReceipt
 from annbatch_dask.etl.rows import GROUP, PLACE, array_name, group_keys, sum_hashes
@@ -65,7 +67,7 @@ def _spill(plan: Plan, block: Block, index: int, rows: BlockRows, scratch: Folde
     order = np.argsort(part, kind="stable")
     part_rows = np.searchsorted(part[order], np.arange(layout.n_parts + 1))
     dataset_rows = part_rows[layout.first_part]
-    hashes = hash_block(plan, block, rows)
+    hashes, repeats = _hash(plan, block, index, rows, order, scratch)
     rows.exact.clear()
     fixed = {PLACE: place} | ({} if groups is None else {GROUP: groups.astype(np.uint32)}) | rows.fixed
     dense = [array_name(m.name, "dense") for m in plan.matrices if m.kind == "dense"]
@@ -87,5 +89,20 @@ def _spill(plan: Plan, block: Block, index: int, rows: BlockRows, scratch: Folde
         n_bytes=block.n_bytes,
         spilled=spilled,
         ranges=rows.ranges,
+        repeats=repeats,
         **packed(fingerprint, nnz),
     )
+
+
+def _hash(
+    plan: Plan, block: Block, index: int, rows: BlockRows, order: NDArray[np.int64], scratch: Folder
+) -> tuple[NDArray[np.uint64], bool]:
+    """Hashes of a block's rows. Where duplicates are looked for, those of X alone become a file."""
+    if plan.options.duplicates == "keep":
+        return hash_block(plan, block, rows), False
+    of_x = np.zeros(block.n_rows, np.uint64)
+    hashes = hash_block(plan, block, rows, of_x=of_x)
+    spec = next(m for m in plan.matrices if m.name == "X")
+    cells, repeats = hash_cells(spec, of_x, *exact_rows(rows), has_nan=rows.ranges["X"].n_nan > 0)
+    write_hashes(scratch, index, cells, order, n_bins(plan.n_obs))
+    return hashes, repeats

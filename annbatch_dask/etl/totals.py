@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.etl.receipts import ScatterReceipt
 
-__all__ = ["Totals", "packed"]
+__all__ = ["Totals", "decode", "encode", "packed"]
 
 _FINGERPRINT = "fingerprint"
 
@@ -27,19 +27,21 @@ def packed(fingerprint: NDArray[np.uint64], nnz: Mapping[str, NDArray[np.int64]]
         Stored values of each sparse matrix in each dataset: (n_datasets,).
     """
     return {
-        "datasets": {_FINGERPRINT: _encode(fingerprint)} | {f"nnz/{name}": _encode(n) for name, n in nnz.items()},
+        "datasets": {_FINGERPRINT: encode(fingerprint)} | {f"nnz/{name}": encode(n) for name, n in nnz.items()},
         "nnz": {name: int(n.sum()) for name, n in nnz.items()},
         _FINGERPRINT: f"{int(fingerprint.sum()):016x}",
     }
 
 
-def _encode(values: NDArray) -> str:
+def encode(values: NDArray) -> str:
+    """An array as text, for a receipt."""
     if values.dtype == np.int64 and values.max(initial=0) < 2**32:
         values = values.astype(np.uint32)
     return f"{values.dtype.str} {base64.b64encode(values).decode()}"
 
 
-def _decode(text: str) -> NDArray:
+def decode(text: str) -> NDArray:
+    """The array again."""
     dtype, _, values = text.partition(" ")
     return np.frombuffer(base64.b64decode(values), dtype)
 
@@ -61,7 +63,7 @@ class Totals:
 
     def take(self, receipt: ScatterReceipt) -> None:
         """Add what a receipt says of each dataset, and let go of it there."""
-        found = {name: _decode(text) for name, text in receipt.datasets.items()}
+        found = {name: decode(text) for name, text in receipt.datasets.items()}
         receipt.datasets.clear()
         self.fingerprint += found.pop(_FINGERPRINT)
         for name, values in found.items():

@@ -19,7 +19,7 @@ from annbatch_dask.etl.scan import look, scan, with_ranges
 from annbatch_dask.etl.sweep import leftovers
 from annbatch_dask.events import Callback
 from annbatch_dask.formatting import plural
-from annbatch_dask.manifest import DatasetRecord, Manifest, SourceRecord
+from annbatch_dask.manifest import DUPLICATES, DatasetRecord, Manifest, SourceRecord
 from annbatch_dask.plan.build import build_plan
 from annbatch_dask.plan.elements import Elements
 from annbatch_dask.plan.memory import Budget
@@ -309,7 +309,7 @@ def _check_source(ref: SourceRef, candidates: Sequence[Candidate], dataset: Sour
             seen[c.asked] = n_obs, fingerprint
     found = [seen[c.asked] for c in candidates]
     pairs = list(zip(candidates, found, strict=True))
-    matched = [c.index for c, is_now in pairs if is_now == (c.record.n_obs, c.record.fingerprint)]
+    matched = [c.index for c, is_now in pairs if is_now == c.record.as_chosen]
     where = ref.label if len(candidates) > 1 else candidates[0].record.path
     problems = () if matched else (Problem(where, _difference(candidates, *found[0])),)
     return CheckResult(problems, found[0][0], 0, tuple(matched))
@@ -319,9 +319,12 @@ def _difference(candidates: Sequence[Candidate], n_obs: int, fingerprint: str) -
     record = candidates[0].record
     if len(candidates) > 1:
         return f"its {n_obs:,} rows are those of none of the {len(candidates)} sources of this name"
-    if n_obs != record.n_obs:
-        return f"has {n_obs:,} rows and the collection has {record.n_obs:,} of it"
-    return f"its rows have fingerprint {fingerprint} and those in the collection {record.fingerprint}"
+    n_read, read = record.as_chosen
+    n_dropped = record.dropped.get(DUPLICATES, 0)
+    dropped = f", {n_dropped:,} of them dropped as duplicates" if n_dropped else ""
+    if n_obs != n_read:
+        return f"has {n_obs:,} rows and the collection has {n_read:,} of it{dropped}"
+    return f"its rows have fingerprint {fingerprint} and those in the collection {read}{dropped}"
 
 
 def _fingerprint(ref: SourceRef, dataset: SourceRef | None, elements: Elements = _ALL) -> tuple[int, int, str, int]:

@@ -36,6 +36,9 @@ class Options:
     gene_order
         Order of a new collection's genes: ``"names"``, as anndata joins them, or ``"abundance"``, those most cells have
         first.
+    duplicates
+        What becomes of cells whose X is equal to that of an earlier one: ``"keep"`` (nobody looks), ``"report"``,
+        ``"drop"`` or ``"error"``.
     stats, stats_by
         Sum up statistics of genes, by the categories of this column of obs too; "" for none.
     """
@@ -54,6 +57,7 @@ class Options:
     allow_mixed_counts: bool = False
     layout: str = "open"
     gene_order: str = "names"
+    duplicates: str = "keep"
     stats: bool = False
     stats_by: str = ""
 

@@ -13,6 +13,12 @@ from annbatch_dask.plan.plan import Plan
 
 __all__ = ["as_html", "figures", "summary", "title"]
 
+_DUPLICATES = {
+    "report": "cells with the X of an earlier cell are looked for, and counted by file",
+    "drop": "cells with the X of an earlier cell are looked for, and left out: datasets become a little uneven",
+    "error": "cells with the X of an earlier cell are looked for, and refused before datasets are written",
+}
+
 
 def title(plan: Plan) -> str:
     """Title of the plan: inputs and outputs in one line."""
@@ -86,6 +92,7 @@ def _chosen(plan: Plan) -> list[tuple[str, str]]:
     layout = "packed: columns and whole numbers in as few bits as most need; annbatch_dask reads them"
     return [
         *([("layout", layout)] if plan.options.layout == "packed" else []),
+        *([("twice", _DUPLICATES[plan.options.duplicates])] if plan.options.duplicates != "keep" else []),
         *([("genes", "in the order of how many cells have them")] if plan.options.gene_order != "names" else []),
         *([("stats", f"of each gene{_by(plan)}")] if plan.options.stats else []),
     ]

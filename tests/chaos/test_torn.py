@@ -8,7 +8,7 @@ import pytest
 
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import IntegrityError
-from annbatch_dask.etl import gather as gather_module
+from annbatch_dask.etl import compare as compare_module
 from annbatch_dask.events import Callback
 from annbatch_dask.testing import make_adata
 from tests.tools import tree_digest
@@ -144,9 +144,9 @@ def test_a_resume_does_again_what_was_damaged_and_no_more(interrupted, monkeypat
     base = work / "o.zarr" if "dataset" in name else next((work / "o.zarr.scratch").iterdir())
     damage(*base.glob(name))
     scattered_again, tasks = [], Tasks()
-    original = gather_module.scatter_again
+    original = compare_module.scatter_again
     monkeypatch.setattr(
-        gather_module, "scatter_again", lambda scratch, b: scattered_again.append(b) or original(scratch, b)
+        compare_module, "scatter_again", lambda scratch, b: scattered_again.append(b) or original(scratch, b)
     )
     build(work / "o.zarr", path, tasks)
     assert {stage: sorted(done) for stage, done in tasks.ran.items()} == ran
@@ -171,7 +171,7 @@ def test_a_disk_that_damages_a_block_twice_is_named(interrupted, monkeypatch):
     work, path, _ = interrupted
     scratch = next((work / "o.zarr.scratch").iterdir())
     flip(scratch / SPILL, 30)
-    monkeypatch.setattr(gather_module, "scatter_again", lambda *_: None)
+    monkeypatch.setattr(compare_module, "scatter_again", lambda *_: None)
     with pytest.raises(IntegrityError, match=f"{scratch}/{SPILL} has crc32c .* was written anew; check the disk"):
         build(work / "o.zarr", path)
     assert not (work / "o.zarr/zarr.json").exists()
