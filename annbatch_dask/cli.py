@@ -336,7 +336,7 @@ def _client(args: argparse.Namespace) -> Iterator[Any]:
         yield None
 
 
-def _worker_options(n_workers: int, memory_limit: int | None) -> dict[str, int]:
+def _worker_options(n_workers: int, memory_limit: int | None) -> dict[str, Any]:
     """Return equal shares of this machine's cores and memory."""
     from dask.system import CPU_COUNT
 

@@ -5,9 +5,11 @@ import importlib
 import threading
 
 import cryptography.hazmat.primitives.ciphers.aead  # noqa: F401 - so that no task waits for imports
+import numpy as np
 
 import annbatch_dask.etl.gather
 import annbatch_dask.etl.scatter  # noqa: F401
+from annbatch_dask.kernels.fingerprint import finish_rows
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of glibc's mallopt(3)."""
@@ -18,6 +20,11 @@ def dask_setup(worker: object) -> None:
     keep_freed_memory()
     # only the end of a gather task needs anndata: import it beside the first tasks
     threading.Thread(target=importlib.import_module, args=("anndata",), daemon=True).start()
+
+
+def start_numba() -> None:
+    """Call a kernel: numba's own first steps take as long as the kernels of a whole task."""
+    finish_rows(np.zeros(0, np.uint64))
 
 
 def keep_freed_memory() -> None:

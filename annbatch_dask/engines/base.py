@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from annbatch_dask.events import Callback, StageEnd, StageStart, TaskEnd
 from annbatch_dask.plan.memory import Budget
-
-if TYPE_CHECKING:
-    import contextlib
 
 __all__ = ["Describe", "Engine", "EngineChoice", "OnResult", "run_stage"]
 
@@ -58,17 +56,19 @@ class EngineChoice:
     Attributes
     ----------
     scanner
-        Runs the scan: the cluster where there is one, else threads of this process, so that bad input is
-        found before a cluster is started.
+        Runs the scan: the cluster where there is one, else threads of this process.
     budget
         Memory of a worker.
     start
         The engine for a build, given its number of tasks, as a context manager.
+    ahead
+        A context manager for all that leads to a build: what takes long about ``start`` begins meanwhile.
     """
 
     scanner: Engine
     budget: Budget
-    start: Callable[[int], contextlib.AbstractContextManager[Engine]]
+    start: Callable[[int], AbstractContextManager[Engine]]
+    ahead: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def run_stage(  # noqa: PLR0913 - mostly keywords

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import dask
 import dask.system
@@ -16,11 +16,14 @@ from distributed.system import MEMORY_LIMIT
 
 from annbatch_dask.engines.base import Engine, EngineChoice
 from annbatch_dask.engines.dask import ClusterEngine, LocalEngine
-from annbatch_dask.engines.local_cluster import local_client
+from annbatch_dask.engines.local_cluster import local_client, workers_process
 from annbatch_dask.errors import SchedulerError
 from annbatch_dask.formatting import format_bytes
 from annbatch_dask.plan.memory import Budget
 from annbatch_dask.sizes import parse_nbytes
+
+if TYPE_CHECKING:
+    import subprocess
 
 __all__ = ["choose_engine"]
 
@@ -50,16 +53,39 @@ def choose_engine(client: Client | None, memory_limit: int | str | None) -> Engi
         return EngineChoice(cluster, cluster.budget, lambda _: contextlib.nullcontext(cluster))
     n_workers = max(1, min(dask.system.CPU_COUNT, int(MEMORY_LIMIT) // _WORKER_NBYTES))
     budget = Budget(_nbytes(memory_limit, n_workers=n_workers), dask.system.CPU_COUNT // n_workers)
-    return EngineChoice(LocalEngine("threads", budget), budget, functools.partial(_own_cluster, n_workers, budget))
+    own = _OwnCluster(n_workers, budget)
+    return EngineChoice(LocalEngine("threads", budget), budget, own.start, own.ahead)
 
 
-@contextlib.contextmanager
-def _own_cluster(max_workers: int, budget: Budget, n_tasks: int) -> Iterator[Engine]:
-    n_workers = max(1, min(max_workers, -(-n_tasks // budget.n_threads)))
-    with local_client(
-        n_workers=n_workers, threads_per_worker=budget.n_threads, memory_limit=budget.worker_nbytes
-    ) as client:
-        yield ClusterEngine(client, budget)
+@dataclass
+class _OwnCluster:
+    """A local cluster of a build's own; its number of workers is known once the tasks are."""
+
+    max_workers: int
+    budget: Budget
+    process: subprocess.Popen[str] | None = None
+
+    @contextlib.contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Let the workers' imports begin."""
+        with workers_process() as process:
+            self.process = process
+            try:
+                yield
+            finally:
+                self.process = None
+
+    @contextlib.contextmanager
+    def start(self, n_tasks: int) -> Iterator[Engine]:
+        """The engine, whose cluster is closed at the end."""
+        process, self.process = self.process, None  # which serves one cluster
+        with local_client(
+            n_workers=max(1, min(self.max_workers, -(-n_tasks // self.budget.n_threads))),
+            threads_per_worker=self.budget.n_threads,
+            memory_limit=self.budget.worker_nbytes,
+            process=process,
+        ) as client:
+            yield ClusterEngine(client, self.budget)
 
 
 def _nbytes(memory_limit: int | str | None, *, n_workers: int) -> int:

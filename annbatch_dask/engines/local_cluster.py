@@ -2,16 +2,17 @@
 
 Workers of the local cluster are started by command line, so they never import the caller's ``__main__``: a script
 without a main guard, ``python -c``, standard input and notebooks all work. The scheduler lives in the caller's process.
+Their imports take most of the time until they are there, and begin before it is known how many there will be.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import importlib
 import json
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +26,7 @@ from distributed.utils import silence_logging_cmgr
 
 from annbatch_dask.errors import SchedulerError
 
-__all__ = ["connect", "local_client"]
+__all__ = ["connect", "local_client", "workers_process"]
 
 CONNECT_TIMEOUT_S = 10
 START_TIMEOUT_S = 120
@@ -69,42 +70,63 @@ def _add_dashboard(cluster: SpecCluster) -> None:
     cluster.sync(add)
 
 
-class _Workers(SubprocessWorker):  # type: ignore[misc] # Dask's types are not followed
-    """Several workers, started by one command."""
+@contextlib.contextmanager
+def workers_process() -> Iterator[subprocess.Popen[str]]:
+    """The process of a local cluster's workers, which imports what they need; killed at the end."""
+    environ = dask.config.get("distributed.nanny.pre-spawn-environ")  # which must be set before numpy is imported
+    process = subprocess.Popen(
+        [sys.executable, "-m", "annbatch_dask.engines.workers"],
+        stdin=subprocess.PIPE,
+        text=True,
+        env=os.environ | {k: str(v) for k, v in environ.items()},
+    )
+    try:
+        yield process
+    finally:
+        _kill(process)
 
-    def __init__(self, scheduler: str, name: int, n_workers: int, options: dict[str, Any]) -> None:
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Kill them all, the nannies first: they would say of each worker that it died."""
+    if process.poll() is None:
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for worker in workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.kill()
+    process.communicate()
+
+
+class _Workers(SubprocessWorker):  # type: ignore[misc] # Dask's types are not followed
+    """Several workers of one process."""
+
+    def __init__(
+        self, scheduler: str, name: int, started: subprocess.Popen[str], n_workers: int, options: dict[str, Any]
+    ) -> None:
         super().__init__(scheduler, name=str(name))
         nanny = {"cls": "distributed.Nanny", "opts": options}
-        self.spec = {str(k): nanny for k in range(n_workers)}
+        self._started, self._spec = started, {str(k): nanny for k in range(n_workers)}
 
     async def _start(self) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "annbatch_dask.engines.workers",
-            self.scheduler,
-            "--spec",
-            json.dumps(self.spec),
-        ]
-        environ = dask.config.get("distributed.nanny.pre-spawn-environ")  # which must be set before numpy is imported
-        self.process = await asyncio.create_subprocess_exec(
-            *command, env=os.environ | {k: str(v) for k, v in environ.items()}
-        )
+        assert self._started.stdin is not None  # a pipe
+        with contextlib.suppress(BrokenPipeError):  # it died: its workers will be waited for in vain, and it said why
+            self._started.stdin.write(json.dumps([self.scheduler, self._spec]) + "\n")
+            self._started.stdin.flush()
 
     async def close(self) -> None:
-        """Kill them all, the nannies first: they would say of each worker that it died."""
-        if self.process is not None and self.process.returncode is None:
-            workers = psutil.Process(self.process.pid).children(recursive=True)
-            self.process.kill()
-            for worker in workers:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    worker.kill()
-            await self.process.wait()
+        """Kill them."""
+        _kill(self._started)
         await super().close()
 
 
 @contextlib.contextmanager
-def local_client(*, n_workers: int, threads_per_worker: int, memory_limit: int) -> Iterator[Client]:
+def local_client(
+    *,
+    n_workers: int,
+    threads_per_worker: int,
+    memory_limit: int,
+    process: subprocess.Popen[str] | None = None,
+) -> Iterator[Client]:
     """A client of a new local cluster; both are closed at the end.
 
     Parameters
@@ -113,6 +135,8 @@ def local_client(*, n_workers: int, threads_per_worker: int, memory_limit: int) 
         Worker processes, and tasks that run in each at once.
     memory_limit
         Bytes of each worker.
+    process
+        What :func:`workers_process` has started before; None starts one.
 
     Raises
     ------
@@ -131,12 +155,12 @@ def local_client(*, n_workers: int, threads_per_worker: int, memory_limit: int) 
         "preload": ["annbatch_dask.preload"],
         "silence_logs": logging.WARNING,
     }
-    workers = {"cls": _Workers, "options": {"n_workers": n_workers, "options": options}}
     with (
+        workers_process() if process is None else contextlib.nullcontext(process) as started,
         # The cluster ends its own silence before its last connections, which then tell of their end with a traceback.
         silence_logging_cmgr(logging.WARNING),
         SpecCluster(
-            workers={0: workers},
+            workers={0: {"cls": _Workers, "options": {"started": started, "n_workers": n_workers, "options": options}}},
             scheduler=scheduler,
             name="annbatch-dask",
             silence_logs=logging.WARNING,

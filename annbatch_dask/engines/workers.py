@@ -1,15 +1,19 @@
-"""The workers of a local cluster: ``python -m annbatch_dask.engines.workers SCHEDULER --spec ...``, like ``dask spec``.
+"""The workers of a local cluster: ``python -m annbatch_dask.engines.workers``, then a line on standard input.
 
 All nannies share this process. On Linux their workers are forked from a server that has the imports behind it: these
-take seconds, which is one server's work instead of each worker's, and begins before the nannies' own imports.
+take seconds, which is one server's work instead of each worker's, and begins before the nannies' own imports. Both
+begin before there is a scheduler: the line is JSON of its address and of what ``dask spec`` takes. Where none comes, no
+worker is needed after all.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing.forkserver
+import signal
 import sys
 
-_PRELOAD = ["annbatch_dask.preload", "anndata", "distributed.nanny"]
+_PRELOAD = ["annbatch_dask.engines.shared"]
 
 
 def main() -> None:
@@ -18,12 +22,18 @@ def main() -> None:
     if method == "forkserver":
         multiprocessing.forkserver.set_forkserver_preload(_PRELOAD)
         multiprocessing.forkserver.ensure_running()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # who waits on the other end is interrupted too
 
     import dask
     from distributed.cli.dask_spec import main as run_spec
 
+    line = sys.stdin.readline()
+    if not line:
+        return
+    scheduler, spec = json.loads(line)
+    signal.signal(signal.SIGINT, handler)
     with dask.config.set({"distributed.worker.multiprocessing-method": method}):
-        run_spec()
+        run_spec([scheduler, "--spec", json.dumps(spec)])
 
 
 if __name__ == "__main__":

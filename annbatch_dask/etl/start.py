@@ -59,7 +59,8 @@ def plan_and_run(root: Root, request: Request, means: Means) -> None:
         warn_of_duplicates(root, request.refs, request.on_duplicate_source)
         if extension is None or extension.mode != "append":
             found.check_named()
-        _run(root, prepare(root, request, means.room), means, found)
+        with means.room.ahead():
+            _run(root, prepare(root, request, means.room), means, found)
 
 
 def run_prepared(root: Root, prepared: Prepared, means: Means) -> None:
@@ -82,12 +83,13 @@ def run_prepared(root: Root, prepared: Prepared, means: Means) -> None:
                 return
             msg = f"{root.path} was changed since this was planned; plan again"
             raise CollectionChangedError(msg)
-        _check_inputs(prepared, means.room)
         for name, peak in zip(("scatter", "gather"), plan.peak_nbytes, strict=True):
             means.room.budget.check(f"a {name} task of the plan", peak, "plan again for these workers")
         if plan.extension is None or plan.extension.mode != "append":
             found.check_named()
-        _run(root, prepared, means, found)
+        with means.room.ahead():
+            _check_inputs(prepared, means.room)
+            _run(root, prepared, means, found)
 
 
 @contextlib.contextmanager

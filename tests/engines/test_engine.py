@@ -10,6 +10,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import psutil
 import pytest
 from dask import config
 from distributed import Client, LocalCluster
@@ -18,8 +19,9 @@ from annbatch_dask import DatasetCollection
 from annbatch_dask.engines import choose, dask
 from annbatch_dask.engines.choose import choose_engine
 from annbatch_dask.engines.dask import ClusterEngine, LocalEngine
-from annbatch_dask.engines.local_cluster import local_client
-from annbatch_dask.errors import SchedulerError, StorageError
+from annbatch_dask.engines.local_cluster import local_client, workers_process
+from annbatch_dask.errors import SchedulerError, SourceError, StorageError
+from annbatch_dask.etl import start
 from annbatch_dask.events import Callback
 from annbatch_dask.plan.memory import MIB, Budget
 
@@ -246,3 +248,30 @@ def test_without_bokeh_the_dashboard_says_what_it_needs(monkeypatch):
     ):
         assert "pip install" in (text := page.read().decode())
         assert "bokeh" in text
+
+
+def test_workers_that_are_not_needed_after_all_are_gone_without_a_word(tmp_path, h5ad_pair, capfd):
+    """Their imports begin while inputs are scanned, and these may be refused."""
+    bad = tmp_path / "bad.h5ad"
+    bad.write_bytes(b"no HDF5")
+    children = set(psutil.Process().children(recursive=True))
+    with pytest.raises(SourceError):
+        DatasetCollection(tmp_path / "o.zarr").add_adatas([h5ad_pair[0], bad], seed=0)
+    assert set(psutil.Process().children(recursive=True)) <= children
+    with workers_process() as process:
+        process.communicate(timeout=240)  # the end of its input: whoever started it is gone
+    assert process.returncode == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_workers_start_while_inputs_are_scanned(tmp_path, h5ad_pair, monkeypatch):
+    seen = []
+    prepare = start.prepare
+
+    def prepared(*args):
+        seen.extend(c.cmdline()[-1] for c in psutil.Process().children())
+        return prepare(*args)
+
+    monkeypatch.setattr(start, "prepare", prepared)
+    DatasetCollection(tmp_path / "o.zarr").add_adatas(h5ad_pair, seed=0)
+    assert "annbatch_dask.engines.workers" in seen

@@ -38,7 +38,7 @@ ALLOWED = {
         *("errors", "events", "formatting", "kernels", "manifest", "plan", "storage", "sources", "engines", "chunks"),
         *("seeds", "sizes", "warn", "where"),
     },
-    "preload": {"etl"},
+    "preload": {"etl", "kernels"},
     "lazy": {"errors", "etl", "plan", "sources"},
     "order": {"errors", "kernels", "types"},
     "samplers": {"errors", "order", "seeds", "sizes", "types", "warn"},
