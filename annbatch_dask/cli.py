@@ -364,11 +364,28 @@ def _layout(args: argparse.Namespace) -> dict[str, Any]:
         "layout": args.layout,
         "gene_order": args.gene_order,
         "where": args.where,
+        "var_key": _keys(args.var_key),
+        "gene_map": args.gene_map,
+        "strip_versions": args.strip_versions,
+        "on_duplicate_gene": args.on_duplicate_gene,
         "duplicates": args.duplicates,
         "stats": args.stats,
         "stats_by": args.stats_by,
         "memory_limit": args.memory_limit,
     }
+
+
+def _keys(given: list[str] | None) -> str | dict[str, str] | None:
+    """Read ``COLUMN``, or ``PATTERN=COLUMN`` several times."""
+    if given is None:
+        return None
+    pairs = [text.rpartition("=") for text in given]
+    if len(given) == 1 and not pairs[0][1]:
+        return given[0]
+    if wrong := [text for text, (_, sign, _) in zip(given, pairs, strict=True) if not sign]:
+        msg = f"--var-key {wrong[0]}: give one column for all files, or PATTERN=COLUMN for each kind of them"
+        raise AnnbatchDaskError(msg)
+    return {pattern: column for pattern, _, column in pairs}
 
 
 def _read_names(path: Path) -> list[str]:
@@ -595,6 +612,23 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
         "--where",
         metavar="CONDITION",
         help="keep the cells whose obs meets it: \"is_primary_data and tissue == 'lung'\"",
+    )
+    parser.add_argument(
+        "--var-key",
+        action="append",
+        metavar="[PATTERN=]COLUMN",
+        help="name genes by this column of var instead of its index; for some files by a pattern of their paths",
+    )
+    parser.add_argument(
+        "--gene-map", metavar="FILE", help="other names for genes: a .csv, .tsv or .parquet table of aliases and ids"
+    )
+    parser.add_argument(
+        "--strip-versions", action="store_true", default=None, help="take the versions from Ensembl ids"
+    )
+    parser.add_argument(
+        "--on-duplicate-gene",
+        choices=("error", "sum", "first"),
+        help="several genes of a file with one name: refuse them (default), add them up, or keep the first",
     )
     parser.add_argument(
         "--duplicates",

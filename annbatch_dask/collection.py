@@ -14,6 +14,7 @@ import zarr.codecs
 
 from annbatch_dask.engines.base import EngineChoice
 from annbatch_dask.engines.choose import choose_engine
+from annbatch_dask.etl.genes import OnDuplicateGene, VarKey
 from annbatch_dask.etl.h5ad import written_from
 from annbatch_dask.etl.open import open_root
 from annbatch_dask.etl.ours import default_scratch
@@ -103,6 +104,10 @@ class DatasetCollection(MaintainedCollection):
         layout: MatrixLayout | None = None,
         gene_order: GeneOrder | None = None,
         where: str | Mapping[str, str] | None = None,
+        var_key: VarKey | None = None,
+        gene_map: Any = None,
+        strip_versions: bool | None = None,
+        on_duplicate_gene: OnDuplicateGene | None = None,
         duplicates: DuplicateCells = "keep",
         stats: bool | None = None,
         stats_by: str | None = None,
@@ -154,6 +159,10 @@ class DatasetCollection(MaintainedCollection):
         layout: MatrixLayout | None = None,
         gene_order: GeneOrder | None = None,
         where: str | Mapping[str, str] | None = None,
+        var_key: VarKey | None = None,
+        gene_map: Any = None,
+        strip_versions: bool | None = None,
+        on_duplicate_gene: OnDuplicateGene | None = None,
         duplicates: DuplicateCells = "keep",
         stats: bool | None = None,
         stats_by: str | None = None,
@@ -245,6 +254,20 @@ class DatasetCollection(MaintainedCollection):
             Keep only the cells whose obs meets a condition, written as for the Loader's ``where``:
             ``"is_primary_data and tissue == 'lung'"``. One for all inputs, or by path or pattern of paths (the first
             that fits; others are kept whole). Cells that the collection has already are not asked.
+        var_key
+            The var column whose values name the genes, such as ``"feature_id"`` or ``"gene_ids"``, of ``raw`` too: for
+            all inputs, or by path or pattern of paths (the first that fits; of others it is the index, which is
+            ``""``). None keeps the collection's, or the index. The collection's var gets a column ``input_var_names``.
+        gene_map
+            Other names for genes, as retired ids for current ones: a dict or pandas Series from each name to the one in
+            the collection, or a table of these two columns, as a DataFrame or path (``.csv``, ``.tsv``, ``.parquet``).
+            It is applied once, after ``strip_versions``. None keeps the collection's; ``{}`` is none.
+        strip_versions
+            Take the versions from Ensembl ids: ``ENSG00000000003.15`` is ``ENSG00000000003``. None keeps the
+            collection's, or False.
+        on_duplicate_gene
+            Several genes of one input with one name: ``"error"`` (default) refuses, ``"sum"`` adds their values up
+            (whole numbers exactly, or it is an error), ``"first"`` keeps the first. None keeps the collection's.
         duplicates
             For cells whose X equals an earlier cell's in every gene: ``"keep"`` (default) does not look for them,
             ``"report"`` counts them by file, ``"drop"`` keeps the first of equals, ``"error"`` refuses. Cells without

@@ -29,6 +29,7 @@ __all__ = [
     "DuplicatesRecord",
     "Manifest",
     "MatrixRecord",
+    "NamingRecord",
     "SourceRecord",
     "dataset_names",
     "dataset_number",
@@ -223,6 +224,49 @@ class MatrixRecord:
 
 
 @dataclass(frozen=True)
+class NamingRecord:
+    """How a build named the genes of its inputs, where not by their indices.
+
+    Attributes
+    ----------
+    var_key
+        Paths or patterns of inputs, and the var column that names their genes; ``""`` is the index.
+    strip_versions
+        Whether Ensembl ids lost their versions.
+    gene_map
+        Digest of the map of names; ``""`` for none.
+    on_duplicate
+        What became of several genes of an input with one name: ``"error"``, ``"sum"`` or ``"first"``.
+    renamed, joined
+        Of each input, how many genes of X have another name than in its index, and how many went into another one.
+    n_met, n_called
+        How many genes several of one input became, and how many the inputs call differently.
+    met, called
+        The first of these, each with the names in the index.
+    """
+
+    var_key: tuple[tuple[str, str], ...] = ()
+    strip_versions: bool = False
+    gene_map: str = ""
+    on_duplicate: str = "error"
+    renamed: tuple[int, ...] = ()
+    joined: tuple[int, ...] = ()
+    n_met: int = 0
+    n_called: int = 0
+    met: tuple[tuple[str, tuple[str, ...]], ...] = field(default=(), repr=False)
+    called: tuple[tuple[str, tuple[str, ...]], ...] = field(default=(), repr=False)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> NamingRecord:
+        """Read from JSON values, whose lists become tuples."""
+        return cls(**{k: _tuples(v) for k, v in values.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+@dataclass(frozen=True)
 class BuildRecord:
     """One build: ``"create"``, ``"extend"``, ``"append"`` or ``"reshuffle"``; or a ``"repack"``, which has no inputs.
 
@@ -247,6 +291,8 @@ class BuildRecord:
         How it stored sparse matrices: ``"open"`` or ``"packed"``.
     gene_order
         In which order the collection's genes are: ``"names"`` or ``"abundance"``.
+    naming
+        How its inputs' genes were named; None by their indices.
     duplicates
         What it found of them; None where it did not look.
     stats, stats_by
@@ -264,6 +310,7 @@ class BuildRecord:
     request: str = field(default="", repr=False)
     layout: str = "open"
     gene_order: str = "names"
+    naming: NamingRecord | None = None
     duplicates: DuplicatesRecord | None = None
     stats: bool = False
     stats_by: str = ""
@@ -271,13 +318,16 @@ class BuildRecord:
     def to_json(self) -> dict[str, Any]:
         """Convert to JSON values, without the defaults of earlier releases, which do not know these fields."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        defaults = {"layout": "open", "gene_order": "names", "duplicates": None, "stats": False, "stats_by": ""}
+        defaults = {"layout": "open", "gene_order": "names", "naming": None, "duplicates": None}
+        defaults |= {"stats": False, "stats_by": ""}
         return {k: v for k, v in values.items() if k not in defaults or v != defaults[k]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> BuildRecord:
         """Read from JSON values, whose lists become tuples."""
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if (naming := plain.get("naming")) is not None:
+            plain["naming"] = NamingRecord.from_json(naming)
         if (duplicates := plain.get("duplicates")) is not None:
             plain["duplicates"] = DuplicatesRecord.from_json(duplicates)
         return cls(**plain)
@@ -351,6 +401,11 @@ class Manifest:
     def gene_order(self) -> str:
         """Order of genes, kept by every build: ``"names"`` or ``"abundance"``."""
         return self.builds[-1].gene_order if self.builds else "names"
+
+    @property
+    def naming(self) -> NamingRecord | None:
+        """Naming of the last build that had one: what an extension does unless it is asked for something else."""
+        return next((b.naming for b in reversed(self.builds) if b.naming is not None), None)
 
     @property
     def stats(self) -> tuple[bool, str]:

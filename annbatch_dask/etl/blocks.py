@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
 from annbatch_dask.etl.rows import NAMES, FixedArrays, RaggedArrays, all_columns, array_name, row_hashes, write_column
+from annbatch_dask.etl.sums import add_met, added_columns, meets
 from annbatch_dask.kernels.rows import map_indices, offsets_of, slabs, sort_entries
 from annbatch_dask.kernels.values import narrow_counts, range_of
 from annbatch_dask.manifest import SRC_PATH
@@ -130,8 +131,11 @@ def _read_sparse(
     exact, values_range = _collect_values(csr, nnz, np.dtype(schema.dtype))
     del csr  # and with it what it was made of
     offsets, indices, exact = in_gene_order(offsets, indices, exact, gene_map)
+    if met := meets(gene_map):
+        offsets, indices, exact = add_met(offsets, indices, exact, spec)
     if drops:
         indices = indices.astype(index_dtype(spec.n_cols))
+    if drops or met:
         values_range = ValueRange(*range_of(exact))
     rows.fixed[array_name(spec.name, "length")] = np.diff(offsets).astype(np.uint32)
     rows.ragged[array_name(spec.name, "indices")] = indices, offsets
@@ -309,21 +313,27 @@ def in_gene_order(
             indices[kept], values[kept] = indices[at][keep], values[at][keep]
             n_kept = kept.stop
         offsets, indices, values = n_before, indices[:n_kept], values[:n_kept]
-    if (np.diff(gene_map[gene_map >= 0]) < 0).any():
+    if (np.diff(gene_map[gene_map >= 0]) <= 0).any():  # equal ones, too, need not stand together in a row
         sort_entries(offsets, indices, values)
     return offsets, indices, values
 
 
 def join_dense(values: NDArray, spec: MatrixSpec, gene_map: NDArray[np.int32] | None) -> NDArray:
-    """Dense rows on the collection's genes, in a dtype that holds all sources' values; NaN where a gene is absent."""
+    """Dense rows on the collection's genes, in a dtype that holds all sources' values; NaN where a gene is absent.
+
+    Values of genes that become one are added up.
+    """
     dtype = np.dtype(spec.source_dtype)
     if gene_map is None or np.array_equal(gene_map, np.arange(spec.n_cols)):
         return cast_exactly(values, dtype, spec.name)
     joined = np.full((len(values), spec.n_cols), np.nan if dtype.kind == "f" else 0, dtype)
     to, of = gene_map[gene_map >= 0], np.flatnonzero(gene_map >= 0)
+    met = np.flatnonzero(np.bincount(to, minlength=1) > 1)
     step = max(1, _STEP // max(1, values.shape[1]))
     for a in range(0, len(values), step):
         joined[a : a + step, to] = cast_exactly(values[a : a + step], dtype, spec.name)[:, of]
+        for gene in met:
+            joined[a : a + step, gene] = added_columns(values[a : a + step][:, of[to == gene]], spec)
     return joined
 
 

@@ -18,6 +18,7 @@ from annbatch_dask.etl.compare import LeftOut
 from annbatch_dask.etl.duplicates import Duplicates
 from annbatch_dask.etl.edits import look_at_files
 from annbatch_dask.etl.files import recorded
+from annbatch_dask.etl.genes import keep_gene_map
 from annbatch_dask.etl.inputs import Input, known_inputs, record_inputs
 from annbatch_dask.etl.job import GatherTask, Job
 from annbatch_dask.etl.ours import remove_dataset
@@ -86,6 +87,7 @@ def commit(job: Job, manifest: Manifest, written: Mapping[str, str]) -> None:
     """
     check_unchanged(job.target, job.base_version)
     _put_in_place(job, written)
+    keep_gene_map(job.target, job.plan.options.naming)
     write_root(job.target, manifest, _inputs(job), dict(job.attributes), version=job.base_version)
 
 
@@ -180,6 +182,7 @@ def make_manifest(
         request=job.request,
         layout=plan.options.layout,
         gene_order=plan.options.gene_order,
+        naming=plan.naming,
         duplicates=None if duplicates is None else duplicates.record,
         stats=plan.options.stats,
         stats_by=plan.options.stats_by,

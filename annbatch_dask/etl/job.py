@@ -169,10 +169,11 @@ def save_job(job: Job) -> JobFile:
 
 
 def _for_tasks(plan: Plan) -> Plan:
-    """The plan without what was only needed to make it: counts of stored values, which are most of its bytes."""
+    """The plan without what was only needed to make it: counts of stored values, most of its bytes, and names."""
     none = np.zeros(0, np.int64)
     slim = replace(
         plan,
+        options=replace(plan.options, naming=replace(plan.options.naming, mapping={})),
         sources=tuple(
             replace(s, cuts=None, matrices=tuple(replace(m, nnz=none, heaviest=none) for m in s.matrices))
             for s in plan.sources

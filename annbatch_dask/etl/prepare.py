@@ -14,15 +14,17 @@ from annbatch_dask.engines.base import EngineChoice
 from annbatch_dask.errors import CollectionError, LayoutError
 from annbatch_dask.etl.choose import check_any_kept
 from annbatch_dask.etl.frames import try_frames
+from annbatch_dask.etl.genes import check_versions, keyed, renamed_annotations, resolve_naming
 from annbatch_dask.etl.inputs import Input, known_inputs
 from annbatch_dask.etl.request import GeneOrder, MatrixLayout, OnDuplicate, Request
-from annbatch_dask.etl.scan import look, merge_annotations, scan, with_ranges
+from annbatch_dask.etl.scan import Scanned, look, merge_annotations, scan, with_ranges
 from annbatch_dask.manifest import SRC_PATH, DatasetRecord, Manifest, MatrixRecord, dataset_number
 from annbatch_dask.plan.build import build_plan
 from annbatch_dask.plan.dtypes import ValueRange
 from annbatch_dask.plan.elements import Elements
-from annbatch_dask.plan.genes import check_unique
+from annbatch_dask.plan.genes import check_genes
 from annbatch_dask.plan.memory import BLOCK_NBYTES
+from annbatch_dask.plan.naming import name_genes
 from annbatch_dask.plan.options import Extension, Options
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import INPUT_SRC_PATH, SourceSchema
@@ -86,7 +88,9 @@ def resolve(root: Root, request: Request) -> tuple[Extension | None, Options]:
     """Resolve the options of a build, given what the collection holds."""
     extension = _extension(root, request)
     options = _stored_as(root, request.options, request.layout, request.gene_order, extension)
-    return extension, _with_stats(root, options, request, extension)
+    manifest = None if extension is None else root.manifest
+    naming = resolve_naming(root.target, manifest, request.names, request.refs)
+    return extension, _with_stats(root, replace(options, naming=naming), request, extension)
 
 
 def _extension(root: Root, request: Request) -> Extension | None:
@@ -248,24 +252,25 @@ def prepare(root: Root, request: Request, room: EngineChoice, *, read_values: bo
     version = root.target.version(METADATA)
     extension, options = resolve(root, request)
     datasets = [] if extension is None else dataset_refs(root)
-    refs = (*datasets, *request.refs)
+    refs = (*datasets, *keyed(request.refs, options.naming))
     scanned = room.scanner.run(
         "scan",
         scan,
-        _scans(datasets, request, options, extension, read_values=read_values),
+        _scans(refs, len(datasets), request, options, extension, read_values=read_values),
         lambda *_: None,
         lambda i: refs[i].label,
     )
     check_any_kept([s.schema.kept for s in scanned[len(datasets) :]])
-    for s in scanned:
-        check_unique(s.schema)
-    found = [s.annotations for s in scanned if s.annotations is not None]
+    check_versions([s.schema for s in scanned], options.naming)
+    named = name_genes([s.schema for s in scanned], options.naming)
+    chosen = [s if s.is_dataset else options.elements.select(s) for s in named]
+    check_genes(chosen, options.naming)
+    found = _annotations(scanned, named, options)
     if extension is not None and not extension.union:
         found = found[:1]  # the collection's own
     annotations = merge_annotations(found, request.merge) if found else None
     if annotations is not None:
         _exclude(annotations, options.elements)
-    chosen = [s.schema if s.schema.is_dataset else options.elements.select(s.schema) for s in scanned]
 
     def look_at(some: list[tuple[SourceRef, SourceSchema, frozenset[str]]]) -> list[dict[str, ValueRange]]:
         return room.scanner.run("look", look, some, lambda *_: None, lambda i: some[i][0].label)
@@ -283,15 +288,31 @@ def prepare(root: Root, request: Request, room: EngineChoice, *, read_values: bo
     return Prepared(plan, refs, annotations, request.identity(options), base, version)
 
 
+def _annotations(scanned: Sequence[Scanned], named: Sequence[SourceSchema], options: Options) -> list[ad.AnnData]:
+    """What the sources say of genes, by the names that the collection has for these."""
+    pairs = [(s.annotations, schema) for s, schema in zip(scanned, named, strict=True)]
+    return [
+        found if options.naming.is_plain or schema.is_dataset else renamed_annotations(found, schema)
+        for found, schema in pairs
+        if found is not None
+    ]
+
+
 def _scans(
-    datasets: Sequence[SourceRef], request: Request, options: Options, extension: Extension | None, *, read_values: bool
+    refs: Sequence[SourceRef],
+    n_datasets: int,
+    request: Request,
+    options: Options,
+    extension: Extension | None,
+    *,
+    read_values: bool,
 ) -> list[tuple[Any, ...]]:
-    """Arguments of the scan of each source."""
+    """Arguments of the scan of each source, the datasets of the collection first."""
     wanted = request.merge is not None or (extension is None and len(request.refs) == 1)
     first = extension is not None and (request.merge is not None or not extension.union)
     by_abundance = extension is None and options.gene_order == "abundance"
-    tasks = [(ref, first and k == 0, False, False, False) for k, ref in enumerate(datasets)]
-    return [*tasks, *((ref, wanted, read_values, False, by_abundance) for ref in request.refs)]
+    tasks = [(ref, first and k == 0, False, False, False) for k, ref in enumerate(refs[:n_datasets])]
+    return [*tasks, *((ref, wanted, read_values, False, by_abundance) for ref in refs[n_datasets:])]
 
 
 def _block_nbytes() -> int:

@@ -18,6 +18,7 @@ from annbatch_dask.errors import CollectionError, IntegrityError, LayoutError
 from annbatch_dask.etl.commit import record_of, write_root
 from annbatch_dask.etl.edits import refuse_edited
 from annbatch_dask.etl.files import recorded_files
+from annbatch_dask.etl.genes import copy_gene_maps
 from annbatch_dask.etl.inputs import known_inputs
 from annbatch_dask.etl.ours import dataset_attributes, first_document, is_dataset_of
 from annbatch_dask.etl.request import MatrixLayout
@@ -92,8 +93,10 @@ def _repack(source: Folder, manifest: Manifest, target: Folder, layout: str, att
             raise IntegrityError(msg)
         logger.info("%s is %s, %d bytes", now.name, layout, now.n_bytes)
         records.append(now)
-    last = replace(manifest.builds[-1], mode="repack", sources=(), genes={}, request="", layout=layout, duplicates=None)
+    none = {"duplicates": None, "naming": None}
+    last = replace(manifest.builds[-1], mode="repack", sources=(), genes={}, request="", layout=layout, **none)
     repacked = replace(manifest, datasets=tuple(records), builds=(*manifest.builds, last))
+    copy_gene_maps(source, target, manifest)
     write_root(target, repacked, known_inputs(source, manifest), attributes, version=None)
 
 

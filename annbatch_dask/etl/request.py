@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from annbatch_dask.errors import LayoutError, SelectionError
+from annbatch_dask.etl.genes import AskedNames, ask_names
 from annbatch_dask.plan.elements import Elements
 from annbatch_dask.plan.options import Options
 from annbatch_dask.seeds import resolve_seed
@@ -49,6 +50,8 @@ class Request:
         Sizes, seed and switches; of layout, gene order and statistics the defaults.
     layout, gene_order, stats, stats_by
         As asked for; None is the collection's, or the default.
+    names
+        What is asked for of the names of genes.
     """
 
     refs: tuple[SourceRef, ...]
@@ -59,6 +62,7 @@ class Request:
     on_duplicate_source: OnDuplicate
     layout: MatrixLayout | None
     gene_order: GeneOrder | None
+    names: AskedNames
     stats: bool | None
     stats_by: str | None
 
@@ -79,12 +83,9 @@ def make_request(given: Mapping[str, Any]) -> Request:
     refs = references(given["adata_paths"], given["load_adata"], given["storage_options"], given["counts"])
     check_portable(refs)
     refs = with_conditions(refs, given["where"])
-    return Request(
-        refs,
-        _options(given),
-        *(given[n] for n in ("merge", "mode", "genes", "on_duplicate_source", "layout", "gene_order")),
-        *(given[n] for n in ("stats", "stats_by")),
-    )
+    plain = {n: given[n] for n in ("merge", "mode", "genes", "on_duplicate_source", "layout", "gene_order")}
+    plain |= {n: given[n] for n in ("stats", "stats_by")}
+    return Request(refs, _options(given), **plain, names=ask_names(given, refs))
 
 
 def _options(given: Mapping[str, Any]) -> Options:

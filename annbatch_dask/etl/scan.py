@@ -18,11 +18,12 @@ from annbatch_dask.plan.columns import unsure
 from annbatch_dask.plan.dtypes import ValueRange, merge_ranges
 from annbatch_dask.plan.elements import choose_counts
 from annbatch_dask.plan.layout import cut_blocks
+from annbatch_dask.plan.naming import INPUT_VAR_NAMES
 from annbatch_dask.plan.schema import MatrixSchema, SourceSchema, shared_names
 from annbatch_dask.sources.chosen import choose_rows, chosen_schema, open_chosen
 from annbatch_dask.sources.identity import identity_of, unique_identity
 from annbatch_dask.sources.matrices import CsrRows
-from annbatch_dask.sources.open import Source, SourceRef, open_source
+from annbatch_dask.sources.open import Source, SourceRef, WholeSource, open_source
 
 __all__ = ["Scanned", "look", "merge_annotations", "scan", "with_ranges"]
 
@@ -65,7 +66,7 @@ def scan(  # a task's arguments are positional
         with open_source(ref) as whole:
             kept = rows_where(whole, ref.label, ref.where)
             source = choose_rows(whole, kept)
-            schema = _with_shared_names(chosen_schema(whole, kept, metadata_only=metadata_only))
+            schema = _with_shared_names(_keyed(whole, chosen_schema(whole, kept, metadata_only=metadata_only), ref))
             schema = _without_stats(schema)
             schema = choose_counts(replace(schema, is_dataset=ref.is_dataset), ref.counts)
             if read_values:
@@ -81,8 +82,58 @@ def scan(  # a task's arguments are positional
 
 
 def _with_shared_names(schema: SourceSchema) -> SourceSchema:
-    raw = None if schema.raw_names is None else shared_names(schema.raw_names)
-    return replace(schema, var_names=shared_names(schema.var_names), raw_names=raw)
+    return replace(
+        schema,
+        var_names=shared_names(schema.var_names),
+        raw_names=_shared(schema.raw_names),
+        index_names=_shared(schema.index_names),
+        raw_index_names=_shared(schema.raw_index_names),
+    )
+
+
+def _shared(names: NDArray[np.object_] | None) -> NDArray[np.object_] | None:
+    return None if names is None else shared_names(names)
+
+
+def _keyed(source: WholeSource, schema: SourceSchema, ref: SourceRef) -> SourceSchema:
+    """A schema whose genes are named by the column that was asked for; a dataset knows what inputs called its genes."""
+    has_raw = schema.raw_names is not None
+    if ref.is_dataset:
+        return replace(
+            schema,
+            index_names=source.gene_column("var", INPUT_VAR_NAMES),
+            raw_index_names=source.gene_column("raw/var", INPUT_VAR_NAMES) if has_raw else None,
+        )
+    if ref.var_key is None:
+        return schema
+    out = replace(schema, index_names=schema.var_names, raw_index_names=schema.raw_names)
+    if not ref.var_key:
+        return out
+    names, problem = _named_by(ref, "var", source.gene_column("var", ref.var_key), schema.var_names)
+    unnamed = {"var": problem} if problem else {}
+    out = replace(out, var_names=names)
+    if schema.raw_names is not None:
+        names, problem = _named_by(ref, "raw.var", source.gene_column("raw/var", ref.var_key), schema.raw_names)
+        unnamed |= {"raw": problem} if problem else {}
+        out = replace(out, raw_names=names)
+    return replace(out, unnamed=unnamed)
+
+
+def _named_by(
+    ref: SourceRef, frame: str, found: NDArray[np.object_] | None, index: NDArray[np.object_]
+) -> tuple[NDArray[np.object_], str]:
+    """Names of genes by a column; or those of the index, and why it does not name them."""
+    remedy = "fill it in load_adata, or give var_key for this input by its path"
+    if found is None:
+        return index, f"{ref.label}: {frame} has no column {ref.var_key!r}, which var_key names; {remedy}"
+    missing = np.flatnonzero([name in (None, "") for name in found])
+    if not len(missing):
+        return found, ""
+    shown = ", ".join(index[missing[:3]])
+    return index, (
+        f"{ref.label}: {frame} column {ref.var_key!r}, which var_key names, has no value for {len(missing):,} of "
+        f"{len(found):,} genes ({shown}); {remedy}"
+    )
 
 
 def _without_stats(schema: SourceSchema) -> SourceSchema:

@@ -14,6 +14,7 @@ from annbatch_dask.engines.base import Engine, run_stage
 from annbatch_dask.errors import AnnbatchDaskError, CollectionError, IntegrityError
 from annbatch_dask.etl.blocks import hash_block, read_block
 from annbatch_dask.etl.edits import Problem, look_at_files
+from annbatch_dask.etl.genes import keyed, naming_of
 from annbatch_dask.etl.rows import array_name, sum_hashes
 from annbatch_dask.etl.scan import look, scan, with_ranges
 from annbatch_dask.etl.sweep import leftovers
@@ -23,6 +24,7 @@ from annbatch_dask.manifest import DUPLICATES, DatasetRecord, Manifest, SourceRe
 from annbatch_dask.plan.build import build_plan
 from annbatch_dask.plan.elements import Elements
 from annbatch_dask.plan.memory import Budget
+from annbatch_dask.plan.naming import Naming, name_genes
 from annbatch_dask.plan.options import Extension, Options
 from annbatch_dask.sources.chosen import open_chosen
 from annbatch_dask.sources.matrices import n_rows_of
@@ -33,7 +35,7 @@ from annbatch_dask.storage.metadata import METADATA, is_metadata, metadata_below
 
 __all__ = ["CheckResult", "Problem", "Verification", "check_dataset", "check_readable", "verify"]
 
-_ALL = Elements()
+_ALL, _BY_INDEX = Elements(), Naming()
 _N_THREADS = 16
 _RENEW = "zarr.consolidate_metadata() of the collection renews it for those who read that by zarr alone"
 _RESTORE = "restore these files, or build it again"
@@ -147,7 +149,7 @@ def _compare(
     target: Folder, manifest: Manifest, refs: Sequence[SourceRef], engine: Engine, callback: Callback
 ) -> list[Problem]:
     """Compare inputs with what the manifest says of them."""
-    candidates = _match_sources([r.label for r in refs], manifest)
+    candidates = _match_sources([r.label for r in refs], target, manifest)
     first = SourceRef("dataset", (target / manifest.datasets[0].name).url, is_dataset=True, options=target.options)
     results = run_stage(
         engine,
@@ -305,7 +307,7 @@ def _check_source(ref: SourceRef, candidates: Sequence[Candidate], dataset: Sour
     for c in candidates:
         if c.asked not in seen:
             named = replace(ref, label=c.record.path, counts=c.record.counts, where=c.record.where)
-            n_obs, _, fingerprint, _ = _fingerprint(named, dataset, Elements.parse(c.elements))
+            n_obs, _, fingerprint, _ = _fingerprint(named, dataset, Elements.parse(c.elements), c.naming)
             seen[c.asked] = n_obs, fingerprint
     found = [seen[c.asked] for c in candidates]
     pairs = list(zip(candidates, found, strict=True))
@@ -327,16 +329,18 @@ def _difference(candidates: Sequence[Candidate], n_obs: int, fingerprint: str) -
     return f"its rows have fingerprint {fingerprint} and those in the collection {read}{dropped}"
 
 
-def _fingerprint(ref: SourceRef, dataset: SourceRef | None, elements: Elements = _ALL) -> tuple[int, int, str, int]:
+def _fingerprint(
+    ref: SourceRef, dataset: SourceRef | None, elements: Elements = _ALL, naming: Naming = _BY_INDEX
+) -> tuple[int, int, str, int]:
     """Rows, stored values of X, fingerprint and genes of an input, in the form it has in a dataset's collection."""
-    schemas = [scan(r, want_annotations=False).schema for r in (dataset, ref) if r is not None]
+    refs = keyed([r for r in (dataset, ref) if r is not None], naming)
+    schemas = name_genes([scan(r, want_annotations=False).schema for r in refs], naming)
     if not schemas[-1].n_obs:
         return 0, 0, "0" * 16, 0
-    refs = [r for r in (dataset, ref) if r is not None]
     schemas = [s if s.is_dataset else elements.select(s) for s in schemas]
     schemas = with_ranges(refs, schemas, lambda some: [look(*args) for args in some])
     extension = None if dataset is None else Extension("append", 1, 0)
-    options = Options(seed=0, shuffle=False, elements=elements, allow_mixed_counts=True)
+    options = Options(seed=0, shuffle=False, elements=elements, allow_mixed_counts=True, naming=naming)
     plan = build_plan(schemas, options, budget=_BUDGET, extension=extension)
     total, nnz = 0, 0
     x = array_name("X", "indices")
@@ -350,19 +354,20 @@ def _fingerprint(ref: SourceRef, dataset: SourceRef | None, elements: Elements =
 
 @dataclass(frozen=True)
 class Candidate:
-    """A source that an input may be: its place in the manifest, its record, and what was chosen of it."""
+    """A source that an input may be: its place in the manifest, its record, and what was chosen and renamed of it."""
 
     index: int
     record: SourceRecord
     elements: tuple[str, ...]
+    naming: Naming
 
     @property
     def asked(self) -> tuple[Any, ...]:
         """What was asked for of the input: rows of equal candidates are compared once."""
-        return self.record.path, self.record.counts, self.record.where, self.elements
+        return self.record.path, self.record.counts, self.record.where, self.elements, self.naming
 
 
-def _match_sources(paths: Sequence[str], manifest: Manifest) -> list[tuple[Candidate, ...]]:
+def _match_sources(paths: Sequence[str], target: Folder, manifest: Manifest) -> list[tuple[Candidate, ...]]:
     """Match each path with source records: by the whole path, or else by its last part.
 
     Raises
@@ -370,8 +375,9 @@ def _match_sources(paths: Sequence[str], manifest: Manifest) -> list[tuple[Candi
     CollectionError
         For a path that stands for none.
     """
-    elements = [b.elements for b in manifest.builds for _ in b.sources]
-    known = [Candidate(k, s, e) for k, (s, e) in enumerate(zip(manifest.sources, elements, strict=True))]
+    named = [(b, naming_of(target, b.naming)) for b in manifest.builds]
+    how = [(b.elements, naming) for b, naming in named for _ in b.sources]
+    known = [Candidate(k, s, *h) for k, (s, h) in enumerate(zip(manifest.sources, how, strict=True))]
     out = []
     for path in paths:
         found = [c for c in known if c.record.path == path]

@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.kernels.compiled import compiled
 
-__all__ = ["float_range", "narrow_counts", "range_of"]
+__all__ = ["add_floats", "add_whole", "float_range", "narrow_counts", "range_of"]
 
 
 @compiled
@@ -78,3 +78,61 @@ def range_of(values: NDArray) -> tuple[bool, float, float, bool, int, int, bool]
     whole, low_f, high_f, single, n_nan, n_inf = float_range(flat)
     whole = whole and -(2.0**63) < low_f and high_f < 2.0**63
     return whole, int(low_f) if whole else low_f, int(high_f) if whole else high_f, single, n_nan, n_inf, True
+
+
+@compiled
+def add_whole(offsets, keys, values, ends, at, limits):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, PLR0913, PLR0917
+    """Add up the integers of equal neighbouring keys of each row, in place; stops where a sum does not fit.
+
+    ``offsets``: (n + 1,) of rows whose keys ascend. ``ends``: (n + 1,) offsets after it, written. ``at``: row, entry
+    and free place to begin with, moved on; the row is n at the end. ``limits``: least and greatest sum, and 0, as int64
+    or uint64, which sums are made in.
+    """
+    low, high, zero = limits[0], limits[1], limits[2]
+    row, k, place = at[0], at[1], at[2]
+    n = offsets.shape[0] - 1
+    while row < n:
+        stop = offsets[row + 1]
+        while k < stop:
+            key, total, m = keys[k], zero + values[k], k + 1
+            while m < stop and keys[m] == key:
+                v = zero + values[m]
+                if (v > zero and total > high - v) or (v < zero and total < low - v):
+                    at[0], at[1], at[2] = row, k, place
+                    return
+                total += v
+                m += 1
+            keys[place], values[place] = key, total
+            place, k = place + 1, m
+        row += 1
+        ends[row] = place
+    at[0], at[1], at[2] = row, k, place
+
+
+@compiled
+def add_floats(offsets, keys, values, ends):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """Like :func:`add_whole`, of floats: each sum is made in float64, and rounded once.
+
+    Returns the first sum of whole numbers that was not exact; 0 if there is none.
+    """
+    place, bad = 0, 0.0
+    for row in range(offsets.shape[0] - 1):
+        k, stop = offsets[row], offsets[row + 1]
+        while k < stop:
+            key, value, total, m = keys[k], values[k], np.float64(values[k]), k + 1
+            whole, peak = total == np.floor(total), np.abs(total)
+            while m < stop and keys[m] == key:
+                v = np.float64(values[m])
+                whole = whole and v == np.floor(v)
+                total += v
+                peak = max(peak, np.abs(total))
+                m += 1
+            keys[place], values[place] = key, value
+            if m > k + 1:
+                values[place] = total
+                is_exact = np.float64(values[place]) == total and (peak <= 2.0**53 or total - total != 0.0)
+                if whole and not is_exact and bad == 0.0:
+                    bad = total
+            place, k = place + 1, m
+        ends[row + 1] = place
+    return bad

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import SchemaError
 from annbatch_dask.manifest import SRC_PATH
 from annbatch_dask.plan.columns import texts_of, unite_columns, unite_tags
-from annbatch_dask.plan.dtypes import common_dtype
+from annbatch_dask.plan.dtypes import common_dtype, sum_dtype
 from annbatch_dask.plan.elements import check_counts
-from annbatch_dask.plan.genes import GeneSpace, check_unique, join_genes, order_genes
+from annbatch_dask.plan.genes import GeneSpace, check_genes, join_genes, order_genes
 from annbatch_dask.plan.memory import Budget
+from annbatch_dask.plan.naming import naming_record, original_names
 from annbatch_dask.plan.options import Extension, Options
 from annbatch_dask.plan.permutation import IDENTITY, SWAP_OR_NOT, Permutation
 from annbatch_dask.plan.placement import ExtendPermutation, deal
@@ -71,17 +72,18 @@ def build_plan(
     renamed = tuple(s.path for s in sources if not s.is_dataset and _has_own_tag(s))
     sources = [s if s.is_dataset else _rename_own_tag(s) for s in sources]
     for source in sources:
-        check_unique(source)
         _check_has_x(source)
+    check_genes(sources, options.naming)
     if not options.allow_mixed_counts:
         check_counts(sources)
     common = _in_all(sources)
-    genes = _gene_spaces(sources, options, extension, common)
-    matrices = _unite_matrices(sources, genes, common)
+    genes, called = _gene_spaces(sources, options, extension, common)
+    matrices = _unite_matrices(sources, genes, common, adds=options.naming.adds)
     if extension is not None:
         _check_carried(sources[:n_old], matrices, common)
     left_out = _left_out(sources, common, annotated)
     options.elements.refuse(left_out, n_sources=len(sources) - n_old)
+    naming = naming_record(sources, options.naming, called)
     sources = tuple(_keep(s, common) for s in sources)
     columns = tuple(c for c in unite_columns(sources) if c.path != f"{OBS}/{SRC_PATH}")
     columns = texts_of(columns, sources)
@@ -106,7 +108,7 @@ def build_plan(
         blocks=blocks,
         layout=layout,
         placement=placement,
-        var=pd.DataFrame(index=genes["var"].genes) if var is None else var.loc[genes["var"].genes],
+        var=genes["var"].frame(var),
         genes=genes,
         matrices=matrices,
         columns=columns,
@@ -117,6 +119,7 @@ def build_plan(
         peak_nbytes=peak,
         budget=budget,
         extension=extension,
+        naming=naming,
     )
 
 
@@ -174,7 +177,8 @@ def _keep(source: SourceSchema, common: set[str]) -> SourceSchema:
     matrices = tuple(m for m in source.matrices if m.name in common)
     columns = tuple(c for c in source.columns if c.frame in common)
     none = np.zeros(0, object)  # the gene maps say what tasks need of the names
-    return replace(source, matrices=matrices, columns=columns, var_names=none, raw_names=None, abundance=None)
+    slim = replace(source, matrices=matrices, columns=columns, var_names=none, raw_names=None, abundance=None)
+    return replace(slim, index_names=None, raw_index_names=None, unnamed={})
 
 
 def _left_out(sources: Sequence[SourceSchema], common: set[str], annotated: frozenset[str]) -> dict[str, list[str]]:
@@ -222,9 +226,13 @@ def _check_stats(options: Options, matrices: Sequence[MatrixSpec], columns: Sequ
 
 def _gene_spaces(
     sources: Sequence[SourceSchema], options: Options, extension: Extension | None, common: set[str]
-) -> dict[str, GeneSpace]:
-    """The collection's genes, which are those of X, and those of raw; with every source's place in them."""
-    out = {}
+) -> tuple[dict[str, GeneSpace], dict[str, tuple[str, ...]]]:
+    """The collection's genes, which are those of X, and those of raw, with every source's place in them.
+
+    And what inputs call the genes of X that they call differently.
+    """
+    out: dict[str, GeneSpace] = {}
+    called: dict[str, tuple[str, ...]] = {}
     for name in ("X", "raw/X") if "raw/X" in common else ("X",):
         found = [next(m for m in s.matrices if m.name == name) for s in sources]
         listed = [s.genes_of(m) for s, m in zip(sources, found, strict=True)]
@@ -238,8 +246,14 @@ def _gene_spaces(
             for m in s.matrices
             if m.name in common and m.genes and (m.name == "raw/X") == (space == "raw")
         }
-        out[space] = GeneSpace.of(genes, used)
-    return out
+        out[space] = GeneSpace.of(genes, used, first=options.naming.on_duplicate == "first")
+        if not options.naming.is_plain:
+            names, many = original_names(genes, [s.names_in(m.genes) for s, m in zip(sources, found, strict=True)])
+            kept = extension is not None and extension.n_kept  # datasets that stay have a var, as all shall have it
+            known = (sources[0].index_names if space == "var" else sources[0].raw_index_names) if kept else names
+            out[space] = replace(out[space], input_names=known)
+            called = many if space == "var" else called
+    return out, called
 
 
 def _join(listed: Sequence[NDArray[np.object_]], subset: Sequence[str] | None, extension: Extension | None) -> pd.Index:
@@ -277,29 +291,33 @@ def _place(options: Options, sizes: Sequence[int], extension: Extension | None) 
 
 
 def _unite_matrices(
-    sources: Sequence[SourceSchema], genes: Mapping[str, GeneSpace], common: set[str]
+    sources: Sequence[SourceSchema], genes: Mapping[str, GeneSpace], common: set[str], *, adds: bool
 ) -> tuple[MatrixSpec, ...]:
-    """Matrices that every source has."""
+    """Matrices that every source has. ``adds``: values of genes that become one are added up."""
     return tuple(
-        _unite_matrix(m.name, [(s, x) for s in sources for x in s.matrices if x.name == m.name], genes)
+        _unite_matrix(m.name, [(s, x) for s in sources for x in s.matrices if x.name == m.name], genes, adds=adds)
         for m in sources[0].matrices
         if m.name in common
     )
 
 
 def _unite_matrix(
-    name: str, found: Sequence[tuple[SourceSchema, MatrixSchema]], genes: Mapping[str, GeneSpace]
+    name: str, found: Sequence[tuple[SourceSchema, MatrixSchema]], genes: Mapping[str, GeneSpace], *, adds: bool
 ) -> MatrixSpec:
-    dtype = common_dtype(name, [(s.path, m.dtype, m.values) for s, m in found])
     dense, first = all(m.kind == "dense" for _, m in found), found[0][1]
-    if first.genes:
-        space: Genes = "raw" if name == "raw/X" else "var"
+    space: Genes = "" if not first.genes else "raw" if name == "raw/X" else "var"
+    dtypes = [(s.path, m.dtype, m.values) for s, m in found]
+    if space and adds:
+        met = [genes[space].most_met(k, m.genes) for k, (_, m) in enumerate(found)]
+        dtypes = [(path, sum_dtype(d, n), values) for (path, d, values), n in zip(dtypes, met, strict=True)]
+    dtype = common_dtype(name, dtypes)
+    if space:
         n_cols = len(genes[space].genes)
-        if dense and dtype.kind != "f" and any(m.n_cols < n_cols for _, m in found):
-            absent = next(s.path for s, m in found if m.n_cols < n_cols)  # genes that are NaN in a dense join
-            dtype = common_dtype(name, [*((s.path, m.dtype, m.values) for s, m in found), (absent, "float32", None)])
+        lacking = (s.path for k, (s, m) in enumerate(found) if genes[space].n_genes_of(k, m.genes) < n_cols)
+        if dense and dtype.kind != "f" and (absent := next(lacking, None)) is not None:  # NaN in a dense join
+            dtype = common_dtype(name, [*dtypes, (absent, "float32", None)])
     else:
-        space, n_cols = "", first.n_cols
+        n_cols = first.n_cols
         other = next(((s, m) for s, m in found if (m.n_cols, m.row_shape) != (n_cols, first.row_shape)), None)
         if other is not None:
             msg = (

@@ -19,6 +19,7 @@ __all__ = [
     "merge_ranges",
     "signed_dtype",
     "smallest_dtype",
+    "sum_dtype",
 ]
 
 _UNSIGNED = ("uint8", "uint16", "uint32", "uint64")
@@ -106,6 +107,23 @@ def smallest_dtype(values: ValueRange, source: np.dtype) -> np.dtype:
     best = min(candidates, key=lambda d: d.itemsize)
     tied_float = source.kind == "f" and values.single and best.itemsize == 4  # noqa: PLR2004
     return np.dtype(np.float32) if tied_float else best
+
+
+def sum_dtype(dtype: str, n: int) -> str:
+    """Dtype of a sum of up to ``n`` values: one that holds any, where those take two bytes or fewer and are whole.
+
+    Sums of others are looked at, one by one.
+
+    Examples
+    --------
+    >>> sum_dtype("uint8", 2), sum_dtype("int32", 2), sum_dtype("float32", 2)
+    ('uint16', 'int32', 'float32')
+    """
+    kind = np.dtype(dtype)
+    if n < 2 or kind.kind not in "biu" or kind.itemsize > 2:  # noqa: PLR2004
+        return dtype
+    low, high = (0, 1) if kind.kind == "b" else (int(np.iinfo(kind).min), int(np.iinfo(kind).max))
+    return _integer_dtype(n * low, n * high).name
 
 
 def is_wide(dtype: str) -> bool:

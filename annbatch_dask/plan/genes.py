@@ -14,26 +14,37 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
+from annbatch_dask.plan.naming import INPUT_VAR_NAMES, Naming, check_named
 from annbatch_dask.plan.schema import SourceSchema
 
-__all__ = ["GeneSpace", "check_unique", "join_genes", "order_genes", "unite_names"]
+__all__ = ["GeneSpace", "check_genes", "join_genes", "order_genes", "unite_names"]
 
 
-def check_unique(source: SourceSchema) -> None:
-    """Refuse a source that names a gene twice, in var or raw.var: its columns could not be told apart.
+def check_genes(sources: Sequence[SourceSchema], naming: Naming) -> None:
+    """Refuse genes that could not be told apart, or have no name.
 
     Raises
     ------
     SchemaError
-        With the first repeated names.
+        With the first of them.
     """
+    if naming.is_plain:
+        for source in sources:
+            _check_unique(source)
+    else:
+        check_named(sources, naming)
+
+
+def _check_unique(source: SourceSchema) -> None:
+    """Refuse a source that names a gene twice, in var or raw.var."""
     for where, listed in (("var_names", source.var_names), ("raw.var_names", source.raw_names)):
         names = pd.Index([] if listed is None else listed)
         if not names.is_unique:
             repeated = list(dict.fromkeys(names[names.duplicated()]))
             msg = (
                 f"{source.path}: {where} are not unique: {len(names):,} names, {names.nunique():,} distinct, for "
-                f"example {repeated[:3]}; call adata.var_names_make_unique() in load_adata, or mend the file"
+                f"example {repeated[:3]}; name genes by a column of var with var_key, give on_duplicate_gene='sum' "
+                "or 'first', or call adata.var_names_make_unique() in load_adata"
             )
             raise SchemaError(msg)
 
@@ -45,7 +56,7 @@ def unite_names(lists: Sequence[Any]) -> list[str]:
     """
     filled = [names for names in lists if len(names)]
     if all(np.array_equal(names, filled[0]) for names in filled):
-        return list(filled[0]) if filled else []
+        return list(dict.fromkeys(filled[0])) if filled else []
     return sorted(set().union(*filled))
 
 
@@ -104,18 +115,24 @@ class GeneSpace:
         (n_vars,) names.
     maps
         Distinct (n_vars_of_source,) int32 maps: column of each source gene in the collection, -1 where it is left out.
-        Sources with equal gene lists share one, so a thousand files of one panel cost one.
+        Sources with equal gene lists share one, so a thousand files of one panel cost one. Values of genes that have
+        one column are added up.
     which
         The map of each (source, gene list), where the list is ``"var"`` or ``"raw"``.
+    input_names
+        (n_vars,) what inputs call the genes, where they were not named by the inputs' indices; else None.
     """
 
     genes: pd.Index = field(repr=False)
     maps: tuple[NDArray[np.int32], ...] = field(repr=False)
     which: Mapping[tuple[int, str], int] = field(repr=False)
+    input_names: NDArray[np.object_] | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, genes: pd.Index, lists: Mapping[tuple[int, str], NDArray[np.object_]]) -> GeneSpace:
-        """Map every gene list that is used."""
+    def of(
+        cls, genes: pd.Index, lists: Mapping[tuple[int, str], NDArray[np.object_]], *, first: bool = False
+    ) -> GeneSpace:
+        """Map every gene list that is used. ``first``: of several genes of a name, all but the first are left out."""
         maps: list[NDArray[np.int32]] = []
         which: dict[tuple[int, str], int] = {}
         seen: dict[tuple[str, ...], int] = {}
@@ -123,13 +140,35 @@ class GeneSpace:
             listed = tuple(names)
             if listed not in seen:
                 seen[listed] = len(maps)
-                maps.append(genes.get_indexer(pd.Index(names, dtype=object)).astype(np.int32))
+                index = pd.Index(names, dtype=object)
+                places = genes.get_indexer(index).astype(np.int32)
+                if first:
+                    places[index.duplicated()] = -1
+                maps.append(places)
             which[key] = seen[listed]
         return cls(genes, tuple(maps), which)
+
+    def frame(self, known: pd.DataFrame | None) -> pd.DataFrame:
+        """var: what is known of the genes, in their order, and what inputs call them."""
+        var = pd.DataFrame(index=self.genes) if known is None else known.loc[self.genes]
+        if self.input_names is None:
+            return var
+        column = pd.Series(self.input_names, var.index, dtype=object)
+        return var.assign(**{INPUT_VAR_NAMES: column})
 
     def map_of(self, source: int, genes: str) -> NDArray[np.int32]:
         """The map of one of a source's gene lists."""
         return self.maps[self.which[source, genes]]
+
+    def n_genes_of(self, source: int, genes: str) -> int:
+        """How many of the collection's genes are in a source's list."""
+        places = self.map_of(source, genes)
+        return len(np.unique(places[places >= 0]))
+
+    def most_met(self, source: int, genes: str) -> int:
+        """How many genes of a source's list become one, at most."""
+        places = self.map_of(source, genes)
+        return int(np.bincount(places[places >= 0], minlength=1).max())
 
     def overlaps(self, lists: Sequence[tuple[int, str]]) -> dict[int, int]:
         """Count the genes of each combination of sources.

@@ -9,6 +9,7 @@ from typing import Literal
 
 from annbatch_dask.plan.digest import canonical, digest
 from annbatch_dask.plan.elements import Elements
+from annbatch_dask.plan.naming import Naming
 
 __all__ = ["Extension", "Options"]
 
@@ -36,6 +37,8 @@ class Options:
     gene_order
         Order of a new collection's genes: ``"names"``, as anndata joins them, or ``"abundance"``, those most cells have
         first.
+    naming
+        How genes are named, where not by the index.
     duplicates
         What becomes of cells whose X is equal to that of an earlier one: ``"keep"`` (nobody looks), ``"report"``,
         ``"drop"`` or ``"error"``.
@@ -57,6 +60,7 @@ class Options:
     allow_mixed_counts: bool = False
     layout: str = "open"
     gene_order: str = "names"
+    naming: Naming = Naming()
     duplicates: str = "keep"
     stats: bool = False
     stats_by: str = ""

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from annbatch_dask.manifest import NamingRecord
 from annbatch_dask.plan.digest import canonical, digest
 from annbatch_dask.plan.dtypes import ValueRange, merge_ranges
 from annbatch_dask.plan.genes import GeneSpace
@@ -58,6 +59,8 @@ class Plan:
         Sources that have a column ``src_path`` of their own, which is ``input_src_path`` in the collection.
     groups
         The groups of ``options.groupby``, once they are counted; the layout's parts follow them.
+    naming
+        What the manifest will say of how genes were named; None where by the inputs' indices.
     """
 
     options: Options
@@ -77,6 +80,7 @@ class Plan:
     extension: Extension | None = None
     renamed: tuple[str, ...] = ()
     groups: Groups | None = field(default=None, repr=False)
+    naming: NamingRecord | None = field(default=None, repr=False)
 
     @property
     def group_columns(self) -> tuple[ColumnSpec, ...]:
@@ -156,7 +160,7 @@ class Plan:
 
     def n_genes_of(self, source: int) -> int:
         """Number of the collection's genes that a source has."""
-        return int((self.genes["var"].map_of(source, self.sources[source].x.genes) >= 0).sum())
+        return self.genes["var"].n_genes_of(source, self.sources[source].x.genes)
 
     @cached_property
     def gene_overlaps(self) -> dict[int, int]:
@@ -166,7 +170,9 @@ class Plan:
 
     @property
     def values(self) -> dict[str, ValueRange]:
-        """Range of each matrix's values; empty unless the scan read them."""
+        """Range of each matrix's values; empty unless the scan read them, and where genes are added up."""
+        if self.options.naming.adds:
+            return {}
         found = {
             m.name: [x.values for s in self.sources for x in s.matrices if x.name == m.name] for m in self.matrices
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -158,6 +159,9 @@ def heaviest_at(n: int) -> np.ndarray:
     return at[at > 0] - 1
 
 
+_NAMES = ("var_names", "raw_names", "index_names", "raw_index_names")
+
+
 def shared_names(names: np.ndarray) -> np.ndarray:
     """Intern names: a thousand files have mostly the same ones."""
     return np.array([sys.intern(str(n)) for n in names] or [], object)
@@ -195,6 +199,10 @@ class SourceSchema:
         (n_genes,) float64, about how many cells have a value of each gene of X; None if it was not counted.
     kept
         Which of its rows these are, where rows were chosen: all numbers of rows, here and elsewhere, are of these.
+    index_names, raw_index_names
+        What the indices of var and of ``raw.var`` call the genes, where a build names them by other rules; else None.
+    unnamed
+        Why genes of ``"var"`` or ``"raw"`` cannot be named by the column that was asked for.
     """
 
     path: str
@@ -213,10 +221,13 @@ class SourceSchema:
     resident_nbytes: int = field(default=0, compare=False, repr=False)
     abundance: np.ndarray | None = field(default=None, compare=False, repr=False)
     kept: KeptRows | None = None
+    index_names: np.ndarray | None = field(default=None, compare=False, repr=False)
+    raw_index_names: np.ndarray | None = field(default=None, compare=False, repr=False)
+    unnamed: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore with interned names."""
-        names = {k: shared_names(state[k]) for k in ("var_names", "raw_names") if state[k] is not None}
+        names = {k: shared_names(state[k]) for k in _NAMES if state.get(k) is not None}
         self.__dict__.update(state | names)
 
     @property
@@ -226,10 +237,16 @@ class SourceSchema:
 
     def genes_of(self, matrix: MatrixSchema) -> np.ndarray:
         """Gene names of a matrix's columns."""
-        if matrix.genes == "raw":
+        return self.names_in(matrix.genes)[0]
+
+    def names_in(self, frame: str) -> tuple[np.ndarray, np.ndarray]:
+        """Names of the genes of ``"var"`` or ``"raw"``, and what the index there calls them."""
+        pair = (self.var_names, self.index_names)
+        if frame == "raw":
             assert self.raw_names is not None  # there is such a matrix
-            return self.raw_names
-        return self.var_names
+            pair = (self.raw_names, self.raw_index_names)
+        names, were = pair
+        return names, names if were is None else were
 
 
 @dataclass(frozen=True)

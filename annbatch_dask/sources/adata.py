@@ -23,7 +23,14 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import SchemaError, SourceError
 from annbatch_dask.manifest import STATS
 from annbatch_dask.plan.schema import OBS, ColumnSchema, Genes, MatrixSchema, SourceSchema
-from annbatch_dask.sources.columns import ColumnRows, check_text, describe_series, mean_width, series_rows
+from annbatch_dask.sources.columns import (
+    ColumnRows,
+    check_text,
+    describe_series,
+    mean_width,
+    names_of_column,
+    series_rows,
+)
 from annbatch_dask.sources.files import GENE_WISE, PAIRED, no_cells
 from annbatch_dask.sources.matrices import (
     CsrRows,
@@ -128,6 +135,15 @@ class AnnDataSource:
         for name in sorted(self._adata.obsm):
             if f"obsm/{name}" not in self._frames:
                 yield f"obsm/{name}", "", self._adata.obsm[name]
+
+    def gene_column(self, frame: str, name: str) -> NDArray[np.object_] | None:
+        """Values of a column of ``"var"`` or ``"raw/var"`` as names, None where missing; None if there is none."""
+        found = self._adata.var if frame == "var" else self._adata.raw.var
+        key = next((c for c in found.columns if str(c) == name), None)
+        if key is None:
+            return None
+        values = _in_memory(found)[key]
+        return names_of_column(describe_series(name, values), series_rows(describe_series(name, values), values))
 
     def annotations(self) -> ad.AnnData:
         """Annotations of genes and of the input: an AnnData without cells, with var, varm, varp, uns and raw.var."""

@@ -22,6 +22,7 @@ __all__ = [
     "describe_series",
     "elem_rows",
     "mean_width",
+    "names_of_column",
     "series_rows",
     "to_pandas",
 ]
@@ -204,6 +205,27 @@ def series_rows(column: ColumnSchema, series: pd.Series) -> ColumnRows:
         return ColumnRows(series.to_numpy())
     missing = np.nan if mask is None else np.zeros(1, column.dtype)[0]
     return ColumnRows(series.to_numpy(column.dtype, na_value=missing), mask)
+
+
+def names_of_column(column: ColumnSchema, rows: ColumnRows) -> NDArray[np.object_]:
+    """Values of a column of var as names: text, and whole numbers in figures; None where there is none.
+
+    Raises
+    ------
+    SchemaError
+        If they are fractions or booleans.
+    """
+    kind = column.dtype if column.categories is None else column.categories.dtype
+    if kind not in ("", "str") and np.dtype(kind).kind not in "iu":
+        msg = f"var column {column.name!r} holds {kind} values, which name no genes; convert them to text in load_adata"
+        raise SchemaError(msg)
+    if column.categories is not None:
+        known = np.array([*map(str, column.categories.values), None], object)
+        return np.asarray(known[rows.values], object)  # code -1 takes the last
+    names = np.array([str(v) for v in rows.values.tolist()] or [], object)
+    if rows.mask is not None:
+        names[rows.mask] = None
+    return names
 
 
 def to_pandas(spec: ColumnSpec | ColumnSchema, values: NDArray, mask: NDArray[np.bool_] | None) -> Any:

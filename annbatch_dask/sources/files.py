@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from annbatch_dask.errors import SchemaError
 from annbatch_dask.manifest import STATS
 from annbatch_dask.plan.schema import OBS, ColumnSchema, Genes, MatrixSchema, SourceSchema
-from annbatch_dask.sources.columns import ColumnRows, describe_elem, elem_rows, mean_width
+from annbatch_dask.sources.columns import ColumnRows, describe_elem, elem_rows, mean_width, names_of_column
 from annbatch_dask.sources.matrices import (
     CsrRows,
     are_whole,
@@ -150,6 +151,17 @@ class GroupSource:
         index = var[str(var.attrs["_index"])]
         names = elem_rows(ColumnSchema("", "string"), index, 0, n_rows(var)).values
         return names.astype(str).astype(object)
+
+    def gene_column(self, frame: str, name: str) -> NDArray[np.object_] | None:
+        """Values of a column of ``"var"`` or ``"raw/var"`` as names, None where missing; None if there is none."""
+        group = self._group[frame]
+        if name not in map(str, group.attrs["column-order"]):
+            return None
+        column = self._described(frame)[name]
+        if column is None:
+            msg = f"{self._label}: {frame} column {name!r} is of a kind that cannot be read; convert it in load_adata"
+            raise SchemaError(msg)
+        return names_of_column(column, elem_rows(column, group[name], 0, n_rows(group)))
 
     def annotations(self) -> AnnData:
         """Annotations of genes and of the input: an AnnData without cells, with var, varm, varp, uns and raw.var."""

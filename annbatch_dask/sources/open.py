@@ -39,7 +39,8 @@ class SourceRef:
     ``is_dataset``: a dataset of the collection that is extended, whose rows say where they came from. ``counts``: the
     matrix that becomes X. ``loader``: identity of ``load_adata``, see :mod:`annbatch_dask.sources.identity`. ``known``:
     identity of the whole, where it is recorded. ``within``: a group of the file at ``item``. ``where``: the condition
-    on obs that rows meet; "" for all rows.
+    on obs that rows meet; "" for all rows. ``var_key``: the var column that names its genes, "" for the index; None
+    where a build has no rules for names.
     """
 
     label: str
@@ -52,6 +53,7 @@ class SourceRef:
     known: str = ""
     within: str = ""
     where: str = ""
+    var_key: str | None = None
 
     @property
     def folder(self) -> Folder:
@@ -90,6 +92,9 @@ class WholeSource(Source, Protocol):
 
     def obs_columns(self) -> tuple[ColumnSchema, ...]:
         """Columns of obs, without looking at their values."""
+
+    def gene_column(self, frame: str, name: str) -> NDArray[np.object_] | None:
+        """Values of a column of ``"var"`` or ``"raw/var"`` as names, None where missing; None if there is none."""
 
     def picked(self, matrix: MatrixSchema, rows: NDArray[np.int64]) -> CsrRows | NDArray:
         """Rows of a matrix by their numbers, (n_picked,) int64, ascending, one at least."""

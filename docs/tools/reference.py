@@ -33,6 +33,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
     "annbatch_dask.DatasetCollection.add_adatas": {
         "inputs": ["adata_paths", "load_adata", "storage_options", "on_duplicate_source"],
         "what is carried": ["elements", "counts", "allow_mixed_counts", "var_subset", "merge", "duplicates"],
+        "names of genes": ["var_key", "gene_map", "strip_versions", "on_duplicate_gene"],
         "order": ["shuffle", "seed", "rng", "groupby", "mode", "genes"],
         "form on disk": [
             *("dataset_size", "shard_size", "n_obs_per_chunk", "layout", "gene_order", "zarr_compressor"),
