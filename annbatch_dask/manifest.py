@@ -318,7 +318,7 @@ class BuildRecord:
     def to_json(self) -> dict[str, Any]:
         """Convert to JSON values, without the defaults of earlier releases, which do not know these fields."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        defaults = {"layout": "open", "gene_order": "names", "naming": None, "duplicates": None}
+        defaults: dict[str, Any] = {"layout": "open", "gene_order": "names", "naming": None, "duplicates": None}
         defaults |= {"stats": False, "stats_by": ""}
         return {k: v for k, v in values.items() if k not in defaults or v != defaults[k]}
 

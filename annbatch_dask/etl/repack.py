@@ -93,8 +93,8 @@ def _repack(source: Folder, manifest: Manifest, target: Folder, layout: str, att
             raise IntegrityError(msg)
         logger.info("%s is %s, %d bytes", now.name, layout, now.n_bytes)
         records.append(now)
-    none = {"duplicates": None, "naming": None}
-    last = replace(manifest.builds[-1], mode="repack", sources=(), genes={}, request="", layout=layout, **none)
+    last = replace(manifest.builds[-1], mode="repack", sources=(), genes={}, request="", layout=layout)
+    last = replace(last, naming=None, duplicates=None)
     repacked = replace(manifest, datasets=tuple(records), builds=(*manifest.builds, last))
     copy_gene_maps(source, target, manifest)
     write_root(target, repacked, known_inputs(source, manifest), attributes, version=None)
