@@ -8,8 +8,10 @@ from annbatch_dask.samplers.classes import ClassSampler, WeightedClassSampler
 from annbatch_dask.samplers.distributed import DistributedSampler
 from annbatch_dask.samplers.matched import MatchedControlSampler
 from annbatch_dask.samplers.runs import RandomSampler, SequentialSampler
+from annbatch_dask.samplers.sets import CellSets
 
 __all__ = [
+    "CellSets",
     "ClassSampler",
     "DistributedSampler",
     "MatchedControlSampler",

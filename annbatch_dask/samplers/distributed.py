@@ -67,7 +67,8 @@ class DistributedSampler(Sampler):
     Raises
     ------
     ValueError
-        With ``global_batches``, where ``world_size`` does not divide the batch size.
+        With ``global_batches``, where ``world_size`` does not divide the batch size; or would cut rows that belong
+        together, those of a set or a cell and its controls.
     RankError
         If the ranks' seeds differ; when a pass begins, where ``even="drop"`` would leave every rank without a batch.
     RuntimeError
@@ -109,6 +110,14 @@ class DistributedSampler(Sampler):
         if global_batches and size % self._world_size:
             msg = f"a global batch of {size} rows cannot be cut evenly for {self._world_size} ranks; change its size"
             raise ValueError(msg)
+        n_together = self.n_together
+        if global_batches and n_together > 1 and (even is None or size // n_together % self._world_size):
+            msg = (
+                f"a global batch of {size} rows, of which {n_together} belong together each, cannot be cut between "
+                f"these for {self._world_size} ranks with even={even!r}; take a multiple of {self._world_size}, and "
+                "even='drop' or 'pad'"
+            )
+            raise ValueError(msg)
         self._n_batches: tuple[int, int] = (-1, -1)
         if isinstance(self._sampler, SeededSampler) and self._world_size > 1:
             _check_seed(self._sampler, dist_info, self._rank, self._world_size)
@@ -128,6 +137,11 @@ class DistributedSampler(Sampler):
         """Rows in a batch of this rank."""
         size = self._sampler.batch_size
         return size // self._world_size if size and self._global_batches else size
+
+    @property
+    def n_together(self) -> int:
+        """The wrapped sampler's."""
+        return getattr(self._sampler, "n_together", 1)  # annbatch's own has none
 
     @property
     def shuffle(self) -> bool | None:

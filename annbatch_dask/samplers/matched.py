@@ -8,14 +8,13 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from annbatch_dask.errors import SelectionError
 from annbatch_dask.order.epoch import Epoch
 from annbatch_dask.order.keys import Key, generator
 from annbatch_dask.order.planned import Planned, expand
 from annbatch_dask.samplers.base import DRAW, RunSampler, mixed
+from annbatch_dask.samplers.controls import Controls
 from annbatch_dask.samplers.runs import shuffled_runs
 from annbatch_dask.seeds import Seed
 from annbatch_dask.types import LoadRequest
@@ -42,8 +41,8 @@ class MatchedControlSampler(RunSampler):
     is_control
         (n_obs,) whether a row is a control.
     match
-        (n_obs,) what a cell and its controls have in common: batch, cell line, or both (as a categorical, strings
-        or numbers).
+        (n_obs,) what a cell and its controls have in common: batch, cell line (as a categorical, strings or numbers),
+        or both, as a frame.
     n_controls
         Controls for each perturbed cell.
     drop_last
@@ -86,23 +85,10 @@ class MatchedControlSampler(RunSampler):
             msg = f"a batch of {batch_size} rows cannot hold whole groups of a cell and {n_controls} controls"
             raise ValueError(msg)
         super().__init__(chunk_size, preload_nchunks, batch_size // n_together, drop_last=drop_last, mask=None)
-        controls = np.asarray(is_control, bool)
-        codes, groups = pd.factorize(pd.Series(match), use_na_sentinel=False)
-        if controls.shape != codes.shape:
-            msg = f"is_control has shape {controls.shape}, match {codes.shape}; both need one value per row"
-            raise SelectionError(msg)
         self._n_controls = n_controls
-        self._perturbed = np.flatnonzero(~controls)
-        self._groups = codes[self._perturbed]
-        rows = np.flatnonzero(controls)
-        self._controls = rows[np.argsort(codes[rows], kind="stable")]
-        self._bounds = np.concatenate([[0], np.cumsum(np.bincount(codes[rows], minlength=len(groups)))])
-        alone = np.unique(self._groups[np.diff(self._bounds)[self._groups] == 0])
-        if len(alone):
-            names = [groups[code] for code in alone[:5].tolist()]
-            msg = f"{len(alone)} groups have perturbed cells and no control, such as {names}; leave them out (where=)"
-            raise SelectionError(msg)
-        self._n_obs = len(codes)
+        self._controls = Controls.of(is_control, match)
+        self._perturbed = np.flatnonzero(~self._controls.is_control)
+        self._n_obs = len(self._controls.groups)
         self.take_seed(seed, rng)
 
     @property
@@ -114,6 +100,11 @@ class MatchedControlSampler(RunSampler):
     def shuffle(self) -> bool:
         """Always True."""
         return True
+
+    @property
+    def n_together(self) -> int:
+        """Rows of a cell and its controls."""
+        return 1 + self._n_controls
 
     def validate(self, n_obs: int) -> None:
         """ValueError unless it was made for as many rows."""
@@ -127,7 +118,8 @@ class MatchedControlSampler(RunSampler):
 
     @cached_property
     def _digest(self) -> str:
-        content = b"".join(part.tobytes() for part in (self._perturbed, self._groups, self._controls))
+        groups = self._controls.groups[self._perturbed]
+        content = b"".join(part.tobytes() for part in (self._perturbed, groups, self._controls.rows))
         return blake2b(content, digest_size=8).hexdigest()
 
     def _n_rows(self, n_obs: int) -> int:  # noqa: ARG002 - it was made for these rows
@@ -149,15 +141,10 @@ class MatchedControlSampler(RunSampler):
     def _add_controls(self, make: Callable[[], LoadRequest], key: Key, k: int) -> LoadRequest:
         request = make()
         places = expand(request["requests"])
-        drawn = self._draw(generator(key, DRAW, k), self._groups[places])
+        drawn = self._controls.draw(generator(key, DRAW, k), self._perturbed[places], self._n_controls)
         # Row of the request: first all perturbed cells, then the controls of each.
         of_cell = np.arange(len(places))[:, None]
         of_controls = len(places) + np.arange(drawn.size).reshape(drawn.shape)
         together = np.concatenate([of_cell, of_controls], axis=1)
         rows = np.concatenate([self._perturbed[places], drawn.ravel()])
         return {"requests": rows, "splits": [together[split].ravel() for split in request["splits"]]}
-
-    def _draw(self, rng: np.random.Generator, groups: Ints) -> Ints:
-        """(n, n_controls) rows of controls of these groups."""
-        first, n_rows = self._bounds[groups], np.diff(self._bounds)[groups]
-        return self._controls[first[:, None] + rng.integers(n_rows[:, None], size=(len(groups), self._n_controls))]

@@ -69,6 +69,11 @@ class Sampler(ABC):
         """Rows in a batch; None only where every request brings its own splits."""
 
     @property
+    def n_together(self) -> int:
+        """Neighbouring rows of a batch that belong together; a global batch is not cut between them."""
+        return 1
+
+    @property
     @abstractmethod
     def shuffle(self) -> bool | None:
         """True if rows are mixed within a request; None only where requests bring their own splits."""

@@ -7,6 +7,7 @@ import pandas as pd
 
 from annbatch_dask.loader import Loader
 from annbatch_dask.samplers import (
+    CellSets,
     ClassSampler,
     DistributedSampler,
     MatchedControlSampler,
@@ -51,6 +52,9 @@ SAMPLERS = {
     "global": lambda: DistributedSampler(RandomSampler(5, 4, 4, rng=rng()), dist_info=(1, 2), global_batches=True),
     "matched": lambda: MatchedControlSampler(
         5, 4, 4, is_control=np.arange(N_OBS) % 4 > 0, match=np.arange(N_OBS) % 3, rng=rng()
+    ),
+    "sets": lambda: CellSets(
+        4, 2, groups=CLASSES, is_control=np.arange(N_OBS) % 4 > 2, match=CLASSES, preload_nsets=4, rng=rng()
     ),
     "blocks": lambda: StrategySampler(BlockShuffling(4), 4, 5, rng=rng()),
     "rounds": lambda: StrategySampler(

@@ -25,7 +25,7 @@ NAMES = {
     "annbatch_dask.mixing": "Mixing batch_entropy expected_entropy measure_mixing plot_mixing sampled_batches",
     "annbatch_dask.progress": "ProgressBars default_callbacks",
     "annbatch_dask.report": "Report make_report",
-    "annbatch_dask.samplers": "ClassSampler DistributedSampler MatchedControlSampler RandomSampler SequentialSampler"
+    "annbatch_dask.samplers": "CellSets ClassSampler DistributedSampler MatchedControlSampler RandomSampler SequentialSampler"
     " WeightedClassSampler",
     "annbatch_dask.scdataset": "BlockShuffling BlockWeightedSampling ClassBalancedSampling MultiIndexable"
     " SamplingStrategy StrategySampler Streaming adata_to_mindex bionemo_to_tensor estimate_sample_size"

@@ -35,6 +35,10 @@ def of_matched(**given):
     return samplers.MatchedControlSampler(2, 4, 2, is_control=[True, False], match=[0, 0], **given).seed
 
 
+def of_sets(**given):
+    return samplers.CellSets(2, 1, groups=[0, 0, 1, 1], **given).seed
+
+
 def of_strategy(**given):
     return scdataset.StrategySampler(scdataset.BlockShuffling(4), 4, **given).seed
 
@@ -61,7 +65,7 @@ def of_split(tmp_path):
     return of_split
 
 
-BOTH = [of_build, of_loader, of_sampler, of_class_sampler, of_matched, of_strategy]
+BOTH = [of_build, of_loader, of_sampler, of_class_sampler, of_matched, of_sets, of_strategy]
 
 
 @pytest.mark.parametrize("take", [*BOTH, of_scdataset])

@@ -8,6 +8,7 @@ import pytest
 
 from annbatch_dask.abc import Sampler
 from annbatch_dask.samplers import (
+    CellSets,
     ClassSampler,
     DistributedSampler,
     MatchedControlSampler,
@@ -63,6 +64,14 @@ class TestMatchedControls(SamplerTests):
     def make_sampler(self):
         is_control = np.arange(self.n_obs) % 4 == 0
         return MatchedControlSampler(10, 4, 8, is_control=is_control, match=CLASSES, n_controls=1, rng=rng())
+
+
+class TestSets(SamplerTests):
+    repeats_rows = True
+
+    def make_sampler(self):
+        is_control = np.arange(self.n_obs) % 4 == 0
+        return CellSets(8, 3, groups=CLASSES, is_control=is_control, match=CLASSES, preload_nsets=9, rng=rng())
 
 
 class TestOneOfTwoRanks(SamplerTests):
