@@ -301,6 +301,9 @@ def _facts(collection: DatasetCollection) -> Iterator[tuple[str, object]]:
         order = "{name}, version {version}".format(**build.permutation)
         layout = "" if build.layout == "open" else f", layout {build.layout}"
         yield "build", f"{build.mode}, {len(build.sources)} sources, {order}, seed {build.seed}{layout}"
+        if build.naming is not None:
+            yield "genes named", build.naming.rules
+            yield from build.naming.effects
     for source in manifest.sources:
         yield "source", f"{source.path} ({source.n_obs:,} cells)"
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from annbatch_dask.formatting import plural
+
 __all__ = ["NamingRecord"]
 
 
@@ -23,8 +25,9 @@ class NamingRecord:
         Digest of the map of names; ``""`` for none.
     on_duplicate
         What became of several genes of an input with one name: ``"error"``, ``"sum"`` or ``"first"``.
-    renamed, joined
-        Of each input, how many genes of X have another name than in its index, and how many went into another one.
+    renamed, mapped, joined
+        Of each input, how many genes of X have another name than in its index, how many ``gene_map`` names, and how
+        many went into another one.
     n_met, n_called
         How many genes several of one input became, and how many the inputs call differently.
     met, called
@@ -36,11 +39,39 @@ class NamingRecord:
     gene_map: str = ""
     on_duplicate: str = "error"
     renamed: tuple[int, ...] = ()
+    mapped: tuple[int, ...] = ()
     joined: tuple[int, ...] = ()
     n_met: int = 0
     n_called: int = 0
     met: tuple[tuple[str, tuple[str, ...]], ...] = field(default=(), repr=False)
     called: tuple[tuple[str, tuple[str, ...]], ...] = field(default=(), repr=False)
+
+    @property
+    def rules(self) -> str:
+        """The rules, in words."""
+        shown = [_key_words(*pair) for pair in self.var_key[:_SHOWN]]
+        if len(self.var_key) > _SHOWN:
+            shown.append(f"{len(self.var_key) - _SHOWN:,} more")
+        if not any(pattern == "*" for pattern, _ in self.var_key):
+            shown.append("else by the index" if shown else "by the index")
+        rules = [", ".join(shown)]
+        rules += ["Ensembl versions stripped"] if self.strip_versions else []
+        rules += [f"gene_map {self.gene_map[:12]}"] if self.gene_map else []
+        return "; ".join(rules)
+
+    @property
+    def effects(self) -> list[tuple[str, str]]:
+        """What became of genes, in words, each with examples."""
+        mapped = f", {sum(self.mapped):,} by gene_map" if self.gene_map else ""
+        found = [("renamed", f"{_genes_of(self.renamed)}{mapped}")]
+        if any(self.joined):
+            done = "added up" if self.on_duplicate == "sum" else "the first of each kept"
+            what = f"{_genes_of(self.joined)} went into others, of which there are {self.n_met:,}; {done}"
+            found.append(("met", f"{what}: {_examples(self.met)}"))
+        if self.n_called:
+            called = f"{plural(self.n_called, 'gene')} with several names in the sources"
+            found.append(("called", f"{called}: {_examples(self.called)}"))
+        return found
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> NamingRecord:
@@ -50,3 +81,20 @@ class NamingRecord:
 
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+_SHOWN = 3
+
+
+def _key_words(pattern: str, column: str) -> str:
+    of = "" if pattern == "*" else f" of {pattern}"
+    return f"by var column {column!r}{of}" if column else f"by the index{of}"
+
+
+def _genes_of(counts: tuple[int, ...]) -> str:
+    return f"{plural(sum(counts), 'gene')} of {plural(sum(n > 0 for n in counts), 'source')}"
+
+
+def _examples(genes: tuple[tuple[str, tuple[str, ...]], ...]) -> str:
+    shown = [f"{gene} ({', '.join(names)})" for gene, names in genes[:_SHOWN]]
+    return ", ".join(shown) + (", ..." if len(genes) > _SHOWN else "")

@@ -21,7 +21,7 @@ from annbatch_dask.etl.files import recorded_files
 from annbatch_dask.etl.log import BuildLog, read_log
 from annbatch_dask.formatting import format_bytes
 from annbatch_dask.html import OverlapRow, overlap_rows, render
-from annbatch_dask.manifest import SOURCE_DTYPE, BuildRecord, Manifest, SourceRecord
+from annbatch_dask.manifest import SOURCE_DTYPE, BuildRecord, Manifest, NamingRecord, SourceRecord
 from annbatch_dask.mixing import Mixing, measure_mixing
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.frames import n_rows, unite_categories
@@ -182,6 +182,18 @@ class Report:
                 title = f"build {k}: {build.mode}" if len(self.builds) > 1 else ""
                 rows.append((title, _overlaps(build, first)))
             first += len(build.sources)
+        return rows
+
+    def naming_rows(self) -> list[tuple[str, NamingRecord, list[tuple[str, int, int]]]]:
+        """Each build that named genes by rules: a title where there are several builds, the rules, and its sources.
+
+        Of each source its path, how many genes have another name, and how many went into another one.
+        """
+        rows = []
+        for k, (build, _) in enumerate(self.builds, start=1):
+            if (naming := build.naming) is not None:
+                title = f"build {k}: {build.mode}" if len(self.builds) > 1 else ""
+                rows.append((title, naming, list(zip(build.sources, naming.renamed, naming.joined, strict=True))))
         return rows
 
     @cached_property

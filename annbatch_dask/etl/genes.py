@@ -32,6 +32,7 @@ from annbatch_dask.plan.schema import SourceSchema
 from annbatch_dask.sources.open import SourceRef
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.secrets import shown
+from annbatch_dask.warn import warn
 
 __all__ = [
     "AskedNames",
@@ -45,6 +46,7 @@ __all__ = [
     "naming_of",
     "renamed_annotations",
     "resolve_naming",
+    "warn_of_unused",
 ]
 
 logger = logging.getLogger(__name__)
@@ -288,6 +290,18 @@ def check_versions(schemas: Sequence[SourceSchema], naming: Naming) -> None:
                 "collection"
             )
             raise SchemaError(msg)
+
+
+def warn_of_unused(schemas: Sequence[SourceSchema], mapping: Mapping[str, str]) -> None:
+    """Warn of a map that has none of the inputs' genes: its columns may have been given the other way round."""
+    inputs = [s for s in schemas if not s.is_dataset]
+    if not any(s.n_mapped for s in inputs):
+        names = next((list(s.var_names[:2]) for s in inputs if len(s.var_names)), [])
+        warn(
+            f"gene_map names none of the genes of the {plural(len(inputs), 'input')}: it has names such as "
+            f"{next(iter(mapping))}, and they such as {', '.join(names)}; give it from names in the inputs to those in "
+            "the collection"
+        )
 
 
 # --- the map beside the collection ---------------------------------------------------------------------------------

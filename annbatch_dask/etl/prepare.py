@@ -14,7 +14,7 @@ from annbatch_dask.engines.base import EngineChoice
 from annbatch_dask.errors import CollectionError, LayoutError
 from annbatch_dask.etl.choose import check_any_kept
 from annbatch_dask.etl.frames import try_frames
-from annbatch_dask.etl.genes import check_versions, keyed, renamed_annotations, resolve_naming
+from annbatch_dask.etl.genes import check_versions, keyed, renamed_annotations, resolve_naming, warn_of_unused
 from annbatch_dask.etl.inputs import Input, known_inputs
 from annbatch_dask.etl.request import GeneOrder, MatrixLayout, OnDuplicate, Request
 from annbatch_dask.etl.scan import Scanned, look, merge_annotations, scan, with_ranges
@@ -265,6 +265,8 @@ def prepare(root: Root, request: Request, room: EngineChoice, *, read_values: bo
     named = name_genes([s.schema for s in scanned], options.naming)
     chosen = [s if s.is_dataset else options.elements.select(s) for s in named]
     check_genes(chosen, options.naming)
+    if request.names.mapping:
+        warn_of_unused(named, request.names.mapping)
     found = _annotations(scanned, named, options)
     if extension is not None and not extension.union:
         found = found[:1]  # the collection's own

@@ -122,13 +122,13 @@ class Naming:
         """True if values of genes that get one name are added up."""
         return self.on_duplicate == "sum"
 
-    def rename(self, names: NDArray[np.object_]) -> NDArray[np.object_]:
-        """(n,) names in the collection of genes by the names that the key has."""
+    def rename(self, names: NDArray[np.object_]) -> tuple[NDArray[np.object_], int]:
+        """(n,) names in the collection of genes by the names that the key has, and how many of them the map has."""
         if self.strip_versions:
             names = np.array([strip_version(n) for n in names] or [], object)
-        if table := self._table:
-            names = np.array([table.get(n, n) for n in names] or [], object)
-        return names
+        if not (table := self._table):
+            return names, 0
+        return np.array([table.get(n, n) for n in names] or [], object), sum(n in table for n in names)
 
     @cached_property
     def _table(self) -> Mapping[str, str]:
@@ -139,20 +139,19 @@ def name_genes(sources: Sequence[SourceSchema], naming: Naming) -> list[SourceSc
     """Sources with the names that the collection has for their genes; those of its own datasets have them already."""
     if naming.is_plain:
         return list(sources)
-    known: dict[tuple[str, ...], NDArray[np.object_]] = {}
+    known: dict[tuple[str, ...], tuple[NDArray[np.object_], int]] = {}
 
-    def renamed(names: NDArray[np.object_] | None) -> NDArray[np.object_] | None:
-        if names is None:
-            return None
+    def renamed(names: NDArray[np.object_]) -> tuple[NDArray[np.object_], int]:
         listed = tuple(names)
         if listed not in known:
             known[listed] = naming.rename(names)
         return known[listed]
 
     def named(s: SourceSchema) -> SourceSchema:
-        names = renamed(s.var_names)
-        assert names is not None  # every source has some
-        return replace(s, var_names=names, raw_names=renamed(s.raw_names))
+        names, n_mapped = renamed(s.var_names)
+        raw, n_raw = (None, 0) if s.raw_names is None else renamed(s.raw_names)
+        of_x = next((m.genes for m in s.matrices if m.name == "X"), "var")
+        return replace(s, var_names=names, raw_names=raw, n_mapped=n_raw if of_x == "raw" else n_mapped)
 
     return [s if s.is_dataset else named(s) for s in sources]
 
@@ -225,20 +224,24 @@ def original_names(
     Returns
     -------
     (n_vars,) the first other name that a gene had, its own if it had no other; and all other names of the genes that
-    had several.
+    sources call differently.
     """
-    found: dict[str, dict[str, None]] = {}
+    found: dict[str, dict[tuple[str, ...], None]] = {}
     seen = set()
     for names, were in lists:
         if names is were or (key := (id(names), tuple(were))) in seen:
             continue
         seen.add(key)
+        here: dict[str, tuple[str, ...]] = {}
         for name, was in zip(names, were, strict=True):
             if name != was:
-                found.setdefault(name, {})[was] = None
-    first: list[Any] = [next(iter(found[gene])) if gene in found else gene for gene in genes]
-    many = {gene: tuple(found[gene]) for gene in genes if gene in found and len(found[gene]) > 1}
-    return np.array(first or [], object), many
+                here[name] = (*here.get(name, ()), was)
+        for name, others in here.items():
+            found.setdefault(name, {})[others] = None
+    first: list[Any] = [next(iter(found[gene]))[0] if gene in found else gene for gene in genes]
+    many = {gene: found[gene] for gene in genes if len(found.get(gene, ())) > 1}
+    every = {gene: tuple(dict.fromkeys(name for some in sets for name in some)) for gene, sets in many.items()}
+    return np.array(first or [], object), every
 
 
 def naming_record(
@@ -250,11 +253,12 @@ def naming_record(
     """
     if naming.is_plain:
         return None
-    renamed, joined = [], []
+    renamed, mapped, joined = [], [], []
     met: dict[str, tuple[str, ...]] = {}
     for source in (s for s in sources if not s.is_dataset):
         names, were = source.names_in(source.x.genes)
         renamed.append(int((names != were).sum()))
+        mapped.append(source.n_mapped)
         joined.append(len(names) - len(set(names)))
         for gene, which in _met(names, were).items() if joined[-1] else ():
             met.setdefault(gene, which)
@@ -264,6 +268,7 @@ def naming_record(
         gene_map=naming.gene_map,
         on_duplicate=naming.on_duplicate,
         renamed=tuple(renamed),
+        mapped=tuple(mapped),
         joined=tuple(joined),
         n_met=len(met),
         met=_first(met),

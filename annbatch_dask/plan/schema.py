@@ -201,6 +201,8 @@ class SourceSchema:
         Which of its rows these are, where rows were chosen: all numbers of rows, here and elsewhere, are of these.
     index_names, raw_index_names
         What the indices of var and of ``raw.var`` call the genes, where a build names them by other rules; else None.
+    n_mapped
+        Genes of X that a map of names has.
     unnamed
         Why genes of ``"var"`` or ``"raw"`` cannot be named by the column that was asked for.
     """
@@ -223,6 +225,7 @@ class SourceSchema:
     kept: KeptRows | None = None
     index_names: np.ndarray | None = field(default=None, compare=False, repr=False)
     raw_index_names: np.ndarray | None = field(default=None, compare=False, repr=False)
+    n_mapped: int = field(default=0, compare=False, repr=False)
     unnamed: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

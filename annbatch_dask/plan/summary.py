@@ -43,6 +43,7 @@ def figures(plan: Plan) -> list[tuple[str, str]]:
         ("carried", ", ".join([*(m.name for m in plan.matrices), *_frames(plan)])),
         ("X from", _counts(plan)),
         *_dropped(plan),
+        *([("genes", plan.naming.rules), *plan.naming.effects] if plan.naming is not None else []),
         *([("left out", ", ".join(missing))] if missing else []),
         *([("strings", f"{', '.join(texts)}: categories in the inputs, nearly one a cell")] if texts else []),
         ("tasks", f"{n:,}: {len(plan.blocks):,} scatter + {plan.n_datasets:,} gather"),

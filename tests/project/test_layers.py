@@ -24,7 +24,7 @@ ALLOWED = {
     "transforms": {"errors"},
     "splits": {"errors"},
     "where": {"errors"},
-    "records": set(),
+    "records": {"formatting"},
     "manifest": {"errors", "records"},
     "kernels": {"errors"},
     "html": {"formatting"},
