@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from annbatch_dask.kernels.compiled import compiled
 from annbatch_dask.kernels.rows import offsets_of
 
-__all__ = ["N_SUMS", "SUMS", "add_csr", "add_dense", "new_sums"]
+__all__ = ["N_SUMS", "SUMS", "add_clipped", "add_csr", "add_dense", "new_sums"]
 
 SUMS = (
     "n_nonzero",
@@ -123,3 +123,34 @@ def add_dense(sums: NDArray[np.float64], groups: NDArray[np.int64], rows: NDArra
     there = rows != 0
     offsets = offsets_of(there.sum(1, dtype=np.int64))
     add_csr(sums, groups, offsets, there.nonzero()[1], rows[there], target_sum)
+
+
+@compiled
+def _add_clipped(out, order, groups, offsets, indices, values, clip):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913, PLR0917
+    for row in order:
+        sums, limits = out[groups[row]], clip[groups[row]]
+        for k in range(offsets[row], offsets[row + 1]):
+            v = min(float(values[k]), limits[indices[k]])
+            sums[indices[k], 0] += v
+            sums[indices[k], 1] += v * v
+
+
+def add_clipped(
+    out: NDArray[np.float64],
+    groups: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    indices: NDArray,
+    values: NDArray,
+    clip: NDArray[np.float64],
+) -> None:
+    """Add rows of a CSR matrix, cut at a highest value, and the squares of these, to the sums of their groups.
+
+    Parameters
+    ----------
+    out
+        (n_groups, n_vars, 2) float64; changed in place.
+    clip
+        (n_groups, n_vars) float64.
+    """
+    order = np.argsort(groups, kind="stable")
+    _add_clipped(out, order, np.asarray(groups, np.int64), offsets, indices, values, clip)

@@ -54,7 +54,8 @@ ALLOWED = {
     "utils": {"loader", "order", "sizes"},
     "testing": {"abc", "order", "samplers", "types"},
     "report": {"etl", "formatting", "html", "manifest", "mixing", "sources", "storage"},
-    "stored": {"errors", "etl", "html", "lazy", "manifest", "report", "seeds", "splits", "storage"},
+    "statistics": {"errors", "etl", "kernels", "lazy", "manifest", "storage", "warn"},
+    "stored": {"errors", "etl", "html", "lazy", "manifest", "report", "seeds", "splits", "statistics", "storage"},
     "maintained": {"engines", "errors", "etl", "events", "progress", "sources", "storage", "stored"},
 }
 FACADE = {"__init__", "as_annbatch", "cli", "collection", "io"}
