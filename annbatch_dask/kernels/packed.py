@@ -35,8 +35,10 @@ __all__ = [
     "bound_nbytes",
     "length_of",
     "magic_number",
+    "pointer_to",
     "shift_left",
     "shift_right",
+    "spread",
     "table_entry_nbytes",
     "unpack",
     "unpacker",
@@ -96,13 +98,13 @@ def _length(_typing: Any, value: Any) -> Any:
     return numba.uint64(value), generate
 
 
-def _pointer(builder: Any, context: Any, kind: Any, array: Any, at: Any, vector: Any) -> Any:
+def pointer_to(builder: Any, context: Any, kind: Any, array: Any, at: Any, vector: Any) -> Any:
     """Pointer to ``array[at]``, to read or write a vector there."""
     data = context.make_array(kind)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [at]), vector.as_pointer())
 
 
-def _spread(builder: Any, value: Any, vector: Any) -> Any:
+def spread(builder: Any, value: Any, vector: Any) -> Any:
     """The value in every lane."""
     nothing = ir.Constant(vector, ir.Undefined)
     first = builder.insert_element(nothing, value, _I32(0))
@@ -119,17 +121,17 @@ def _take_row(_typing: Any, raw: Any, at: Any, next_at: Any, shift: Any, mask: A
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
         def words(k: int) -> Any:
-            return builder.load(_pointer(builder, context, raw, args[0], args[k], vector), align=1)
+            return builder.load(pointer_to(builder, context, raw, args[0], args[k], vector), align=1)
 
         by = context.cast(builder, args[3], shift, out.dtype)
-        low = builder.lshr(words(1), _spread(builder, by, vector))
+        low = builder.lshr(words(1), spread(builder, by, vector))
         # shifted twice, as one shift by all bits of a lane means nothing
-        left = _spread(builder, builder.sub(lane(lane.width - 1), by), vector)
-        high = builder.shl(builder.shl(words(2), left), _spread(builder, lane(1), vector))
+        left = spread(builder, builder.sub(lane(lane.width - 1), by), vector)
+        high = builder.shl(builder.shl(words(2), left), spread(builder, lane(1), vector))
         is_split = builder.icmp_unsigned("!=", args[1], args[2])
         row = builder.select(is_split, builder.or_(low, high), low)
-        row = builder.and_(row, _spread(builder, args[4], vector))
-        builder.store(row, _pointer(builder, context, out, args[5], args[6], vector), align=lane.width // 8)
+        row = builder.and_(row, spread(builder, args[4], vector))
+        builder.store(row, pointer_to(builder, context, out, args[5], args[6], vector), align=lane.width // 8)
 
     return numba.void(raw, at, next_at, shift, mask, out, to), generate
 
@@ -155,14 +157,14 @@ def _add_up(_typing: Any, src: Any, src_at: Any, before: Any, out: Any, out_at: 
     vector, places = ir.VectorType(lane, n), ir.VectorType(_I32, n)
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        sums = builder.load(_pointer(builder, context, src, args[0], args[1], vector), align=lane.width // 8)
+        sums = builder.load(pointer_to(builder, context, src, args[0], args[1], vector), align=lane.width // 8)
         for moved in _sum_steps(n, _SHUFFLE_NBITS // lane.width):
             others = builder.shuffle_vector(sums, ir.Constant(vector, None), ir.Constant(places, moved))
             sums = builder.add(sums, others)
         sums = builder.add(sums, ir.Constant(vector, list(range(1, n + 1))))
         last = builder.extract_element(sums, _I32(n - 1))  # before the sum is added: the next vector waits for less
-        sums = builder.add(sums, _spread(builder, args[2], vector))
-        builder.store(sums, _pointer(builder, context, out, args[3], args[4], vector), align=lane.width // 8)
+        sums = builder.add(sums, spread(builder, args[2], vector))
+        builder.store(sums, pointer_to(builder, context, out, args[3], args[4], vector), align=lane.width // 8)
         return builder.add(args[2], last)
 
     return src.dtype(src, src_at, before, out, out_at), generate

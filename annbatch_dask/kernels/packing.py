@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numba
 import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from annbatch_dask.kernels.compiled import compiled
@@ -16,8 +21,10 @@ from annbatch_dask.kernels.packed import (
     bound_nbytes,
     length_of,
     magic_number,
+    pointer_to,
     shift_left,
     shift_right,
+    spread,
     table_entry_nbytes,
     write_number,
 )
@@ -28,40 +35,96 @@ _PATCH_COST = 4
 """Bits that a patch is taken to cost beside its own: at less than 1 % more bytes a third fewer of them."""
 
 
+_QUARTER = BLOCK_VALUES // 4
+_ROW_NBITS, _COUNT_NBITS = 1024, 512
+
+
+def _count_longer(_typing: Any, values: Any, first: Any, limit: Any) -> Any:
+    """How many values of a quarter, from ``first`` on, are greater than ``limit``."""
+    lane = ir.IntType(values.dtype.bitwidth)
+    vector = ir.VectorType(lane, _COUNT_NBITS // lane.width)
+    mask, number = ir.IntType(vector.count), ir.IntType(64)
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        total, most = number(0), spread(builder, args[2], vector)
+        for k in range(0, _QUARTER, vector.count):
+            at = builder.add(args[1], number(k))
+            found = builder.load(pointer_to(builder, context, values, args[0], at, vector), align=lane.width // 8)
+            n = builder.ctpop(builder.bitcast(builder.icmp_unsigned(">", found, most), mask))
+            total = builder.add(total, n if mask.width == number.width else builder.zext(n, number))
+        return total
+
+    return numba.uint64(values, first, limit), generate
+
+
+def _any_of(_typing: Any, values: Any) -> Any:
+    """The bits that any value of a block has."""
+    lane = ir.IntType(values.dtype.bitwidth)
+    vector = ir.VectorType(lane, _COUNT_NBITS // lane.width)
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        bits = ir.Constant(vector, None)
+        for k in range(0, BLOCK_VALUES, vector.count):
+            at = ir.IntType(64)(k)
+            found = builder.load(pointer_to(builder, context, values, args[0], at, vector), align=lane.width // 8)
+            bits = builder.or_(bits, found)
+        lanes = [builder.extract_element(bits, ir.IntType(32)(k)) for k in range(vector.count)]
+        found = lanes.pop()
+        for each in lanes:
+            found = builder.or_(found, each)
+        return found
+
+    return values.dtype(values), generate
+
+
+def _put_row(_typing: Any, values: Any, first: Any, left: Any, right: Any, mask: Any, raw: Any, at: Any) -> Any:
+    """Write one value of every lane, shifted by fewer bits than it has, to the words at byte ``at``.
+
+    What is shifted to the left is added to the bits that are there.
+    """
+    lane = ir.IntType(values.dtype.bitwidth)
+    vector = ir.VectorType(lane, _ROW_NBITS // lane.width)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+        row = builder.load(pointer_to(builder, context, values, args[0], args[1], vector), align=lane.width // 8)
+        row = builder.and_(row, spread(builder, args[4], vector))
+        for k, shift in ((2, builder.shl), (3, builder.lshr)):
+            row = shift(row, spread(builder, context.cast(builder, args[k], signature.args[k], values.dtype), vector))
+        place = pointer_to(builder, context, raw, args[5], args[6], vector)
+        is_behind = builder.icmp_unsigned("!=", args[2], args[2].type(0))
+        before = builder.select(is_behind, builder.load(place, align=1), ir.Constant(vector, None))
+        builder.store(builder.or_(row, before), place, align=1)
+
+    return numba.void(values, first, left, right, mask, raw, at), generate
+
+
+count_longer: Any = intrinsic(_count_longer)
+any_of: Any = intrinsic(_any_of)
+put_row: Any = intrinsic(_put_row)
+
+
 @compiled
-def _choose_width(values, lengths):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _choose_width(values):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     """(width, high) of fewest bits: what all values are packed in, and what is stored of each that needs more."""
-    n_bits = bits_of(values)
-    for quarter in range(4):
-        for k in range(65):
-            lengths[quarter, k] = 0
-    for k in range(U64(256)):  # the quarters in turn: a count that was just raised is not there yet to be raised again
-        lengths[U64(0), length_of(values[k])] += 1
-        lengths[U64(1), length_of(values[U64(256) + k])] += 1
-        lengths[U64(2), length_of(values[U64(512) + k])] += 1
-        lengths[U64(3), length_of(values[U64(768) + k])] += 1
-    longest = n_bits
-    while longest > U64(0) and not (
-        lengths[0, longest] or lengths[1, longest] or lengths[2, longest] or lengths[3, longest]
-    ):
-        longest -= U64(1)
+    ty, n_bits = values.dtype.type, bits_of(values)
+    longest = length_of(any_of(values))
     width, fewest = longest, U64(BLOCK_VALUES) * longest
     best = width
-    longer = np.zeros(4, np.int64)
     while width > U64(0):
-        n, most = 0, 0
-        for quarter in range(4):
-            longer[quarter] += lengths[quarter, width]
-            n += longer[quarter]
-            most = max(most, longer[quarter])
         width -= U64(1)
+        limit = ty(shift_left(ty(1), width) - ty(1))
+        n, most = U64(0), U64(0)
+        for quarter in range(4):
+            longer = count_longer(values, U64(_QUARTER) * U64(quarter), limit)
+            n += longer
+            most = max(most, longer)
         high = longest - width
-        if most > 255:
+        if most > U64(255):
             break
         if high > U64(56) and (width > U64(0) or n_bits < U64(64)):
             continue
         high = U64(64) if high > U64(56) else high
-        cost = U64(BLOCK_VALUES) * width + U64(n) * (U64(8 + _PATCH_COST) + high)
+        cost = U64(BLOCK_VALUES) * width + n * (U64(8 + _PATCH_COST) + high)
         if cost < fewest:
             best, fewest = width, cost
     high = longest - best
@@ -69,20 +132,18 @@ def _choose_width(values, lengths):  # type: ignore[no-untyped-def]  # noqa: ANN
 
 
 @compiled
-def _pack_words(values, width, words):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    """The low bits of a block's values; ``words`` has room for all bits, and is zero."""
+def _pack_words(values, width, raw, at):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """The low bits of a block's values, from byte ``at`` on."""
     ty = values.dtype.type
     n_bits = bits_of(values)
     n_lanes = U64(BLOCK_VALUES) // n_bits
     mask = ty(shift_right(ty(-1), n_bits - width))
     bit = U64(0)
     for row in range(n_bits):
-        word, shift, first = bit // n_bits * n_lanes, bit % n_bits, U64(row) * n_lanes
-        for k in range(n_lanes):
-            words[word + U64(k)] |= shift_left(values[first + U64(k)] & mask, shift)
+        word, shift, first = at + bit // n_bits * U64(128), bit % n_bits, U64(row) * n_lanes
+        put_row(values, first, shift, U64(0), mask, raw, word)
         if shift + width > n_bits:
-            for k in range(n_lanes):
-                words[word + n_lanes + U64(k)] |= shift_right(values[first + U64(k)] & mask, n_bits - shift)
+            put_row(values, first, U64(0), n_bits - shift, mask, raw, word + U64(128))
         bit += width
 
 
@@ -92,11 +153,12 @@ def _pack_patches(values, width, high, raw, at, counts):  # type: ignore[no-unty
     ty = values.dtype.type
     highs, limit = at, ty(shift_left(ty(1), width) - ty(1))
     for quarter in range(4):
-        first = highs
-        for k in range(U64(256)):
+        counts[quarter] = count_longer(values, U64(_QUARTER) * U64(quarter), limit)
+        if counts[quarter] == 0:
+            continue
+        for k in range(U64(_QUARTER)):
             raw[highs] = np.uint8(k)
-            highs += U64(values[U64(256) * U64(quarter) + k] > limit)
-        counts[quarter] = highs - first
+            highs += U64(values[U64(_QUARTER) * U64(quarter) + k] > limit)
     waiting, n_waiting = U64(0), U64(0)
     end, k = highs, at
     for quarter in range(4):
@@ -143,23 +205,18 @@ def _pack(values, differences, sign, raw):  # type: ignore[no-untyped-def]  # no
     write_number(raw, U64(0), 4, magic_number)
     write_number(raw, U64(4), 4, U64(VERSION) | n_bits << U64(8) | U64(differences) << U64(16))
     write_number(raw, U64(8), 8, n_values)
-    rest, words = np.empty(BLOCK_VALUES, values.dtype), np.empty(BLOCK_VALUES, values.dtype)
-    lengths, counts = np.empty((4, 65), np.int64), np.empty(4, np.int64)
+    rest, counts = np.empty(BLOCK_VALUES, values.dtype), np.empty(4, np.int64)
     at = U64(HEADER_NBYTES) + n_blocks * entry_nbytes
     for block in range(n_blocks):
         first = U64(block) * U64(BLOCK_VALUES)
         base = _subtract(values, first, min(U64(BLOCK_VALUES), n_values - first), differences, sign, rest)
-        width, high = _choose_width(rest, lengths)
+        width, high = _choose_width(rest)
         entry = U64(HEADER_NBYTES) + U64(block) * entry_nbytes
         for k in range(entry_nbytes):
             raw[entry + U64(k)] = 0
         write_number(raw, entry, 4, at // U64(4))
         if width > U64(0):
-            words[:] = 0
-            _pack_words(rest, width, words)
-            packed = words.view(np.uint8)
-            for k in range(U64(128) * width):
-                raw[at + U64(k)] = packed[U64(k)]
+            _pack_words(rest, width, raw, at)
             at += U64(128) * width
         counts[:] = 0
         if high > U64(0):
