@@ -113,24 +113,32 @@ def by_rank(stream: Iterable[Planned], rank: int, world_size: int, *, even: Even
     yield from _collect(left)
 
 
-def slice_batches(
-    stream: Iterable[Planned], rank: int, world_size: int, *, even: Even | None, first: Planned | None = None
+def slice_batches(  # noqa: PLR0913
+    stream: Iterable[Planned],
+    rank: int,
+    world_size: int,
+    *,
+    even: Even | None,
+    first: Planned | None = None,
+    n_together: int = 1,
 ) -> Iterator[Planned]:
     """The rank's slice of every batch; all ranks together have the batches of the stream, whatever their number.
 
     A batch that ``world_size`` does not divide, the last one, is left out, filled up or cut unevenly: see ``even``
-    of :func:`by_rank`. It is filled up with rows of ``first``, by default the stream's first request.
+    of :func:`by_rank`. It is filled up with rows of ``first``, by default the stream's first request. Where
+    ``n_together`` rows belong together, so it is with a batch that has not as many of these for each rank.
     """
+    step = world_size * n_together
     for item in stream:
         first = first or item
-        whole = [b for b, size in enumerate(item.sizes) if size % world_size == 0]
+        whole = [b for b, size in enumerate(item.sizes) if size % step == 0]
         if whole:
             yield _sliced(item.pick(whole), rank, world_size)
         for b in sorted(set(range(len(item.sizes))) - set(whole)):
             if even is None:
                 yield _sliced(item.pick([b]), rank, world_size)
             elif even == "pad":
-                full = -(-max(item.sizes[b], first.sizes[0]) // world_size) * world_size
+                full = -(-max(item.sizes[b], first.sizes[0]) // step) * step
                 yield _sliced(item.fill(b, full, first), rank, world_size)
 
 

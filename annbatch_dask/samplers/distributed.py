@@ -199,7 +199,7 @@ class DistributedSampler(Sampler):
         if not self._global_batches:
             return by_rank(stream, *where, even=self._even)
         if self.n_lanes is None or not isinstance(self._sampler, RandomSampler):
-            return slice_batches(stream, *where, even=self._even)
+            return slice_batches(stream, *where, even=self._even, n_together=self.n_together)
         n_together = -(-self.n_lanes // self._sampler.preload_nchunks)  # a chunk for each lane, or more
         return by_lane(stream, self._sampler.batch_size, n_together, *where, even=self._even)
 
