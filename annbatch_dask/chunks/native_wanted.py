@@ -21,6 +21,7 @@ STEP = 4 * BLOCK_VALUES
 
 _find = c_function(64, 64, 64, 64, 64, 64, 64)
 _take = c_function(64, 64, 64, 64, 64, 64)
+_add_up = c_function(64, 64, 64, 64, 64, 64, 64, 64)
 
 
 @compiled
@@ -77,7 +78,16 @@ def _find_step(there: int, at: int, n: int, itemsize: int, wanted: Any, places: 
 
 @compiled
 def pick(  # noqa: PLR0913, PLR0917 - a kernel
-    first: int, bounds: Any, pieces: Any, columns: Any, values: Any, wanted: Any, c: Any, kept: Any, counts: Any
+    first: int,
+    bounds: Any,
+    pieces: Any,
+    columns: Any,
+    values: Any,
+    wanted: Any,
+    c: Any,
+    kept: Any,
+    counts: Any,
+    totals: Any,
 ) -> bool:
     """Pick the wanted entries of some rows, one behind the other; writes nothing beside.
 
@@ -104,6 +114,9 @@ def pick(  # noqa: PLR0913, PLR0917 - a kernel
         uint32, ``STEP`` of them, to work in.
     counts
         Zeros: takes how many entries were picked of each row.
+    totals
+        (3,) the address of :func:`annbatch_dask.kernels.wanted.adder`'s function, or 0; that of ``bounds``, and that of
+        the totals of all rows, to which the values of these rows are added, picked or not.
 
     Returns
     -------
@@ -126,18 +139,22 @@ def pick(  # noqa: PLR0913, PLR0917 - a kernel
             there = _values_at(columns, c_loaded, at, n)
             if there == 0:
                 return False
+            row = state[1]
             n_kept = _find_step(there, at + shift, n, c_how[3], wanted, places, (bounds, state), counts)
             if n_kept < 0:
                 return False
             if n_kept:
                 _take(c_how[5], (there, n, places, n_kept, c_how[4] + n_out * c_how[3]))
+            if n_kept or totals[0]:
                 if not has_values:  # a chunk of which nothing is wanted is not read
                     v_loaded, has_values = _load(values, chunk, c, found), True
                 there = _values_at(values, v_loaded, at, n)
                 if there == 0:
                     return False
                 _take(v_how[5], (there, n, places, n_kept, v_how[4] + n_out * v_how[3]))
-                n_out += n_kept
+            if totals[0]:
+                _add_up(totals[0], (there, n, at + shift, totals[1], row, totals[2], len(bounds) - 1))
+            n_out += n_kept
             at += n
     return True
 

@@ -21,7 +21,8 @@ from annbatch_dask.chunks.layout import Array, Ints
 from annbatch_dask.chunks.native_wanted import STEP, hand_out, pick
 from annbatch_dask.chunks.reader import MIN_PART_NBYTES, Divisible, LocalChunks, RangeReader, Task
 from annbatch_dask.errors import IntegrityError
-from annbatch_dask.kernels.wanted import finder, taker
+from annbatch_dask.kernels.assemble import sum_dtype
+from annbatch_dask.kernels.wanted import add_up, adder, finder, taker
 
 __all__ = ["CoveredRows", "WantedEntries", "say_outside"]
 
@@ -66,6 +67,8 @@ class WantedEntries(Divisible):
         (n,) of each row that was asked for: where it begins in the outputs, and how many of its entries were picked.
     used
         (1,) how many entries were picked so far.
+    totals
+        float64, of each covered row the sum of all its values, picked or not; None where nobody asked for them.
     """
 
     readers: tuple[RangeReader, RangeReader]
@@ -76,6 +79,7 @@ class WantedEntries(Divisible):
     starts: Ints
     lengths: Ints
     used: Ints
+    totals: NDArray[np.float64] | None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
@@ -85,9 +89,13 @@ class WantedEntries(Divisible):
         rows: CoveredRows,
         is_wanted: NDArray[np.uint8],
         outputs: tuple[Array, Array],
+        *,
+        with_totals: bool = False,
     ) -> WantedEntries | None:
         """None where no one call can do it: both arrays must be in local files, in chunks of the same entries."""
         if readers[0].dtype.kind not in "iu" or any(reader.dtype.itemsize not in _ITEM_NBYTES for reader in readers):
+            return None
+        if with_totals and sum_dtype(readers[1].dtype) is None:
             return None
         spans = np.ascontiguousarray(rows.spans[rows.spans[:, 1] > rows.spans[:, 0]])
         columns, values = (reader.local_chunks(spans) for reader in readers)
@@ -95,7 +103,8 @@ class WantedEntries(Divisible):
             return None
         n = len(rows.position)
         found = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(1, np.int64)
-        return cls(readers, (columns, values), rows, is_wanted, outputs, *found)
+        totals = np.zeros(len(rows.bounds) - 1) if with_totals else None
+        return cls(readers, (columns, values), rows, is_wanted, outputs, *found, totals)
 
     def cut(self, n_parts: int) -> list[Task]:
         """Runs of rows with about as many entries."""
@@ -133,7 +142,10 @@ class WantedEntries(Divisible):
         wanted = np.array([find, self.is_wanted.ctypes.data, len(self.is_wanted)])
         kept = scratch("kept", 4 * STEP).view(np.uint32)
         given = (first, self.rows.bounds, pieces, columns, values, wanted, native.functions(), kept, counts)
-        return bool(pick(*given))
+        totals = np.zeros(3, np.int64)
+        if self.totals is not None:
+            totals[:] = adder(self.readers[1].dtype).address, self.rows.bounds.ctypes.data, self.totals.ctypes.data
+        return bool(pick(*given, totals))
 
     def _given(self, number: int, out: Array) -> tuple[Any, ...]:
         """Description of how columns or values are read."""
@@ -150,6 +162,10 @@ class WantedEntries(Divisible):
         n_outside = int(((columns < 0) | (columns >= len(self.is_wanted))).sum())
         if n_outside:
             raise IntegrityError(say_outside(n_outside, len(self.is_wanted)))
+        if self.totals is not None:
+            self.totals[first : first + len(counts)] = 0
+            room = np.empty(1, sum_dtype(values.dtype))
+            add_up(values, bounds[0], self.rows.bounds, first, room, self.totals)
         kept = np.flatnonzero(self.is_wanted[columns])
         counts[:] = np.diff(np.searchsorted(kept, bounds - bounds[0]))
         return columns[kept], values[kept]

@@ -28,11 +28,14 @@ __all__ = [
     "normalize_rows",
     "scatter_rows",
     "select_rows",
+    "sum_dtype",
     "take_columns",
+    "total",
 ]
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 Places = NDArray[np.int32]
 _Rows = tuple[Array, Ints, Array, Ints, Ints]
 
@@ -46,6 +49,7 @@ if hasattr(os, "register_at_fork"):
 
 _SAME_SIZE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _N_KNOWN = 64
+_MAX_SUMMED_NBYTES = 4
 
 
 class SparseRows(NamedTuple):
@@ -82,7 +86,14 @@ def copy_rows(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_star
 
 
 def normalize_rows(
-    source: Array, starts: Ints, lengths: Ints, dest: Array, dest_starts: Ints, *, target_sum: float
+    source: Array,
+    starts: Ints,
+    lengths: Ints,
+    dest: Array,
+    dest_starts: Ints,
+    *,
+    target_sum: float,
+    totals: Floats | None = None,
 ) -> None:
     """Scale each stretch to a sum, take log(1 + x): scanpy's ``normalize_total`` and ``log1p`` in one pass.
 
@@ -91,16 +102,32 @@ def normalize_rows(
     Parameters
     ----------
     source
-        1-D, C-contiguous: stretch ``i`` is ``source[starts[i]:starts[i] + lengths[i]]``, all values of a row.
+        1-D, C-contiguous: stretch ``i`` is ``source[starts[i]:starts[i] + lengths[i]]``, all values of a row unless
+        there are ``totals``.
     dest
         1-D, of floats; stretch ``i`` goes to ``dest[dest_starts[i]:]``.
     target_sum
         What a row is scaled to.
+    totals
+        (n,) the sum of each row, where stretches lack some of its values.
     """
     if not _has_kernels(source.dtype):
         copy_rows(source, starts, lengths, dest, dest_starts)
         source, starts = dest, dest_starts
-    _normalize(source, starts, lengths, dest, dest_starts, float(target_sum))
+    if totals is None:
+        totals = np.empty(len(starts), np.float64)
+        _sum_up(source, starts, lengths, np.zeros(1, sum_dtype(source.dtype)), totals)
+    _normalize(source, starts, lengths, dest, dest_starts, float(target_sum), totals)
+
+
+def sum_dtype(dtype: np.dtype[Any]) -> Any:
+    """What a row of such values is added up in; None where they are cast before.
+
+    Whole numbers that cannot overflow it are added in any order, many at a time.
+    """
+    if not _has_kernels(dtype) or dtype.kind == "c":
+        return None
+    return np.int64 if dtype.kind in "iu" and dtype.itemsize <= _MAX_SUMMED_NBYTES else np.float64
 
 
 def half_bits(values: Array, *, bfloat16: bool) -> NDArray[np.uint16]:
@@ -224,17 +251,35 @@ def _copy(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_starts: 
 
 
 @compiled
-def _normalize(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_starts: Ints, target_sum: float) -> None:
+def total(values, before, room):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """The sum of values after that of the values before, in the dtype of ``room``, which has one element.
+
+    It is the same however a row is cut into runs that follow each other.
+    """
+    room[0] = before
+    so_far = room[0]
+    for k in range(values.shape[0]):
+        so_far += values[k]
+    return np.float64(so_far)
+
+
+@compiled
+def _sum_up(source: Array, starts: Ints, lengths: Ints, room: Array, totals: Floats) -> None:
+    for i in range(starts.shape[0]):
+        totals[i] = total(source[starts[i] : starts[i] + lengths[i]], 0.0, room)
+
+
+@compiled
+def _normalize(  # noqa: PLR0913, PLR0917
+    source: Array, starts: Ints, lengths: Ints, dest: Array, dest_starts: Ints, target_sum: float, totals: Floats
+) -> None:
     # log1p is most of the work, and most counts are small: each is computed once a row.
     known = np.empty(_N_KNOWN, dest.dtype)
     for i in range(starts.shape[0]):
         n = lengths[i]
         row = source[starts[i] : starts[i] + n]
         to = dest[dest_starts[i] : dest_starts[i] + n]
-        total = 0.0
-        for j in range(n):
-            total += row[j]
-        scale = target_sum / total if total != 0 else 1.0
+        scale = target_sum / totals[i] if totals[i] != 0 else 1.0
         known[:] = -1
         for j in range(n):
             small = int(row[j]) if 0 <= row[j] < _N_KNOWN else 0

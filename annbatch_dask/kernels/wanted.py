@@ -8,9 +8,10 @@ from typing import Any
 import numba
 import numpy as np
 
+from annbatch_dask.kernels.assemble import sum_dtype, total
 from annbatch_dask.kernels.compiled import compiled, compiled_for_c
 
-__all__ = ["OUTSIDE", "find_wanted", "finder", "take", "taker"]
+__all__ = ["OUTSIDE", "add_up", "adder", "find_wanted", "finder", "take", "taker"]
 
 OUTSIDE = -1
 """What :func:`find_wanted` returns where an entry names a column that does not exist."""
@@ -57,6 +58,33 @@ def take(source, places, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, 
         out[k] = source[_U(places[k])]
 
 
+@compiled
+def add_up(values, at, bounds, row, room, totals):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, PLR0913, PLR0917
+    """Add values to the totals of their rows, as :func:`annbatch_dask.kernels.assemble.total` does.
+
+    Parameters
+    ----------
+    values
+        1-D, of which the first is the ``at``-th of those of all rows.
+    bounds
+        Where the values of each row begin among those of all rows, and end.
+    row
+        A row that begins no later than the first value.
+    room
+        One element of :func:`annbatch_dask.kernels.assemble.sum_dtype`.
+    totals
+        float64, of all rows.
+    """
+    k, n = 0, values.shape[0]
+    while k < n:
+        while bounds[row + 1] <= at + k:
+            row += 1
+        stop = min(n, bounds[row + 1] - at)
+        totals[row] = total(values[k:stop], totals[row], room)
+        k = stop
+    return 0
+
+
 def _find_at(columns, n, is_wanted, n_columns, first, kept):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913, PLR0917
     return find_wanted(
         numba.carray(columns, (n,)), numba.carray(is_wanted, (n_columns,)), first, numba.carray(kept, (n,))
@@ -88,6 +116,29 @@ def taker(itemsize: int) -> Any:
     """
     number, place = numba.int64, numba.types.CPointer(numba.uint32)
     return compiled_for_c(number(_pointer(itemsize), number, place, number, _pointer(itemsize)), _take_at)
+
+
+def _add_whole_at(values, n, at, bounds, row, totals, n_rows):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913, PLR0917
+    rows = numba.carray(bounds, (n_rows + 1,)), numba.carray(totals, (n_rows,))
+    return add_up(numba.carray(values, (n,)), at, rows[0], row, np.empty(1, np.int64), rows[1])
+
+
+def _add_at(values, n, at, bounds, row, totals, n_rows):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913, PLR0917
+    rows = numba.carray(bounds, (n_rows + 1,)), numba.carray(totals, (n_rows,))
+    return add_up(numba.carray(values, (n,)), at, rows[0], row, np.empty(1, np.float64), rows[1])
+
+
+@cache
+def adder(dtype: np.dtype[Any]) -> Any:
+    """:func:`add_up` for values of a dtype, called in the same way.
+
+    It takes the address of the values, how many they are, ``at``, the address of ``bounds``, ``row``, the address of
+    ``totals`` and the number of rows, and returns 0.
+    """
+    number, pointer = numba.int64, numba.types.CPointer
+    values, totals = pointer(numba.from_dtype(dtype)), pointer(numba.float64)
+    signature = number(values, number, number, pointer(number), number, totals, number)
+    return compiled_for_c(signature, _add_whole_at if sum_dtype(dtype) is np.int64 else _add_at)
 
 
 def _pointer(itemsize: int) -> Any:

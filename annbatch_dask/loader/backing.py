@@ -146,8 +146,12 @@ class RowSource(ABC):
         located: Located,
         pool: Arrays,
         is_wanted: NDArray[np.uint8],  # noqa: ARG002
+        *,
+        with_totals: bool,  # noqa: ARG002
     ) -> tuple[Block, list[Task]]:
         """Like `open`; may drop entries of columns that are not wanted (0 of 0 and 1) from sparse rows.
+
+        With ``with_totals`` a block that lacks some has the sum of each whole row.
 
         Until every task has run, where rows begin and how long they are may mean nothing.
         """
@@ -260,16 +264,20 @@ class ZarrCsrSource(RowSource):
         """Values and columns, each in one buffer."""
         return self._filled(located, *self._buffers(located, pool))
 
-    def open_wanted(self, located: Located, pool: Arrays, is_wanted: NDArray[np.uint8]) -> tuple[Block, list[Task]]:
+    def open_wanted(
+        self, located: Located, pool: Arrays, is_wanted: NDArray[np.uint8], *, with_totals: bool
+    ) -> tuple[Block, list[Task]]:
         """Values and columns, each in one buffer, of which little is touched where few columns are wanted."""
         assert located.rows is not None
         row_spans, position = located.rows
         values, columns = self._buffers(located, pool)
         rows = CoveredRows(located.spans, row_bounds(self.indptr, row_spans), position)
-        wanted = WantedEntries.of((self._columns, self._values), rows, is_wanted, (columns, values))
+        readers, outputs = (self._columns, self._values), (columns, values)
+        wanted = WantedEntries.of(readers, rows, is_wanted, outputs, with_totals=with_totals)
         if wanted is None:
             return self._filled(located, values, columns)
-        return PickedBlock(values, columns, wanted.starts, wanted.lengths, wanted.used), [wanted]
+        block = PickedBlock(values, columns, wanted.starts, wanted.lengths, wanted.used, wanted.totals, position)
+        return block, [wanted]
 
     def _filled(self, located: Located, values: Array, columns: Array) -> tuple[Block, list[Task]]:
         tasks = [*self._values.tasks(located.spans, values), *self._columns.tasks(located.spans, columns)]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from annbatch_dask.kernels.assemble import (
     select_rows,
     take_columns,
 )
-from annbatch_dask.loader.blocks import BatchRows, DenseBlock, Loaded, SparseBlock
+from annbatch_dask.loader.blocks import BatchRows, DenseBlock, Loaded, PickedBlock, SparseBlock
 from annbatch_dask.loader.pool import BufferPool
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 RunTasks = Callable[[list[Task]], object]
 
 _MIN_TASK_NBYTES = 2 * 1024 * 1024
@@ -122,7 +123,7 @@ class Form:
     @property
     def wanted(self) -> NDArray[np.uint8] | None:
         """The columns whose entries are all that is looked at, as 1 among 0, where to leave out the others pays."""
-        if self.selection is None or self.target_sum is not None:  # a row's sum is that of all its entries
+        if self.selection is None:
             return None
         n_wanted, n_columns = len(self.selection.columns), len(self.selection.places)
         return self.selection.is_wanted if n_wanted <= _WANTED_SHARE * n_columns else None
@@ -183,11 +184,8 @@ class BatchBuilder:
         return out
 
     def _build_csr(self, loaded: Loaded, rows: BatchRows, dtype: np.dtype[Any], run: RunTasks) -> CsrParts:
-        starts, lengths = (there[rows.rows] for there in loaded.sparse_rows)
-        blocks = _sparse(loaded)
-        found = self._count(blocks, rows, starts, lengths, run)
         counts = np.empty(len(rows), np.int64)
-        counts[rows.slots] = found
+        counts[rows.slots] = self._count(loaded, rows, run)
         ends = np.cumsum(counts)
         nnz = int(ends[-1]) if len(ends) else 0
         index_dtype = np.int32 if max(nnz, *self.width) <= _MAX_INT32 else np.int64
@@ -197,39 +195,35 @@ class BatchBuilder:
         n_parts = count_parts(self.n_parts, nnz * (values.itemsize + columns.itemsize))
         run(
             [
-                partial(_gather, self.form, blocks[k], starts[part], lengths[part], (values, columns), dest[part])
-                for k, part in rows.pieces(n_parts)
+                partial(_gather, self.form, part, (values, columns), dest[piece])
+                for part, piece in _sparse_parts(loaded, rows, n_parts)
             ]
         )
         indptr = np.zeros(len(rows) + 1, index_dtype)
         indptr[1:] = ends
         return CsrParts(values, columns, indptr, (len(rows), self.width[0]))
 
-    def _count(
-        self, blocks: Sequence[SparseBlock], rows: BatchRows, starts: Ints, lengths: Ints, run: RunTasks
-    ) -> Ints:
+    def _count(self, loaded: Loaded, rows: BatchRows, run: RunTasks) -> Ints:
         """Entries of each row that the batch takes."""
         selection = self.form.selection
         if selection is None:
-            return lengths
+            return loaded.sparse_rows[1][rows.rows]
         counts = np.empty(len(rows), np.int64)
-        parts = rows.pieces(self.n_parts)
-        run([partial(_count, selection, blocks[k], starts[p], lengths[p], counts[p]) for k, p in parts])
+        parts = _sparse_parts(loaded, rows, self.n_parts)
+        run([partial(_count, selection, part, counts[piece]) for part, piece in parts])
         return counts
 
     def _dense_tasks(self, loaded: Loaded, rows: BatchRows, out: Array) -> Iterator[Task]:
-        parts = rows.pieces(count_parts(self.n_parts, out.nbytes))
+        n_parts = count_parts(self.n_parts, out.nbytes)
         if self.is_sparse:
-            starts, lengths = (there[rows.rows] for there in loaded.sparse_rows)
-            blocks = _sparse(loaded)
-            for k, part in parts:
-                yield partial(_densify, self.form, blocks[k], starts[part], lengths[part], out, rows.slots[part])
+            for part, piece in _sparse_parts(loaded, rows, n_parts):
+                yield partial(_densify, self.form, part, out, rows.slots[piece])
             return
         positions = loaded.dense_rows[rows.rows]
-        for k, part in parts:
+        for k, piece in rows.pieces(n_parts):
             source = loaded.blocks[k]
             assert isinstance(source, DenseBlock)  # noqa: S101
-            yield partial(_pick, self.form, source.values, positions[part], out, rows.slots[part])
+            yield partial(_pick, self.form, source.values, positions[piece], out, rows.slots[piece])
 
 
 def count_parts(n_parts: int, nbytes: int) -> int:
@@ -237,49 +231,70 @@ def count_parts(n_parts: int, nbytes: int) -> int:
     return max(1, min(n_parts, nbytes // _MIN_TASK_NBYTES))
 
 
-def _sparse(loaded: Loaded) -> Sequence[SparseBlock]:
-    return [block for block in loaded.blocks if isinstance(block, SparseBlock)]
+class _Part(NamedTuple):
+    """Rows of one block: where each begins, its length, and the sum of its values where the block lacks some."""
+
+    block: SparseBlock
+    starts: Ints
+    lengths: Ints
+    totals: Floats | None
+
+    def cut(self, piece: slice) -> _Part:
+        totals = None if self.totals is None else self.totals[piece]
+        return _Part(self.block, self.starts[piece], self.lengths[piece], totals)
+
+
+def _sparse_parts(loaded: Loaded, rows: BatchRows, n_parts: int) -> Iterator[tuple[_Part, slice]]:
+    """Parts of a batch of sparse rows, and which of its rows each has."""
+    starts, lengths = (there[rows.rows] for there in loaded.sparse_rows)
+    totals = None if loaded.totals is None else loaded.totals[rows.rows]
+    for k, piece in rows.pieces(n_parts):
+        block = loaded.blocks[k]
+        assert isinstance(block, SparseBlock)  # noqa: S101
+        its_totals = totals[piece] if totals is not None and isinstance(block, PickedBlock) else None
+        yield _Part(block, starts[piece], lengths[piece], its_totals), piece
 
 
 # ------------------------------------------------------------------------------- tasks over sparse blocks
 
 
-def _count(selection: Selection, block: SparseBlock, starts: Ints, lengths: Ints, out: Ints) -> None:
-    out[:], n_outside = count_selected(block.columns, starts, lengths, selection.places)
+def _count(selection: Selection, part: _Part, out: Ints) -> None:
+    out[:], n_outside = count_selected(part.block.columns, part.starts, part.lengths, selection.places)
     check_columns(n_outside, len(selection.places))
 
 
-def _gather(form: Form, block: SparseBlock, starts: Ints, lengths: Ints, out: tuple[Array, Array], dest: Ints) -> None:
-    values, columns = _bits(out[0], form), out[1]
-    sparse = _prepared(form, block, starts, lengths, out[0].dtype)
+def _gather(form: Form, part: _Part, out: tuple[Array, Array], dest: Ints) -> None:
+    values, columns, starts, lengths = _bits(out[0], form), out[1], part.starts, part.lengths
+    sparse = _prepared(form, part, out[0].dtype)
     if form.selection is not None:
         select_rows(sparse, starts, lengths, form.selection.places, (values, columns), dest)
         return
     copy_rows(sparse.values, sparse.at(starts, lengths)[1], lengths, values, dest)
-    copy_rows(block.columns, starts, lengths, columns, dest)
+    copy_rows(sparse.columns, starts, lengths, columns, dest)
 
 
-def _densify(form: Form, block: SparseBlock, starts: Ints, lengths: Ints, out: Array, places: Ints) -> None:
+def _densify(form: Form, part: _Part, out: Array, places: Ints) -> None:
     selected = None if form.selection is None else form.selection.places
-    for part in _steps(len(starts), form):
-        rows = starts[part], lengths[part]
-        sparse = _prepared(form, block, *rows, out.dtype)
-        n_outside, n_repeated = scatter_rows(sparse, *rows, _bits(out, form), places[part], selected)
+    for step in _steps(len(places), form):
+        some = part.cut(step)
+        rows, sparse = (some.starts, some.lengths), _prepared(form, some, out.dtype)
+        n_outside, n_repeated = scatter_rows(sparse, *rows, _bits(out, form), places[step], selected)
         check_columns(n_outside, out.shape[1] if selected is None else len(selected))
         if n_repeated and form.is_half:
             # The bits of half precision cannot be added up; such rows are rare, and take the long way.
             full = np.empty((len(rows[0]), out.shape[1]), np.float32)
             single = replace(form, dtype=full.dtype, is_bfloat16=False)
-            _densify(single, block, *rows, full, np.arange(len(full)))
-            _bits(out, form)[places[part]] = half_bits(full, bfloat16=form.is_bfloat16)
+            _densify(single, some, full, np.arange(len(full)))
+            _bits(out, form)[places[step]] = half_bits(full, bfloat16=form.is_bfloat16)
 
 
-def _prepared(form: Form, block: SparseBlock, starts: Ints, lengths: Ints, dtype: np.dtype[Any]) -> SparseRows:
+def _prepared(form: Form, part: _Part, dtype: np.dtype[Any]) -> SparseRows:
     """The rows, in place where their values only have to be cast, else with values worked out beforehand."""
+    values, columns = part.block.values, part.block.columns
     if not form.is_computed:
-        return SparseRows(block.values, block.columns)
-    flat, flat_starts = _compute(form, block.values, starts, lengths, dtype)
-    return SparseRows(flat, block.columns, flat_starts)
+        return SparseRows(values, columns)
+    flat, flat_starts = _compute(form, values, part.starts, part.lengths, dtype, part.totals)
+    return SparseRows(flat, columns, flat_starts)
 
 
 def check_columns(n_outside: int, n_columns: int) -> None:
@@ -308,7 +323,9 @@ def _pick(form: Form, values: Array, positions: Ints, out: Array, places: Ints) 
 # ------------------------------------------------------------------------------------------------- values
 
 
-def _compute(form: Form, values: Array, starts: Ints, lengths: Ints, dtype: np.dtype[Any]) -> tuple[Array, Ints]:
+def _compute(  # noqa: PLR0913, PLR0917
+    form: Form, values: Array, starts: Ints, lengths: Ints, dtype: np.dtype[Any], totals: Floats | None = None
+) -> tuple[Array, Ints]:
     """Values of some rows, normalised, in half precision as bits; and where each row of them begins."""
     ends = np.cumsum(lengths)
     flat_starts = ends - lengths
@@ -318,7 +335,7 @@ def _compute(form: Form, values: Array, starts: Ints, lengths: Ints, dtype: np.d
         copy_rows(values, starts, lengths, flat, flat_starts)
     else:
         flat = np.empty(n_values, np.float32 if form.is_half else dtype)
-        normalize_rows(values, starts, lengths, flat, flat_starts, target_sum=form.target_sum)
+        normalize_rows(values, starts, lengths, flat, flat_starts, target_sum=form.target_sum, totals=totals)
     return (half_bits(flat, bfloat16=form.is_bfloat16) if form.is_half else flat), flat_starts
 
 

@@ -17,6 +17,7 @@ __all__ = ["BatchRows", "Block", "DenseBlock", "Loaded", "PickedBlock", "SparseB
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,35 @@ class SparseBlock:
     starts: Ints
     lengths: Ints
 
+    @property
+    def totals(self) -> Floats | None:
+        """The sum of all values of each row, where the block lacks some and it was asked for."""
+        return None
+
 
 @dataclass(frozen=True)
 class PickedBlock(SparseBlock):
     """A block without the entries of columns that are not wanted.
 
-    ``n_used`` says of how many entries of its room there are any; like all else, it is known once all tasks have run.
+    Like all else, what follows is known once all tasks have run.
+
+    Attributes
+    ----------
+    n_used
+        Of how many entries of its room there are any.
+    covered_totals, covered
+        The sum of all values of some rows, those that were left out among them, and which of these rows each row is;
+        None where nobody asked for it.
     """
 
     n_used: Ints
+    covered_totals: Floats | None
+    covered: Ints
+
+    @property
+    def totals(self) -> Floats | None:
+        """The sum of all values of each row, where it was asked for."""
+        return None if self.covered_totals is None else self.covered_totals[self.covered]
 
     @property
     def spare_nbytes(self) -> int:
@@ -86,6 +107,19 @@ class Loaded:
         """
         blocks = [block for block in self.blocks if isinstance(block, SparseBlock)]
         return _joined([block.starts for block in blocks]), _joined([block.lengths for block in blocks])
+
+    @cached_property
+    def totals(self) -> Floats | None:
+        """The sum of all values of each row of all sparse blocks, also where entries were left out of them.
+
+        Zeros for blocks that hold all entries; None if all do, or nobody asked.
+        """
+        blocks = [block for block in self.blocks if isinstance(block, SparseBlock)]
+        found = [block.totals for block in blocks]
+        if all(totals is None for totals in found):
+            return None
+        pairs = zip(blocks, found, strict=True)
+        return np.concatenate([np.zeros(len(b.starts)) if totals is None else totals for b, totals in pairs])
 
     @cached_property
     def dense_rows(self) -> Ints:

@@ -353,8 +353,10 @@ class Pipeline:
             opened, tasks = source.open(part, slab)
             staged, copies = stage(opened, slab)
             return staged, [*tasks, *copies]
-        wanted = matrix.form.wanted
-        return source.open(part, self._pool) if wanted is None else source.open_wanted(part, self._pool, wanted)
+        form = matrix.form
+        if form.wanted is None:
+            return source.open(part, self._pool)
+        return source.open_wanted(part, self._pool, form.wanted, with_totals=form.target_sum is not None)
 
     def _room_of(self, located: Sequence[Sequence[Located]], assignments: Sequence[Assignment]) -> int:
         """Bytes of a window; in one piece where it goes to a device."""

@@ -278,7 +278,17 @@ def packed(adatas, tmp_path_factory):
 
 
 @pytest.mark.parametrize("names", [CYCLE, sorted(CYCLE), ["g5"], CYCLE[::-1]], ids=["cycle", "sorted", "one", "back"])
-@pytest.mark.parametrize("form", [{}, {"dense": True}, {"dense": True, "dtype": "float16", "casting": "unsafe"}])
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"dense": True},
+        {"dense": True, "dtype": "float16", "casting": "unsafe"},
+        {"transform": NormalizeLog1p(50)},
+        {"dense": True, "transform": NormalizeLog1p(50)},
+        {"dense": True, "dtype": "float16", "transform": NormalizeLog1p(50)},
+    ],
+)
 def test_entries_that_are_left_out_early_are_missed_by_nobody(packed, monkeypatch, names, form):
     def read():
         loader = Loader(**SMALL, **PLAIN, shuffle=True, seed=0, var_names=names, **form).add_adata(packed)
@@ -287,8 +297,8 @@ def test_entries_that_are_left_out_early_are_missed_by_nobody(packed, monkeypatc
     picked = []
     opened = ZarrCsrSource.open_wanted
 
-    def open_wanted(self, *args):
-        block, tasks = opened(self, *args)
+    def open_wanted(self, *args, **options):
+        block, tasks = opened(self, *args, **options)
         picked.append(isinstance(block, PickedBlock))
         return block, tasks
 
