@@ -1,9 +1,10 @@
-"""The command line: ``annbatch-dask shuffle | plan | info | report | verify | gc | stream | mixing``."""
+"""The command line: ``annbatch-dask shuffle | plan | status | info | report | verify | gc | stream | mixing``."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 import tempfile
 import time
@@ -36,6 +37,7 @@ EXAMPLES = {
 examples:
   annbatch-dask plan a.h5ad b.h5ad                    tasks, bytes and peak memory; runs nothing
   annbatch-dask shuffle a.h5ad b.h5ad -o atlas.zarr   on all cores of this machine
+  annbatch-dask status atlas.zarr                     how far a build is, from any machine
   annbatch-dask info atlas.zarr
   annbatch-dask report atlas.zarr -o report.html      a page for the browser, with figures
   annbatch-dask verify atlas.zarr --against *.h5ad    proof that no cell was lost or changed
@@ -56,9 +58,19 @@ An interrupted run resumes when the same command is given again.
 example:
   annbatch-dask plan *.h5ad --dataset-size 2GB
 """,
+    "status": """\
+examples:
+  annbatch-dask status atlas.zarr
+  annbatch-dask status s3://bucket/atlas.zarr --json
+  watch annbatch-dask status /shared/atlas.zarr
+
+Reads what a build leaves in the folder of the collection and beside it, so it tells of builds on other machines too,
+and of those that were interrupted. It writes and locks nothing.
+""",
     "info": """\
-example:
+examples:
   annbatch-dask info atlas.zarr
+  annbatch-dask info atlas.zarr --json
 """,
     "report": """\
 example:
@@ -158,6 +170,16 @@ def _plan(args: argparse.Namespace) -> None:
     # A path where nothing is: a plan writes nothing, to it or elsewhere.
     target = Path(tempfile.gettempdir(), f"annbatch-dask-plan-{uuid.uuid4().hex}.zarr")
     _say(DatasetCollection(target).plan_adatas(args.files, **_layout(args)).summary())
+
+
+def _status(args: argparse.Namespace) -> None:
+    from annbatch_dask import DatasetCollection
+
+    found = DatasetCollection(args.collection).status()
+    if args.json:
+        _say_json("status", found.to_json())
+    else:
+        _say(str(found))
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -406,6 +428,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_shuffle(commands)
     _add_plan(commands)
+    _add_status(commands)
     _add_info(commands)
     _add_report(commands)
     _add_verify(commands)
@@ -463,6 +486,16 @@ def _add_shuffle(commands: Any) -> None:
 def _add_plan(commands: Any) -> None:
     parser = _add_command(commands, "plan", _plan, "print the plan of a shuffle, and run nothing")
     _add_layout_options(parser)
+
+
+def _add_status(commands: Any) -> None:
+    parser = _add_command(commands, "status", _status, "tell of builds: what runs, how far, what was interrupted")
+    _add_collection(parser)
+    _add_json(parser)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead, for scripts")
 
 
 def _add_info(commands: Any) -> None:
@@ -678,6 +711,11 @@ def _positive(text: str) -> int:
 def _say(text: str, file: IO[str] | None = None) -> None:
     """Print lines; names in them may come from anybody's files, and do nothing to a terminal."""
     print("\n".join(map(_visible, text.split("\n"))), file=file)
+
+
+def _say_json(command: str, values: dict[str, Any]) -> None:
+    """Print a document of JSON, whose escapes do nothing to a terminal; its first line says what it is."""
+    print(json.dumps({"annbatch_dask": annbatch_dask.__version__, "command": command} | values, indent=1))
 
 
 def _visible(text: str) -> str:

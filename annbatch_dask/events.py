@@ -17,10 +17,10 @@ commit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-__all__ = ["BuildEnd", "BuildStart", "Callback", "Callbacks", "StageEnd", "StageStart", "TaskEnd"]
+__all__ = ["BuildEnd", "BuildStart", "Callback", "Callbacks", "StageEnd", "StageStart", "TaskEnd", "TaskRetry"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class StageStart:
 class TaskEnd:
     """One task of a stage is done.
 
-    ``reused`` is True where an earlier, interrupted build had already done it.
+    ``reused`` is True where an earlier, interrupted build had already done it. ``what`` says what it worked on,
+    ``seconds`` how long, where it ran, and ``activities`` on what it spent them.
     """
 
     stage: str
@@ -67,6 +68,19 @@ class TaskEnd:
     n_rows: int
     n_bytes: int
     reused: bool = False
+    what: str = ""
+    seconds: float = 0.0
+    activities: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskRetry:
+    """A task failed, or its worker died, and it is handed out again; ``reason`` says why in words."""
+
+    stage: str
+    task: int
+    what: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,9 @@ class Callback:
     def on_task_end(self, event: TaskEnd) -> None:
         """A task is done."""
 
+    def on_task_retry(self, event: TaskRetry) -> None:
+        """A task is tried again."""
+
     def on_stage_end(self, event: StageEnd) -> None:
         """A stage is done."""
 
@@ -123,6 +140,11 @@ class Callbacks(Callback):
         """Pass on."""
         for listener in self.listeners:
             listener.on_task_end(event)
+
+    def on_task_retry(self, event: TaskRetry) -> None:
+        """Pass on."""
+        for listener in self.listeners:
+            listener.on_task_retry(event)
 
     def on_stage_end(self, event: StageEnd) -> None:
         """Pass on."""

@@ -11,6 +11,7 @@ import pandas as pd
 
 from annbatch_dask.errors import CollectionError
 from annbatch_dask.etl.prepare import dataset_refs
+from annbatch_dask.etl.status import CollectionStatus, status_of
 from annbatch_dask.etl.verify import check_readable
 from annbatch_dask.html import render
 from annbatch_dask.manifest import Manifest
@@ -20,7 +21,7 @@ from annbatch_dask.splits import Splits, make_splits
 from annbatch_dask.storage.frames import concat_obs, read_obs
 from annbatch_dask.storage.lock import Lease
 from annbatch_dask.storage.metadata import is_metadata
-from annbatch_dask.storage.root import H5adRoot, Root
+from annbatch_dask.storage.root import H5adRoot, Root, open_group
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -175,6 +176,33 @@ class StoredCollection:
         with self._root.as_opened():
             target = self._root.target if self._root.has_folder else None
             return make_report(self.path, list(self._root.readable()), self.manifest, target)
+
+    def status(self) -> CollectionStatus:
+        """Look for builds: those that run, on any machine, or were interrupted, how far they are, and the last ones.
+
+        It reads what lies in the collection's folder and beside it, and writes nothing.
+
+        Returns
+        -------
+        CollectionStatus
+            ``state``, ``builds``, ``last``; ``print`` shows it in lines.
+
+        Raises
+        ------
+        CollectionError
+            If the collection has no path or URL, or is a folder of h5ad files.
+
+        Examples
+        --------
+        >>> collection.status().state
+        'idle'
+        """
+        if self._is_h5ad or not self._root.has_folder:
+            msg = f"{self.path} has no builds to tell of: that takes a zarr collection at a path or URL"
+            raise CollectionError(msg)
+        folder = self._root.folder
+        now = Root(open_group(folder, "r"), folder)  # which others may have changed since this object was made
+        return status_of(now.target, self.path, now.manifest, None if now.is_empty else now.n_obs)
 
     def to_lazy(self, *, load_annotation_index: bool = True) -> ad.AnnData:
         """All datasets as one AnnData to look at: X, layers and raw are dask arrays, columns of obs are read when used.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -9,15 +10,17 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from annbatch_dask.events import Callback, StageEnd, StageStart, TaskEnd
+from annbatch_dask.activities import measured
+from annbatch_dask.events import Callback, StageEnd, StageStart, TaskEnd, TaskRetry
 from annbatch_dask.plan.memory import Budget
 
-__all__ = ["Describe", "Engine", "EngineChoice", "OnResult", "run_stage"]
+__all__ = ["Describe", "Engine", "EngineChoice", "OnResult", "OnRetry", "Timed", "run_stage"]
 
 logger = logging.getLogger(__name__)
 
 Describe = Callable[[int], str]
 OnResult = Callable[[int, Any], None]
+OnRetry = Callable[[int, str], None]
 
 
 class Engine(Protocol):
@@ -42,10 +45,11 @@ class Engine(Protocol):
         tasks: Sequence[tuple[Any, ...]],
         on_result: OnResult,
         describe: Describe,
+        on_retry: OnRetry = ...,
     ) -> list[Any]:
         """Call ``fn(*args)`` for each; results in order. ``on_result(i, result)`` is called as each is done.
 
-        ``describe(i)`` says what a task works on.
+        ``describe(i)`` says what a task works on, ``on_retry(i, reason)`` is called where it is handed out again.
         """
 
 
@@ -69,6 +73,22 @@ class EngineChoice:
     budget: Budget
     start: Callable[[int], AbstractContextManager[Engine]]
     ahead: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Result of a task, its seconds, and the activities they went to."""
+
+    result: Any
+    seconds: float
+    activities: dict[str, float]
+
+
+def _timed(fn: Callable[..., Any], *args: Any) -> Timed:
+    start = time.perf_counter()
+    with measured() as activities:
+        result = fn(*args)
+    return Timed(result, time.perf_counter() - start, activities)
 
 
 def run_stage(  # noqa: PLR0913 - mostly keywords
@@ -96,11 +116,16 @@ def run_stage(  # noqa: PLR0913 - mostly keywords
     start = time.perf_counter()
     callback.on_stage_start(StageStart(stage, len(tasks), *size))
 
-    def on_result(i: int, result: Any) -> None:
-        reused = bool(getattr(result, "reused", False))
-        callback.on_task_end(TaskEnd(stage, i, *measure(i, result), reused=reused))
+    def on_result(i: int, timed: Timed) -> None:
+        reused = bool(getattr(timed.result, "reused", False))
+        size = measure(i, timed.result)
+        callback.on_task_end(TaskEnd(stage, i, *size, reused, describe(i), timed.seconds, timed.activities))
 
-    results = engine.run(stage, fn, tasks, on_result, describe)
+    def on_retry(i: int, reason: str) -> None:
+        callback.on_task_retry(TaskRetry(stage, i, describe(i), reason))
+
+    timed = engine.run(stage, functools.partial(_timed, fn), tasks, on_result, describe, on_retry)
+    results = [t.result for t in timed]
     seconds = time.perf_counter() - start
     callback.on_stage_end(StageEnd(stage, seconds))
     logger.info("%s: %d tasks in %.1f s", stage, len(tasks), seconds)

@@ -19,15 +19,17 @@ import cloudpickle
 from dask.base import compute, tokenize
 from dask.callbacks import Callback as DaskCallback
 from dask.delayed import delayed
-from distributed import CancelledError, Client, as_completed
+from distributed import CancelledError, Client, as_completed, span
 from distributed.comm.core import CommClosedError
+from distributed.metrics import context_meter
 from distributed.scheduler import KilledWorker
 
-from annbatch_dask.engines.base import Describe, OnResult
+from annbatch_dask.engines.base import Describe, OnResult, OnRetry, Timed
 from annbatch_dask.errors import AnnbatchDaskError, SchedulerError, WorkersDiedError
 from annbatch_dask.formatting import format_bytes
 from annbatch_dask.plan.memory import Budget
 from annbatch_dask.storage import transient
+from annbatch_dask.storage.secrets import without_secrets
 from annbatch_dask.storage.transient import PAUSES_S, is_transient, patiently
 
 __all__ = ["ClusterEngine", "LocalEngine"]
@@ -40,6 +42,10 @@ DEATHS = 8
 """So many workers may die on a task that had the cluster to itself, until they are taken to die of it."""
 NO_WORKER_S = 60.0
 """How often a stage looks whether any worker is there, to say so where none is."""
+
+
+def _ignored(*_: Any) -> None:
+    pass
 
 
 def _delayed(name: str, fn: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -70,6 +76,7 @@ class LocalEngine:
         tasks: Sequence[tuple[Any, ...]],
         on_result: OnResult,
         describe: Describe,  # noqa: ARG002 - who dies here cannot tell
+        on_retry: OnRetry = _ignored,  # noqa: ARG002 - nor is anything handed out again
     ) -> list[Any]:
         """Run the tasks in this process."""
         call = functools.partial(patiently, fn) if self.patient else fn
@@ -97,9 +104,13 @@ class _Failed:
 
 def _attempt(fn: Callable[..., Any], *args: Any) -> Any:
     try:
-        return patiently(fn, *args)
+        result = patiently(fn, *args)
     except Exception as e:  # noqa: BLE001 - all of them travel to the client
         return _Failed(_portable(e), isinstance(e, AnnbatchDaskError) and not is_transient(e))
+    if isinstance(result, Timed):  # Dask's fine performance metrics, which it sums by span and activity
+        for name, seconds in result.activities.items():
+            context_meter.digest_metric(name, seconds, "seconds")
+    return result
 
 
 class _WorkerTracebackError(Exception):
@@ -148,9 +159,10 @@ class ClusterEngine:
         tasks: Sequence[tuple[Any, ...]],
         on_result: OnResult,
         describe: Describe,
+        on_retry: OnRetry = _ignored,
     ) -> list[Any]:
         """Run the tasks on the cluster; on any error, cancel what is left."""
-        run = _ClusterRun(self.client, name, fn, tasks, on_result, describe)
+        run = _ClusterRun(self.client, name, fn, tasks, on_result, describe, on_retry)
         try:
             with _missing_workers_said(self.client, name):
                 run.all()
@@ -214,6 +226,7 @@ class _ClusterRun:
     tasks: Sequence[tuple[Any, ...]]
     on_result: OnResult
     describe: Describe
+    on_retry: OnRetry
     results: list[Any] = field(init=False)
     deaths: Counter[int] = field(default_factory=Counter)
     lost: list[int] = field(default_factory=list)
@@ -268,6 +281,7 @@ class _ClusterRun:
                 except KilledWorker as e:
                     self.deaths[i] += e.allowed_failures + 1
                     died.add(i)
+                    self.on_retry(i, f"{e.allowed_failures + 1} workers died that had it")
                     continue
                 if not isinstance(result, _Failed):
                     self.results[i] = result
@@ -276,6 +290,7 @@ class _ClusterRun:
                     raise result.error
                 else:
                     tries[i] += 1
+                    self.on_retry(i, without_secrets(f"{type(result.error).__name__}: {result.error}"))
                     futures += (again := self._submit([i], index))
                     running.update(again)
         except (CancelledError, CommClosedError):
@@ -286,8 +301,9 @@ class _ClusterRun:
         return died
 
     def _submit(self, which: Sequence[int], index: dict[Any, int]) -> list[Any]:
-        graph = _delayed(self.name, _attempt, [(self.fn, *self.tasks[i]) for i in which])
-        futures: list[Any] = self.client.compute(graph, optimize_graph=False)
+        with span("annbatch_dask", self.name):
+            graph = _delayed(self.name, _attempt, [(self.fn, *self.tasks[i]) for i in which])
+            futures: list[Any] = self.client.compute(graph, optimize_graph=False)
         index.update((f.key, i) for f, i in zip(futures, which, strict=True))
         return futures
 

@@ -17,6 +17,7 @@ from annbatch_dask.etl.ours import FolderContents, Scratch, contents_of
 from annbatch_dask.etl.prepare import Prepared, is_done, prepare, resolve, warn_of_duplicates
 from annbatch_dask.etl.request import Request
 from annbatch_dask.etl.sweep import sweep_idle
+from annbatch_dask.etl.watch import Watch
 from annbatch_dask.events import Callback, Callbacks
 from annbatch_dask.manifest import DATASET_NAME, dataset_number
 from annbatch_dask.sources.identity import raise_if_changed
@@ -131,7 +132,7 @@ def _run(root: Root, prepared: Prepared, means: Means, found: FolderContents) ->
         job = _make_job(root, prepared, means.scratch, found)
         try:
             check_unchanged(job.target, found.version)  # now that what another build publishes has other names
-            build(job, engine, Callbacks([means.callback, Recorder(job.target, job.plan)]))
+            build(job, engine, Callbacks([*_records(job), means.callback]))
         except CollectionBusyError:
             root.replaces = False
             root.refresh()
@@ -140,6 +141,12 @@ def _run(root: Root, prepared: Prepared, means: Means, found: FolderContents) ->
             logger.info("%s: another run of this build was faster", root.path)
     root.replaces = False
     root.refresh()
+
+
+def _records(job: Job) -> list[Callback]:
+    """What keeps account of a build; before the listeners of others, which may look at it, or raise."""
+    recorder = Recorder(job.target, job.plan)
+    return [recorder] if job.claim is None else [recorder, Watch(job.target, job.claim, job.plan.fingerprint)]
 
 
 def _make_job(root: Root, prepared: Prepared, scratch: Folder, found: FolderContents) -> Job:

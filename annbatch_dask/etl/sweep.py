@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from annbatch_dask.errors import CollectionError
 from annbatch_dask.etl.job import Job
 from annbatch_dask.etl.ours import Scratch, contents_of, remove_dataset
+from annbatch_dask.etl.watch import forget_progress
 from annbatch_dask.manifest import dataset_number
 from annbatch_dask.storage.claims import Claim, release_claim
 from annbatch_dask.storage.folder import Folder
@@ -32,7 +33,7 @@ def withdraw(job: Job) -> None:
     others = {w.scratch for c in found.claims if c != claim for w in c.works}
     scratch = scratch_of(job)
     scratch.remove(scratch.find(w for w in claim.works if w.scratch not in others))
-    release_claim(target, claim)
+    _release(target, [claim])
 
 
 def sweep(
@@ -69,8 +70,7 @@ def sweep(
     if not dry_run:
         found.remove(names)
         scratch.remove(folders)
-        for claim in found.claims:
-            release_claim(target, claim)
+        _release(target, found.claims)
     return [*sorted([*names, *(c.name for c in found.claims)]), *sorted(f.url for f, _ in folders)]
 
 
@@ -110,7 +110,12 @@ def _remove_claims(target: Folder, scratch: Scratch, claims: Iterable[Claim]) ->
         else:
             done.append(claim)
     scratch.remove(folders)
-    for claim in done:
+    _release(target, done)
+
+
+def _release(target: Folder, claims: Iterable[Claim]) -> None:
+    for claim in claims:
+        forget_progress(target, claim)
         release_claim(target, claim)
 
 

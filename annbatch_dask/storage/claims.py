@@ -95,12 +95,18 @@ class Claim:
             return None
 
     @property
+    def is_here(self) -> bool:
+        """True if its build's process is, or was, one of this machine, which can be asked."""
+        me = _process(os.getpid())
+        return bool(me["boot"]) and all(self.owner.get(k) == me[k] for k in ("host", "boot", "namespace"))
+
+    @property
     def is_over(self) -> bool:
         """True if its build is known to run no more. That of another machine may run."""
         me = _process(os.getpid())
         if self.has_ended:
             return True
-        if not me["boot"] or any(self.owner.get(k) != me[k] for k in ("host", "boot", "namespace")):
+        if not self.is_here:
             return False
         if self.owner == me:
             return self.nonce not in _running

@@ -36,7 +36,7 @@ sys.stdout.buffer.write(cloudpickle.dumps((result, peak)))
 class FreshProcesses(LocalEngine):
     """Runs the first task of each stage, as large as any, in a process of its own, and notes its peak."""
 
-    def run(self, name, fn, tasks, on_result, describe):
+    def run(self, name, fn, tasks, on_result, describe, on_retry=None):
         if name == "commit":
             return super().run(name, fn, tasks, on_result, describe)
         payload = cloudpickle.dumps((fn, tasks[0]))

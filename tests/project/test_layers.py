@@ -15,6 +15,7 @@ NAMES = [path.relative_to(PACKAGE).as_posix() for path in MODULES]
 # From the ground up: a floor may import of ours what stands beside it, all of which stand above it in this list.
 ALLOWED = {
     "errors": set(),
+    "activities": set(),
     "events": set(),
     "formatting": set(),
     "warn": set(),
@@ -33,11 +34,11 @@ ALLOWED = {
     "plan": {"errors", "formatting", "html", "kernels", "manifest"},
     "planned": {"events", "plan"},
     "sources": {"errors", "kernels", "manifest", "plan", "storage"},
-    "engines": {"errors", "events", "formatting", "plan", "sizes", "storage"},
+    "engines": {"activities", "errors", "events", "formatting", "plan", "sizes", "storage"},
     "chunks": {"errors", "kernels", "manifest", "storage"},
     "etl": {
-        *("errors", "events", "formatting", "kernels", "manifest", "plan", "storage", "sources", "engines", "chunks"),
-        *("seeds", "sizes", "warn", "where"),
+        *("activities", "errors", "events", "formatting", "kernels", "manifest", "plan", "storage", "sources", "engines"),
+        *("chunks", "seeds", "sizes", "warn", "where"),
     },
     "preload": {"etl", "kernels"},
     "lazy": {"errors", "etl", "plan", "sources"},
