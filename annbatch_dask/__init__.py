@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from annbatch_dask.as_annbatch import install_as_annbatch
     from annbatch_dask.collection import DatasetCollection
+    from annbatch_dask.etl.status import CollectionStatus
     from annbatch_dask.etl.verify import Verification
     from annbatch_dask.io import create_anndata_collection, write_sharded
     from annbatch_dask.lazy import concat_lazy, read_lazy
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from annbatch_dask.splits import Splits
 
 __all__ = [
+    "CollectionStatus",
     "DatasetCollection",
     "Loader",
     "Report",
@@ -65,6 +67,7 @@ __all__ = [
 __version__ = "0.2.0"
 
 _HOMES = {
+    "CollectionStatus": "annbatch_dask.etl.status",
     "DatasetCollection": "annbatch_dask.collection",
     "Loader": "annbatch_dask.loader",
     "Report": "annbatch_dask.report",

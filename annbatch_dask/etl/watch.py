@@ -157,9 +157,12 @@ def find_progress(target: Folder, claim: Claim) -> BuildProgress | None:
 
 
 def forget_progress(target: Folder, claim: Claim) -> None:
-    """Remove what the build of a claim has said."""
+    """Remove what the build of a claim has said, which without the claim means nothing: an error is a warning."""
     folder = log_folder(target)
-    folder.unlink(_name(claim.first))
+    try:
+        folder.unlink(_name(claim.first))
+    except Exception as e:  # noqa: BLE001 - stores have errors of their own
+        logger.warning("%s/%s could not be removed: %s", folder.url, _name(claim.first), e)
     if folder.is_local:
         with contextlib.suppress(OSError):  # logs of other builds are in it
             os.rmdir(folder.path)
@@ -231,7 +234,7 @@ class Watch(Callback):
         if self._beat is not None:
             self._beat.join()
         if event.error is None:
-            self._try(lambda: forget_progress(self._target, self._claim))
+            forget_progress(self._target, self._claim)
             return
         error = " ".join(without_secrets(str(event.error)).split())
         error = f"{type(event.error).__name__}: {error}" if error else type(event.error).__name__
@@ -254,15 +257,13 @@ class Watch(Callback):
         seconds = perf_counter() - self._stage_start
         self._set_stage(lambda last: last if last.is_over else replace(last, seconds=seconds))
         self._set(lambda now: replace(now, updated=_now()))
-        payload = json.dumps(asdict(self._now), indent=1).encode()
-        self._try(lambda: log_folder(self._target).write(_name(self._claim.first), payload, durable=False))
-
-    def _try(self, write: Any) -> None:
-        """A build whose progress cannot be written goes on; that is said once."""
+        if (now := self._now) is None:
+            return
+        payload = json.dumps(asdict(now), indent=1).encode()
         try:
-            write()
+            log_folder(self._target).write(_name(self._claim.first), payload, durable=False)
         except Exception as e:  # noqa: BLE001 - stores have errors of their own
-            if self._can_write:
+            if self._can_write:  # the build goes on; that is said once
                 logger.warning("%s: how far the build is cannot be written for others: %s", self._target.url, e)
             self._can_write = False
 

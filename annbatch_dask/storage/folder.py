@@ -130,7 +130,7 @@ class Folder:
 
     def unlink(self, name: str) -> None:
         """Remove a file; no error where there is none."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             self.fs.rm_file(f"{self.path}/{name}")
 
     def read(self, name: str) -> bytes:
