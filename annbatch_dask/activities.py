@@ -10,8 +10,11 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from time import perf_counter
+from typing import TypeVar
 
-__all__ = ["activity", "measured"]
+__all__ = ["activity", "during", "measured"]
+
+T = TypeVar("T")
 
 _spent: ContextVar[dict[str, float] | None] = ContextVar("annbatch_dask_spent", default=None)
 
@@ -29,6 +32,17 @@ def activity(name: str) -> Iterator[None]:
     finally:
         inside = sum(spent.values()) - before
         spent[name] = spent.get(name, 0.0) + max(0.0, perf_counter() - start - inside)
+
+
+def during(name: str, items: Iterator[T]) -> Iterator[T]:
+    """Iterate, and count the seconds that each next item takes."""
+    done = object()
+    while True:
+        with activity(name):
+            item = next(items, done)
+        if item is done:
+            return
+        yield item  # type: ignore[misc]
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from annbatch_dask.activities import activity, during
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.etl.compare import left_out_of, repair
 from annbatch_dask.etl.frames import annotation_frames, write_frames
@@ -176,13 +177,15 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
         for w in writers:
             open_shards.enter_context(w)
         parts = open_shards.enter_context(contextlib.closing(one_ahead(_parts(job, task))))
-        for fixed, ragged in parts:
+        for fixed, ragged in during("wait", parts):
             if not folder.is_local:  # where nothing else tells a worker that its build is over
                 check_scratch(job.scratch)
-            hashes = row_hashes(len(fixed[PLACE]), plan.matrices, all_columns(plan), fixed, ragged)
-            total = (total + sum_hashes(hashes)) % 2**64
-            for w in writers:
-                n_bytes += w.append(fixed, ragged)
+            with activity("hash"):
+                hashes = row_hashes(len(fixed[PLACE]), plan.matrices, all_columns(plan), fixed, ragged)
+                total = (total + sum_hashes(hashes)) % 2**64
+            with activity("encode"):
+                for w in writers:
+                    n_bytes += w.append(fixed, ragged)
             obs.append(fixed, ragged)
             if stats is not None:
                 stats.append(fixed, ragged)
@@ -199,8 +202,9 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
     if stats is not None:
         stats.write(group)
     shards = {name: found for w in writers for name, found in w.files.items()}
-    sums = publish_dataset(folder, {name: content.to_bytes() for name, content in files.items()}, shards)
-    folder.sync()
+    with activity("write"):
+        sums = publish_dataset(folder, {name: content.to_bytes() for name, content in files.items()}, shards)
+        folder.sync()
     return GatherReceipt(
         name=dataset,
         files=dict(sorted(sums.items())),

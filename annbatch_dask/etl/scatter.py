@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from annbatch_dask.activities import activity
 from annbatch_dask.etl.blocks import BlockRows, exact_rows, hash_block, read_block
 from annbatch_dask.etl.cells import hash_cells, n_bins, write_hashes
 from annbatch_dask.etl.job import JobFile, load_job, trim_memory
@@ -32,7 +33,11 @@ def scatter(file: JobFile, index: int) -> ScatterReceipt:
     plan, block = job.plan, job.plan.blocks[index]
     source = plan.sources[block.source]
     try:
-        with unchanged(job.refs[block.source], source.identity), job.open_source(block.source) as opened:
+        with (
+            activity("read"),
+            unchanged(job.refs[block.source], source.identity),
+            job.open_source(block.source) as opened,
+        ):
             rows = read_block(plan, block, source, opened)
     except Exception as e:
         e.add_note(f"while reading {source.path}, rows {block.start:,} to {block.stop:,}")
@@ -67,7 +72,8 @@ def _spill(plan: Plan, block: Block, index: int, rows: BlockRows, scratch: Folde
     order = np.argsort(part, kind="stable")
     part_rows = np.searchsorted(part[order], np.arange(layout.n_parts + 1))
     dataset_rows = part_rows[layout.first_part]
-    hashes, repeats = _hash(plan, block, index, rows, order, scratch)
+    with activity("hash"):
+        hashes, repeats = _hash(plan, block, index, rows, order, scratch)
     rows.exact.clear()
     fixed = {PLACE: place} | ({} if groups is None else {GROUP: groups.astype(np.uint32)}) | rows.fixed
     dense = [array_name(m.name, "dense") for m in plan.matrices if m.kind == "dense"]
@@ -75,7 +81,8 @@ def _spill(plan: Plan, block: Block, index: int, rows: BlockRows, scratch: Folde
         name: (values.reshape(-1), np.arange(len(values) + 1) * values.shape[1])  # read one block at a time
         for name, values in ((n, fixed.pop(n)) for n in dense)
     }
-    spilled = write_spill(scratch, index, order=order, rows=part_rows, fixed=fixed, ragged=ragged)
+    with activity("spill"):
+        spilled = write_spill(scratch, index, order=order, rows=part_rows, fixed=fixed, ragged=ragged)
     nnz = {
         m.name: np.diff(offsets_of(fixed[array_name(m.name, "length")][order])[dataset_rows])
         for m in plan.matrices

@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from annbatch_dask.activities import activity
 from annbatch_dask.storage.threads import MAX_THREADS, map_ordered
 
 __all__ = ["SLAB_NBYTES", "in_flight_nbytes", "read_h5_rows", "visit_h5"]
@@ -88,7 +89,7 @@ def _for_each_group(work: Callable[[list[RawChunk]], None], dataset: h5py.Datase
     n_chunk_bytes = prod(dataset.chunks) * dataset.dtype.itemsize
     stored = _raw_chunks(dataset, start, stop)
     groups = iter(lambda: list(islice(stored, max(1, _GROUP_NBYTES // n_chunk_bytes))), [])
-    with closing(map_ordered(work, groups, in_flight=_in_flight(n_chunk_bytes))) as results:
+    with activity("inflate"), closing(map_ordered(work, groups, in_flight=_in_flight(n_chunk_bytes))) as results:
         for _ in results:
             pass
 

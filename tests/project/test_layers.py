@@ -33,7 +33,7 @@ ALLOWED = {
     "storage": {"errors", "kernels", "manifest"},
     "plan": {"errors", "formatting", "html", "kernels", "manifest"},
     "planned": {"events", "plan"},
-    "sources": {"errors", "kernels", "manifest", "plan", "storage"},
+    "sources": {"activities", "errors", "kernels", "manifest", "plan", "storage"},
     "engines": {"activities", "errors", "events", "formatting", "plan", "sizes", "storage"},
     "chunks": {"errors", "kernels", "manifest", "storage"},
     "etl": {
