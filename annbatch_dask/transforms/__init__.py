@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from annbatch_dask.transforms.scale import Scale
 from annbatch_dask.transforms.tokens import BinnedExpression, RankTokens
 
-__all__ = ["BinnedExpression", "NormalizeLog1p", "RankTokens"]
+__all__ = ["BinnedExpression", "NormalizeLog1p", "RankTokens", "Scale"]
 
 
 @dataclass(frozen=True)
