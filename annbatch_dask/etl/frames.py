@@ -51,7 +51,7 @@ def annotation_frames(plan: Plan, found: AnnData | None) -> dict[str, Any]:
         ordered = found[:, plan.var.index]
         out |= {k: dict(getattr(ordered, k)) for k in ("varm", "varp", "uns") if len(getattr(ordered, k))}
     if "raw" in plan.genes:
-        out["raw/var"] = raw_var(plan.genes["raw"].genes, found)
+        out["raw/var"] = plan.genes["raw"].frame(raw_var(plan.genes["raw"].genes, found))
         out["raw/varm"] = {}
     return out
 

@@ -130,7 +130,7 @@ def add_floats(offsets, keys, values, ends):  # type: ignore[no-untyped-def]  # 
             keys[place], values[place] = key, value
             if m > k + 1:
                 values[place] = total
-                is_exact = np.float64(values[place]) == total and peak <= 2.0**53
+                is_exact = np.float64(values[place]) == total and peak < 2.0**53
                 if whole and not is_exact and total - total == 0.0 and bad == 0.0:  # infinity is none
                     bad = total
             place, k = place + 1, m

@@ -1,20 +1,18 @@
 """10x Genomics' files and folders are inputs, as scanpy reads them."""
 
-import gzip
 import sys
 
 import anndata as ad
 import dask
-import h5py
 import numpy as np
 import pytest
-import scipy.io
 import scipy.sparse as sp
 
 from annbatch_dask import DatasetCollection, read_lazy
 from annbatch_dask.errors import MissingPackageError, SourceError
 from annbatch_dask.testing import make_adata
 from tests.etl.inputs import dense_x
+from tests.sources.tenx import write_h5, write_mtx
 
 SYMBOLS = ["CD3E", "TBCE", "TBCE", "MS4A1", "CD3_protein"]
 KINDS = ["Gene Expression"] * 4 + ["Antibody Capture"]
@@ -26,42 +24,17 @@ def counts(seed):
     return sp.csr_matrix(np.random.default_rng(seed).poisson(0.8, (40, len(SYMBOLS))).astype(np.int32))
 
 
-def write_h5(path, seed, *, version=3):
-    found, n = counts(seed), 5 if version == 3 else 4
-    found = found[:, :n]
-    with h5py.File(path, "w") as f:
-        f.attrs["chemistry_description"] = "Single Cell 3' v3"
-        group = f.create_group("matrix" if version == 3 else "GRCh38")
-        group["barcodes"] = np.array([f"cell{seed}-{i}" for i in range(40)], "S")
-        for name, values in (("data", found.data), ("indices", found.indices), ("indptr", found.indptr)):
-            group[name] = values
-        group["shape"] = np.array([n, 40], np.int32)  # features by cells, column-compressed: cells by features in rows
-        ids = np.array([f"ENSG{i}" for i in range(n)], "S")
-        if version == 3:
-            features = {"id": ids, "name": np.array(SYMBOLS, "S"), "feature_type": np.array(KINDS, "S")}
-            for name, values in (features | {"genome": np.array(["GRCh38"] * n, "S")}).items():
-                group[f"features/{name}"] = values
-        else:
-            group["genes"], group["gene_names"] = ids, np.array(SYMBOLS[:n], "S")
-    return path
-
-
-def write_mtx(path, seed):
-    path.mkdir()
-    with gzip.open(path / "matrix.mtx.gz", "wb") as f:
-        scipy.io.mmwrite(f, counts(seed).T)
-    features = [f"ENSG{i}\t{s}\t{k}" for i, (s, k) in enumerate(zip(SYMBOLS, KINDS, strict=True))]
-    for name, lines in (("features", features), ("barcodes", [f"cell{seed}-{i}" for i in range(40)])):
-        (path / f"{name}.tsv.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
-    return path
+def features(seed, n):
+    barcodes = [f"cell{seed}-{i}" for i in range(40)]
+    return {"ids": [f"ENSG{i}" for i in range(n)], "symbols": SYMBOLS[:n], "kinds": KINDS[:n], "barcodes": barcodes}
 
 
 @pytest.fixture
 def paths(tmp_path):
     return [
-        write_h5(tmp_path / "a.h5", 0),
-        write_h5(tmp_path / "old.h5", 1, version=2),
-        write_mtx(tmp_path / "filtered_feature_bc_matrix", 2),
+        write_h5(tmp_path / "a.h5", counts(0), **features(0, 5)),
+        write_h5(tmp_path / "old.h5", counts(1)[:, :4], **features(1, 4), version=2),
+        write_mtx(tmp_path / "filtered_feature_bc_matrix", counts(2), **features(2, 5)),
     ]
 
 
