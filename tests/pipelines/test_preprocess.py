@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import anndata as ad
 import pytest
 import yaml
 
@@ -38,6 +39,16 @@ def test_a_build_and_its_plan(tmp_path, h5ad_pair, monkeypatch, capsys):
     done = run(path)
     assert "500 cells x 58 genes, datasets: 1" in done.stdout, done.stderr
     assert DatasetCollection(tmp_path / "o.zarr").verify(against=h5ad_pair).ok
+
+
+def test_rules_for_names_of_genes_stand_in_the_file(tmp_path, h5ad_pair, monkeypatch, capsys):
+    genes = [ad.read_h5ad(path, backed="r").var_names for path in h5ad_pair]
+    (tmp_path / "map.csv").write_text(f"alias,id\n{genes[0][0]},{genes[0][1]}\n")
+    names = {"gene_map": str(tmp_path / "map.csv"), "on_duplicate_gene": "sum", "var_key": {"*.h5ad": ""}}
+    path = config(tmp_path, h5ad_pair, options={"seed": 0, "strip_versions": True, **names})
+    monkeypatch.setattr(sys, "argv", ["preprocess.py", str(path), "--plan"])
+    assert preprocess.main() == 0
+    assert "Ensembl versions stripped; gene_map" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
