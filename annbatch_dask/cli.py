@@ -1,4 +1,4 @@
-"""The command line: ``annbatch-dask shuffle | plan | status | info | report | verify | gc | stream | mixing``."""
+"""The command line: ``annbatch-dask shuffle | plan | status | info | report | stats | verify | gc | stream | ...``."""
 
 from __future__ import annotations
 
@@ -78,6 +78,15 @@ example:
 
 One file that a browser opens without a network: sources, shared genes, cells per category, values per cell, sizes,
 mixing, and the builds with their timings.
+""",
+    "stats": """\
+examples:
+  annbatch-dask stats atlas.zarr -o genes.csv                    mean and variance of each gene
+  annbatch-dask stats atlas.zarr -o genes.csv --by donor         the same of each donor
+  annbatch-dask stats atlas.zarr -o genes.txt --highly-variable 2000 --batch-key donor
+
+A collection that was built with --stats, and --stats-by of the column, has the sums; otherwise X is read once. The
+list of genes is one that --var-subset reads.
 """,
     "repack": """\
 examples:
@@ -212,6 +221,18 @@ def _report(args: argparse.Namespace) -> None:
     report = _open(args.collection).report()
     report.save(args.output)
     _say(f"{args.output}: {report.n_obs:,} cells, {format_bytes(report.n_bytes_stored)}")
+
+
+def _stats(args: argparse.Namespace) -> None:
+    collection = _open(args.collection)
+    if args.highly_variable is None:
+        collection.gene_stats(args.by).to_csv(args.output)
+        what = plural(collection.n_vars, "gene") + ("" if args.by is None else f" by {args.by}")
+    else:
+        found = collection.highly_variable(args.highly_variable, flavor=args.flavor, batch_key=args.batch_key)
+        Path(args.output).write_text("".join(f"{name}\n" for name in found), encoding="utf-8")
+        what = f"{plural(len(found), 'highly variable gene')}, {args.flavor}"
+    _say(f"{args.output}: {what}, of {collection.n_obs:,} cells")
 
 
 def _gc(args: argparse.Namespace) -> None:
@@ -431,6 +452,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_status(commands)
     _add_info(commands)
     _add_report(commands)
+    _add_stats(commands)
     _add_verify(commands)
     _add_repack(commands)
     _add_gc(commands)
@@ -509,6 +531,23 @@ def _add_report(commands: Any) -> None:
     parser.add_argument(
         "-o", "--output", default="report.html", metavar="FILE", help="the page to write (default: report.html)"
     )
+
+
+def _add_stats(commands: Any) -> None:
+    parser = _add_command(commands, "stats", _stats, "write statistics of genes, or a list of those that vary most")
+    _add_collection(parser)
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the table (CSV) or list to write")
+    parser.add_argument("--by", metavar="COLUMN", help="by the categories of this column of obs")
+    parser.add_argument(
+        "--highly-variable", type=_positive, metavar="N", help="write the names of the N most variable genes instead"
+    )
+    parser.add_argument(
+        "--flavor",
+        choices=("seurat", "cell_ranger", "seurat_v3"),
+        default="seurat",
+        help="how they are found, as in scanpy (default: seurat)",
+    )
+    parser.add_argument("--batch-key", metavar="COLUMN", help="find them within each batch, and then those of most")
 
 
 def _add_verify(commands: Any) -> None:

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from annbatch_dask.etl.files import recorded_files
 from annbatch_dask.etl.log import BuildLog, read_log
+from annbatch_dask.etl.stats import GeneSums
 from annbatch_dask.formatting import format_bytes
-from annbatch_dask.html import OverlapRow, overlap_rows, render
+from annbatch_dask.html import MomentGrid, OverlapRow, moment_grid, overlap_rows, render
 from annbatch_dask.manifest import SOURCE_DTYPE, BuildRecord, Manifest, NamingRecord, SourceRecord
 from annbatch_dask.mixing import Mixing, measure_mixing
 from annbatch_dask.storage.folder import Folder
@@ -116,6 +117,8 @@ class Report:
         Sizes, by element.
     mixing
         By categorical column of obs: the entropy of its categories among ``mixing_rows`` neighbouring cells.
+    genes
+        Genes by mean and variance of X; None where the collection has no statistics stored.
 
     Examples
     --------
@@ -135,6 +138,7 @@ class Report:
     elements: tuple[Element, ...]
     mixing: tuple[tuple[str, Mixing], ...]
     mixing_rows: int = field(default=_MIXING_ROWS)
+    genes: MomentGrid | None = None
 
     @property
     def name(self) -> str:
@@ -210,7 +214,13 @@ class Report:
         return render("frame.html", page=self.html)
 
 
-def make_report(path: str, groups: Sequence[zarr.Group], manifest: Manifest | None, target: Folder | None) -> Report:
+def make_report(
+    path: str,
+    groups: Sequence[zarr.Group],
+    manifest: Manifest | None,
+    target: Folder | None,
+    sums: GeneSums | None = None,
+) -> Report:
     """Look at a collection's obs, row pointers and file sizes; X is not read.
 
     Parameters
@@ -223,6 +233,8 @@ def make_report(path: str, groups: Sequence[zarr.Group], manifest: Manifest | No
         Manifest of the collection, if it has one.
     target
         Its folder, beside which the logs of its builds are; None in memory.
+    sums
+        Sums of its genes over all cells, where they are stored.
     """
     n_obs = sum(n_rows(group["obs"]) for group in groups)
     mixing_rows = min(_MIXING_ROWS, max(n_obs // 20, 2))
@@ -246,6 +258,7 @@ def make_report(path: str, groups: Sequence[zarr.Group], manifest: Manifest | No
         elements=tuple(_elements(groups, _files(groups, manifest, target))),
         mixing=tuple(mixing),
         mixing_rows=mixing_rows,
+        genes=None if sums is None else moment_grid(*sums.moments(-1, "")),
     )
 
 

@@ -58,6 +58,17 @@ class GeneSums:
         none = pd.Index([], dtype=object)
         return GeneSums("", none, self.n_cells.sum(keepdims=True), self.sums.sum(0, keepdims=True))
 
+    def moments(self, group: int, kind: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(n_vars,) means and unbiased variances of a group, NaN where it has too few cells.
+
+        ``kind``: what the names of their sums begin with: ``""``, ``"normalized_"`` or ``"log_"``.
+        """
+        n, nothing = int(self.n_cells[group]), np.full(self.sums.shape[1], np.nan)
+        total, squares = (self.sums[group, :, SUMS.index(f"{kind}{name}")] for name in ("sum", "sum_of_squares"))
+        mean = total / n if n else nothing
+        variance = np.maximum(squares / n - mean**2, 0) * (n / (n - 1)) if n > 1 else nothing
+        return mean, variance
+
 
 class DatasetSums:
     """The sums of a dataset that is being written."""

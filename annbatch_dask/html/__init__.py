@@ -1,6 +1,7 @@
 """Templates of pages and notebook outputs, and the rows of their tables."""
 
 from annbatch_dask.html.genes import OverlapRow, overlap_rows
+from annbatch_dask.html.moments import MomentGrid, moment_grid
 from annbatch_dask.html.pages import render
 
-__all__ = ["OverlapRow", "overlap_rows", "render"]
+__all__ = ["MomentGrid", "OverlapRow", "moment_grid", "overlap_rows", "render"]

@@ -24,7 +24,7 @@ from annbatch_dask.statistics.passes import column_of, sum_blocks, whole_counts
 from annbatch_dask.storage.metadata import is_metadata
 from annbatch_dask.storage.root import Root
 
-__all__ = ["gene_stats", "gene_sums", "moments"]
+__all__ = ["gene_stats", "gene_sums", "stored_gene_sums"]
 
 logger = logging.getLogger(__name__)
 _N_THREADS = 16
@@ -52,16 +52,8 @@ def _frame(found: GeneSums, group: int) -> pd.DataFrame:
     for kind in ("", "normalized_", "log_"):
         total, squares = sums[f"{kind}sum"], sums[f"{kind}sum_of_squares"]
         out[f"{kind}sum"], out[f"{kind}sum_of_squares"] = total, squares
-        out[f"{kind}mean"], out[f"{kind}variance"] = moments(n, total, squares)
+        out[f"{kind}mean"], out[f"{kind}variance"] = found.moments(group, kind)
     return out
-
-
-def moments(n: int, total: NDArray[np.float64], squares: NDArray[np.float64]) -> tuple[NDArray, NDArray]:
-    """Mean and unbiased variance over n cells, NaN where there are too few."""
-    nan = np.full(len(total), np.nan)
-    mean = total / n if n else nan
-    variance = np.maximum(squares / n - mean**2, 0) * (n / (n - 1)) if n > 1 else nan
-    return mean, variance
 
 
 def gene_sums(root: Root, by: str | None) -> GeneSums:
@@ -74,12 +66,8 @@ def gene_sums(root: Root, by: str | None) -> GeneSums:
     IntegrityError
         If what is stored is damaged.
     """
-    edited = _edited(root)
     with root.as_opened():
-        names, groups = root.names(), list(root.readable())
-        with ThreadPoolExecutor(_N_THREADS, thread_name_prefix="stats") as pool:
-            stored = list(pool.map(_stored, groups, [_is_out_of_date(edited.get(n, ()), by) for n in names]))
-        fit = [s.of(by) if s is not None and by in (None, s.by) else None for s in stored]
+        names, fit = root.names(), _all_stored(root, by)
         missing = [name for name, s in zip(names, fit, strict=True) if s is None]
         found = [s for s in fit if s is not None]
         if missing:
@@ -90,6 +78,23 @@ def gene_sums(root: Root, by: str | None) -> GeneSums:
             )
             found.append(_counted(root, by, missing))
     return reduce(_add, found)
+
+
+def stored_gene_sums(root: Root) -> GeneSums | None:
+    """The sums over all cells, where all datasets have them stored; else None."""
+    with root.as_opened():
+        found = _all_stored(root, None)
+    there = [s for s in found if s is not None]
+    return reduce(_add, there) if len(there) == len(found) else None
+
+
+def _all_stored(root: Root, by: str | None) -> list[GeneSums | None]:
+    """What each dataset has stored of this, if it is of what the dataset is now."""
+    edited = _edited(root)
+    stale = [_is_out_of_date(edited.get(name, ()), by) for name in root.names()]
+    with ThreadPoolExecutor(_N_THREADS, thread_name_prefix="stats") as pool:
+        stored = list(pool.map(_stored, root.readable(), stale))
+    return [s.of(by) if s is not None and by in (None, s.by) else None for s in stored]
 
 
 def _edited(root: Root) -> dict[str, frozenset[str]]:

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import CollectionError, MissingPackageError
 from annbatch_dask.etl.prepare import dataset_refs
 from annbatch_dask.etl.stats import GeneSums
-from annbatch_dask.kernels.gene_sums import SUMS, add_clipped
+from annbatch_dask.kernels.gene_sums import add_clipped
 from annbatch_dask.lazy.blocks import lazy_matrix
 from annbatch_dask.lazy.view import View
-from annbatch_dask.statistics.genes import gene_sums, moments
+from annbatch_dask.statistics.genes import gene_sums
 from annbatch_dask.statistics.passes import column_of, sum_blocks, whole_counts
 from annbatch_dask.storage.root import Root
 from annbatch_dask.warn import warn
@@ -77,18 +77,12 @@ def _check_batches(root: Root, found: GeneSums, batches: Sequence[int]) -> None:
         raise CollectionError(msg)
 
 
-def _of(found: GeneSums, group: int, kind: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and variance of each gene in a group."""
-    total, squares = (found.sums[group, :, SUMS.index(f"{kind}{name}")] for name in ("sum", "sum_of_squares"))
-    return moments(int(found.n_cells[group]), total, squares)
-
-
 # --- dispersions: seurat and cell_ranger ---------------------------------------------------------------------------
 
 
 def _of_batch(found: GeneSums, group: int, genes: pd.Index, n_top: int, flavor: Flavor, n_bins: int) -> pd.DataFrame:
     """Dispersions of the genes in a batch, zeros for those that none of its cells has where there are batches."""
-    mean, variance = _of(found, group, "normalized_" if flavor == "seurat" else "log_")
+    mean, variance = found.moments(group, "normalized_" if flavor == "seurat" else "log_")
     has = found.sums[group, :, 0] > 0 if found.by else np.ones(len(genes), bool)
     mean, variance = np.where(mean == 0, _SMALLEST_MEAN, mean)[has], variance[has]
     dispersion = variance / mean
@@ -186,8 +180,8 @@ def _by_clipped_variance(
     if manifest is not None and manifest.matrices["X"].integral is False:
         warn(f"{root.path}: flavor='seurat_v3' expects counts, and X holds fractions")
     df = pd.DataFrame(index=genes)
-    df["means"], df["variances"] = _of(found.of(None), -1, "")
-    means, variances = (np.stack(x) for x in zip(*(_of(found, k, "") for k in batches), strict=True))
+    df["means"], df["variances"] = found.of(None).moments(-1, "")
+    means, variances = (np.stack(x) for x in zip(*(found.moments(k, "") for k in batches), strict=True))
     deviations = np.stack([_regular_deviation(m, v, span) for m, v in zip(means, variances, strict=True)])
     n_cells = found.n_cells[batches][:, None]
     clip = deviations * np.sqrt(n_cells) + means

@@ -5,6 +5,8 @@ import sys
 
 import dask
 import h5py
+import numpy as np
+import pandas as pd
 import pytest
 from distributed import LocalCluster
 
@@ -12,7 +14,7 @@ from annbatch_dask import DatasetCollection, __version__
 from annbatch_dask.cli import main
 from annbatch_dask.errors import WorkersDiedError
 
-COMMANDS = ["shuffle", "plan", "info", "report", "stream", "mixing"]
+COMMANDS = ["shuffle", "plan", "info", "report", "stats", "stream", "mixing"]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,25 @@ def test_shuffle_says_what_it_wrote_and_shows_progress(h5ad_pair, tmp_path, caps
     assert re.search(r"out\.zarr: 500 cells x \d+ genes in 1 dataset, [\d.]+ s\n$", out)
     assert "scatter" in err
     assert "gather" in err
+
+
+def test_stats_are_written_as_a_table_or_as_a_list_of_genes(collection, h5ad_pair, tmp_path, capsys):
+    with dask.config.set(scheduler="synchronous"):
+        assert run("shuffle", *h5ad_pair, "-o", tmp_path / "b.zarr", "--stats-by", "cell_type", "--no-progress") == 0
+        capsys.readouterr()
+        for path in (collection, tmp_path / "b.zarr"):
+            assert run("stats", path, "-o", tmp_path / "t.csv", "--by", "cell_type") == 0
+            assert re.search(r"t\.csv: \d+ genes by cell_type, of 500 cells\n$", capsys.readouterr().out)
+            table = pd.read_csv(tmp_path / "t.csv", index_col=[0, 1])
+            want = DatasetCollection(path).gene_stats("cell_type")
+            assert list(table.columns) == list(want.columns)
+            np.testing.assert_allclose(table.to_numpy(), want.to_numpy())
+            assert run("stats", path, "-o", tmp_path / "g.txt", "--highly-variable", 7) == 0
+            assert "7 highly variable genes, seurat" in capsys.readouterr().out
+        names = (tmp_path / "g.txt").read_text().split()
+        assert names == list(DatasetCollection(path).highly_variable(7))
+        assert run("shuffle", *h5ad_pair, "-o", tmp_path / "c.zarr", "--var-subset", tmp_path / "g.txt") == 0
+    assert set(DatasetCollection(tmp_path / "c.zarr").var.index) == set(names)
 
 
 def test_no_shuffle_keeps_the_order(h5ad_pair, tmp_path):

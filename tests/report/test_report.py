@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import CollectionError
-from annbatch_dask.html import overlap_rows
+from annbatch_dask.html import moment_grid, overlap_rows
 from annbatch_dask.mixing import measure_mixing
 from annbatch_dask.plan.genes import GeneSpace, join_genes
 from annbatch_dask.testing import make_adata
@@ -24,7 +24,7 @@ from annbatch_dask.testing import make_adata
 SOURCES = {"a.h5ad": (300, range(45)), "b.h5ad": (200, range(20, 60)), "c.h5ad": (120, range(30, 70))}
 """Cells and genes. The last one is added later, so its genes 60 to 69 are left out."""
 ODD = '<script>alert("x")</script> & T'
-VOID = {"circle", "link", "meta", "rect", "br"}
+VOID = {"circle", "line", "link", "meta", "rect", "br"}
 
 
 @pytest.fixture(scope="module")
@@ -274,3 +274,43 @@ def test_many_sources_are_counted_not_named():
         ("other sets of sources", 9, ()),
         ("in 2 of 20", 3, ()),
     ]
+
+
+# --- genes -----------------------------------------------------------------------------------------------------------
+
+
+def test_mean_and_variance_of_genes_are_drawn_where_they_are_stored(tmp_path, report):
+    assert report.genes is None
+    assert "Mean and variance of genes" not in report.html
+    a = make_adata(90, [f"gene_{g}" for g in range(40)], seed=1)
+    a.X = a.X.copy()
+    a.write_h5ad(tmp_path / "a.h5ad")
+    with dask.config.set(scheduler="threads"):
+        collection = DatasetCollection(tmp_path / "c.zarr").add_adatas([tmp_path / "a.h5ad"], stats=True)
+    found = collection.report()
+    stats = collection.gene_stats()
+    varies = (stats["mean"] > 0) & (stats["variance"] > 0)
+    assert (found.genes.n_genes, found.genes.n_silent) == (len(stats), int((~varies).sum()))
+    assert sum(n for _, _, n in found.genes.cells) == int(varies.sum())
+    for axis, name in enumerate(("mean", "variance")):
+        low, high = getattr(found.genes, name)
+        logs = np.log10(stats.loc[varies, name])
+        assert low <= logs.min() <= logs.max() <= high
+        places = [low + cell[axis] * (high - low) for cell in found.genes.cells]
+        assert min(places) - 0.07 <= logs.min() <= logs.max() <= max(places) + 0.07
+    assert found.html.count("<circle") >= len(found.genes.cells)
+    assert "Mean and variance of genes" in found.html
+
+
+@pytest.mark.parametrize(
+    ("mean", "variance", "n_silent", "line"),
+    [
+        ([0.0, np.nan, 1.0], [0.0, 1.0, 0.0], 3, (0.0, 0.0, 1.0, 1.0)),
+        ([1e-5], [1e5], 0, None),
+        ([0.5, 50.0], [5.0, 500.0], 0, (1 / 3, 0.0, 1.0, 2 / 3)),
+    ],
+)
+def test_grids_of_few_genes(mean, variance, n_silent, line):
+    grid = moment_grid(np.array(mean), np.array(variance))
+    assert grid.n_silent == n_silent
+    assert grid.poisson == (None if line is None else pytest.approx(line))
