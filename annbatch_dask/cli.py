@@ -168,6 +168,7 @@ def _shuffle(args: argparse.Namespace) -> None:
             client=client,
             scratch=args.scratch,
             progress=args.progress,
+            performance_report=args.performance_report,
         )
     shape = f"{collection.n_obs:,} cells x {collection.n_vars:,} genes"
     _say(f"{args.output}: {shape} in {plural(len(collection), 'dataset')}, {time.perf_counter() - start:.1f} s")
@@ -479,6 +480,9 @@ def _add_shuffle(commands: Any) -> None:
     _add_layout_options(parser)
     parser.add_argument("-o", "--output", required=True, metavar="OUT.zarr", help="the collection to write")
     parser.add_argument("--scratch", metavar="DIR", help="folder for spill files (default: beside the output)")
+    parser.add_argument(
+        "--performance-report", metavar="FILE", help="write Dask's performance report of the build, a page of HTML"
+    )
     parser.add_argument(
         "--no-progress", dest="progress", action="store_false", default=None, help="show no progress bars"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
@@ -32,8 +33,6 @@ from annbatch_dask.storage.root import H5adRoot, Root
 from annbatch_dask.warn import warn
 
 if TYPE_CHECKING:
-    import os
-
     import anndata as ad
     from distributed import Client
 
@@ -178,6 +177,7 @@ class DatasetCollection(MaintainedCollection):
         scratch_options: Mapping[str, Any] | None = None,
         callbacks: Iterable[Callback] | None = None,
         progress: bool | None = None,
+        performance_report: str | os.PathLike[str] | None = None,
     ) -> DatasetCollection:
         """Shuffle the cells of many AnnData files into this collection.
 
@@ -303,6 +303,8 @@ class DatasetCollection(MaintainedCollection):
             Listeners for the build's events, see :mod:`annbatch_dask.events`.
         progress
             Show progress bars. None shows them on a terminal and in notebooks.
+        performance_report
+            File for Dask's performance report of the build, one page of HTML. It needs a cluster and bokeh.
 
         Returns
         -------
@@ -396,4 +398,5 @@ def _means(root: Root, room: EngineChoice, given: Mapping[str, Any]) -> Means:
     scratch = given["scratch"]
     base = default_scratch(root.target) if scratch is None else absolute(folder_at(scratch, given["scratch_options"]))
     callback = Callbacks([*default_callbacks(progress=given["progress"]), *(given["callbacks"] or ())])
-    return Means(room, callback, base)
+    report = given["performance_report"]
+    return Means(room, callback, base, None if report is None else os.fspath(report))

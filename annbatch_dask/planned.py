@@ -55,6 +55,7 @@ class RunnablePlan(Plan, Generic[C]):
         scratch_options: Mapping[str, Any] | None = None,
         callbacks: Iterable[Callback] | None = None,
         progress: bool | None = None,
+        performance_report: str | os.PathLike[str] | None = None,
     ) -> C:
         """Build the collection as planned, without another scan. Run again after it succeeded, it does nothing.
 
@@ -63,7 +64,7 @@ class RunnablePlan(Plan, Generic[C]):
         client
             A client of the Dask cluster to use, whose workers must have the memory that the plan needs. None uses what
             the plan was made for.
-        scratch, scratch_options, callbacks, progress
+        scratch, scratch_options, callbacks, progress, performance_report
             As for :meth:`annbatch_dask.DatasetCollection.add_adatas`.
 
         Returns
@@ -86,6 +87,7 @@ class RunnablePlan(Plan, Generic[C]):
                 "scratch_options": scratch_options,
                 "callbacks": callbacks,
                 "progress": progress,
+                "performance_report": performance_report,
             }
         )
 

@@ -92,9 +92,10 @@ def main() -> int:
     if args.plan:
         print(collection.plan_adatas(files, **options).summary())
         return 0
+    means = {name: config.get(name) for name in ("scratch", "performance_report")}
     with ExitStack() as stack:
         client = connect(cluster, stack)
-        collection.add_adatas(files, **options, scratch=config.get("scratch"), client=client)
+        collection.add_adatas(files, **options, client=client, **means)
     print(f"{collection.path}: {collection.n_obs:,} cells x {collection.n_vars:,} genes, datasets: {len(collection)}")
     return 0
 

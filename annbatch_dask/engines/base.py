@@ -38,6 +38,17 @@ class Engine(Protocol):
     def budget(self) -> Budget:
         """Memory of a worker."""
 
+    def reported(self, path: str) -> AbstractContextManager[None]:
+        """Write Dask's performance report of the block to a path or URL.
+
+        Raises
+        ------
+        SchedulerError
+            If there is no cluster to report of.
+        MissingPackageError
+            If its scheduler lacks bokeh.
+        """
+
     def run(
         self,
         name: str,

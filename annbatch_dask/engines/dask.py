@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import itertools
 import logging
+import os
 import pickle
 import threading
 import time
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import cloudpickle
+import fsspec
 from dask.base import compute, tokenize
 from dask.callbacks import Callback as DaskCallback
 from dask.delayed import delayed
@@ -25,11 +28,17 @@ from distributed.metrics import context_meter
 from distributed.scheduler import KilledWorker
 
 from annbatch_dask.engines.base import Describe, OnResult, OnRetry, Timed
-from annbatch_dask.errors import AnnbatchDaskError, SchedulerError, WorkersDiedError
+from annbatch_dask.errors import (
+    AnnbatchDaskError,
+    MissingPackageError,
+    SchedulerError,
+    StorageError,
+    WorkersDiedError,
+)
 from annbatch_dask.formatting import format_bytes
 from annbatch_dask.plan.memory import Budget
 from annbatch_dask.storage import transient
-from annbatch_dask.storage.secrets import without_secrets
+from annbatch_dask.storage.secrets import shown, without_secrets
 from annbatch_dask.storage.transient import PAUSES_S, is_transient, patiently
 
 __all__ = ["ClusterEngine", "LocalEngine"]
@@ -68,6 +77,11 @@ class LocalEngine:
     def name(self) -> str:
         """Readable name of the engine."""
         return f"dask's {self.scheduler} scheduler"
+
+    def reported(self, path: str) -> contextlib.AbstractContextManager[None]:
+        """Refuse: there is no cluster to report of."""
+        msg = f"{path} would be a report of a cluster, and {self.name} is none; give a client, or no performance_report"
+        raise SchedulerError(msg)
 
     def run(
         self,
@@ -152,6 +166,29 @@ class ClusterEngine:
         """Address of the dashboard."""
         return self.client.dashboard_link or None
 
+    @contextlib.contextmanager
+    def reported(self, path: str) -> Iterator[None]:
+        """Write Dask's performance report of the block, however it ends, without the caller's code.
+
+        That might hold credentials, and is what ``distributed.performance_report`` begins with.
+        """
+        client = self.client
+        _check_report(client, path)
+        count = client.run_on_scheduler(_monitor_count)
+        client.get_task_stream(start=0, stop=0)  # from now on it is kept
+        start = time.time()
+        try:
+            yield
+        finally:
+            try:
+                page = client.sync(
+                    client.scheduler.performance_report, start=start, last_count=count, code="", mode=None
+                )
+                with fsspec.open(path, "w") as f:
+                    f.write(page)
+            except Exception as e:  # noqa: BLE001 - the build has ended, and that is what its caller wants to know
+                logger.warning("the performance report could not be written to %s: %s", shown(path), e)
+
     def run(
         self,
         name: str,
@@ -175,6 +212,24 @@ class ClusterEngine:
         if run.lost:
             raise _workers_died(name, {describe(i): run.deaths[i] for i in run.lost}, self.budget)
         return run.results
+
+
+def _monitor_count(dask_scheduler: Any) -> int:
+    return int(dask_scheduler.monitor.count)
+
+
+def _has_bokeh() -> bool:
+    return importlib.util.find_spec("bokeh") is not None
+
+
+def _check_report(client: Client, path: str) -> None:
+    """Refuse, before any work, a report that cannot be made, or has no place."""
+    if not client.run_on_scheduler(_has_bokeh):
+        msg = f'{shown(path)} cannot be made: the scheduler has no bokeh: pip install "annbatch-dask[dashboard]" there'
+        raise MissingPackageError(msg)
+    if "://" not in path and not os.path.isdir(folder := os.path.dirname(path) or "."):
+        msg = f"{path} cannot be written: there is no folder {folder}; make it, or give another path"
+        raise StorageError(msg)
 
 
 @contextlib.contextmanager

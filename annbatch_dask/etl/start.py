@@ -43,11 +43,14 @@ class Means:
         Listens to its events.
     scratch
         Where scratch folders are.
+    report
+        Path or URL for Dask's performance report; None makes none.
     """
 
     room: EngineChoice
     callback: Callback
     scratch: Folder
+    report: str | None = None
 
 
 def plan_and_run(root: Root, request: Request, means: Means) -> None:
@@ -128,7 +131,10 @@ def _check_inputs(prepared: Prepared, room: EngineChoice) -> None:
 
 def _run(root: Root, prepared: Prepared, means: Means, found: FolderContents) -> None:
     prepared.warn()
-    with means.room.start(max(len(prepared.plan.blocks), prepared.plan.n_datasets)) as engine:
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(means.room.start(max(len(prepared.plan.blocks), prepared.plan.n_datasets)))
+        if means.report is not None:
+            stack.enter_context(engine.reported(means.report))
         job = _make_job(root, prepared, means.scratch, found)
         try:
             check_unchanged(job.target, found.version)  # now that what another build publishes has other names

@@ -20,7 +20,7 @@ from annbatch_dask.engines import choose, dask
 from annbatch_dask.engines.choose import choose_engine
 from annbatch_dask.engines.dask import ClusterEngine, LocalEngine
 from annbatch_dask.engines.local_cluster import local_client, workers_process
-from annbatch_dask.errors import SchedulerError, SourceError, StorageError
+from annbatch_dask.errors import MissingPackageError, SchedulerError, StorageError
 from annbatch_dask.etl import start
 from annbatch_dask.events import Callback
 from annbatch_dask.plan.memory import MIB, Budget
@@ -275,3 +275,100 @@ def test_workers_start_while_inputs_are_scanned(tmp_path, h5ad_pair, monkeypatch
     monkeypatch.setattr(start, "prepare", prepared)
     DatasetCollection(tmp_path / "o.zarr").add_adatas(h5ad_pair, seed=0)
     assert "annbatch_dask.engines.workers" in seen
+
+
+# --- what Dask shows of a build ------------------------------------------------------------------------------------
+
+
+def spans_of(dask_scheduler):
+    """Name, number of tasks and seconds by activity of each span of ours."""
+    found = dask_scheduler.extensions["spans"].spans.values()
+    return {
+        s.name: (
+            sum(sum(g.all_durations.values()) > 0 for g in s.groups),
+            {
+                key[2]: n
+                for key, n in s.cumulative_worker_metrics.items()
+                if key[0] == "execute" and key[-1] == "seconds"
+            },
+        )
+        for s in found
+        if s.name[0] == "annbatch_dask"
+    }
+
+
+def test_dask_sums_the_time_of_tasks_by_stage_and_activity(tmp_path, h5ad_pair):
+    wanted = {"scatter": {"read", "inflate", "hash", "spill"}, "gather": {"wait", "hash", "encode", "write"}}
+    with cluster(n_workers=1, memory_limit="600MiB") as (_, client):
+        DatasetCollection(tmp_path / "o.zarr").add_adatas(h5ad_pair, client=client, seed=0)
+        while True:  # they travel with the workers' heartbeats
+            found = client.run_on_scheduler(spans_of)
+            stages = {name[-1]: (n, set(seconds)) for name, (n, seconds) in found.items()}
+            if all(wanted[s] <= stages.get(s, (0, set()))[1] for s in wanted):
+                break
+            client.sync(asyncio.sleep, 0.05)
+        prefixes = client.run_on_scheduler(lambda dask_scheduler: set(dask_scheduler.task_prefixes))
+    assert {("annbatch_dask", "scatter"), ("annbatch_dask", "gather")} <= set(found)
+    assert {"scatter", "gather"} <= prefixes  # the labels that Prometheus gets
+    assert all(s >= 0 for _, seconds in found.values() for s in seconds.values())
+
+
+def test_a_performance_report_without_the_callers_code(tmp_path, h5ad_pair):
+    secret = "hunter" + "2"  # noqa: S105
+    page = tmp_path / "report.html"
+    with cluster(n_workers=1, memory_limit="600MiB") as (_, client):
+        DatasetCollection(tmp_path / "o.zarr").add_adatas(
+            h5ad_pair, client=client, seed=0, performance_report=page, storage_options={"password": "hunter2"}
+        )
+    text = page.read_text()
+    assert text.lstrip().lower().startswith("<!doctype html>")
+    assert "scatter" in text
+    assert "gather" in text
+    assert secret not in text
+    assert "add_adatas" not in text
+
+
+def test_a_report_is_written_of_a_build_that_failed(tmp_path, h5ad_pair):
+    class Stop(Callback):
+        def on_stage_start(self, event):
+            if event.stage == "gather":
+                raise KeyError
+
+    with cluster(n_workers=1, memory_limit="600MiB") as (_, client), pytest.raises(KeyError):
+        DatasetCollection(tmp_path / "o.zarr").add_adatas(
+            h5ad_pair, client=client, seed=0, callbacks=[Stop()], performance_report=tmp_path / "report.html"
+        )
+    assert "scatter" in (tmp_path / "report.html").read_text()
+
+
+def test_a_report_that_cannot_be_made_is_refused_before_any_work(tmp_path, h5ad_pair, client, monkeypatch):
+    class Never(Callback):
+        def on_build_start(self, event):
+            pytest.fail("began")
+
+    def build(path, **options):
+        return DatasetCollection(tmp_path / "o.zarr").add_adatas(
+            h5ad_pair, seed=0, callbacks=[Never()], performance_report=path, **options
+        )
+
+    with (
+        config.set(scheduler="synchronous"),
+        pytest.raises(SchedulerError, match="dask's synchronous scheduler is none"),
+    ):
+        build(tmp_path / "report.html")
+    with pytest.raises(StorageError, match="there is no folder .*nowhere; make it"):
+        build(tmp_path / "nowhere" / "report.html", client=client)
+    monkeypatch.setattr(dask.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(
+        MissingPackageError, match=r"scheduler has no bokeh: pip install \"annbatch-dask\[dashboard\]\""
+    ):
+        build(tmp_path / "report.html", client=client)
+
+
+def test_a_task_that_is_tried_again_is_told_of(client):
+    told = []
+    engine = ClusterEngine(client, BUDGET)
+    tasks = [(LOG, i, lambda: ValueError("no https://me:secret@host/x"), 1) for i in range(3)]
+    LOG.calls.clear()
+    engine.run("scatter", fail_at_first, tasks, lambda *_: None, str, lambda *of: told.append(of))
+    assert told == [(1, "ValueError: no https://host/x")]
