@@ -179,7 +179,13 @@ def _plan(args: argparse.Namespace) -> None:
 
     # A path where nothing is: a plan writes nothing, to it or elsewhere.
     target = Path(tempfile.gettempdir(), f"annbatch-dask-plan-{uuid.uuid4().hex}.zarr")
-    _say(DatasetCollection(target).plan_adatas(args.files, **_layout(args)).summary())
+    plan = DatasetCollection(target).plan_adatas(args.files, **_layout(args))
+    if args.json:
+        from annbatch_dask.documents import plan_document
+
+        _say_json("plan", plan_document(plan))
+    else:
+        _say(plan.summary())
 
 
 def _status(args: argparse.Namespace) -> None:
@@ -193,6 +199,11 @@ def _status(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
+    if args.json:
+        from annbatch_dask.documents import info_document
+
+        _say_json("info", info_document(_open(args.collection), _bytes_on_disk(args.collection)))
+        return
     for name, value in _facts(_open(args.collection)):
         _say(f"{name + ':':<13} {_visible(str(value))}")
 
@@ -200,6 +211,12 @@ def _info(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> None:
     with _client(args) as client:
         found = _open(args.collection).verify(args.against, client=client)
+    if args.json:
+        from annbatch_dask.documents import verify_document
+
+        _say_json("verify", verify_document(args.collection, found))
+        found.raise_for_problems()
+        return
     for problem in found.problems:
         _say(str(problem))
     for name in found.leftovers:
@@ -512,6 +529,7 @@ def _add_shuffle(commands: Any) -> None:
 def _add_plan(commands: Any) -> None:
     parser = _add_command(commands, "plan", _plan, "print the plan of a shuffle, and run nothing")
     _add_layout_options(parser)
+    _add_json(parser)
 
 
 def _add_status(commands: Any) -> None:
@@ -527,6 +545,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 def _add_info(commands: Any) -> None:
     parser = _add_command(commands, "info", _info, "print the content of a collection")
     _add_collection(parser)
+    _add_json(parser)
 
 
 def _add_report(commands: Any) -> None:
@@ -558,6 +577,7 @@ def _add_verify(commands: Any) -> None:
     parser = _add_command(commands, "verify", _verify, "read a whole collection and compare it with its records")
     _add_collection(parser)
     parser.add_argument("--against", nargs="+", metavar="FILES", help="the files it was made of")
+    _add_json(parser)
     parser.add_argument("--scheduler", metavar="ADDRESS", help="run on this Dask cluster, e.g. tcp://head-node:8786")
     parser.set_defaults(n_workers=None)
 
@@ -757,7 +777,7 @@ def _say(text: str, file: IO[str] | None = None) -> None:
 
 
 def _say_json(command: str, values: dict[str, Any]) -> None:
-    """Print a document of JSON, whose escapes do nothing to a terminal; its first line says what it is."""
+    """Print a document of JSON, whose escapes do nothing to a terminal; its first fields say what it is."""
     print(json.dumps({"annbatch_dask": annbatch_dask.__version__, "command": command} | values, indent=1))
 
 

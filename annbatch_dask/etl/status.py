@@ -70,6 +70,12 @@ class CollectionStatus:
         Those that run or were interrupted, by their dataset numbers.
     last
         Logs of the last builds that succeeded, the last one first.
+
+    Examples
+    --------
+    >>> found = collection.status()
+    >>> found.state, found.builds, len(found.last)
+    ('idle', (), 1)
     """
 
     path: str

@@ -1,7 +1,9 @@
+import json
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import dask
 import h5py
@@ -348,3 +350,70 @@ def test_ctrl_c_exits_with_130(collection, capsys, monkeypatch):
     monkeypatch.setattr("annbatch_dask.cli._facts", interrupted)
     assert run("info", collection) == 130
     assert "interrupted" in error_line(capsys)
+
+
+# --- for scripts ---------------------------------------------------------------------------------------------------
+
+
+def said(capsys):
+    found = json.loads(capsys.readouterr().out)
+    assert found.pop("annbatch_dask") == __version__
+    return found.pop("command"), found
+
+
+def test_a_plan_as_json(h5ad_pair, capsys):
+    assert run("plan", *h5ad_pair, "--dataset-size", "200", "--seed", 0, "--json") == 0
+    command, found = said(capsys)
+    assert command == "plan"
+    assert (found["n_obs"], found["n_datasets"], found["max_dataset_n_obs"]) == (500, 3, 200)
+    assert found["n_tasks"]["gather"] == 3
+    assert [s["path"] for s in found["sources"]] == [str(p) for p in h5ad_pair]
+    assert all(type(n) is int for n in (found["n_bytes_read"], found["task_nbytes"], *found["peak_nbytes"].values()))
+    assert found["words"]["order"][0].endswith("seed 0")
+    assert "X" in found["elements"]
+
+
+def test_info_as_json(collection, h5ad_pair, capsys):
+    assert run("info", collection, "--json") == 0
+    command, found = said(capsys)
+    manifest = DatasetCollection(collection, mode="r").manifest
+    assert (command, found["n_obs"], found["n_datasets"]) == ("info", 500, 3)
+    assert found["n_bytes"] == sum(p.stat().st_size for p in collection.rglob("*") if p.is_file())
+    assert [d["n_bytes"] for d in found["datasets"]] == [d.n_bytes for d in manifest.datasets]
+    assert [(b["seed"], b["plan"]) for b in found["builds"]] == [(3, manifest.builds[0].plan)]
+    assert [s["path"] for s in found["sources"]] == [str(p) for p in h5ad_pair]
+
+
+def test_verify_as_json(collection, h5ad_pair, tmp_path, capsys):
+    assert run("verify", collection, "--against", *h5ad_pair, "--json") == 0
+    command, found = said(capsys)
+    assert (command, found["ok"], found["n_obs"], found["problems"]) == ("verify", True, 500, [])
+    assert found["against"] == [str(p) for p in h5ad_pair]
+    copy = shutil.copytree(collection, tmp_path / "o.zarr")
+    (copy / "dataset_1" / "X" / "data" / "c" / "0").write_bytes(b"")
+    assert run("verify", copy, "--json") == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("annbatch-dask: error: ")
+    (problem, *_) = json.loads(out)["problems"]
+    assert "dataset_1" in problem["where"]
+
+
+def test_status_as_json(collection, capsys):
+    assert run("status", collection, "--json") == 0
+    command, found = said(capsys)
+    assert (command, found["state"], found["builds"], found["n_obs"]) == ("status", "idle", [], 500)
+    assert found["last"][0]["plan"] == DatasetCollection(collection, mode="r").manifest.builds[0].plan
+
+
+def test_the_page_says_every_field(collection, h5ad_pair, capsys):
+    """The one description of the documents."""
+    page = (Path(__file__).parents[2] / "docs/how-to/watch-a-build.md").read_text()
+    for command in (
+        ["plan", *h5ad_pair, "--seed", 0],
+        ["info", collection],
+        ["verify", collection],
+        ["status", collection],
+    ):
+        assert run(*command, "--json") == 0
+        _, found = said(capsys)
+        assert [name for name in found if f"`{name}`" not in page] == [], command

@@ -20,7 +20,7 @@ from annbatch_dask.engines import choose, dask
 from annbatch_dask.engines.choose import choose_engine
 from annbatch_dask.engines.dask import ClusterEngine, LocalEngine
 from annbatch_dask.engines.local_cluster import local_client, workers_process
-from annbatch_dask.errors import MissingPackageError, SchedulerError, StorageError
+from annbatch_dask.errors import MissingPackageError, SchedulerError, SourceError, StorageError
 from annbatch_dask.etl import start
 from annbatch_dask.events import Callback
 from annbatch_dask.plan.memory import MIB, Budget
