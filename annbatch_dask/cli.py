@@ -365,6 +365,9 @@ def _facts(collection: DatasetCollection) -> Iterator[tuple[str, object]]:
         if build.naming is not None:
             yield "genes named", build.naming.rules
             yield from build.naming.effects
+        if (found := build.duplicates) is not None:
+            what = "dropped" if found.mode == "drop" else "kept"
+            yield "duplicates", f"{plural(found.n_obs, 'cell')} with the X of an earlier cell, {what}"
     for source in manifest.sources:
         yield "source", f"{source.path} ({source.n_obs:,} cells)"
 

@@ -21,8 +21,15 @@ from annbatch_dask.etl.files import recorded_files
 from annbatch_dask.etl.log import BuildLog, read_log
 from annbatch_dask.etl.stats import GeneSums
 from annbatch_dask.formatting import format_bytes
-from annbatch_dask.html import MomentGrid, OverlapRow, moment_grid, overlap_rows, render
-from annbatch_dask.manifest import SOURCE_DTYPE, BuildRecord, Manifest, NamingRecord, SourceRecord
+from annbatch_dask.html import MomentGrid, OverlapRow, PairMatrix, moment_grid, overlap_rows, pair_matrix, render
+from annbatch_dask.manifest import (
+    SOURCE_DTYPE,
+    BuildRecord,
+    DuplicatesRecord,
+    Manifest,
+    NamingRecord,
+    SourceRecord,
+)
 from annbatch_dask.mixing import Mixing, measure_mixing
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.frames import n_rows, unite_categories
@@ -183,8 +190,7 @@ class Report:
         rows, first = [], 1  # sources are numbered over all builds
         for k, (build, _) in enumerate(self.builds, start=1):
             if build.genes:
-                title = f"build {k}: {build.mode}" if len(self.builds) > 1 else ""
-                rows.append((title, _overlaps(build, first)))
+                rows.append((self._title(k), _overlaps(build, first)))
             first += len(build.sources)
         return rows
 
@@ -196,9 +202,22 @@ class Report:
         rows = []
         for k, (build, _) in enumerate(self.builds, start=1):
             if (naming := build.naming) is not None:
-                title = f"build {k}: {build.mode}" if len(self.builds) > 1 else ""
-                rows.append((title, naming, list(zip(build.sources, naming.renamed, naming.joined, strict=True))))
+                sources = list(zip(build.sources, naming.renamed, naming.joined, strict=True))
+                rows.append((self._title(k), naming, sources))
         return rows
+
+    def duplicates(self) -> list[tuple[str, DuplicatesRecord, PairMatrix]]:
+        """What builds found that looked for duplicates, with a title where there are several builds."""
+        paths = [s.path for s in self.sources]
+        return [
+            (self._title(k), build.duplicates, pair_matrix(build.duplicates.pairs, paths))
+            for k, (build, _) in enumerate(self.builds, start=1)
+            if build.duplicates is not None
+        ]
+
+    def _title(self, k: int) -> str:
+        """Title of the k-th build; "" where it is the only one."""
+        return f"build {k}: {self.builds[k - 1][0].mode}" if len(self.builds) > 1 else ""
 
     @cached_property
     def html(self) -> str:

@@ -36,6 +36,7 @@ from annbatch_dask.etl.rows import (
 )
 from annbatch_dask.etl.scatter import scatter_again
 from annbatch_dask.etl.totals import decode, encode
+from annbatch_dask.kernels.cells import compare_rows
 from annbatch_dask.kernels.rows import offsets_of, take_rows
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import MatrixSpec
@@ -201,14 +202,16 @@ def _find(job: Job, index: int) -> FindReceipt:
 
 def _shared(hashes: NDArray[np.uint64], is_new: NDArray[np.bool_]) -> NDArray[np.int64]:
     """(k,) ascending places of hashes that stand at another place too, one of which is new."""
-    order = np.argsort(hashes, kind="stable")
-    ordered = hashes[order]
-    first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])) if len(ordered) else np.zeros(0, np.int64)
-    counts = np.diff(first, append=len(ordered))
-    if not (counts > 1).any():
+    ordered = np.sort(hashes)
+    again = ordered[1:][ordered[1:] == ordered[:-1]]
+    if not len(again):
         return np.zeros(0, np.int64)
-    wanted = (counts > 1) & np.logical_or.reduceat(is_new[order], first)
-    return np.sort(order[np.repeat(wanted, counts)])
+    again = again[np.append(True, again[1:] != again[:-1])]
+    at = np.minimum(np.searchsorted(again, hashes), len(again) - 1)
+    places = np.flatnonzero(again[at] == hashes)
+    has_new = np.zeros(len(again), bool)
+    has_new[at[places[is_new[places]]]] = True
+    return places[has_new[at[places]]]
 
 
 def _collect(job: Job, index: int) -> CollectReceipt:
@@ -250,12 +253,7 @@ def _read_cells(job: Job, block: int, at: NDArray[np.uint32]) -> tuple[FixedArra
         for part in np.flatnonzero(np.diff(ends)).tolist():
             rows = at[ends[part] : ends[part + 1]] - starts[part]
             pieces.append(_read_some(plan, reader, part, rows.astype(np.int64)))
-    fixed = {name: np.concatenate([f[name] for f, _ in pieces]) for name in pieces[0][0]}
-    ragged = {}
-    for name in pieces[0][1]:
-        counts = np.concatenate([np.diff(r[name][1]) for _, r in pieces])
-        ragged[name] = np.concatenate([r[name][0] for _, r in pieces]), offsets_of(counts)
-    return fixed, ragged
+    return _joined(pieces)
 
 
 def _read_some(plan: Plan, reader: SpillReader, part: int, rows: NDArray[np.int64]) -> tuple[FixedArrays, RaggedArrays]:
@@ -274,37 +272,75 @@ def _read_some(plan: Plan, reader: SpillReader, part: int, rows: NDArray[np.int6
 
 
 def _compare(job: Job, index: int) -> CompareReceipt:
-    plan, candidates = job.plan, Candidates.load(job.scratch)
-    firsts: dict[int, list[tuple[int, tuple[bytes, ...]]]] = {}  # by hash: source and content of each distinct cell
+    plan = job.plan
     pairs: Counter[tuple[int, int]] = Counter()
     tables: list[FixedArrays] = []
+    firsts: tuple[FixedArrays, RaggedArrays] | None = None
     n_rows = 0
-    for b in candidates.blocks:
-        with SpillReader(job.scratch, b, range(index, index + 1), kind=_CELLS) as reader:
-            table = reader.read_fixed(index)
-            found = reader.read_ragged(index, np.empty(reader.ragged_nbytes(index), np.uint8))
-        n_rows += len(table["row"])
-        again = []
-        cells = zip(table["hash"].tolist(), table["source"].tolist(), _contents(table, found), strict=True)
-        for k, (number, source, cell) in enumerate(cells):
-            known = firsts.setdefault(number, [])
-            first = next((s for s, other in known if other == cell), None)
-            if first is None:
-                known.append((source, cell))
-            elif not plan.sources[plan.blocks[b].source].is_dataset:
-                pairs[source, first] += 1
-                again.append(k)
-        kept = {name: values[again] for name, values in table.items()}
-        tables.append(kept | {"block": np.full(len(again), b)})
+    for batch in _batches(job, index):
+        table, cells = batch if firsts is None else _joined([firsts, batch])
+        n_known = 0 if firsts is None else len(firsts[0]["hash"])
+        n_rows += len(table["hash"]) - n_known
+        first = _first_equal(table["hash"], cells)
+        again = np.flatnonzero((first < np.arange(len(first))) & table["is_new"])
+        sources = zip(table["source"][again].tolist(), table["source"][first[again]].tolist(), strict=True)
+        pairs.update(sources)
+        tables.append({name: values[again] for name, values in table.items()})
+        kept = np.flatnonzero(first == np.arange(len(first)))
+        firsts = {n: v[kept] for n, v in table.items()}, {n: take_rows(*rows, kept) for n, rows in cells.items()}
     left = _left_out(job, index, tables) if plan.options.duplicates == "drop" else ({}, {})
     return CompareReceipt(n_rows, [[a, b, n] for (a, b), n in sorted(pairs.items())], *left)
 
 
-def _contents(table: FixedArrays, found: dict[str, NDArray]) -> Iterator[tuple[bytes, ...]]:
-    """Bytes of each cell."""
-    offsets = offsets_of(table["length"])
-    raw = [(values.tobytes(), (offsets * values.itemsize).tolist()) for values in found.values()]
-    return (tuple(data[ends[k] : ends[k + 1]] for data, ends in raw) for k in range(len(offsets) - 1))
+def _batches(job: Job, index: int) -> Iterator[tuple[FixedArrays, RaggedArrays]]:
+    """The cells of a piece in the order of the input, of some blocks at a time: many may be equal, in one piece."""
+    plan = job.plan
+    limit = max(b.n_bytes for b in plan.blocks)
+    found: list[tuple[FixedArrays, RaggedArrays]] = []
+    nbytes = 0
+    blocks = Candidates.load(job.scratch).blocks
+    for b in blocks:
+        with SpillReader(job.scratch, b, range(index, index + 1), kind=_CELLS) as reader:
+            table = reader.read_fixed(index)
+            cells = reader.read_ragged(index, np.empty(reader.ragged_nbytes(index), np.uint8))
+        n, offsets = len(table["row"]), offsets_of(table["length"])
+        is_new = not plan.sources[plan.blocks[b].source].is_dataset
+        table |= {"block": np.full(n, b), "is_new": np.full(n, is_new)}
+        found.append((table, {name: (v.view(np.uint8), offsets * v.itemsize) for name, v in cells.items()}))
+        nbytes += sum(v.nbytes for v in cells.values())
+        if nbytes >= limit or b == blocks[-1]:
+            yield _joined(found)
+            found, nbytes = [], 0
+
+
+def _joined(pieces: Sequence[tuple[FixedArrays, RaggedArrays]]) -> tuple[FixedArrays, RaggedArrays]:
+    """Rows of all pieces, one after another."""
+    fixed = {name: np.concatenate([f[name] for f, _ in pieces]) for name in pieces[0][0]}
+    ragged = {}
+    for name in pieces[0][1]:
+        counts = np.concatenate([np.diff(r[name][1]) for _, r in pieces])
+        ragged[name] = np.concatenate([r[name][0] for _, r in pieces]), offsets_of(counts)
+    return fixed, ragged
+
+
+def _first_equal(hashes: NDArray[np.uint64], cells: RaggedArrays) -> NDArray[np.int64]:
+    """(n,) place of the first cell that equals each: its own where none does before it.
+
+    Cells of a hash are compared with the first of them; those that differ, which a hash of 64 bits all but never lets
+    happen, with the first of those, and so on.
+    """
+    out = np.arange(len(hashes))
+    order = np.argsort(hashes, kind="stable")
+    while len(order):
+        ordered = hashes[order]
+        starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+        first = np.repeat(order[starts], np.diff(starts, append=len(order)))
+        equal = np.ones(len(order), bool)
+        for raw, offsets in cells.values():
+            compare_rows(raw, offsets, order, first, equal)
+        out[order[equal]] = first[equal]
+        order = order[~equal]
+    return out
 
 
 def _left_out(job: Job, index: int, tables: Sequence[FixedArrays]) -> tuple[dict[str, str], dict[str, str]]:

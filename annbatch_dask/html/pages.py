@@ -26,5 +26,5 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(count=format_count, size=format_bytes)
+    environment.filters.update(count=format_count, size=format_bytes, zip=zip)
     return environment

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from annbatch_dask.kernels.compiled import compiled
 from annbatch_dask.kernels.rows import offsets_of, sort_entries
 
-__all__ = ["is_plain", "plain_rows", "widest"]
+__all__ = ["compare_rows", "is_plain", "plain_rows", "widest"]
 
 
 @compiled
@@ -17,14 +17,30 @@ def is_plain(offsets, indices, values):  # type: ignore[no-untyped-def]  # noqa:
     for row in range(offsets.shape[0] - 1):
         # views first, so that the loops are compiled to vector instructions
         row_indices, row_values = indices[offsets[row] : offsets[row + 1]], values[offsets[row] : offsets[row + 1]]
-        n_odd = 0
+        is_odd = False
         for k in range(row_values.shape[0]):
-            n_odd += row_values[k] == 0
+            is_odd |= row_values[k] == 0
         for k in range(1, row_indices.shape[0]):
-            n_odd += row_indices[k - 1] >= row_indices[k]
-        if n_odd:
+            is_odd |= row_indices[k - 1] >= row_indices[k]
+        if is_odd:
             return False
     return True
+
+
+@compiled
+def compare_rows(raw, offsets, rows, others, equal):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """``equal[i]`` becomes False where the bytes of row ``rows[i]`` are not those of row ``others[i]``."""
+    for i in range(rows.shape[0]):
+        a, b = offsets[rows[i]], offsets[others[i]]
+        n = offsets[rows[i] + 1] - a
+        if n != offsets[others[i] + 1] - b:
+            equal[i] = False
+            continue
+        one, other = raw[a : a + n], raw[b : b + n]
+        differ = np.uint8(0)
+        for k in range(n):
+            differ |= one[k] ^ other[k]
+        equal[i] &= differ == 0
 
 
 def widest(dtype: np.dtype) -> np.dtype:

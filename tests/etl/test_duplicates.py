@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from annbatch_dask import DatasetCollection, events
+from annbatch_dask.cli import main
 from annbatch_dask.errors import DuplicateCellsError
 from annbatch_dask.etl import cells, duplicates
 from tests.etl.inputs import adatas, dense_x, exact_or_refused, expected_x, on_genes, write
@@ -348,6 +349,37 @@ def test_a_mode_there_is_not_is_refused(tmp_path, files):
 def test_the_plan_says_that_it_looks(tmp_path, files, mode):
     plan = DatasetCollection(tmp_path / "o.zarr").plan_adatas(files[0], duplicates=mode, allow_mixed_counts=True)
     assert "cells with the X of an earlier cell" in plan.summary()
+
+
+def test_the_command_line_finds_them_and_says_so(tmp_path, files, capsys):
+    paths, _ = files
+    arguments = [*map(str, paths), "-o", str(tmp_path / "o.zarr"), "--allow-mixed-counts", "--no-progress"]
+    assert main(["shuffle", *arguments, "--duplicates", "drop"]) == 0
+    assert main(["info", str(tmp_path / "o.zarr")]) == 0
+    assert "cells with the X of an earlier cell, dropped" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "o.zarr"), "--against", *map(str, paths)]) == 0
+    assert (
+        main(["shuffle", *arguments[:-4], "-o", str(tmp_path / "p.zarr"), *arguments[-2:], "--duplicates", "error"])
+        == 1
+    )
+    assert "b.h5ad in" in capsys.readouterr().err
+
+
+def test_chosen_cells_are_compared(tmp_path, files):
+    paths, inputs = files
+    collection = build(tmp_path / "o.zarr", paths, where="row >= 10")
+    _, X = expected_x(inputs)
+    chosen = np.concatenate([np.arange(a.n_obs) >= 10 for a in inputs])
+    again, _ = find(X[chosen], np.array(sources_of(paths, inputs))[chosen])
+    kept = chosen.copy()
+    kept[chosen] = ~again
+    assert_kept(collection, paths, inputs, kept)
+    assert collection.verify(against=paths).problems == ()
+    by_rule = [dict(s.dropped) for s in collection.manifest.sources]
+    assert sum(d.get("duplicates", 0) for d in by_rule) == again.sum()
+    assert [sum(d.values()) for d in by_rule] == [
+        a.n_obs - s.n_obs for a, s in zip(inputs, collection.manifest.sources, strict=True)
+    ]
 
 
 # --- a collection that holds cells ------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import CollectionError
-from annbatch_dask.html import moment_grid, overlap_rows
+from annbatch_dask.html import moment_grid, overlap_rows, pair_matrix
 from annbatch_dask.mixing import measure_mixing
 from annbatch_dask.plan.genes import GeneSpace, join_genes
 from annbatch_dask.testing import make_adata
@@ -207,6 +207,40 @@ def test_notebooks_show_the_plan_the_collection_and_the_report(built, report):
     assert all(f"{s.path} {s.n_obs}" in shown for s in report.sources)
     assert "empty" in Page(DatasetCollection(Path(collection.path).parent / "none.zarr")._repr_html_()).text
     assert report._repr_html_().startswith("<iframe srcdoc=")
+
+
+def test_duplicates_stand_by_file(tmp_path):
+    first = make_adata(60, [f"gene_{g}" for g in range(40)], seed=0)
+    second = make_adata(50, [f"gene_{g}" for g in range(40)], seed=1)
+    both = ad.concat([second, first[:20], second[:7]], index_unique="-")
+    both.obs_names_make_unique()
+    paths = [tmp_path / "a.h5ad", tmp_path / "b.h5ad"]
+    first.write_h5ad(paths[0])
+    both.write_h5ad(paths[1])
+    with dask.config.set(scheduler="synchronous"):
+        collection = DatasetCollection(tmp_path / "o.zarr").add_adatas(paths, duplicates="drop")
+    [(title, found, matrix)] = collection.report().duplicates()
+    assert (title, found.n_obs) == ("", 27)
+    assert matrix.rows == ((2, str(paths[1])),)
+    assert matrix.columns == ((1, str(paths[0])), (2, str(paths[1])))
+    assert matrix.cells == (((20, 1.0), (7, 0.35)),)
+    text = Page(collection.report().html).text
+    assert "27 cells had the X of an earlier cell, gene by gene, and were dropped" in text
+    assert "also in 1 also in 2 2 b.h5ad 20 7" in text
+
+
+def test_a_build_that_did_not_look_for_duplicates_says_nothing_of_them(report):
+    assert report.duplicates() == []
+    assert "there twice" not in report.html
+
+
+def test_many_sources_have_the_largest_twelve_in_the_matrix():
+    paths = [f"{k}.h5ad" for k in range(20)]
+    pairs = [(b, a, i + j + 1) for i, a in enumerate(paths) for j, b in enumerate(paths) if j > i]
+    matrix = pair_matrix([*pairs, ("", "", 5)], paths)
+    assert (len(matrix.rows), len(matrix.columns)) == (12, 12)
+    assert sum(n for row in matrix.cells for n, _ in row) + matrix.n_other == sum(n for _, _, n in pairs) + 5
+    assert max(share for row in matrix.cells for _, share in row) == 1
 
 
 @pytest.fixture(scope="module")
