@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from annbatch_dask.lazy import concat_lazy, read_lazy
     from annbatch_dask.loader import Loader
     from annbatch_dask.loader.legacy import ZarrSparseDataset
+    from annbatch_dask.plan.qc import QC
     from annbatch_dask.planned import RunnablePlan
     from annbatch_dask.report import Report
     from annbatch_dask.splits import Splits
@@ -39,6 +40,7 @@ __all__ = [
     "CollectionStatus",
     "DatasetCollection",
     "Loader",
+    "QC",
     "Report",
     "RunnablePlan",
     "Splits",
@@ -70,6 +72,7 @@ _HOMES = {
     "CollectionStatus": "annbatch_dask.etl.status",
     "DatasetCollection": "annbatch_dask.collection",
     "Loader": "annbatch_dask.loader",
+    "QC": "annbatch_dask.plan.qc",
     "Report": "annbatch_dask.report",
     "RunnablePlan": "annbatch_dask.planned",
     "Splits": "annbatch_dask.splits",

@@ -431,6 +431,7 @@ def _layout(args: argparse.Namespace) -> dict[str, Any]:
         "layout": args.layout,
         "gene_order": args.gene_order,
         "where": args.where,
+        "qc": _qc(args),
         "var_key": _keys(args.var_key),
         "gene_map": args.gene_map,
         "strip_versions": args.strip_versions,
@@ -440,6 +441,22 @@ def _layout(args: argparse.Namespace) -> dict[str, Any]:
         "stats_by": args.stats_by,
         "memory_limit": args.memory_limit,
     }
+
+
+def _qc(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Return the rules on counts that the options make; None for none."""
+    found = {name: getattr(args, name) for name in ("min_counts", "max_counts", "min_genes", "max_genes")}
+    found |= {"max_fraction": {k: float(v) for k, v in args.max_fraction}, "gene_sets": dict(args.gene_set)}
+    found |= {"annotate": args.annotate_qc}
+    return found if any(v not in (None, False, {}) for v in found.values()) else None
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        msg = f"{text!r} is not NAME=VALUE"
+        raise argparse.ArgumentTypeError(msg)
+    return name, value
 
 
 def _keys(given: list[str] | None) -> str | dict[str, str] | None:
@@ -715,6 +732,26 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
         metavar="CONDITION",
         help="keep the cells whose obs meets it: \"is_primary_data and tissue == 'lung'\"",
     )
+    for kind, what in (("counts", "a sum of counts"), ("genes", "a number of genes")):
+        for end, word in (("min", "least"), ("max", "most")):
+            parser.add_argument(f"--{end}-{kind}", type=float, metavar="N", help=f"keep cells of {what} of at {word} N")
+    parser.add_argument(
+        "--max-fraction",
+        type=_pair,
+        action="append",
+        default=[],
+        metavar="SET=SHARE",
+        help="keep cells of which at most this share of counts is of a gene set: mito=0.2",
+    )
+    parser.add_argument(
+        "--gene-set",
+        type=_pair,
+        action="append",
+        default=[],
+        metavar="SET=GENES",
+        help="genes by a prefix, or a boolean column of var: mito=MT-",
+    )
+    parser.add_argument("--annotate-qc", action="store_true", help="add n_counts, n_genes and fraction_SET to obs")
     parser.add_argument(
         "--var-key",
         action="append",

@@ -25,6 +25,7 @@ from annbatch_dask.etl.request import DuplicateCells, GeneOrder, MatrixLayout, M
 from annbatch_dask.etl.start import Means, plan_and_run, run_prepared
 from annbatch_dask.events import Callback, Callbacks
 from annbatch_dask.maintained import MaintainedCollection
+from annbatch_dask.plan.qc import QC
 from annbatch_dask.planned import RunnablePlan
 from annbatch_dask.progress import default_callbacks
 from annbatch_dask.seeds import Seed
@@ -103,6 +104,7 @@ class DatasetCollection(MaintainedCollection):
         layout: MatrixLayout | None = None,
         gene_order: GeneOrder | None = None,
         where: str | Mapping[str, str] | None = None,
+        qc: QC | Mapping[str, Any] | None = None,
         var_key: VarKey | None = None,
         gene_map: Any = None,
         strip_versions: bool | None = None,
@@ -158,6 +160,7 @@ class DatasetCollection(MaintainedCollection):
         layout: MatrixLayout | None = None,
         gene_order: GeneOrder | None = None,
         where: str | Mapping[str, str] | None = None,
+        qc: QC | Mapping[str, Any] | None = None,
         var_key: VarKey | None = None,
         gene_map: Any = None,
         strip_versions: bool | None = None,
@@ -254,6 +257,8 @@ class DatasetCollection(MaintainedCollection):
             Keep only the cells whose obs meets a condition, written as for the Loader's ``where``:
             ``"is_primary_data and tissue == 'lung'"``. One for all inputs, or by path or pattern of paths (the first
             that fits; others are kept whole). Cells that the collection has already are not asked.
+        qc
+            Keep only the cells whose counts meet rules, see :class:`annbatch_dask.QC`, after ``where``.
         var_key
             The var column whose values name the genes, such as ``"feature_id"`` or ``"gene_ids"``, of ``raw`` too: for
             all inputs, or by path or pattern of paths (the first that fits; of others it is the index, which is

@@ -249,6 +249,8 @@ class BuildRecord:
         How it stored sparse matrices: ``"open"`` or ``"packed"``.
     gene_order
         In which order the collection's genes are: ``"names"`` or ``"abundance"``.
+    qc
+        The rules on counts of its inputs' cells, as :class:`annbatch_dask.QC` takes them; empty if there were none.
     naming
         How its inputs' genes were named; None by their indices.
     duplicates
@@ -268,6 +270,7 @@ class BuildRecord:
     request: str = field(default="", repr=False)
     layout: str = "open"
     gene_order: str = "names"
+    qc: Mapping[str, Any] = field(default_factory=dict)
     naming: NamingRecord | None = None
     duplicates: DuplicatesRecord | None = None
     stats: bool = False
@@ -276,7 +279,13 @@ class BuildRecord:
     def to_json(self) -> dict[str, Any]:
         """Convert to JSON values, without the defaults of earlier releases, which do not know these fields."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        defaults: dict[str, Any] = {"layout": "open", "gene_order": "names", "naming": None, "duplicates": None}
+        defaults: dict[str, Any] = {
+            "layout": "open",
+            "gene_order": "names",
+            "qc": {},
+            "naming": None,
+            "duplicates": None,
+        }
         defaults |= {"stats": False, "stats_by": ""}
         return {k: v for k, v in values.items() if k not in defaults or v != defaults[k]}
 

@@ -27,6 +27,7 @@ from annbatch_dask.sources.open import Source
 __all__ = [
     "BlockRows",
     "cast_exactly",
+    "collect_values",
     "dense_to_csr",
     "exact_rows",
     "hash_block",
@@ -128,7 +129,7 @@ def _read_sparse(
     drops = bool((gene_map < 0).any())
     target = np.dtype(np.int32) if drops else index_dtype(spec.n_cols)
     indices = map_genes(csr, gene_map.astype(target), n_cols=schema.n_cols)
-    exact, values_range = _collect_values(csr, nnz, np.dtype(schema.dtype))
+    exact, values_range = collect_values(csr, nnz, np.dtype(schema.dtype))
     del csr  # and with it what it was made of
     offsets, indices, exact = in_gene_order(offsets, indices, exact, gene_map)
     if met := meets(gene_map):
@@ -147,7 +148,7 @@ def _read_sparse(
     rows.ranges[spec.name] = values_range
 
 
-def _collect_values(csr: CsrRows, nnz: int, dtype: np.dtype) -> tuple[NDArray, ValueRange]:
+def collect_values(csr: CsrRows, nnz: int, dtype: np.dtype) -> tuple[NDArray, ValueRange]:
     """Stored values in a dtype that holds them exactly, and their range: uint16 at once where they are counts."""
     if dtype in (np.float32, np.float64) and (counts := _collect_counts(csr, nnz, dtype)) is not None:
         return counts

@@ -11,14 +11,15 @@ import numpy as np
 
 from annbatch_dask.engines.base import Engine, run_stage
 from annbatch_dask.engines.dask import LocalEngine
-from annbatch_dask.errors import CollectionBusyError, IntegrityError
+from annbatch_dask.errors import CollectionBusyError, IntegrityError, SelectionError
 from annbatch_dask.etl.commit import commit, make_manifest, merged_range, source_fingerprints
 from annbatch_dask.etl.compare import LeftOut
 from annbatch_dask.etl.duplicates import find_duplicates
 from annbatch_dask.etl.gather import gather
 from annbatch_dask.etl.group import count_groups, with_groups
 from annbatch_dask.etl.inputs import forget_inputs_of
-from annbatch_dask.etl.job import GatherTask, Job, forget_job, save_job
+from annbatch_dask.etl.job import GatherTask, Job, forget_job, own_scratch, save_job
+from annbatch_dask.etl.measure import measure_rows, measured_blocks, with_verdicts
 from annbatch_dask.etl.receipts import ScatterReceipt
 from annbatch_dask.etl.scatter import forget_task, scatter
 from annbatch_dask.etl.sweep import clean_up, withdraw
@@ -48,11 +49,8 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
     error: BaseException | None = None
     committed = False
     try:
-        job = replace(job, scratch=make_private(job.scratch))
-        if plan.options.groupby:
-            job = group(job, engine, callback)
-            plan = job.plan
-        file = save_job(job)
+        job = _look_first(replace(job, scratch=make_private(job.scratch)), engine, callback)
+        plan, file = job.plan, save_job(job)
         totals = Totals(plan.n_datasets)
         scattered = run_stage(
             engine,
@@ -97,6 +95,10 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
         if job.base is not None:
             forget_inputs_of(job.target, job.base)
         clean_up(job)
+    except SelectionError as e:  # nothing is left: the same call will find the same
+        error = e
+        withdraw(job)
+        raise
     except BaseException as e:
         error = e
         busy = None if committed or not isinstance(e, Exception) else _overtaken(job)
@@ -126,6 +128,32 @@ def _end(job: Job) -> None:
             end_claim(job.target, job.claim)
         except Exception as e:  # noqa: BLE001 - another error is on its way, and says more
             logger.warning("%s: %s", job.target.url, e)
+
+
+def _look_first(job: Job, engine: Engine, callback: Callback) -> Job:
+    """The job whose rows and parts are decided, by the stages that the plan needs for it."""
+    own_scratch(job)  # each of them has a folder in it
+    if job.plan.is_survey:
+        job = measure(job, engine, callback)
+    return group(job, engine, callback) if job.plan.options.groupby else job
+
+
+def measure(job: Job, engine: Engine, callback: Callback) -> Job:
+    """Measure the cells of the inputs, and make a job of those that are kept."""
+    plan, first = job.plan, replace(job, scratch=job.scratch / "measure")
+    file, indices = save_job(first), measured_blocks(plan)
+    blocks = [plan.blocks[k] for k in indices]
+    receipts = run_stage(
+        engine,
+        "measure",
+        measure_rows,
+        [(file, k) for k in indices],
+        callback,
+        size=(sum(b.n_rows for b in blocks), sum(b.n_bytes for b in blocks)),
+        measure=lambda _, r: (r.n_rows, r.n_bytes),
+        describe=lambda i: _block(plan, indices[i]),
+    )
+    return with_verdicts(job, first.scratch, indices, receipts)
 
 
 def group(job: Job, engine: Engine, callback: Callback) -> Job:

@@ -182,6 +182,7 @@ def make_manifest(
         request=job.request,
         layout=plan.options.layout,
         gene_order=plan.options.gene_order,
+        qc={} if plan.options.qc is None else plan.options.qc.to_json(),
         naming=plan.naming,
         duplicates=None if duplicates is None else duplicates.record,
         stats=plan.options.stats,

@@ -22,7 +22,7 @@ def count_groups(file: JobFile, index: int) -> pd.DataFrame:
     """Distinct keys of a block's rows and the datasets they go to, and how many rows each: a small frame."""
     job = load_job(file)
     plan, block = job.plan, job.plan.blocks[index]
-    with job.open_source(block.source) as opened:
+    with job.open_block(block) as opened:
         fixed, ragged = read_columns(plan, block, plan.sources[block.source], opened, plan.group_columns)
     keys = group_keys(plan, fixed, ragged)
     dest = plan.placement.forward(np.arange(block.first, block.first + block.n_rows))

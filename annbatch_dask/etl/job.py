@@ -24,8 +24,10 @@ import cloudpickle
 import numpy as np
 
 from annbatch_dask.errors import IntegrityError
+from annbatch_dask.etl.metrics import read_metrics, with_metrics
 from annbatch_dask.formatting import format_bytes
 from annbatch_dask.manifest import Manifest
+from annbatch_dask.plan.layout import Block
 from annbatch_dask.plan.plan import WORK_DIGITS, Plan
 from annbatch_dask.sources.chosen import choose_rows
 from annbatch_dask.sources.open import Source, SourceRef, WholeSource, open_source
@@ -46,6 +48,7 @@ __all__ = [
     "forget_inputs",
     "forget_job",
     "load_job",
+    "own_scratch",
     "owner_of",
     "save_job",
     "say_what_is_lost",
@@ -87,6 +90,8 @@ class Job:
         See :class:`annbatch_dask.manifest.Manifest`.
     attributes
         Attributes of the root document that others wrote; they are kept.
+    measured
+        Where it stands what was measured of the cells that are kept.
     """
 
     plan: Plan
@@ -102,6 +107,7 @@ class Job:
     replaced: tuple[str, ...] = ()
     inherited: tuple[str, ...] = ()
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    measured: Folder | None = None
 
     @property
     def collection_id(self) -> str:
@@ -109,17 +115,20 @@ class Job:
         return (self.base.id if self.base is not None else "") or self.plan.fingerprint[:16]
 
     @contextmanager
-    def open_source(self, index: int) -> Iterator[Source]:
-        """Open the rows of an input that take part.
+    def open_block(self, block: Block) -> Iterator[Source]:
+        """Open the input of a block: the rows that take part, with what was measured of the block's.
 
         One that is read whole is kept for the next block of the same input in this thread. That is what ``load_adata``
         returned, and a file of an old format. :func:`forget_inputs` lets go of it.
         """
-        ref = self.refs[index]
+        ref, schema, qc = self.refs[block.source], self.plan.sources[block.source], self.plan.options.qc
         with ExitStack() as files:
             with seen_before(ref.label):  # by the scan
-                source = self._open(index, files)
-            yield choose_rows(source, self.plan.sources[index].kept)
+                source = choose_rows(self._open(block.source, files), schema.kept)
+            if qc is not None and qc.annotate and not (schema.is_dataset or self.plan.is_survey):
+                found = None if self.measured is None else read_metrics(self.measured, block.measured, qc)
+                source = with_metrics(source, qc, schema, block, found)
+            yield source
 
     def _open(self, index: int, files: ExitStack) -> WholeSource:
         ref = self.refs[index]
@@ -154,12 +163,17 @@ class JobFile:
     name: str = field(default_factory=lambda: f"{_PREFIX}{uuid4().hex}")
 
 
+def own_scratch(job: Job) -> None:
+    """Say in a scratch folder whose it is, by which it may be removed: before anything else is in it."""
+    job.scratch.write(OWNER, json.dumps({"annbatch_dask": "scratch", "collection": job.target.url}).encode())
+
+
 def save_job(job: Job) -> JobFile:
     """Write the job where its tasks find it."""
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # not needed where nothing is built
 
     file = JobFile(job.scratch)
-    job.scratch.write(OWNER, json.dumps({"annbatch_dask": "scratch", "collection": job.target.url}).encode())
+    own_scratch(job)
     sealed = AESGCM(file.key).encrypt(_NONCE, cloudpickle.dumps(replace(job, plan=_for_tasks(job.plan))), None)
     job.scratch.write(file.name, sealed, durable=False)  # who comes after a power cut has another key, and file
     if job.scratch.is_local:  # of calls before this one: two at a time are possible on object stores alone

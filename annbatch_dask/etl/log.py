@@ -32,7 +32,7 @@ class StageLog:
     Attributes
     ----------
     name
-        ``"group"``, ``"scatter"``, ``"gather"`` or ``"commit"``.
+        ``"measure"``, ``"group"``, ``"scatter"``, ``"gather"`` or ``"commit"``.
     n_tasks, n_reused
         Tasks, and how many of them an earlier, interrupted run had done.
     n_obs, n_bytes

@@ -277,8 +277,11 @@ def prepare(root: Root, request: Request, room: EngineChoice, *, read_values: bo
     def look_at(some: list[tuple[SourceRef, SourceSchema, frozenset[str]]]) -> list[dict[str, ValueRange]]:
         return room.scanner.run("look", look, some, lambda *_: None, lambda i: some[i][0].label)
 
+    chosen = with_ranges(refs, chosen, look_at)
+    if options.qc is not None:
+        chosen = [s if s.is_dataset else options.qc.annotated(s) for s in chosen]
     plan = build_plan(
-        with_ranges(refs, chosen, look_at),
+        chosen,
         options,
         budget=replace(room.budget, block_nbytes=_block_nbytes()),
         var=None if annotations is None else annotations.var,
@@ -314,7 +317,7 @@ def _scans(
     first = extension is not None and (request.merge is not None or not extension.union)
     by_abundance = extension is None and options.gene_order == "abundance"
     tasks = [(ref, first and k == 0, False, False, False) for k, ref in enumerate(refs[:n_datasets])]
-    return [*tasks, *((ref, wanted, read_values, False, by_abundance) for ref in refs[n_datasets:])]
+    return [*tasks, *((ref, wanted, read_values, False, by_abundance, options.qc) for ref in refs[n_datasets:])]
 
 
 def _block_nbytes() -> int:

@@ -12,6 +12,7 @@ from annbatch_dask.errors import LayoutError, SelectionError
 from annbatch_dask.etl.genes import AskedNames, ask_names
 from annbatch_dask.plan.elements import Elements
 from annbatch_dask.plan.options import Options
+from annbatch_dask.plan.qc import QC
 from annbatch_dask.seeds import resolve_seed
 from annbatch_dask.sizes import parse_rows_or_nbytes
 from annbatch_dask.sources.open import SourceRef
@@ -94,6 +95,10 @@ def _options(given: Mapping[str, Any]) -> Options:
         raise LayoutError(msg)
     dataset_rows, dataset_nbytes = parse_rows_or_nbytes("dataset_size", given["dataset_size"])
     shard_rows, shard_nbytes = parse_rows_or_nbytes("shard_size", given["shard_size"])
+    qc, elements = QC.of(given["qc"]), Elements.parse(given["elements"])
+    if qc is not None and any(not elements.keeps(c.path) for c in qc.columns()):
+        msg = "qc annotates obs, and elements leaves obs out; add 'obs' to elements, or give QC(annotate=False)"
+        raise ValueError(msg)
     return Options(
         seed=resolve_seed(given["seed"], given["rng"]),
         shuffle=given["shuffle"],
@@ -105,8 +110,9 @@ def _options(given: Mapping[str, Any]) -> Options:
         compressor=compressor_json(given["zarr_compressor"]),
         var_subset=None if given["var_subset"] is None else tuple(map(str, given["var_subset"])),
         groupby=_groupby(given["groupby"]),
-        elements=Elements.parse(given["elements"]),
+        elements=elements,
         allow_mixed_counts=given["allow_mixed_counts"],
+        qc=qc,
         duplicates=_duplicates(given["duplicates"]),
     )
 

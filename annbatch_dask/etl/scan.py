@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import anndata as ad
@@ -19,6 +20,7 @@ from annbatch_dask.plan.dtypes import ValueRange, merge_ranges
 from annbatch_dask.plan.elements import choose_counts
 from annbatch_dask.plan.layout import cut_blocks
 from annbatch_dask.plan.naming import INPUT_VAR_NAMES
+from annbatch_dask.plan.qc import QC, find_genes
 from annbatch_dask.plan.schema import MatrixSchema, SourceSchema, shared_names
 from annbatch_dask.sources.chosen import choose_rows, chosen_schema, open_chosen
 from annbatch_dask.sources.identity import identity_of, unique_identity
@@ -46,11 +48,13 @@ def scan(  # a task's arguments are positional
     read_values: bool = False,  # noqa: FBT001, FBT002
     metadata_only: bool = False,  # noqa: FBT001, FBT002
     sample_genes: bool = False,  # noqa: FBT001, FBT002
+    qc: QC | None = None,
 ) -> Scanned:
     """Look at one input.
 
     ``read_values`` reads every value of its matrices, which is as much work as a scatter; ``metadata_only`` none at
     all, so that the stored values of each row are guessed; ``sample_genes`` some cells, for how many have each gene.
+    ``qc``: find the genes of its sets.
 
     Raises
     ------
@@ -74,11 +78,21 @@ def scan(  # a task's arguments are positional
                 schema = replace(schema, matrices=found)
             if sample_genes:
                 schema = replace(schema, abundance=_abundance(source, schema))
+            if qc is not None and not ref.is_dataset:
+                schema = replace(schema, gene_sets=_gene_sets(whole, schema, qc))
             annotations = _annotations(source, ref.counts) if want_annotations else None
         return Scanned(replace(schema, identity=identity), annotations)
     except Exception as e:
         e.add_note(f"while scanning {ref.label}")
         raise
+
+
+def _gene_sets(source: WholeSource, schema: SourceSchema, qc: QC) -> tuple[NDArray[np.int32], ...]:
+    x = next((m for m in schema.matrices if m.name == "X"), None)
+    if x is None:
+        return ()  # which the plan refuses
+    frame = "raw/var" if x.genes == "raw" else "var"
+    return find_genes(qc, schema.path, schema.names_in(x.genes), partial(source.gene_values, frame))
 
 
 def _with_shared_names(schema: SourceSchema) -> SourceSchema:

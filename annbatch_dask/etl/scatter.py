@@ -36,7 +36,7 @@ def scatter(file: JobFile, index: int) -> ScatterReceipt:
         with (
             activity("read"),
             unchanged(job.refs[block.source], source.identity),
-            job.open_source(block.source) as opened,
+            job.open_block(block) as opened,
         ):
             rows = read_block(plan, block, source, opened)
     except Exception as e:

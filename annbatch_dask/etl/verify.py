@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from annbatch_dask.errors import AnnbatchDaskError, CollectionError, IntegrityEr
 from annbatch_dask.etl.blocks import hash_block, read_block
 from annbatch_dask.etl.edits import Problem, look_at_files
 from annbatch_dask.etl.genes import keyed, naming_of
+from annbatch_dask.etl.measure import decide
 from annbatch_dask.etl.rows import array_name, sum_hashes
 from annbatch_dask.etl.scan import look, scan, with_ranges
 from annbatch_dask.etl.sweep import leftovers
@@ -26,9 +28,9 @@ from annbatch_dask.plan.elements import Elements
 from annbatch_dask.plan.memory import Budget
 from annbatch_dask.plan.naming import Naming, name_genes
 from annbatch_dask.plan.options import Extension, Options
-from annbatch_dask.sources.chosen import open_chosen
+from annbatch_dask.plan.qc import QC
 from annbatch_dask.sources.matrices import n_rows_of
-from annbatch_dask.sources.open import SourceRef
+from annbatch_dask.sources.open import SourceRef, open_source
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.frames import n_rows
 from annbatch_dask.storage.metadata import METADATA, is_metadata, metadata_below, nodes_below, nodes_checksum
@@ -307,7 +309,8 @@ def _check_source(ref: SourceRef, candidates: Sequence[Candidate], dataset: Sour
     for c in candidates:
         if c.asked not in seen:
             named = replace(ref, label=c.record.path, counts=c.record.counts, where=c.record.where)
-            n_obs, _, fingerprint, _ = _fingerprint(named, dataset, Elements.parse(c.elements), c.naming)
+            chosen = Elements.parse(c.elements), c.naming, QC.of(c.qc or None)
+            n_obs, _, fingerprint, _ = _fingerprint(named, dataset, *chosen)
             seen[c.asked] = n_obs, fingerprint
     found = [seen[c.asked] for c in candidates]
     pairs = list(zip(candidates, found, strict=True))
@@ -330,23 +333,32 @@ def _difference(candidates: Sequence[Candidate], n_obs: int, fingerprint: str) -
 
 
 def _fingerprint(
-    ref: SourceRef, dataset: SourceRef | None, elements: Elements = _ALL, naming: Naming = _BY_INDEX
+    ref: SourceRef,
+    dataset: SourceRef | None,
+    elements: Elements = _ALL,
+    naming: Naming = _BY_INDEX,
+    qc: QC | None = None,
 ) -> tuple[int, int, str, int]:
     """Rows, stored values of X, fingerprint and genes of an input, in the form it has in a dataset's collection."""
     refs = keyed([r for r in (dataset, ref) if r is not None], naming)
-    schemas = name_genes([scan(r, want_annotations=False).schema for r in refs], naming)
+    schemas = name_genes([scan(r, want_annotations=False, qc=qc).schema for r in refs], naming)
     if not schemas[-1].n_obs:
         return 0, 0, "0" * 16, 0
     schemas = [s if s.is_dataset else elements.select(s) for s in schemas]
     schemas = with_ranges(refs, schemas, lambda some: [look(*args) for args in some])
+    if qc is not None:
+        schemas[-1] = qc.annotated(schemas[-1])
     extension = None if dataset is None else Extension("append", 1, 0)
-    options = Options(seed=0, shuffle=False, elements=elements, allow_mixed_counts=True, naming=naming)
+    options = Options(seed=0, shuffle=False, elements=elements, allow_mixed_counts=True, naming=naming, qc=qc)
     plan = build_plan(schemas, options, budget=_BUDGET, extension=extension)
     total, nnz = 0, 0
     x = array_name("X", "indices")
-    with open_chosen(ref, schemas[-1].kept) as opened:
+    with open_source(ref) as whole:
+        if (decided := decide(plan, whole)) is None:
+            return 0, 0, "0" * 16, 0
+        plan, opened = decided
         for block in plan.blocks:
-            rows = read_block(plan, block, plan.sources[block.source], opened)
+            rows = read_block(plan, block, plan.sources[block.source], opened(block))
             nnz += len(rows.ragged[x][0]) if x in rows.ragged else 0
             total += sum_hashes(hash_block(plan, block, rows))
     return plan.n_obs, nnz, f"{total % 2**64:016x}", plan.n_vars
@@ -354,17 +366,19 @@ def _fingerprint(
 
 @dataclass(frozen=True)
 class Candidate:
-    """A source that an input may be: its place in the manifest, its record, and what was chosen and renamed of it."""
+    """A source that an input may be: its place in the manifest, its record, and what its build chose of it."""
 
     index: int
     record: SourceRecord
     elements: tuple[str, ...]
     naming: Naming
+    qc: Mapping[str, Any]
 
     @property
     def asked(self) -> tuple[Any, ...]:
         """What was asked for of the input: rows of equal candidates are compared once."""
-        return self.record.path, self.record.counts, self.record.where, self.elements, self.naming
+        record = self.record
+        return record.path, record.counts, record.where, self.elements, self.naming, json.dumps(self.qc)
 
 
 def _match_sources(paths: Sequence[str], target: Folder, manifest: Manifest) -> list[tuple[Candidate, ...]]:
@@ -376,7 +390,7 @@ def _match_sources(paths: Sequence[str], target: Folder, manifest: Manifest) -> 
         For a path that stands for none.
     """
     named = [(b, naming_of(target, b.naming)) for b in manifest.builds]
-    how = [(b.elements, naming) for b, naming in named for _ in b.sources]
+    how = [(b.elements, naming, b.qc) for b, naming in named for _ in b.sources]
     known = [Candidate(k, s, *h) for k, (s, h) in enumerate(zip(manifest.sources, how, strict=True))]
     out = []
     for path in paths:

@@ -24,7 +24,7 @@ from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import INPUT_SRC_PATH, OBS, ColumnSpec, Genes, MatrixSchema, MatrixSpec, SourceSchema
 from annbatch_dask.plan.sizing import Sizing, check_chunk
 
-__all__ = ["build_plan"]
+__all__ = ["build_plan", "place_rows"]
 
 
 def build_plan(
@@ -90,7 +90,7 @@ def build_plan(
     _check_names(matrices, columns)
     _check_groupby(options.groupby, sources[n_kept:])
     _check_stats(options, matrices, (*columns, unite_tags(sources)))
-    placement = _place(options, [s.n_obs for s in sources], extension)
+    placement = place_rows(options, [s.n_obs for s in sources], extension)
     costs = Sizing.of(sources, matrices, (*columns, unite_tags(sources)), genes, options, budget, n_kept)
     check_chunk(options.n_obs_per_chunk, costs.row_nbytes)
     blocks = costs.cut()
@@ -282,7 +282,8 @@ def _check_carried(datasets: Sequence[SourceSchema], matrices: Sequence[MatrixSp
             raise SchemaError(msg)
 
 
-def _place(options: Options, sizes: Sequence[int], extension: Extension | None) -> Permutation | ExtendPermutation:
+def place_rows(options: Options, sizes: Sequence[int], extension: Extension | None) -> Permutation | ExtendPermutation:
+    """Where rows go, from the numbers of rows of all sources."""
     name = SWAP_OR_NOT if options.shuffle else IDENTITY
     if extension is not None and extension.mode == "extend":
         old = tuple(sizes[: extension.n_datasets])

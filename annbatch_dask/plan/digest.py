@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from hashlib import blake2b
 
@@ -21,6 +22,8 @@ def canonical(value: object) -> object:
         return {f.name: canonical(v) for f, v in there if f.default is MISSING or v != f.default}
     if isinstance(value, tuple | list):
         return value if all(type(v) is str for v in value) else [canonical(v) for v in value]
+    if isinstance(value, Mapping):
+        return {str(k): canonical(v) for k, v in value.items()}
     if isinstance(value, np.generic):
         value = value.item()
     return value if value is None or isinstance(value, str | int | float) else str(value)

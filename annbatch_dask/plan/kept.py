@@ -58,6 +58,12 @@ class KeptRows:
         rules = tuple((rule, n) for rule, n in dropped.items() if n)
         return cls(len(mask), int(np.count_nonzero(mask)), where, rules, digest(bits.tobytes()), bits)
 
+    def narrowed(self, mask: NDArray[np.bool_], dropped: dict[str, int]) -> KeptRows:
+        """Those of the kept rows of which ``mask``, (n_kept,) bool, is true, and what more was dropped."""
+        left = self.mask()
+        left[left] = mask
+        return self.of(left, where=self.where, dropped=dict(self.dropped) | dropped)
+
     @property
     def is_all(self) -> bool:
         """True if no row was dropped."""
@@ -65,7 +71,7 @@ class KeptRows:
 
     def mask(self) -> NDArray[np.bool_]:
         """(n_rows,) bool, true where a row is kept."""
-        return np.unpackbits(self.bits, count=self.n_rows).view(bool)
+        return np.unpackbits(self.bits, count=self.n_rows).astype(bool)
 
     @cached_property
     def _before(self) -> NDArray[np.int64]:

@@ -22,7 +22,8 @@ class Block:
     """Rows [start, stop) of a source: the work of one scatter task.
 
     ``first`` is the global input row of its first row; ``n_bytes`` what its matrices and obs take
-    uncompressed, as the source stores them; ``peak_nbytes`` is the task's peak memory, 0 if not computed.
+    uncompressed, as the source stores them; ``peak_nbytes`` is the task's peak memory, 0 if not computed. ``measured``
+    is the number of the task that measured its rows, -1 if none did.
     """
 
     source: int
@@ -31,6 +32,7 @@ class Block:
     first: int
     n_bytes: int
     peak_nbytes: int = field(default=0, compare=False, repr=False)
+    measured: int = field(default=-1, compare=False, repr=False)
 
     @property
     def n_rows(self) -> int:

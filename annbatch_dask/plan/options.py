@@ -10,6 +10,7 @@ from typing import Literal
 from annbatch_dask.plan.digest import canonical, digest
 from annbatch_dask.plan.elements import Elements
 from annbatch_dask.plan.naming import Naming
+from annbatch_dask.plan.qc import QC
 
 __all__ = ["Extension", "Options"]
 
@@ -37,6 +38,8 @@ class Options:
     gene_order
         Order of a new collection's genes: ``"names"``, as anndata joins them, or ``"abundance"``, those most cells have
         first.
+    qc
+        Rules on the counts of the inputs' cells.
     naming
         How genes are named, where not by the index.
     duplicates
@@ -60,6 +63,7 @@ class Options:
     allow_mixed_counts: bool = False
     layout: str = "open"
     gene_order: str = "names"
+    qc: QC | None = None
     naming: Naming = Naming()
     duplicates: str = "keep"
     stats: bool = False

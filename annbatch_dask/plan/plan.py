@@ -59,6 +59,8 @@ class Plan:
         Sources that have a column ``src_path`` of their own, which is ``input_src_path`` in the collection.
     groups
         The groups of ``options.groupby``, once they are counted; the layout's parts follow them.
+    survey
+        Fingerprint of the plan that this was until rows were measured, which keeps it; "" where it was none.
     naming
         What the manifest will say of how genes were named; None where by the inputs' indices.
     """
@@ -80,6 +82,7 @@ class Plan:
     extension: Extension | None = None
     renamed: tuple[str, ...] = ()
     groups: Groups | None = field(default=None, repr=False)
+    survey: str = ""
     naming: NamingRecord | None = field(default=None, repr=False)
 
     @property
@@ -105,6 +108,11 @@ class Plan:
         return self.layout.n_obs
 
     @property
+    def is_survey(self) -> bool:
+        """True if rules on counts have still to decide which of its rows are kept: figures are those of all."""
+        return self.options.qc is not None and not self.survey
+
+    @property
     def n_vars(self) -> int:
         """Genes."""
         return len(self.var)
@@ -127,6 +135,8 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the result: builds with equal fingerprints write equal collections."""
+        if self.survey:
+            return self.survey
         sources = [
             {"path": s.path, "n_obs": s.n_obs, "matrices": canonical(s.matrices), "columns": canonical(s.columns)}
             | ({} if s.kept is None else {"kept": canonical(s.kept)})

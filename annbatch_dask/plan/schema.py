@@ -199,6 +199,8 @@ class SourceSchema:
         (n_genes,) float64, about how many cells have a value of each gene of X; None if it was not counted.
     kept
         Which of its rows these are, where rows were chosen: all numbers of rows, here and elsewhere, are of these.
+    gene_sets
+        Numbers of the genes of X that are in each of the sets of the rules on counts.
     index_names, raw_index_names
         What the indices of var and of ``raw.var`` call the genes, where a build names them by other rules; else None.
     n_mapped
@@ -223,6 +225,7 @@ class SourceSchema:
     resident_nbytes: int = field(default=0, compare=False, repr=False)
     abundance: np.ndarray | None = field(default=None, compare=False, repr=False)
     kept: KeptRows | None = None
+    gene_sets: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
     index_names: np.ndarray | None = field(default=None, compare=False, repr=False)
     raw_index_names: np.ndarray | None = field(default=None, compare=False, repr=False)
     n_mapped: int = field(default=0, compare=False, repr=False)

@@ -22,8 +22,9 @@ _DUPLICATES = {
 
 def title(plan: Plan) -> str:
     """Title of the plan: inputs and outputs in one line."""
+    upto = "up to " if plan.is_survey else ""
     return (
-        f"Plan {plan.fingerprint[:12]}: {plan.n_obs:,} cells x {plan.n_vars:,} genes "
+        f"Plan {plan.fingerprint[:12]}: {upto}{plan.n_obs:,} cells x {plan.n_vars:,} genes "
         f"from {plural(len(plan.sources), 'source')} into {plural(plan.n_datasets, 'dataset')} "
         f"of up to {max(plan.layout.sizes):,} cells"
     )
@@ -34,7 +35,8 @@ def figures(plan: Plan) -> list[tuple[str, str]]:
     scatter, gather = plan.peak_nbytes
     exact = all(m.exact for s in plan.sources for m in s.matrices)
     about = "" if exact else "about "
-    n = len(plan.blocks) + plan.n_datasets
+    n_measured = sum(not plan.sources[b.source].is_dataset for b in plan.blocks) if plan.is_survey else 0
+    n, measured = len(plan.blocks) + plan.n_datasets + n_measured, f"{n_measured:,} measure + " if n_measured else ""
     groupby = f", each dataset sorted by {', '.join(plan.options.groupby)}" if plan.options.groupby else ""
     texts = _texts(plan)
     missing = [f"{name} ({plural(len(paths), 'source')})" for name, paths in plan.left_out.items()]
@@ -43,10 +45,11 @@ def figures(plan: Plan) -> list[tuple[str, str]]:
         ("carried", ", ".join([*(m.name for m in plan.matrices), *_frames(plan)])),
         ("X from", _counts(plan)),
         *_dropped(plan),
+        *([("qc", f"{', '.join(plan.options.qc.rules)}: X is read once more")] if plan.options.qc is not None else []),
         *([("genes", plan.naming.rules), *plan.naming.effects] if plan.naming is not None else []),
         *([("left out", ", ".join(missing))] if missing else []),
         *([("strings", f"{', '.join(texts)}: categories in the inputs, nearly one a cell")] if texts else []),
-        ("tasks", f"{n:,}: {len(plan.blocks):,} scatter + {plan.n_datasets:,} gather"),
+        ("tasks", f"{n:,}: {measured}{len(plan.blocks):,} scatter + {plan.n_datasets:,} gather"),
         (
             "bytes",
             f"{about}{format_bytes(plan.n_bytes_read)} to read (uncompressed); "

@@ -145,6 +145,11 @@ class AnnDataSource:
         values = _in_memory(found)[key]
         return names_of_column(describe_series(name, values), series_rows(describe_series(name, values), values))
 
+    def gene_values(self, frame: str, name: str) -> NDArray | None:
+        """Values of a column of ``"var"`` or ``"raw/var"`` as they are; None if there is none."""
+        found = _in_memory(self._adata.var if frame == "var" else self._adata.raw.var)
+        return np.asarray(found[name]) if name in found.columns else None
+
     def annotations(self) -> ad.AnnData:
         """Annotations of genes and of the input: an AnnData without cells, with var, varm, varp, uns and raw.var."""
         found = {k: _in_memory(getattr(self._adata, k)) for k in GENE_WISE}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import SchemaError
 from annbatch_dask.manifest import STATS
 from annbatch_dask.plan.schema import OBS, ColumnSchema, Genes, MatrixSchema, SourceSchema
-from annbatch_dask.sources.columns import ColumnRows, describe_elem, elem_rows, mean_width, names_of_column
+from annbatch_dask.sources.columns import ColumnRows, describe_elem, elem_rows, mean_width, names_of_column, to_pandas
 from annbatch_dask.sources.matrices import (
     CsrRows,
     are_whole,
@@ -162,6 +162,14 @@ class GroupSource:
             msg = f"{self._label}: {frame} column {name!r} is of a kind that cannot be read; convert it in load_adata"
             raise SchemaError(msg)
         return names_of_column(column, elem_rows(column, group[name], 0, n_rows(group)))
+
+    def gene_values(self, frame: str, name: str) -> NDArray | None:
+        """Values of a column of ``"var"`` or ``"raw/var"`` as they are; None if there is none."""
+        found = self._described(frame).get(name)
+        if found is None:
+            return None
+        rows = elem_rows(found, self._group[frame][name], 0, n_rows(self._group[frame]))
+        return np.asarray(to_pandas(found, rows.values, rows.mask))
 
     def annotations(self) -> AnnData:
         """Annotations of genes and of the input: an AnnData without cells, with var, varm, varp, uns and raw.var."""

@@ -96,6 +96,9 @@ class WholeSource(Source, Protocol):
     def gene_column(self, frame: str, name: str) -> NDArray[np.object_] | None:
         """Values of a column of ``"var"`` or ``"raw/var"`` as names, None where missing; None if there is none."""
 
+    def gene_values(self, frame: str, name: str) -> NDArray | None:
+        """Values of a column of ``"var"`` or ``"raw/var"`` as they are; None if there is none."""
+
     def picked(self, matrix: MatrixSchema, rows: NDArray[np.int64]) -> CsrRows | NDArray:
         """Rows of a matrix by their numbers, (n_picked,) int64, ascending, one at least."""
 
