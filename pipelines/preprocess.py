@@ -11,7 +11,7 @@ pipelines/clusters has one for each kind. Workers must see inputs, output and sc
     options: {seed: 0, dataset_size: 2GB}
     cluster:
       kind: local           # or scheduler, ssh, slurm, kubernetes
-      workers: 8            # slurm, kubernetes: how many to ask for
+      workers: 8            # slurm, kubernetes: how many to ask for, and to keep; or [2, 8], as many as there are tasks
       options: {}           # of the class that starts it, or {address: ...} of a scheduler
 """
 
@@ -59,9 +59,19 @@ def connect(cluster: dict[str, Any], stack: ExitStack) -> Client | None:
     started = stack.enter_context(deployer(kind)(**options))
     client = stack.enter_context(Client(started))
     if kind != "ssh":  # whose workers are its hosts
-        started.scale(cluster["workers"])
-        client.wait_for_workers(1)
+        minimum, maximum = limits(cluster["workers"])
+        started.adapt(minimum=minimum, maximum=maximum)  # which also replaces jobs that ended, as scale does not
     return client
+
+
+def limits(workers: int | list[int]) -> tuple[int, int]:
+    """Return how many workers there are at least, and at most."""
+    match workers:
+        case int(n) | [int(n)] if n > 0:
+            return n, n
+        case [int(low), int(high)] if 0 <= low <= high and high > 0:
+            return low, high
+    sys.exit(f"preprocess: workers is {workers!r}; it must be a number such as 8, or two, as in [2, 8]")
 
 
 def expand(patterns: list[str]) -> list[str]:

@@ -200,6 +200,35 @@ def test_deaths_that_end_are_no_reason_to_give_up(tmp_path, h5ad_pair, monkeypat
     assert tree_digest(path) == tree_digest(tmp_path / "plain.zarr")
 
 
+CLIENT = """
+import sys
+from pathlib import Path
+import dask
+from distributed import Client
+from tests.chaos import victim
+address, out, reports, *paths = sys.argv[1:]
+with dask.config.set(annbatch_dask={"block_size": 20_000}), Client(address):
+    victim.add(out, paths, {"seed": 4, "dataset_size": 60}, Path(reports), ("gather", 1), None)
+"""
+
+
+@pytest.mark.chaos
+def test_a_client_that_was_killed_is_followed_at_once(tmp_path, h5ad_pair, undisturbed, shared):
+    """By another on the same cluster, which the tasks of the first one may still run on."""
+    client, _ = shared
+    path = tmp_path / "o.zarr"
+    arguments = [client.scheduler.address, path, tmp_path / "reports", *h5ad_pair]
+    died = subprocess.run([sys.executable, "-c", CLIENT, *map(str, arguments)], check=False, timeout=TIMEOUT_S)
+    assert died.returncode == -signal.SIGKILL
+    found = DatasetCollection(path).status()
+    assert (found.state, found.holder) == ("interrupted", None)
+    seen, counter = Reused(), Counter()
+    DatasetCollection(path).add_adatas(h5ad_pair, client=client, callbacks=[seen, counter], **OPTIONS)
+    assert tree_digest(path) == undisturbed
+    assert seen.stages.count("scatter") == counter.tasks["scatter"] > 1
+    assert 1 <= seen.stages.count("gather") < 9
+
+
 def test_a_killed_scheduler_fails_the_build_and_the_next_call_goes_on(tmp_path, h5ad_pair, undisturbed, shared):
     path, (client, (scheduler, *workers)) = tmp_path / "o.zarr", shared
     # the worker that the test before killed: one that finds no scheduler as it starts would wait for one

@@ -16,6 +16,9 @@ sys.path.insert(0, str(PIPELINES))
 
 import preprocess  # noqa: E402
 
+THREADS = {"n_workers": 0, "processes": False, "dashboard_address": "127.0.0.1:0"}
+"""Of a cluster whose workers are threads of this process."""
+
 
 def run(*args):
     return subprocess.run(
@@ -57,9 +60,15 @@ def test_rules_for_names_of_genes_stand_in_the_file(tmp_path, h5ad_pair, monkeyp
         ({"cluster": {"kind": "abacus"}}, "cluster kind 'abacus' is none of local, scheduler, ssh, slurm, kubernetes"),
         ({"cluster": {"kind": "kubernetes"}}, "a kubernetes cluster needs dask-kubernetes"),
         ({"files": ["none/*.h5ad"]}, "none/*.h5ad matches no file"),
+        ({"cluster": {"kind": "fake", "workers": [4, 2]}}, "workers is [4, 2]; it must be a number such as 8, or two"),
+        ({"cluster": {"kind": "fake", "workers": 0}}, "workers is 0; it must be"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(tmp_path, h5ad_pair, more, words, monkeypatch):
+    monkeypatch.setitem(preprocess.DEPLOYERS, "fake", ("distributed", "LocalCluster"))
+    if (cluster := more.get("cluster", {})).get("kind") == "fake":
+        cluster["options"] = THREADS
+        words = words.replace("ssh, slurm, kubernetes", "ssh, slurm, kubernetes, fake")
     monkeypatch.setattr(sys, "argv", ["preprocess.py", str(config(tmp_path, h5ad_pair, **more))])
     with pytest.raises(SystemExit, match=re.escape(words)):
         preprocess.main()
@@ -68,7 +77,7 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path, h5ad_pair, more, words, monke
 @pytest.mark.parametrize("path", sorted((PIPELINES / "clusters").glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_examples_are_whole(path):
     values = yaml.safe_load(path.read_text())
-    assert values.keys() <= {"files", "output", "scratch", "options", "cluster"}
+    assert values.keys() <= {"files", "output", "scratch", "performance_report", "options", "cluster"}
     assert values["cluster"]["kind"] == path.stem
     assert values["cluster"].keys() <= {"kind", "workers", "options"}
 
@@ -77,5 +86,23 @@ def test_a_slurm_job_is_what_the_file_says():
     pytest.importorskip("dask_jobqueue", reason="dask-jobqueue is not installed")
     done = run(PIPELINES / "clusters/slurm.yaml", "--job-script")
     assert done.returncode == 0, done.stderr
-    for line in ("#SBATCH -p regular", "#SBATCH --requeue", "#SBATCH --mem=15G", "--preload annbatch_dask.etl.preload"):
+    said = ("-p regular", "--requeue", "--mem=15G")
+    worker = (
+        "--lifetime 7h",
+        "--lifetime-stagger 30m",
+        "--preload annbatch_dask.etl.preload",
+        "--local-directory /tmp",
+    )
+    for line in (*(f"#SBATCH {text}" for text in said), *worker):
         assert line in done.stdout
+
+
+@pytest.mark.parametrize("workers", [1, [0, 2]])
+def test_workers_are_asked_for_as_long_as_there_is_work(tmp_path, h5ad_pair, workers, monkeypatch):
+    monkeypatch.setitem(preprocess.DEPLOYERS, "fake", ("distributed", "LocalCluster"))
+    cluster = {"kind": "fake", "workers": workers, "options": THREADS}
+    path = config(tmp_path, h5ad_pair, cluster=cluster, performance_report=str(tmp_path / "report.html"))
+    monkeypatch.setattr(sys, "argv", ["preprocess.py", str(path)])
+    assert preprocess.main() == 0
+    assert DatasetCollection(tmp_path / "o.zarr", mode="r").n_obs == 500
+    assert "scatter" in (tmp_path / "report.html").read_text()
