@@ -324,8 +324,8 @@ class _ClusterRun:
     def _some(self, which: Sequence[int]) -> set[int]:
         """Run some tasks; returns those that Dask gave up."""
         index: dict[Any, int] = {}
-        futures = self._submit(which, index)
-        running = as_completed(futures, loop=self.client.loop)
+        left = self._submit(which, index)
+        running = as_completed(left.values(), loop=self.client.loop)
         tries: Counter[int] = Counter()
         died: set[int] = set()
         try:
@@ -338,6 +338,8 @@ class _ClusterRun:
                     died.add(i)
                     self.on_retry(i, f"{e.allowed_failures + 1} workers died that had it")
                     continue
+                finally:  # what its worker kept would be done again when that leaves
+                    left.pop(future.key).release()
                 if not isinstance(result, _Failed):
                     self.results[i] = result
                     self.on_result(i, result)
@@ -346,21 +348,21 @@ class _ClusterRun:
                 else:
                     tries[i] += 1
                     self.on_retry(i, without_secrets(f"{type(result.error).__name__}: {result.error}"))
-                    futures += (again := self._submit([i], index))
-                    running.update(again)
+                    left |= (again := self._submit([i], index))
+                    running.update(again.values())
         except (CancelledError, CommClosedError):
             raise
         except BaseException:
-            self.client.cancel(futures)
+            self.client.cancel(list(left.values()))
             raise
         return died
 
-    def _submit(self, which: Sequence[int], index: dict[Any, int]) -> list[Any]:
+    def _submit(self, which: Sequence[int], index: dict[Any, int]) -> dict[Any, Any]:
         with span("annbatch_dask", self.name):
             graph = _delayed(self.name, _attempt, [(self.fn, *self.tasks[i]) for i in which])
             futures: list[Any] = self.client.compute(graph, optimize_graph=False)
         index.update((f.key, i) for f, i in zip(futures, which, strict=True))
-        return futures
+        return {f.key: f for f in futures}
 
 
 def _workers_died(name: str, deaths: Mapping[str, int], budget: Budget) -> WorkersDiedError:

@@ -277,6 +277,25 @@ def test_workers_start_while_inputs_are_scanned(tmp_path, h5ad_pair, monkeypatch
     assert "annbatch_dask.engines.workers" in seen
 
 
+def test_a_worker_that_leaves_takes_nothing_with_it_that_is_done(client):
+    """Results that stayed in its memory would be computed again."""
+    engine = ClusterEngine(client, BUDGET)
+    kept = []
+
+    def on_result(i, result):
+        if len(kept) < 5:
+            kept.append(i)
+            return
+        for _ in range(1000):  # each is let go of by a message of its own
+            held = [key for key, workers in client.who_has().items() if key.startswith("scatter") and workers]
+            if len(held) <= 1:  # the last one itself
+                return
+            client.sync(asyncio.sleep, 0.01)
+        pytest.fail(f"{len(held)} results stay on the workers")
+
+    assert engine.run("scatter", abs, [(-i,) for i in range(6)], on_result, str) == list(range(6))
+
+
 # --- what Dask shows of a build ------------------------------------------------------------------------------------
 
 
