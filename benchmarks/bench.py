@@ -161,12 +161,8 @@ def bench_load(setup: Setup) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def bench_consumer(setup: Setup) -> dict[str, float]:
-    """Print how much longer an epoch takes with a consumer as slow as the loader: 1 is perfect, 2 no overlap.
-
-    Returns the seconds of an epoch without one.
-    """
-    found = {}
+def bench_consumer(setup: Setup) -> None:
+    """Print how much longer an epoch takes with a consumer as slow as the loader: 1 is perfect, 2 no overlap."""
     store = stores(setup)[OURS]
     print("\n| consumer as slow as the loader | loader alone, s | with it, s | longer than the larger of both |")
     print("|---|---|---|---|")
@@ -175,8 +171,6 @@ def bench_consumer(setup: Setup) -> dict[str, float]:
         alone = statistics.median(line["seconds"] for line in run(ours(*args))[0])
         both = statistics.median(line["seconds"] for line in run(ours(*args, "--busy-s", str(alone)))[0])
         print(f"| {label} | {alone:.2f} | {both:.2f} | {both / alone:.2f} |")
-        found[output] = alone
-    return found
 
 
 def add(found: dict[str, dict[str, list[float]]], name: str, what: str, value: float) -> None:
@@ -246,15 +240,41 @@ def print_orders(setup: Setup) -> None:
         print(f"| {name} | {spread(first)} | {spread(second)} | {spread(memory)} |")
 
 
-def print_bounds(setup: Setup, folder: Path, epochs: dict[str, float]) -> None:
-    """Print what cannot be avoided, and how much of an epoch it is."""
-    lines, _ = run(ours("bounds", folder, setup.work / f"{OURS}.zarr"))
-    print("\n| bound | seconds | GB | GB/s | share of an epoch |\n|---|---|---|---|---|")
-    floors = {"decode": "csr", "zero dense": "dense"}
-    for line in lines:
-        gb, output = line["n_bytes"] / 1e9, floors.get(line["what"])
-        share = f"{line['seconds'] / epochs[output]:.0%} ({OUTPUTS[output]})" if output in epochs else "-"
-        print(f"| {line['what']} | {line['seconds']:.2f} | {gb:.2f} | {gb / line['seconds']:.2f} | {share} |")
+def print_build_bounds(setup: Setup, folder: Path) -> None:
+    """Print what a build cannot avoid."""
+    print("\n| a build has to | seconds | GB | GB/s |\n|---|---|---|---|")
+    for line in run(ours("disks", folder, stores(setup)[OURS]))[0]:
+        gb = line["n_bytes"] / 1e9
+        print(f"| {line['what']} | {line['seconds']:.2f} | {gb:.2f} | {gb / line['seconds']:.2f} |")
+
+
+def print_bounds(setup: Setup, found: dict[str, dict[str, list[float]]]) -> None:
+    """Print what an epoch cannot avoid on these cores, and which share of that rate each output reaches.
+
+    The bound of an output is to decode all of X and to write the bytes of its batches, and nothing else: no reading
+    ahead, no picking of rows, no obs.
+    """
+    print("\n| bound of an epoch | layout | decode, s | write batches, s | cells/s at most | reached | share |")
+    print("|---|---|---|---|---|---|---|")
+    for name, layout in ((OURS, "open"), (PACKED, "packed")):
+        runs = [run(ours("bounds", stores(setup)[name]))[0] for _ in range(setup.repeats)]
+        for output, label in OUTPUTS.items():
+            decoding, writing = (seconds(runs, what) for what in ("decode", f"write {output}"))
+            rate = found[name][f"{label}, cells/s"]
+            n_obs = run_n_obs(runs)
+            bound, reached = n_obs / (decoding + writing), statistics.median(rate)
+            cells = [label, layout, f"{decoding:.2f}", f"{writing:.2f}", number(bound), number(reached)]
+            print(f"| {' | '.join([*cells, f'{reached / bound:.0%}'])} |")
+
+
+def seconds(runs: list[list[dict[str, float]]], what: str) -> float:
+    """Return the median of one measurement."""
+    return statistics.median(line["seconds"] for lines in runs for line in lines if line["what"] == what)
+
+
+def run_n_obs(runs: list[list[dict[str, float]]]) -> float:
+    """Return the cells of the collection that was measured."""
+    return next(line["cells"] for lines in runs for line in lines if "cells" in line)
 
 
 def main() -> int:
@@ -283,10 +303,11 @@ def main() -> int:
     for name, values in bench_load(setup).items():
         found[name] |= values
     print_table(found)
-    alone = bench_consumer(setup)
+    print_bounds(setup, found)
+    bench_consumer(setup)
     print_orders(setup)
     print_scaling(setup, folders)
-    print_bounds(setup, folders[full], alone)
+    print_build_bounds(setup, folders[full])
     print("\nopening files lazily, and counting cells by type", flush=True)
     for n_files in (10, 100):  # the peer ends with ten
         command = [sys.executable, str(HERE / "lazy.py"), str(setup.work / "lazy"), "--files", str(n_files)]

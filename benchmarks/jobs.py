@@ -3,7 +3,8 @@
 
 jobs.py shuffle ATLAS_DIR OUT.zarr [--dataset-size 100000] [--layout open|packed]
 jobs.py load OUT.zarr [--output csr|dense|genes] [--epochs 3] [--package annbatch_dask|annbatch] [--busy-s 2.0]
-jobs.py bounds ATLAS_DIR OUT.zarr
+jobs.py bounds OUT.zarr
+jobs.py disks ATLAS_DIR OUT.zarr
 jobs.py order random|blocks|"full shuffle"|weighted [--rows 100000000]
 """
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 N_THREADS = len(os.sched_getaffinity(0))
 N_GENES = 2000
+BATCH = 4096
 WINDOW = 16_000_000
 
 
@@ -82,7 +84,7 @@ def make_loader(
     package: Any, collection: Any, output: str, names: np.ndarray, seed: int
 ) -> tuple[Any, Callable[[Any], Any]]:
     """Return a loader, and what turns its X into the output where the loader itself cannot."""
-    sizes = {"batch_size": 4096, "chunk_size": 512, "preload_nchunks": 32, "shuffle": True, "preload_to_gpu": False}
+    sizes = {"batch_size": BATCH, "chunk_size": 512, "preload_nchunks": 32, "shuffle": True, "preload_to_gpu": False}
     rng = np.random.default_rng(seed)
     if package.__name__ == "annbatch_dask":
         form = {"csr": {}, "dense": {"dense": True}, "genes": {"dense": True, "var_names": names.tolist()}}[output]
@@ -146,12 +148,21 @@ def peak_rss() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def bounds(args: argparse.Namespace) -> None:
-    """Time what cannot be avoided: inflating the sources, decoding and writing the collection's bytes."""
+def disks(args: argparse.Namespace) -> None:
+    """Time what a build cannot avoid: inflating the sources, and writing the collection's bytes."""
     inflate(sources(args.atlas))
-    decode(args.store)
     write(args.store)
-    fill_dense(args.store)
+
+
+def bounds(args: argparse.Namespace) -> None:
+    """Time what an epoch cannot avoid: decoding the collection, and writing the bytes of its batches."""
+    from annbatch_dask import DatasetCollection
+
+    collection = DatasetCollection(args.store, mode="r")
+    n_values = decode(args.store)
+    fill("csr", collection.n_obs, [(n_values * BATCH // collection.n_obs, dtype) for dtype in ("float32", "int32")])
+    fill("dense", collection.n_obs, [(BATCH * collection.n_var, "float32")])
+    fill("genes", collection.n_obs, [(BATCH * N_GENES, "float32")])
 
 
 def inflate(paths: list[Path]) -> None:
@@ -178,8 +189,8 @@ def raws(array: Any) -> Iterator[bytes]:
         yield array.id.read_direct_chunk((start,))[1]
 
 
-def decode(store: Path) -> None:
-    """Decode every chunk of X of the collection on all cores, into one buffer: the floor under any output."""
+def decode(store: Path) -> int:
+    """Decode every chunk of X of the collection on all cores, into one buffer; returns the number of values."""
     import zarr
 
     from annbatch_dask.chunks.reader import RangeReader, deal
@@ -187,16 +198,19 @@ def decode(store: Path) -> None:
     groups = [group["X"] for _, group in zarr.open_group(store, mode="r").groups()]
     readers = [RangeReader(x[name]) for x in groups for name in ("data", "indices")]
     buffers = {reader.dtype: np.empty(WINDOW, reader.dtype) for reader in readers}
-    start, n_bytes = time.perf_counter(), 0
     with ThreadPoolExecutor(N_THREADS) as pool:
-        for reader in readers:
-            for begin in range(0, reader.shape[0], WINDOW):
-                stop = min(begin + WINDOW, reader.shape[0])
-                out = buffers[reader.dtype][: stop - begin]
-                tasks = deal(reader.tasks(np.array([[begin, stop]]), out), 3 * N_THREADS)
-                list(pool.map(lambda task: task(), tasks))
-                n_bytes += out.nbytes
-    report("decode", time.perf_counter() - start, n_bytes=n_bytes)
+        for is_warm in (False, True):
+            start, n_bytes = time.perf_counter(), 0
+            for reader in readers:
+                for begin in range(0, reader.shape[0], WINDOW):
+                    stop = min(begin + WINDOW, reader.shape[0])
+                    out = buffers[reader.dtype][: stop - begin]
+                    tasks = deal(reader.tasks(np.array([[begin, stop]]), out), 3 * N_THREADS)
+                    list(pool.map(lambda task: task(), tasks))
+                    n_bytes += out.nbytes
+            if is_warm:
+                report("decode", time.perf_counter() - start, n_bytes=n_bytes)
+    return sum(int(x["data"].shape[0]) for x in groups)
 
 
 def write(store: Path) -> None:
@@ -214,17 +228,17 @@ def write(store: Path) -> None:
     path.unlink()
 
 
-def fill_dense(store: Path) -> None:
-    """Zero a dense float32 batch on all cores as often as an epoch needs: the floor under any dense output."""
-    from annbatch_dask import DatasetCollection
-
-    collection = DatasetCollection(store, mode="r")
-    parts = np.array_split(np.ones((4096, collection.n_var), dtype=np.float32), N_THREADS)
+def fill(output: str, n_obs: int, arrays: list[tuple[int, str]]) -> None:
+    """Fill the arrays of one batch on all cores, as often as an epoch needs; two of each take turns, as in a loader."""
+    batches = [[np.ones(size, dtype) for size, dtype in arrays] for _ in range(2)]
+    parts = [[part for array in batch for part in np.array_split(array, N_THREADS)] for batch in batches]
+    n_batches = -(-n_obs // BATCH)
     start = time.perf_counter()
     with ThreadPoolExecutor(N_THREADS) as pool:
-        for _ in range(-(-collection.n_obs // 4096)):
-            list(pool.map(lambda part: part.fill(0), parts))
-    report("zero dense", time.perf_counter() - start, n_bytes=4 * collection.n_obs * collection.n_var)
+        for number in range(n_batches):
+            list(pool.map(lambda part: part.fill(0), parts[number % 2]))
+    n_bytes = n_batches * sum(array.nbytes for array in batches[0])
+    report(f"write {output}", time.perf_counter() - start, n_bytes=n_bytes, cells=n_obs)
 
 
 def main() -> int:
@@ -245,9 +259,12 @@ def main() -> int:
     job.add_argument("--busy-s", type=float, default=0.0, help="seconds the consumer takes for an epoch")
     job.set_defaults(run=load)
     job = jobs.add_parser("bounds")
-    job.add_argument("atlas", type=Path)
     job.add_argument("store", type=Path)
     job.set_defaults(run=bounds)
+    job = jobs.add_parser("disks")
+    job.add_argument("atlas", type=Path)
+    job.add_argument("store", type=Path)
+    job.set_defaults(run=disks)
     job = jobs.add_parser("order")
     job.add_argument("name")
     job.add_argument("--rows", type=int, default=100_000_000)
