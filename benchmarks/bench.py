@@ -230,6 +230,17 @@ def print_scaling(setup: Setup, folders: dict[float, Path]) -> None:
         print(f"| {scale} | {spread(values['s'])} | {spread(values['GB'])} |")
 
 
+def print_ranks(setup: Setup) -> None:
+    """Print an epoch by one process of as many threads as cores, by one of far more, and by many of few."""
+    print("\n| processes x threads, packed CSR | cells/s | CPU us a cell | threads | evictions a second |")
+    print("|---|---|---|---|---|")
+    for n_ranks, n_threads in ((1, psutil.cpu_count() or 1), (1, 16), (8, 2)):
+        command = ours("ranks", stores(setup)[PACKED], "--ranks", str(n_ranks), "--threads", str(n_threads))
+        runs = [run(command)[0][0] for _ in range(setup.repeats)]
+        facts = ("cells_per_s", "cpu_us_per_cell", "threads", "evictions_per_s")
+        print(f"| {n_ranks} x {n_threads} | {' | '.join(spread([line[fact] for line in runs]) for fact in facts)} |")
+
+
 def print_orders(setup: Setup) -> None:
     """Print how long epochs over 100 million rows take to start, and the memory that takes; weights are counted."""
     print("\n| start of an epoch over 100M rows | first, s | next, s | memory, MB |\n|---|---|---|---|")
@@ -305,6 +316,7 @@ def main() -> int:
     print_table(found)
     print_bounds(setup, found)
     bench_consumer(setup)
+    print_ranks(setup)
     print_orders(setup)
     print_scaling(setup, folders)
     print_build_bounds(setup, folders[full])

@@ -5,6 +5,7 @@ jobs.py shuffle ATLAS_DIR OUT.zarr [--dataset-size 100000] [--layout open|packed
 jobs.py load OUT.zarr [--output csr|dense|genes] [--epochs 3] [--package annbatch_dask|annbatch] [--busy-s 2.0]
 jobs.py bounds OUT.zarr
 jobs.py disks ATLAS_DIR OUT.zarr
+jobs.py ranks OUT.zarr --ranks 8 --threads 2 [--output csr]
 jobs.py order random|blocks|"full shuffle"|weighted [--rows 100000000]
 """
 
@@ -13,9 +14,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
 import os
 import resource
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -103,6 +106,57 @@ def backed(group: Any) -> Any:
 
     obs = ad.experimental.read_lazy(group).obs[["cell_type"]].to_memory()
     return ad.AnnData(ad.io.sparse_dataset(group["X"]), obs=obs, var=ad.io.read_elem(group["var"])[[]])
+
+
+def ranks(args: argparse.Namespace) -> None:
+    """Time an epoch that several processes share, each with threads of its own, on the cores this one may use.
+
+    More threads than cores stand for a larger machine of which each core is slower: what they cost beside their work
+    shows in processor time, and in how often one had to leave a core to another.
+    """
+    import annbatch_dask.loader  # noqa: F401 - once for all
+
+    context = multiprocessing.get_context("fork")
+    ready, begin = context.Barrier(args.ranks + 1), context.Barrier(args.ranks + 1)
+    found = context.Queue()
+    started = [context.Process(target=rank, args=(args, number, ready, begin, found)) for number in range(args.ranks)]
+    for process in started:
+        process.start()
+    ready.wait()
+    start = time.perf_counter()
+    begin.wait()
+    facts = np.array([found.get() for _ in started])
+    seconds = time.perf_counter() - start
+    for process in started:
+        process.join()
+    cells, cpu_s, n_threads, n_evicted = facts.sum(0).tolist()
+    rates = {"cells_per_s": round(cells / seconds), "cpu_us_per_cell": round(cpu_s / cells * 1e6, 2)}
+    report("ranks", seconds, cells=cells, **rates, threads=n_threads, evictions_per_s=round(n_evicted / seconds))
+
+
+def rank(args: argparse.Namespace, number: int, ready: Any, begin: Any, found: Any) -> None:
+    """Load one rank's part of an epoch, once what is compiled is there."""
+    import annbatch_dask
+    from annbatch_dask.loader import loader as module
+    from annbatch_dask.samplers import DistributedSampler, RandomSampler
+
+    module.count_threads = lambda: args.threads
+    collection = annbatch_dask.DatasetCollection(args.store, mode="r")
+    names = np.random.default_rng(0).choice(var_names(args.store), N_GENES, replace=False)
+    form = {"csr": {}, "dense": {"dense": True}, "genes": {"dense": True, "var_names": names.tolist()}}[args.output]
+    sampler = DistributedSampler(RandomSampler(512, 4, 1024, seed=0), dist_info=(number, args.ranks))
+    loader = annbatch_dask.Loader(batch_sampler=sampler, **form, obs_columns=["cell_type"], layers=(), obsm=())
+    loader.use_collection(collection)
+    next(iter(loader))
+    ready.wait()
+    begin.wait()
+    before, n_obs, n_threads = resource.getrusage(resource.RUSAGE_SELF), 0, 0
+    for batch in loader:
+        n_obs += batch["X"].shape[0]
+        n_threads = max(n_threads, threading.active_count())
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    found.put((n_obs, cpu_s, n_threads, after.ru_nivcsw - before.ru_nivcsw))
 
 
 def var_names(store: Path) -> np.ndarray:
@@ -265,6 +319,12 @@ def main() -> int:
     job.add_argument("atlas", type=Path)
     job.add_argument("store", type=Path)
     job.set_defaults(run=disks)
+    job = jobs.add_parser("ranks")
+    job.add_argument("store", type=Path)
+    job.add_argument("--ranks", type=int, default=8)
+    job.add_argument("--threads", type=int, default=2)
+    job.add_argument("--output", choices=("csr", "dense", "genes"), default="csr")
+    job.set_defaults(run=ranks)
     job = jobs.add_parser("order")
     job.add_argument("name")
     job.add_argument("--rows", type=int, default=100_000_000)

@@ -29,6 +29,8 @@ T = TypeVar("T")
 THREAD_PREFIX = "annbatch-dask"
 _MAX_THREADS = 16
 _PATIENCE_S = 10.0
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_TASKS_PER_NODE")
+"""Where torchrun, Open MPI, MPICH and srun say how many processes of a job there are on a machine."""
 
 
 class Closed(Exception):  # noqa: N818
@@ -217,6 +219,7 @@ def count_threads() -> int:
 
 
 def _n_local_ranks() -> int:
-    """Processes of a job on this machine, where torchrun says how many."""
-    said = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, int(said)) if said.isdecimal() else 1
+    """Processes of a job on this machine, where what started them says how many."""
+    said = next((os.environ[name] for name in _LOCAL_SIZES if name in os.environ), "")
+    first = said.partition(",")[0].partition("(")[0]  # Slurm's is of all nodes, such as 8(x3),4
+    return max(1, int(first)) if first.isdecimal() else 1

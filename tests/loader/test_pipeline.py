@@ -505,15 +505,38 @@ def test_a_fork_while_kernels_are_compiled():
         (4, 8, "many", 1, 4),
     ],
 )
-def test_threads_share_the_cores(monkeypatch, allowed, there, ranks, workers, expected):
+def test_threads_share_the_cores(monkeypatch, allowed, there, ranks, workers, expected):  # noqa: PLR0913
     monkeypatch.setattr("annbatch_dask.loader.helpers.n_cpus", lambda: allowed)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(allowed)))
     monkeypatch.setattr("os.cpu_count", lambda: there)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks) if ranks else monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name in helpers._LOCAL_SIZES:
+        monkeypatch.delenv(name, raising=False)
+    if ranks:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
     info = SimpleNamespace(num_workers=workers)
     data = SimpleNamespace(get_worker_info=lambda: info)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(utils=SimpleNamespace(data=data)))
     assert helpers.count_threads() == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("OMPI_COMM_WORLD_LOCAL_SIZE", "8"),
+        ("MPI_LOCALNRANKS", "8"),
+        ("SLURM_STEP_TASKS_PER_NODE", "8"),
+        ("SLURM_STEP_TASKS_PER_NODE", "8(x3),4"),
+        ("SLURM_STEP_TASKS_PER_NODE", "8,4"),
+    ],
+)
+def test_ranks_share_the_cores_whatever_started_them(monkeypatch, name, said):
+    monkeypatch.setattr("annbatch_dask.loader.helpers.n_cpus", lambda: 16)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    for other in helpers._LOCAL_SIZES:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, said)
+    assert helpers.count_threads() == 2
 
 
 def test_threads_know_the_share_of_a_container(monkeypatch):
