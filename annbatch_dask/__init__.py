@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         samplers,
         scdataset,
         testing,
+        toml_splits,
         transforms,
         types,
         utils,
@@ -59,6 +60,7 @@ __all__ = [
     "samplers",
     "scdataset",
     "testing",
+    "toml_splits",
     "transforms",
     "types",
     "utils",
@@ -85,8 +87,8 @@ _HOMES = {
     "write_sharded": "annbatch_dask.io",
 }
 _MODULES = (
-    *("abc", "errors", "events", "io", "lightning", "mixing", "samplers", "scdataset", "testing", "transforms"),
-    *("types", "utils", "where"),
+    *("abc", "errors", "events", "io", "lightning", "mixing", "samplers", "scdataset", "testing"),
+    *("toml_splits", "transforms", "types", "utils", "where"),
 )
 """lightning needs Lightning, so ``from annbatch_dask import *`` leaves it out."""
 

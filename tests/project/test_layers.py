@@ -24,6 +24,7 @@ ALLOWED = {
     "types": {"errors"},
     "transforms": {"errors"},
     "splits": {"errors"},
+    "toml_splits": {"errors"},
     "where": {"errors"},
     "records": {"formatting"},
     "manifest": {"errors", "records"},

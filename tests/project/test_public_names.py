@@ -32,6 +32,7 @@ NAMES = {
     " hf_tahoe_to_tensor scDataset suggest_parameters",
     "annbatch_dask.scdataset.experimental": "estimate_sample_size suggest_parameters",
     "annbatch_dask.splits": "Splits make_splits",
+    "annbatch_dask.toml_splits": "TomlSplits read_toml_splits",
     "annbatch_dask.transforms": "BinnedExpression NormalizeLog1p RankTokens",
     "annbatch_dask.types": "LoadRequest LoaderOutput",
     "annbatch_dask.utils": "CSRContainer check_lt_1 convert load_all_aligned split_given_size",
