@@ -241,6 +241,16 @@ def print_ranks(setup: Setup) -> None:
         print(f"| {n_ranks} x {n_threads} | {' | '.join(spread([line[fact] for line in runs]) for fact in facts)} |")
 
 
+def print_tokens(setup: Setup) -> None:
+    """Print how many tokens of genes come in a second, in rows of 2,048; the first epoch of each is left out."""
+    print("\n| tokens of all cores, decoding counted | million tokens/s | cells/s |\n|---|---|---|")
+    for output, label in {"ranks": "RankTokens", "bins": "BinnedExpression"}.items():
+        args = ("tokens", stores(setup)[OURS], "--output", output, "--epochs", str(1 + setup.epochs))
+        runs = [line for _ in range(setup.repeats) for line in run(ours(*args))[0][1:]]
+        rates = [[line[f"{what}_per_s"] for line in runs] for what in ("tokens", "cells")]
+        print(f"| {label} | {spread([rate / 1e6 for rate in rates[0]])} | {spread(rates[1])} |")
+
+
 def print_orders(setup: Setup) -> None:
     """Print how long epochs over 100 million rows take to start, and the memory that takes; weights are counted."""
     print("\n| start of an epoch over 100M rows | first, s | next, s | memory, MB |\n|---|---|---|---|")
@@ -317,6 +327,7 @@ def main() -> int:
     print_bounds(setup, found)
     bench_consumer(setup)
     print_ranks(setup)
+    print_tokens(setup)
     print_orders(setup)
     print_scaling(setup, folders)
     print_build_bounds(setup, folders[full])

@@ -3,6 +3,7 @@
 
 jobs.py shuffle ATLAS_DIR OUT.zarr [--dataset-size 100000] [--layout open|packed]
 jobs.py load OUT.zarr [--output csr|dense|genes] [--epochs 3] [--package annbatch_dask|annbatch] [--busy-s 2.0]
+jobs.py tokens OUT.zarr [--output ranks|bins] [--epochs 3]
 jobs.py bounds OUT.zarr
 jobs.py disks ATLAS_DIR OUT.zarr
 jobs.py ranks OUT.zarr --ranks 8 --threads 2 [--output csr]
@@ -34,6 +35,7 @@ N_THREADS = len(os.sched_getaffinity(0))
 N_GENES = 2000
 BATCH = 4096
 WINDOW = 16_000_000
+MAX_LENGTH = 2048
 
 
 def report(what: str, seconds: float, **facts: float) -> None:
@@ -81,6 +83,34 @@ def load(args: argparse.Namespace) -> None:
             time.sleep(args.busy_s / n_batches)  # a consumer that leaves the processors alone, as a GPU does
         seconds = time.perf_counter() - start
         report(f"load {args.output}", seconds, cells=n_obs, cells_per_s=round(n_obs / seconds))
+
+
+def tokens(args: argparse.Namespace) -> None:
+    """Time whole epochs of tokens, 2,048 of a cell at most; those that fill rows up are not counted."""
+    from annbatch_dask import DatasetCollection, Loader
+    from annbatch_dask.transforms import BinnedExpression, RankTokens
+
+    collection = DatasetCollection(args.store, mode="r")
+    genes = collection.var.index
+    order = np.random.default_rng(0).permutation(len(genes)) + 2
+    vocabulary = {"<pad>": 0, "<cls>": 1} | dict(zip(genes, order.tolist(), strict=True))
+    medians = dict(zip(genes, np.random.default_rng(1).lognormal(size=len(genes)).tolist(), strict=True))
+    transform = {
+        "ranks": lambda: RankTokens(vocabulary, medians, max_length=MAX_LENGTH, cls="<cls>"),
+        "bins": lambda: BinnedExpression(vocabulary, max_length=MAX_LENGTH),
+    }[args.output]()
+    sizes = {"batch_size": 1024, "chunk_size": 512, "preload_nchunks": 32, "shuffle": True, "preload_to_gpu": False}
+    for epoch in range(args.epochs):
+        loader: Loader[Any, Any] = Loader(**sizes, transform=transform, obs_columns=[], layers=(), obsm=(), seed=epoch)
+        loader.use_collection(collection)
+        start, n_tokens, n_obs = time.perf_counter(), 0, 0
+        for batch in loader:
+            mask = list(batch["X"].values())[-1]
+            n_tokens += np.count_nonzero(mask)
+            n_obs += len(mask)
+        seconds = time.perf_counter() - start
+        facts = {"tokens": n_tokens, "tokens_per_s": round(n_tokens / seconds), "cells_per_s": round(n_obs / seconds)}
+        report(f"tokens {args.output}", seconds, **facts)
 
 
 def make_loader(
@@ -312,6 +342,11 @@ def main() -> int:
     job.add_argument("--package", choices=("annbatch_dask", "annbatch"), default="annbatch_dask")
     job.add_argument("--busy-s", type=float, default=0.0, help="seconds the consumer takes for an epoch")
     job.set_defaults(run=load)
+    job = jobs.add_parser("tokens")
+    job.add_argument("store", type=Path)
+    job.add_argument("--output", choices=("ranks", "bins"), default="ranks")
+    job.add_argument("--epochs", type=int, default=3)
+    job.set_defaults(run=tokens)
     job = jobs.add_parser("bounds")
     job.add_argument("store", type=Path)
     job.set_defaults(run=bounds)
