@@ -55,6 +55,8 @@ class LoaderOutput(TypedDict):
         The same rows of what was asked for beside ``X``, by name; absent if nothing was.
     obs_codes
         (n,) int64 codes of each column that was asked for, by name; absent if none was.
+    obs_tables
+        (n, n_columns) rows of each table that was given, by the column it belongs to; absent if none was.
     """
 
     X: Any
@@ -64,6 +66,7 @@ class LoaderOutput(TypedDict):
     layers: NotRequired[dict[str, Any]]
     obsm: NotRequired[dict[str, Any]]
     obs_codes: NotRequired[dict[str, Any]]
+    obs_tables: NotRequired[dict[str, Any]]
 
 
 @cache

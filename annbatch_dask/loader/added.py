@@ -19,6 +19,7 @@ from annbatch_dask.loader.backing import RowSource, ValueBounds, make_source
 from annbatch_dask.loader.casts import Recorded, recorded_values, values_of
 from annbatch_dask.loader.contents import BatchSpec, Key
 from annbatch_dask.loader.obs import Labels, ObsTable
+from annbatch_dask.loader.obs_tables import JoinedTables
 from annbatch_dask.loader.reading import Backed, Opening, load_dataset
 from annbatch_dask.loader.selection import Selected, Where, select
 from annbatch_dask.sizes import check_positive
@@ -55,6 +56,7 @@ class AddedData(Generic[BackingArray_T]):
         self._dataset_type: type[Any] | None = None
         self._tables: tuple[ObsTable, ...] | None = None
         self._labels: Labels | None = None
+        self._joined: JoinedTables | None = None
         self._var: pd.DataFrame | None = None
         self._collection_added = False
         self._lease: Any = None
@@ -105,6 +107,14 @@ class AddedData(Generic[BackingArray_T]):
             selected = self._select()
             self._labels = Labels(table, self._wanted.obs_codes, None if selected is None else selected.rows)
         return self._labels
+
+    def _join(self) -> JoinedTables | None:
+        """The rows of ``obs_tables``, looked up once for all passes."""
+        table = self._table
+        if self._joined is None and table is not None and self._wanted.obs_tables:
+            selected = self._select()
+            self._joined = JoinedTables(table, self._wanted.obs_tables, None if selected is None else selected.rows)
+        return self._joined
 
     @property
     def n_vars(self) -> int:
@@ -305,7 +315,7 @@ class AddedData(Generic[BackingArray_T]):
             self._dataset_type = _family(dataset)
             self._var = var
         self._sources = (*self._sources, source)
-        self._selected = self._labels = None
+        self._selected = self._labels = self._joined = None
         self._beside = {key: (*self._beside.get(key, ()), other) for key, other in others.items()}
 
     def _compact(self, obs: pd.DataFrame, *, has_names: bool) -> ObsTable:

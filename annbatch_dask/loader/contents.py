@@ -18,17 +18,16 @@ from annbatch_dask.loader.casts import check_cast
 from annbatch_dask.loader.gpu.device import Device, Placed
 from annbatch_dask.loader.gpu.find import check_device, find_device, has_device
 from annbatch_dask.loader.obs import Categories, Labels, ObsTable
+from annbatch_dask.loader.obs_tables import JoinedTables, check_tables
 from annbatch_dask.loader.output import Framework, check_framework, make_deliver
 from annbatch_dask.loader.requests import Window
+from annbatch_dask.loader.steps import Transform, split_transform
 from annbatch_dask.loader.tokens import TokenForm, check_counts, deliver_each
 from annbatch_dask.transforms import BinnedExpression, NormalizeLog1p, RankTokens
 
 __all__ = ["BatchSpec", "Casting", "Contents", "Dense", "Key", "Matrix", "Transform"]
 
 Array = NDArray[Any]
-Fused = NormalizeLog1p | RankTokens | BinnedExpression
-"""Transforms that are part of the pass that picks the rows."""
-Transform = Fused | Callable[[Any], Any]
 Dense = bool | Literal["cpu", "gpu"]
 Casting = Literal["unsafe"]
 Codes = Sequence[str] | Mapping[str, Sequence[Any] | None]
@@ -77,8 +76,8 @@ class Contents:
     ----------
     matrices
         X first.
-    obs, labels, var
-        Frames, label codes, and the ``var`` of all batches; None where there is none.
+    obs, labels, tables, var
+        Frames, label codes, tables, and the ``var`` of all batches; None where there is none.
     with_index
         Whether batches carry the rows' global positions.
     deliver
@@ -94,6 +93,7 @@ class Contents:
     matrices: tuple[Matrix, ...]
     obs: ObsTable | None
     labels: Labels | None
+    tables: JoinedTables | None
     var: pd.DataFrame | None
     with_index: bool
     deliver: Callable[[Array], Any]
@@ -117,6 +117,9 @@ class Contents:
             batch["obs_codes"] = placed.codes_of(number)
         elif self.labels is not None:
             batch["obs_codes"] = {name: self.deliver(codes[dealt]) for name, codes in window.codes.items()}
+        if self.tables is not None:
+            found = self.tables.take(window.rows[split])
+            batch["obs_tables"] = {name: self.deliver(values) for name, values in found.items()}
         return batch if self.transform is None else self.transform(batch)
 
 
@@ -137,6 +140,7 @@ class BatchSpec:
     obsm: tuple[str, ...] | None
     obs_columns: tuple[str, ...] | None
     obs_codes: Mapping[str, Categories]
+    obs_tables: Mapping[str, pd.DataFrame]
 
     @classmethod
     def of(  # noqa: PLR0913 - the Loader's arguments
@@ -153,13 +157,14 @@ class BatchSpec:
         obsm: Sequence[str] | None,
         obs_columns: Sequence[str] | None,
         obs_codes: Codes | None,
+        obs_tables: Mapping[str, pd.DataFrame] | None,
     ) -> BatchSpec:
         """Make the spec from the arguments of the Loader."""
         check_framework(to, preload_to_gpu=preload_to_gpu)
         made = _where_dense(dense, preload_to_gpu=preload_to_gpu)
         if made == "gpu":
             check_device(to)
-        fused, rest = _split_transform(transform)
+        fused, rest = split_transform(transform)
         wanted = cls(
             to,
             preload_to_gpu or made == "gpu",
@@ -174,6 +179,7 @@ class BatchSpec:
             _names("obsm", obsm),
             _names("obs_columns", obs_columns),
             _codes(obs_codes),
+            check_tables(obs_tables),
         )
         wanted._check()
         return wanted
@@ -211,7 +217,11 @@ class BatchSpec:
     @property
     def columns(self) -> tuple[str, ...] | None:
         """The columns of obs that are needed; None for all."""
-        return None if self.obs_columns is None else tuple(dict.fromkeys((*self.obs_columns, *self.obs_codes)))
+        return (
+            None
+            if self.obs_columns is None
+            else tuple(dict.fromkeys((*self.obs_columns, *self.obs_codes, *self.obs_tables)))
+        )
 
     def select(self, var: pd.DataFrame | None) -> NDArray[np.int64] | None:
         """Positions of the chosen genes; None for all."""
@@ -256,7 +266,7 @@ class BatchSpec:
         if is_sparse and self.to is None and self.dtype is not None and self.dtype == np.float16:
             msg = "scipy has no sparse float16; add dense=True, or take another dtype"
             raise ValueError(msg)
-        needed = (*(self.obs_columns or ()), *self.obs_codes)
+        needed = (*(self.obs_columns or ()), *self.obs_codes, *self.obs_tables)
         if needed and obs is None:
             msg = f"obs column {needed[0]!r} is asked for, but the dataset has no obs"
             raise ValueError(msg)
@@ -268,6 +278,7 @@ class BatchSpec:
         sources: Mapping[Key, tuple[RowSource, ...]],
         table: ObsTable | None,
         labels: Labels | None,
+        tables: JoinedTables | None,
         var: pd.DataFrame | None,
         *,
         with_index: bool,
@@ -295,6 +306,7 @@ class BatchSpec:
             tuple(matrices),
             table.select(self.obs_columns) if table is not None and (has_names or self.obs_columns != ()) else None,
             labels,
+            tables,
             var if var is None or chosen is None else var.iloc[chosen],
             with_index,
             self._deliver(device),
@@ -404,37 +416,3 @@ def _checked_dtype(dtype: Any) -> Any:
     if dtype is None or name in (STORED, "bfloat16"):
         return None if dtype is None else name
     return np.dtype(name if str(dtype).startswith("torch.") else dtype)
-
-
-def _split_transform(
-    transform: Transform | Sequence[Transform] | None,
-) -> tuple[Fused | None, Callable[[Any], Any] | None]:
-    """Split a transform into the fused part and the functions called with the batch."""
-    steps: list[Any] = [] if transform is None else list(transform) if isinstance(transform, Sequence) else [transform]
-    fused = steps.pop(0) if steps and isinstance(steps[0], Fused) else None
-    functions: list[Callable[[Any], Any]] = []
-    for step in steps:
-        if isinstance(step, Fused):
-            msg = f"{type(step).__name__} is done while the batch is put together: give it once, and first"
-            raise TypeError(msg)
-        if not callable(step):
-            msg = f"transform must be callable, got {type(step).__name__}"
-            raise TypeError(msg)
-        functions.append(step)
-    return fused, _Chain(tuple(functions)) if functions else None
-
-
-@dataclass(frozen=True)
-class _Chain:
-    """Functions one after the other; pickles where they do."""
-
-    functions: tuple[Callable[[Any], Any], ...]
-
-    def __call__(self, batch: Any) -> Any:
-        for function in self.functions:
-            batch = function(batch)
-            if batch is None:
-                name = getattr(function, "__qualname__", repr(function))
-                msg = f"transform {name} returned None; return the batch, also where it was changed in place"
-                raise TypeError(msg)
-        return batch

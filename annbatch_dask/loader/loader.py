@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain
@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike
 from annbatch_dask.chunks.cache import RangeCache
 from annbatch_dask.loader.added import AddedData, BackingArray_T
 from annbatch_dask.loader.backing import RowSource
-from annbatch_dask.loader.contents import BatchSpec, Casting, Codes, Dense, Key, Transform
+from annbatch_dask.loader.contents import BatchSpec, Casting, Codes, Dense, Key
 from annbatch_dask.loader.fetch import Pipeline, PipelineOptions
 from annbatch_dask.loader.helpers import count_threads
 from annbatch_dask.loader.iterable import IterableDataset
@@ -24,6 +24,7 @@ from annbatch_dask.loader.iteration import Iteration
 from annbatch_dask.loader.output import Framework
 from annbatch_dask.loader.selection import Where
 from annbatch_dask.loader.state import Progress, Resumable, State, digest
+from annbatch_dask.loader.steps import Transform
 from annbatch_dask.samplers import DistributedSampler
 from annbatch_dask.samplers.distributed import DistInfo, EvenOrAuto, resolve_even
 from annbatch_dask.samplers.runs import default_sampler
@@ -35,6 +36,8 @@ from annbatch_dask.where import Condition
 
 if TYPE_CHECKING:
     import os
+
+    import pandas as pd
 
 
 __all__ = ["Loader"]
@@ -108,6 +111,10 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         values there are, which an extension may shift: of a collection, a warning says so. A mapping fixes them:
         ``{"cell_type": ["B", "T"]}`` gives B the code 0 and T the code 1, and refuses another value in a row that
         takes part (see ``where``); with None at the end of the list, all other values have code -1.
+    obs_tables
+        For columns of ``obs`` a frame of numbers with a row for each value, by its index: embeddings of perturbations,
+        say. Batches carry the rows of their cells, under ``batch["obs_tables"]``: (n, n_columns) in the frame's dtype.
+        A row that takes part (see ``where``) and whose value is not in the frame is refused when a pass begins.
     where
         Rows to select: a condition on ``obs`` as in :meth:`pandas.DataFrame.query`, a mask over all rows, or indices.
         Samplers count the selected rows only, ``index`` stays the position among all. Only chunks that
@@ -194,6 +201,7 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         obsm: Sequence[str] | Literal["all"] | None = None,
         obs_columns: Sequence[str] | None = None,
         obs_codes: Codes | None = None,
+        obs_tables: Mapping[str, pd.DataFrame] | None = None,
         where: Where | None = None,
         return_index: bool = False,
         dist_info: DistInfo | None = None,
@@ -242,6 +250,7 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
             obsm=None if obsm == "all" else obsm,
             obs_columns=obs_columns,
             obs_codes=obs_codes,
+            obs_tables=obs_tables,
         )
         self._all_of = {kind for kind, names in (("layers", layers), ("obsm", obsm)) if names == "all"}
         size = global_batch_size or batch_size or 1
@@ -311,7 +320,13 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
     def _start(self, epoch: int) -> Pipeline:
         sources = {Key("X"): self._sources, **self._beside}
         contents = self._wanted.contents(
-            sources, self._table, self._label(), self._var, with_index=self._return_index, epoch=epoch
+            sources,
+            self._table,
+            self._label(),
+            self._join(),
+            self._var,
+            with_index=self._return_index,
+            epoch=epoch,
         )
         read = tuple(chain.from_iterable(sources.values()))
         options = PipelineOptions(self._prefetch_nbytes, count_threads())
