@@ -58,7 +58,9 @@ class MaskedGenes(torch.nn.Module):
     def loss(self, ids: torch.Tensor, mask: torch.Tensor, is_masked: torch.Tensor, mask_token: int) -> torch.Tensor:
         """Return the cross entropy of the masked genes; ids and masks are (n_cells, max_length)."""
         hidden = self.tokens(ids.masked_fill(is_masked, mask_token)) + self.places.weight
-        hidden = self.encoder(hidden, src_key_padding_mask=~mask)
+        is_padding = ~mask
+        is_padding[:, 0] = False  # of a cell without tokens something must be looked at
+        hidden = self.encoder(hidden, src_key_padding_mask=is_padding)
         return cross_entropy(self.decoder(self.norm(hidden[is_masked])), ids[is_masked])
 
 
