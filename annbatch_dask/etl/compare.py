@@ -263,7 +263,7 @@ def _read_some(plan: Plan, reader: SpillReader, part: int, rows: NDArray[np.int6
     fixed, ragged = {name: values[rows] for name, values in whole.items()}, {}
     for name, _, length in ragged_arrays(plan, {m.name: m.source_dtype for m in plan.matrices}):
         counts = whole[length] if isinstance(length, str) else np.full(reader.n_rows(part), length)
-        ragged[name] = take_rows(found[name], offsets_of(counts), rows)
+        ragged[name] = take_rows(found[name][:], offsets_of(counts), rows)
     for m in plan.matrices:
         if m.kind == "dense":
             name = array_name(m.name, "dense")
@@ -302,7 +302,8 @@ def _batches(job: Job, index: int) -> Iterator[tuple[FixedArrays, RaggedArrays]]
     for b in blocks:
         with SpillReader(job.scratch, b, range(index, index + 1), kind=_CELLS) as reader:
             table = reader.read_fixed(index)
-            cells = reader.read_ragged(index, np.empty(reader.ragged_nbytes(index), np.uint8))
+            entries = reader.read_ragged(index, np.empty(reader.ragged_nbytes(index), np.uint8))
+        cells = {name: values[:] for name, values in entries.items()}
         n, offsets = len(table["row"]), offsets_of(table["length"])
         is_new = not plan.sources[plan.blocks[b].source].is_dataset
         table |= {"block": np.full(n, b), "is_new": np.full(n, is_new)}

@@ -36,7 +36,7 @@ from annbatch_dask.etl.rows import (
 )
 from annbatch_dask.etl.stats import DatasetSums
 from annbatch_dask.etl.write import ObsColumns, matrix_writer, publish_dataset
-from annbatch_dask.kernels.rows import copy_runs, offsets_of
+from annbatch_dask.kernels.rows import copy_runs, offsets_of, slabs
 from annbatch_dask.manifest import DATASET_PREFIX
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.storage.checksums import FileSums, checksum
@@ -50,6 +50,8 @@ from annbatch_dask.storage.threads import one_ahead
 __all__ = ["gather"]
 
 logger = logging.getLogger(__name__)
+_SLAB = 2**18
+"""Entries that are unpacked at a time: they stay in the second-level cache."""
 _MAX_OPEN = 128
 """Spill files a task keeps open; with more of them, each read opens its file."""
 
@@ -352,8 +354,10 @@ def _gather_ragged(  # noqa: PLR0913 - buffers
         for name, dtype, length in arrays:
             values, offsets = out[name]
             starts, lengths = s.lengths(length)
-            source = found[name].astype(dtype, copy=False)
-            copy_runs(source, starts, values, offsets[s.fixed[PLACE]], lengths)
+            places, edges = offsets[s.fixed[PLACE]], np.append(starts, starts[-1:] + lengths[-1:])
+            for a, b in slabs(edges, _SLAB) if len(starts) else ():
+                source = found[name][edges[a] : edges[b]].astype(dtype, copy=False)
+                copy_runs(source, starts[a:b] - starts[a], values, places[a:b], lengths[a:b])
     return out
 
 

@@ -10,16 +10,20 @@ from annbatch_dask.etl.blocks import BlockRows, exact_rows, hash_block, read_blo
 from annbatch_dask.etl.cells import hash_cells, n_bins, write_hashes
 from annbatch_dask.etl.job import JobFile, load_job, trim_memory
 from annbatch_dask.etl.receipts import ScatterReceipt
-from annbatch_dask.etl.rows import GROUP, PLACE, array_name, group_keys, sum_hashes
+from annbatch_dask.etl.rows import GROUP, PLACE, RaggedArrays, array_name, group_keys, sum_hashes
 from annbatch_dask.etl.totals import packed
 from annbatch_dask.kernels.rows import offsets_of
 from annbatch_dask.plan.layout import Block
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.sources.identity import unchanged
 from annbatch_dask.storage.folder import Folder
+from annbatch_dask.storage.packed import packs
 from annbatch_dask.storage.spill import find_receipt, forget_receipt, is_spilled, write_receipt, write_spill
 
 __all__ = ["forget_task", "scatter", "scatter_again"]
+
+
+_MATRIX_ARRAYS = ("indices", "values", "dense")
 
 
 def scatter(file: JobFile, index: int) -> ScatterReceipt:
@@ -81,8 +85,9 @@ def _spill(plan: Plan, block: Block, index: int, rows: BlockRows, scratch: Folde
         name: (values.reshape(-1), np.arange(len(values) + 1) * values.shape[1])  # read one block at a time
         for name, values in ((n, fixed.pop(n)) for n in dense)
     }
+    small = _in_few_bits(plan, ragged)
     with activity("spill"):
-        spilled = write_spill(scratch, index, order=order, rows=part_rows, fixed=fixed, ragged=ragged)
+        spilled = write_spill(scratch, index, order=order, rows=part_rows, fixed=fixed, ragged=ragged, packed=small)
     nnz = {
         m.name: np.diff(offsets_of(fixed[array_name(m.name, "length")][order])[dataset_rows])
         for m in plan.matrices
@@ -99,6 +104,12 @@ def _spill(plan: Plan, block: Block, index: int, rows: BlockRows, scratch: Folde
         repeats=repeats,
         **packed(fingerprint, nnz),
     )
+
+
+def _in_few_bits(plan: Plan, ragged: RaggedArrays) -> dict[str, bool]:
+    """The arrays of matrices that are spilled in fewer bits, and whether as differences, as columns ascend."""
+    names = {array_name(m.name, what): what == "indices" for m in plan.matrices for what in _MATRIX_ARRAYS}
+    return {n: differences for n, differences in names.items() if n in ragged and packs(ragged[n][0].dtype)}
 
 
 def _hash(

@@ -7,11 +7,13 @@ file; a file's header tells where, so the task reads of it only what concerns it
     description (JSON: name, dtype, row shape of each array)
     part 0: fixed-size arrays (one entry a row), then ragged arrays (any number of entries a row)
     part 1: ...
-    table: (n_parts, 5 + n_ragged) int64, per part: first byte, rows, entries of each ragged array, then the
-    crc32c of its fixed-size arrays, of its ragged arrays, and of this line
+    table: (n_parts, 5 + 2 * n_ragged) int64, per part: first byte, rows, entries of each ragged array, bytes of each,
+    then the crc32c of its fixed-size arrays, of its ragged arrays, and of this line
 
-Every array starts at a multiple of 8 bytes. The receipt, a JSON file written after it, says that a block is finished.
-Whatever is read is checked: a damaged file costs its block's work again, and no more.
+Every array starts at a multiple of 8 bytes. Ragged arrays of integers may be packed: as pieces, each with its number of
+entries and of bytes before it (int64), the bytes those of :func:`annbatch_dask.kernels.packing.pack`. The receipt, a
+JSON file written after it, says that a block is finished. Whatever is read is checked: a damaged file costs its block's
+work again, and no more.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from annbatch_dask.errors import IntegrityError
 from annbatch_dask.kernels.rows import offsets_of, take_rows
 from annbatch_dask.storage.checksums import checksum_of
 from annbatch_dask.storage.folder import Folder
+from annbatch_dask.storage.pieces import ALIGN, Entries, PackedEntries, Pieces, pack_parts, some_rows
 
 __all__ = [
     "OWNER",
@@ -57,7 +60,6 @@ OWNER = "owner.json"
 """File of a scratch folder that says whose it is: the first that is written, and the last that is removed."""
 SPILL = "spill"
 """Kind of the files that hold the rows of a block. Other kinds are tables of a stage, in the same form."""
-_ALIGN = 8
 _HEADER_NBYTES = 24
 _COPY_NBYTES = 8 * 2**20
 """About what is put in order at once."""
@@ -89,13 +91,10 @@ class _Array:
     name: str
     dtype: np.dtype
     shape: tuple[int, ...] = ()
+    is_packed: bool = False
 
     def nbytes(self, n: int) -> int:
         return n * self.dtype.itemsize * prod(self.shape)
-
-
-def _aligned(n: int) -> int:
-    return -(-n // _ALIGN) * _ALIGN
 
 
 def _body(block: int, kind: str = SPILL) -> str:
@@ -177,7 +176,7 @@ def is_spilled(folder: Folder, block: int, n_bytes: int) -> bool:
     return folder.size(_body(block)) == n_bytes
 
 
-def write_spill(
+def write_spill(  # noqa: PLR0913 - a block
     folder: Folder,
     block: int,
     *,
@@ -185,9 +184,12 @@ def write_spill(
     rows: NDArray[np.int64],
     fixed: FixedArrays,
     ragged: RaggedArrays,
+    packed: Mapping[str, bool] | None = None,
     kind: str = SPILL,
 ) -> int:
     """Write a block's rows in the order of their part; a few parts at a time, so that no second copy of all is held.
+
+    But for those that are packed: how long they are has to be known before the first is written.
 
     Parameters
     ----------
@@ -201,28 +203,40 @@ def write_spill(
         Arrays with one entry (or one row) a row.
     ragged
         Arrays with any number of entries a row: the entries, and the (n_rows + 1,) offsets of each row's.
+    packed
+        Which of the ragged ones, of integers, are packed, and whether their differences are.
 
     Returns
     -------
     Bytes written.
     """
+    packed = packed or {}
     arrays = [_Array(n, h.dtype, h.shape[1:]) for n, h in fixed.items()]
-    arrays += [_Array(n, v.dtype) for n, (v, _) in ragged.items()]
-    about = json.dumps({"n_heads": len(fixed), "arrays": [(a.name, a.dtype.str, a.shape) for a in arrays]}).encode()
-    about += b" " * (-len(about) % _ALIGN)
-    table = np.zeros((len(rows) - 1, 5 + len(ragged)), np.int64)
+    arrays += [_Array(n, v.dtype, is_packed=n in packed) for n, (v, _) in ragged.items()]
+    described = [(a.name, a.dtype.str, a.shape, a.is_packed) for a in arrays]
+    about = json.dumps({"n_heads": len(fixed), "arrays": described}).encode()
+    about += b" " * (-len(about) % ALIGN)
+    table = np.zeros((len(rows) - 1, 5 + 2 * len(ragged)), np.int64)
+    entries, nbytes = table[:, 2 : 2 + len(ragged)], table[:, 2 + len(ragged) : -3]
     table[:, 1] = np.diff(rows)
-    for k, (_, offsets) in enumerate(ragged.values()):
-        table[:, 2 + k] = np.diff(offsets_of(np.diff(offsets)[order])[rows])
-    sizes = np.array([_sizes(arrays, len(fixed), line).sum() for line in table], np.int64)
+    for k, (values, offsets) in enumerate(ragged.values()):
+        entries[:, k] = np.diff(offsets_of(np.diff(offsets)[order])[rows])
+        nbytes[:, k] = entries[:, k] * values.itemsize
+    runs = list(_runs(_sizes(arrays, len(fixed), table).sum(axis=1)))
+    ready = {n: pack_parts(*ragged[n], order, rows, runs, _COPY_NBYTES, differences=packed[n]) for n in packed}
+    for k, name in enumerate(ragged):
+        if name in ready:
+            nbytes[:, k] = [sum(piece.nbytes for piece in pieces) for pieces in ready[name]]
+    sizes = _sizes(arrays, len(fixed), table).sum(axis=1)
     start = _HEADER_NBYTES + len(about)
     table[:, 0] = start + offsets_of(sizes)[:-1]
     end = int(start + sizes.sum())
     with _still_there(folder), folder.create(_body(block, kind), durable=False, parents=False) as f:
         f.write(np.array([len(about), end, google_crc32c.value(about)], np.uint64).tobytes() + about)
-        for first, last in _runs(sizes):
+        for first, last in runs:
+            some = {n: pieces[first:last] for n, pieces in ready.items()}
             write = _write_part if last - first == 1 else _write_parts
-            crcs = write(f, order[rows[first] : rows[last]], rows[first : last + 1] - rows[first], fixed, ragged)
+            crcs = write(f, order[rows[first] : rows[last]], rows[first : last + 1] - rows[first], fixed, ragged, some)
             table[first:last, -3:-1] = crcs
         table[:, -1] = [google_crc32c.value(line[:-1]) for line in table]
         f.write(table.tobytes())
@@ -242,21 +256,32 @@ def _runs(sizes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
             first, nbytes = last, 0
 
 
-def _write_parts(
-    f: IO[bytes], order: NDArray[np.int64], rows: NDArray[np.int64], fixed: FixedArrays, ragged: RaggedArrays
+def _write_parts(  # noqa: PLR0913, PLR0917 - a block
+    f: IO[bytes],
+    order: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    fixed: FixedArrays,
+    ragged: RaggedArrays,
+    ready: Mapping[str, list[Pieces]],
 ) -> list[tuple[int, int]]:
     """Small parts, put in order together; returns the crc32c of the fixed-size and of the ragged arrays of each."""
     sorted_fixed = [values[order] for values in fixed.values()]
-    sorted_ragged = [take_rows(values, offsets, order) for values, offsets in ragged.values()]
+    plain = {n: take_rows(values, offsets, order) for n, (values, offsets) in ragged.items() if n not in ready}
     crcs = []
-    for a, b in pairwise(rows.tolist()):
+    for k, (a, b) in enumerate(pairwise(rows.tolist())):
+        flat = ([plain[n][0][plain[n][1][a] : plain[n][1][b]]] if n in plain else ready[n][k] for n in ragged)
         fixed_crc = _write_aligned(f, ([values[a:b]] for values in sorted_fixed))
-        crcs.append((fixed_crc, _write_aligned(f, ([values[at[a] : at[b]]] for values, at in sorted_ragged))))
+        crcs.append((fixed_crc, _write_aligned(f, flat)))
     return crcs
 
 
-def _write_part(
-    f: IO[bytes], order: NDArray[np.int64], _: NDArray[np.int64], fixed: FixedArrays, ragged: RaggedArrays
+def _write_part(  # noqa: PLR0913, PLR0917 - a block
+    f: IO[bytes],
+    order: NDArray[np.int64],
+    _: NDArray[np.int64],
+    fixed: FixedArrays,
+    ragged: RaggedArrays,
+    ready: Mapping[str, list[Pieces]],
 ) -> list[tuple[int, int]]:
     """One part of any size, some rows of an array at a time."""
 
@@ -264,18 +289,17 @@ def _write_part(
         step = max(1, _COPY_NBYTES // max(1, values[:1].nbytes))
         return (values[order[at : at + step]] for at in range(0, len(order), step))
 
-    def flat(values: NDArray, offsets: NDArray[np.int64]) -> Iterator[NDArray]:
-        step = max(1, _COPY_NBYTES * len(order) // max(1, values.nbytes))
-        return (take_rows(values, offsets, order[at : at + step])[0] for at in range(0, len(order), step))
-
+    flat = (ready[n][0] if n in ready else some_rows(*ragged[n], order, _COPY_NBYTES) for n in ragged)
     fixed_crc = _write_aligned(f, map(head, fixed.values()))
-    return [(fixed_crc, _write_aligned(f, (flat(*pair) for pair in ragged.values())))]
+    return [(fixed_crc, _write_aligned(f, flat))]
 
 
-def _sizes(arrays: Sequence[_Array], n_fixed: int, line: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Padded bytes of each array of a part, from its line of the table."""
-    counts = [line[1]] * n_fixed + list(line[2:-3])
-    return np.array([_aligned(a.nbytes(int(n))) for a, n in zip(arrays, counts, strict=True)], np.int64)
+def _sizes(arrays: Sequence[_Array], n_fixed: int, table: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(n_parts, n_arrays) padded bytes of each array of some parts, from their lines of the table."""
+    n_ragged = len(arrays) - n_fixed
+    fixed = np.array([a.nbytes(1) for a in arrays[:n_fixed]], np.int64) * table[:, 1:2]
+    nbytes: NDArray[np.int64] = np.hstack([fixed.reshape(len(table), n_fixed), table[:, 2 + n_ragged : -3]])
+    return -(-nbytes // ALIGN) * ALIGN
 
 
 def _write_aligned(f: IO[bytes], arrays: Iterable[Iterable[NDArray]]) -> int:
@@ -288,7 +312,7 @@ def _write_aligned(f: IO[bytes], arrays: Iterable[Iterable[NDArray]]) -> int:
             crc = google_crc32c.extend(crc, raw)
             f.write(memoryview(raw))
             nbytes += raw.nbytes
-        padding = bytes(-nbytes % _ALIGN)
+        padding = bytes(-nbytes % ALIGN)
         crc = google_crc32c.extend(crc, padding)
         f.write(padding)
     return crc
@@ -329,11 +353,11 @@ class SpillReader(AbstractContextManager["SpillReader"]):
         if n > table:
             raise self._damaged("has a damaged header")
         about = json.loads(self._checked(self._read(_HEADER_NBYTES, np.empty(n, np.uint8)), crc).tobytes())
-        self._arrays = [_Array(name, np.dtype(d), tuple(shape)) for name, d, shape in about["arrays"]]
+        self._arrays = [_Array(name, np.dtype(d), tuple(shape), packed) for name, d, shape, packed in about["arrays"]]
         if any(array.dtype.hasobject for array in self._arrays):  # its bytes would be taken for addresses
             raise self._damaged("names a dtype that no spill file has")
         self._n_fixed: int = about["n_heads"]
-        width = 8 * (5 + len(self._arrays) - self._n_fixed)
+        width = 8 * (5 + 2 * (len(self._arrays) - self._n_fixed))
         raw = self._read(table + parts.start * width, np.empty(len(parts) * width, np.uint8))
         self._table = raw.view(np.int64).reshape(len(parts), -1)
         for line in self._table:
@@ -366,12 +390,20 @@ class SpillReader(AbstractContextManager["SpillReader"]):
 
     def ragged_nbytes(self, part: int) -> int:
         """Bytes of all ragged arrays of a part, as they are in the file."""
-        return int(_sizes(self._arrays, self._n_fixed, self._table[part - self._first])[self._n_fixed :].sum())
+        return int(self._sizes(part)[self._n_fixed :].sum())
+
+    def _line(self, part: int) -> NDArray[np.int64]:
+        line: NDArray[np.int64] = self._table[part - self._first]
+        return line
+
+    def _sizes(self, part: int) -> NDArray[np.int64]:
+        """Padded bytes of each array of a part."""
+        sizes: NDArray[np.int64] = _sizes(self._arrays, self._n_fixed, self._line(part).reshape(1, -1)).reshape(-1)
+        return sizes
 
     def read_fixed(self, part: int) -> dict[str, NDArray]:
         """Arrays with one entry a row, each (n_rows(part), ...), from one read."""
-        line = self._table[part - self._first]
-        sizes = _sizes(self._arrays, self._n_fixed, line)[: self._n_fixed]
+        line, sizes = self._line(part), self._sizes(part)[: self._n_fixed]
         raw = self._checked(self._read(int(line[0]), np.empty(int(sizes.sum()), np.uint8)), int(line[-3]))
         out, at, n = {}, 0, int(line[1])
         for a, size in zip(self._arrays, sizes.tolist(), strict=False):
@@ -379,15 +411,26 @@ class SpillReader(AbstractContextManager["SpillReader"]):
             at += size
         return out
 
-    def read_ragged(self, part: int, buffer: NDArray[np.uint8]) -> dict[str, NDArray]:
-        """Entries of each ragged array, from one read into the front of ``buffer``, which holds ``ragged_nbytes``."""
-        line = self._table[part - self._first]
-        sizes = _sizes(self._arrays, self._n_fixed, line)
+    def read_ragged(self, part: int, buffer: NDArray[np.uint8]) -> dict[str, Entries]:
+        """Entries of each ragged array, from one read into the front of ``buffer``, which holds ``ragged_nbytes``.
+
+        A slice of them is an array; those that are packed are unpacked then.
+        """
+        line, sizes, n_ragged = self._line(part), self._sizes(part), len(self._arrays) - self._n_fixed
         raw = self._read(int(line[0] + sizes[: self._n_fixed].sum()), buffer[: self.ragged_nbytes(part)])
         self._checked(raw, int(line[-2]))
-        out, at = {}, 0
-        ragged = zip(self._arrays[self._n_fixed :], line[2:-3].tolist(), sizes[self._n_fixed :].tolist(), strict=True)
+        out: dict[str, Entries] = {}
+        at = 0
+        entries, nbytes = line[2 : 2 + n_ragged].tolist(), sizes[self._n_fixed :].tolist()
+        ragged = zip(self._arrays[self._n_fixed :], entries, nbytes, strict=True)
         for a, n, size in ragged:
-            out[a.name] = raw[at : at + a.nbytes(n)].view(a.dtype)
+            found = raw[at : at + size]
+            out[a.name] = self._unframed(a.dtype, n, found) if a.is_packed else found[: a.nbytes(n)].view(a.dtype)
             at += size
         return out
+
+    def _unframed(self, dtype: np.dtype, n_entries: int, raw: NDArray[np.uint8]) -> PackedEntries:
+        found = PackedEntries.of(dtype, raw)
+        if len(found) != n_entries:
+            raise self._damaged(f"holds {len(found):,} entries of {n_entries:,} in a packed array")
+        return found

@@ -194,9 +194,10 @@ def test_an_error_leaves_no_half_shard(tmp_path):
     st.lists(st.lists(st.integers(0, 5), max_size=6), min_size=1, max_size=6),
     st.sampled_from(["u1", "<u2", "<f8"]),
     st.sampled_from([1, 40, 8 * 2**20]),
+    st.sampled_from([None, False, True]),
     st.randoms(use_true_random=False),
 )
-def test_spill_files_give_back_what_they_took(parts, dtype, copy_nbytes, random):
+def test_spill_files_give_back_what_they_took(parts, dtype, copy_nbytes, differences, random):
     """``parts``: the counts of each row of each part; ``copy_nbytes``: what is put in order at once."""
     counts = np.array([c for p in parts for c in p], np.int64)
     rows = np.concatenate([[0], np.cumsum([len(p) for p in parts])])
@@ -211,7 +212,8 @@ def test_spill_files_give_back_what_they_took(parts, dtype, copy_nbytes, random)
         "order": order,
         "rows": rows,
         "fixed": {n: h[at] for n, h in fixed.items()},
-        "ragged": {"v": (shuffled, stored)},
+        "ragged": {"v": (shuffled, stored), "w": (shuffled, stored)},
+        "packed": {} if differences is None or dtype == "<f8" else {"v": differences},
     }
     with tempfile.TemporaryDirectory() as tmp, mock.patch.object(spill, "_COPY_NBYTES", copy_nbytes):
         folder = Folder(tmp)
@@ -230,7 +232,27 @@ def check_spilled(reader, wanted, rows, fixed, values, offsets):
         for name, want in fixed.items():
             np.testing.assert_array_equal(got[name], want[a:b])
         ragged = reader.read_ragged(p, np.empty(reader.ragged_nbytes(p) + 5, np.uint8))
-        np.testing.assert_array_equal(ragged["v"], values[offsets[a] : offsets[b]])
+        for name in ("v", "w"):
+            want = values[offsets[a] : offsets[b]]
+            np.testing.assert_array_equal(ragged[name][:], want)
+            np.testing.assert_array_equal(ragged[name][1:-1], want[1:-1])
+
+
+def test_counts_take_two_bytes_of_a_spill_file_at_most(tmp_path):
+    """An entry with its column: half of what they are in memory."""
+    random, n_rows, n_values = np.random.default_rng(0), 500, 2_000
+    columns = np.sort(random.choice(36_000, (n_rows, n_values)), axis=1).astype(np.uint16).reshape(-1)
+    counts, offsets = random.geometric(0.5, n_rows * n_values).astype(np.uint16), np.arange(n_rows + 1) * n_values
+    n_bytes = write_spill(
+        Folder(str(tmp_path)),
+        0,
+        order=random.permutation(n_rows),
+        rows=np.arange(0, n_rows + 1, 100),
+        fixed={},
+        ragged={"columns": (columns, offsets), "counts": (counts, offsets)},
+        packed={"columns": True, "counts": False},
+    )
+    assert n_bytes <= 2 * len(columns)
 
 
 def test_a_short_spill_file_is_an_error(tmp_path):
