@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from time import perf_counter
 from typing import Any
@@ -18,7 +19,7 @@ from annbatch_dask.events import BuildEnd, BuildStart, Callback, StageEnd, Stage
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.storage.folder import Folder
 
-__all__ = ["BuildLog", "Recorder", "StageLog", "log_folder", "read_log"]
+__all__ = ["BuildLog", "Recorder", "StageLog", "limit_of", "log_folder", "read_log"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ class StageLog:
         Rows, and uncompressed bytes, that its tasks read or wrote.
     seconds
         Wall time.
+    spent
+        Seconds of all its tasks together, by activity.
     """
 
     name: str
@@ -47,6 +50,7 @@ class StageLog:
     n_obs: int
     n_bytes: int
     seconds: float
+    spent: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,9 @@ class BuildLog:
         What a scatter and a gather task need at most by the plan, and what each could have.
     stages
         In their order.
+    limit
+        What the tasks spent most of their seconds on: ``"inflate"`` (to read the inputs), ``"spill"`` (to write spill
+        files, or wait for what is read of them), ``"write"`` (with the encoding); empty where none was run.
     """
 
     plan: str
@@ -80,6 +87,7 @@ class BuildLog:
     peak_nbytes: tuple[int, int]
     task_nbytes: int
     stages: tuple[StageLog, ...]
+    limit: str = ""
 
     @property
     def n_bytes_read(self) -> int:
@@ -106,6 +114,20 @@ def _name(fingerprint: str) -> str:
     return f"{fingerprint}.json"
 
 
+_LIMITS = {
+    "inflate": ("read", "inflate"),
+    "spill": ("spill", "wait"),
+    "write": ("encode", "write"),
+}
+"""Activities of tasks."""
+
+
+def limit_of(stages: Sequence[StageLog]) -> str:
+    """What most of the tasks' seconds were spent on, see :class:`BuildLog`."""
+    spent = {limit: sum(s.spent.get(a, 0.0) for s in stages for a in names) for limit, names in _LIMITS.items()}
+    return max(spent, key=lambda limit: spent[limit]) if any(spent.values()) else ""
+
+
 class Recorder(Callback):
     """Listens to a build, and writes its log when it has succeeded."""
 
@@ -113,6 +135,7 @@ class Recorder(Callback):
         self._target, self._plan = target, plan
         self._stages: list[StageLog] = []
         self._sums: Counter[str] = Counter()
+        self._spent: Counter[str] = Counter()
 
     def on_build_start(self, event: BuildStart) -> None:
         """Look at the clock."""
@@ -121,15 +144,17 @@ class Recorder(Callback):
     def on_stage_start(self, event: StageStart) -> None:
         """Begin to count."""
         self._sums.clear()
+        self._spent.clear()
 
     def on_task_end(self, event: TaskEnd) -> None:
         """Count."""
         self._sums.update(n_tasks=1, n_reused=event.reused, n_obs=event.n_rows, n_bytes=event.n_bytes)
+        self._spent.update(event.activities)
 
     def on_stage_end(self, event: StageEnd) -> None:
         """Keep the sums."""
         sums: dict[str, Any] = {k: self._sums[k] for k in ("n_tasks", "n_reused", "n_obs", "n_bytes")}
-        self._stages.append(StageLog(event.stage, **sums, seconds=event.seconds))
+        self._stages.append(StageLog(event.stage, **sums, seconds=event.seconds, spent=dict(self._spent)))
 
     def on_build_end(self, event: BuildEnd) -> None:
         """Write. The collection is published by now: a log that cannot be written is a warning, not an error."""
@@ -146,6 +171,7 @@ class Recorder(Callback):
             peak_nbytes=plan.peak_nbytes,
             task_nbytes=plan.budget.task_nbytes,
             stages=tuple(self._stages),
+            limit=limit_of(self._stages),
         )
         try:
             log_folder(self._target).write(_name(log.plan), json.dumps(asdict(log), indent=1).encode(), durable=False)

@@ -14,6 +14,7 @@ from annbatch_dask.plan.schema import Categories, ColumnSpec, MatrixSchema, Matr
 
 __all__ = [
     "Weight",
+    "Work",
     "categories_nbytes",
     "fixed_nbytes",
     "frame_nbytes",
@@ -22,6 +23,7 @@ __all__ = [
     "part_weight",
     "read_weight",
     "shared_nbytes",
+    "work_of",
 ]
 
 _ROW_NBYTES = 48
@@ -128,6 +130,42 @@ def fixed_nbytes(source: SourceSchema) -> int:
 
 def _item(dtype: str) -> int:
     return np.dtype(dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a build's speed is bound by, roughly, from what was measured of single-cell counts.
+
+    Attributes
+    ----------
+    inflate_s
+        Seconds of one core to inflate what is read.
+    spill_nbytes, write_nbytes
+        Bytes of the spill files and of the result.
+    """
+
+    inflate_s: float
+    spill_nbytes: float
+    write_nbytes: float
+
+
+_INFLATE_NBYTES_S = 600e6
+"""Of gzip, uncompressed, on one core."""
+_SPILLED_COLUMN, _SPILLED_COUNT = 0.8, 0.5
+_WRITTEN_COLUMN, _WRITTEN_COUNT = 1.3, 0.6
+
+
+def work_of(sources: Sequence[SourceSchema], n_bytes_read: int) -> Work:
+    """Work of a build of these sources."""
+    spilled = written = 0.0
+    for s in sources:
+        for m in s.matrices:
+            n = float(s.n_obs * m.n_cols if m.kind == "dense" else m.nnz[-1])
+            columns = 0.0 if m.kind == "dense" else n
+            item = float(_item(m.dtype))
+            spilled += columns * _SPILLED_COLUMN + n * (item if m.integral is False else _SPILLED_COUNT)
+            written += columns * _WRITTEN_COLUMN + n * (item if m.integral is False else _WRITTEN_COUNT)
+    return Work(n_bytes_read / _INFLATE_NBYTES_S, spilled, written)
 
 
 # --- of obs --------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import numpy as np
 
 from annbatch_dask.formatting import format_bytes, plural
 from annbatch_dask.html import overlap_rows, render
+from annbatch_dask.plan.costs import work_of
 from annbatch_dask.plan.dtypes import smallest_dtype
 from annbatch_dask.plan.plan import Plan
 
@@ -55,6 +56,7 @@ def figures(plan: Plan) -> list[tuple[str, str]]:
             f"{about}{format_bytes(plan.n_bytes_read)} to read (uncompressed); "
             "at most as much to spill and to write, less with smaller dtypes",
         ),
+        ("limit", _limit(plan)),
         (
             "peak",
             f"{format_bytes(scatter)} a scatter task, {format_bytes(gather)} a gather task; "
@@ -122,6 +124,17 @@ def _by(plan: Plan) -> str:
     if column is None or column.categories is None:
         return ""
     return f", by {column.name} ({plural(len(column.categories.values), 'group')})"
+
+
+def _limit(plan: Plan) -> str:
+    """What takes longest: inflating, unless a disk is slower than it."""
+    work = work_of([plan.sources[k] for k in sorted({b.source for b in plan.blocks})], plan.n_bytes_read)
+    seconds = max(work.inflate_s, 0.1)
+    return (
+        f"inflate, about {seconds:,.1f} s of one core; spill, where the scratch folder takes less than "
+        f"{format_bytes(int(work.spill_nbytes / seconds))} a second for each core; write, where the collection's takes "
+        f"less than {format_bytes(int(work.write_nbytes / seconds))}"
+    )
 
 
 def _texts(plan: Plan) -> list[str]:

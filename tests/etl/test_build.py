@@ -138,7 +138,7 @@ def test_plan_touches_nothing(tmp_path, h5ad_pair):
     plan = DatasetCollection(tmp_path / "o.zarr").plan_adatas(h5ad_pair, seed=3, dataset_size=200)
     assert not list(tmp_path.iterdir())
     assert (plan.n_obs, plan.n_vars, plan.n_datasets, plan.seed) == (500, 58, 3, 3)
-    for word in ("tasks", "bytes", "peak", "500 cells", "3 datasets"):
+    for word in ("tasks", "bytes", "limit", "peak", "500 cells", "3 datasets"):
         assert word in repr(plan)
     again = DatasetCollection(tmp_path / "o.zarr").plan_adatas(h5ad_pair, seed=3, dataset_size=200)
     assert plan.fingerprint == again.fingerprint

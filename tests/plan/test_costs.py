@@ -1,5 +1,7 @@
 """What rows weigh: bounds that no choice of rows exceeds, and shapes that must not be under-counted."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from annbatch_dask.plan.build import build_plan
 from annbatch_dask.plan.columns import texts_of, unite_columns
-from annbatch_dask.plan.costs import Weight, heaviest_rows
+from annbatch_dask.plan.costs import Weight, heaviest_rows, work_of
 from annbatch_dask.plan.layout import Layout
 from annbatch_dask.plan.memory import MIB, RESERVED_NBYTES, Budget
 from annbatch_dask.plan.options import Options
@@ -89,3 +91,15 @@ def test_the_plan_says_which_categories_become_strings():
     [sources] = [[source([1] * 30_000, [few, *barcodes(30_000, 20_000).columns])]]
     plan = build_plan(sources, Options(seed=0), budget=Budget(2**33))
     assert dict(figures(plan))["strings"] == "barcode: categories in the inputs, nearly one a cell"
+
+
+def test_counts_are_less_work_for_a_disk_than_fractions():
+    counts, fractions = (
+        SourceSchema("a", 10, np.zeros(0, object), (replace(source([5] * 10).x, integral=whole),), ())
+        for whole in (True, False)
+    )
+    few, many = work_of([counts], 600_000_000), work_of([fractions, counts], 600_000_000)
+    assert few.inflate_s == many.inflate_s == pytest.approx(1)
+    assert few.spill_nbytes <= 2 * 50
+    assert many.spill_nbytes > 3 * few.spill_nbytes
+    assert many.write_nbytes > 3 * few.write_nbytes
