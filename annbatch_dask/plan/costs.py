@@ -14,7 +14,8 @@ from annbatch_dask.plan.schema import Categories, ColumnSpec, MatrixSchema, Matr
 
 __all__ = [
     "Weight",
-    "Work",
+    "Bounds",
+    "bounds_of",
     "categories_nbytes",
     "fixed_nbytes",
     "frame_nbytes",
@@ -23,7 +24,6 @@ __all__ = [
     "part_weight",
     "read_weight",
     "shared_nbytes",
-    "work_of",
 ]
 
 _ROW_NBYTES = 48
@@ -133,7 +133,7 @@ def _item(dtype: str) -> int:
 
 
 @dataclass(frozen=True)
-class Work:
+class Bounds:
     """What a build's speed is bound by, roughly, from what was measured of single-cell counts.
 
     Attributes
@@ -155,8 +155,8 @@ _SPILLED_COLUMN, _SPILLED_COUNT = 0.8, 0.5
 _WRITTEN_COLUMN, _WRITTEN_COUNT = 1.3, 0.6
 
 
-def work_of(sources: Sequence[SourceSchema], n_bytes_read: int) -> Work:
-    """Work of a build of these sources."""
+def bounds_of(sources: Sequence[SourceSchema], n_bytes_read: int) -> Bounds:
+    """Bounds of a build of these sources."""
     spilled = written = 0.0
     for s in sources:
         for m in s.matrices:
@@ -165,7 +165,7 @@ def work_of(sources: Sequence[SourceSchema], n_bytes_read: int) -> Work:
             item = float(_item(m.dtype))
             spilled += columns * _SPILLED_COLUMN + n * (item if m.integral is False else _SPILLED_COUNT)
             written += columns * _WRITTEN_COLUMN + n * (item if m.integral is False else _WRITTEN_COUNT)
-    return Work(n_bytes_read / _INFLATE_NBYTES_S, spilled, written)
+    return Bounds(n_bytes_read / _INFLATE_NBYTES_S, spilled, written)
 
 
 # --- of obs --------------------------------------------------------------------------------------------------------

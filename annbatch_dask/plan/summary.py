@@ -8,7 +8,7 @@ import numpy as np
 
 from annbatch_dask.formatting import format_bytes, plural
 from annbatch_dask.html import overlap_rows, render
-from annbatch_dask.plan.costs import work_of
+from annbatch_dask.plan.costs import bounds_of
 from annbatch_dask.plan.dtypes import smallest_dtype
 from annbatch_dask.plan.plan import Plan
 
@@ -128,7 +128,7 @@ def _by(plan: Plan) -> str:
 
 def _limit(plan: Plan) -> str:
     """What takes longest: inflating, unless a disk is slower than it."""
-    work = work_of([plan.sources[k] for k in sorted({b.source for b in plan.blocks})], plan.n_bytes_read)
+    work = bounds_of([plan.sources[k] for k in sorted({b.source for b in plan.blocks})], plan.n_bytes_read)
     seconds = max(work.inflate_s, 0.1)
     return (
         f"inflate, about {seconds:,.1f} s of one core; spill, where the scratch folder takes less than "

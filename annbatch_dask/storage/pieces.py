@@ -82,6 +82,8 @@ class PackedEntries:
         pieces, first, at = [], 0, 0
         while at < len(raw):
             n, size = raw[at : at + _FRAME_NBYTES].view(np.int64).tolist()
+            if min(n, size) < 0:  # no piece, and no way to the next
+                return cls(dtype, ())
             at += _FRAME_NBYTES
             pieces.append((first, n, raw[at : at + size]))
             first, at = first + n, at + size + -size % ALIGN

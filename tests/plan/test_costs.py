@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from annbatch_dask.plan.build import build_plan
 from annbatch_dask.plan.columns import texts_of, unite_columns
-from annbatch_dask.plan.costs import Weight, heaviest_rows, work_of
+from annbatch_dask.plan.costs import Weight, bounds_of, heaviest_rows
 from annbatch_dask.plan.layout import Layout
 from annbatch_dask.plan.memory import MIB, RESERVED_NBYTES, Budget
 from annbatch_dask.plan.options import Options
@@ -98,7 +98,7 @@ def test_counts_are_less_work_for_a_disk_than_fractions():
         SourceSchema("a", 10, np.zeros(0, object), (replace(source([5] * 10).x, integral=whole),), ())
         for whole in (True, False)
     )
-    few, many = work_of([counts], 600_000_000), work_of([fractions, counts], 600_000_000)
+    few, many = bounds_of([counts], 600_000_000), bounds_of([fractions, counts], 600_000_000)
     assert few.inflate_s == many.inflate_s == pytest.approx(1)
     assert few.spill_nbytes <= 2 * 50
     assert many.spill_nbytes > 3 * few.spill_nbytes
