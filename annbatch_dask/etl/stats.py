@@ -6,7 +6,7 @@ other datasets: so a dataset that an extension leaves as it is keeps its own, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -131,11 +131,12 @@ def _plain(values: NDArray) -> NDArray:
     return values.astype(np.float32) if values.dtype == np.float16 else values
 
 
-def _elements(found: GeneSums) -> list[tuple[str, Any]]:
-    """What is stored, by name: whole numbers as such."""
-    groups = found.groups.to_numpy()
-    arrays = [(name, _whole(found.sums[:, :, k])) for k, name in enumerate(SUMS)]
-    return [("by", found.by), ("target_sum", TARGET_SUM), ("groups", groups), ("n_cells", found.n_cells), *arrays]
+def _elements(found: GeneSums) -> Iterator[tuple[str, Any]]:
+    """What is stored, by name: whole numbers as such. One array of sums is made at a time."""
+    yield from (("by", found.by), ("target_sum", TARGET_SUM))
+    yield from (("groups", found.groups.to_numpy()), ("n_cells", found.n_cells))
+    for k, name in enumerate(SUMS):
+        yield name, _whole(found.sums[:, :, k])
 
 
 def _whole(values: NDArray[np.float64]) -> NDArray:

@@ -1,9 +1,15 @@
 """Sums over cells of each gene, by group of cells: what means, variances and dispersions are worked out of."""
 
+from typing import Any
+
+import numba
 import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from annbatch_dask.kernels.compiled import compiled
+from annbatch_dask.kernels.packed import U64, pointer_to
 from annbatch_dask.kernels.rows import offsets_of
 
 __all__ = ["N_SUMS", "SUMS", "add_clipped", "add_csr", "add_dense", "new_sums"]
@@ -42,49 +48,57 @@ def _fill(line, value, scale):  # type: ignore[no-untyped-def]  # noqa: ANN001, 
     line[5], line[6] = logged, logged * logged
 
 
+def _add_line(_typing: Any, lines: Any, at: Any, out: Any, to: Any) -> Any:
+    """Add the line of sums at ``lines[at]`` to that at ``out[to]``, as one vector."""
+    vector = ir.VectorType(ir.DoubleType(), N_SUMS)
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> None:
+        line = builder.load(pointer_to(builder, context, lines, args[0], args[1], vector), align=8)
+        place = pointer_to(builder, context, out, args[2], args[3], vector)
+        builder.store(builder.fadd(line, builder.load(place, align=8)), place, align=8)
+
+    return numba.void(lines, at, out, to), generate
+
+
+add_line: Any = intrinsic(_add_line)
+
+
 @compiled
-def _add_counts(sums, order, groups, offsets, indices, values, target_sum):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913, PLR0917
+def _add_counts(sums, n_vars, order, groups, offsets, indices, values, target_sum):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913, PLR0917
     """Whole numbers of 0 and more."""
     lines = np.zeros((_TABLE + 1, N_SUMS))
+    flat = lines.reshape(lines.size)
     for row in order:
         start, stop = offsets[row], offsets[row + 1]
-        row_indices, row_values, out = indices[start:stop], values[start:stop], sums[groups[row]]
-        total, most = np.uint64(0), np.uint64(0)
+        row_indices, row_values, first = indices[start:stop], values[start:stop], U64(groups[row] * n_vars)
+        total, most = U64(0), U64(0)
         for k in range(row_values.shape[0]):
-            total += np.uint64(row_values[k])
-            most = max(most, np.uint64(row_values[k]))
+            total += U64(row_values[k])
+            most = max(most, U64(row_values[k]))
         scale = target_sum / max(float(total), 1.0)
         for small in range(1, min(int(most) + 1, _TABLE)):
             _fill(lines[small], float(small), scale)
         for k in range(row_values.shape[0]):
-            count, gene = np.uint64(row_values[k]), np.uint64(row_indices[k])  # unsigned: no look behind the end
+            count = U64(row_values[k])
             if count >= _TABLE:
                 _fill(lines[_TABLE], float(count), scale)
-            line = min(count, np.uint64(_TABLE))
-            # all are read before one is written, so that they are added as vectors
-            a, b, c, d = lines[line, 0], lines[line, 1], lines[line, 2], lines[line, 3]
-            e, f, g = lines[line, 4], lines[line, 5], lines[line, 6]
-            a, b, c, d = a + out[gene, 0], b + out[gene, 1], c + out[gene, 2], d + out[gene, 3]
-            e, f, g = e + out[gene, 4], f + out[gene, 5], g + out[gene, 6]
-            out[gene, 0], out[gene, 1], out[gene, 2], out[gene, 3] = a, b, c, d
-            out[gene, 4], out[gene, 5], out[gene, 6] = e, f, g
+            line = min(count, U64(_TABLE))
+            add_line(flat, line * U64(N_SUMS), sums, (first + U64(row_indices[k])) * U64(N_SUMS))
 
 
 @compiled
-def _add_values(sums, order, groups, offsets, indices, values, target_sum):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913, PLR0917
+def _add_values(sums, n_vars, order, groups, offsets, indices, values, target_sum):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913, PLR0917
     """Any numbers."""
     line = np.zeros(N_SUMS)
     for row in order:
-        out, total = sums[groups[row]], 0.0
+        first, total = groups[row] * n_vars, 0.0
         for k in range(offsets[row], offsets[row + 1]):
             total += values[k]
         scale = target_sum / (total if total != 0 else 1.0)
         for k in range(offsets[row], offsets[row + 1]):
             if values[k] != 0:
                 _fill(line, float(values[k]), scale)
-                gene = out[indices[k]]
-                for j in range(N_SUMS):
-                    gene[j] += line[j]
+                add_line(line, U64(0), sums, U64(first + indices[k]) * U64(N_SUMS))
 
 
 def add_csr(
@@ -115,7 +129,7 @@ def add_csr(
     order = np.arange(len(groups)) if is_one else np.argsort(groups, kind="stable")  # a group's sums stay in the cache
     is_count = values.dtype.kind == "u" and values.dtype.itemsize <= _COUNT_NBYTES
     add = _add_counts if is_count else _add_values
-    add(sums, order, groups, offsets, indices, values, float(target_sum))
+    add(sums.reshape(-1), sums.shape[1], order, groups, offsets, indices, values, float(target_sum))
 
 
 def add_dense(sums: NDArray[np.float64], groups: NDArray[np.int64], rows: NDArray, target_sum: float) -> None:

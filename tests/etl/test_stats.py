@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import MemoryBudgetError, SchemaError
-from annbatch_dask.etl.stats import stored_sums
+from annbatch_dask.etl.stats import DatasetSums, stored_sums
 from annbatch_dask.testing import make_adata
 from tests.etl.inputs import adatas, dense_x, exact_or_refused, read, write
 from tests.statistics.reference import sums_by, sums_of
@@ -168,3 +168,42 @@ def test_groups_that_do_not_fit_memory_are_refused(tmp_path, monkeypatch):
         assert plan([tmp_path / "a.h5ad"], memory_limit="700MB").n_obs == 200
         with pytest.raises(MemoryBudgetError, match="gathering a dataset"):
             plan([tmp_path / "a.h5ad"], memory_limit="700MB", stats_by="many")
+
+
+def test_a_build_that_was_interrupted_goes_on_to_the_same_bytes(tmp_path, paths, monkeypatch):
+    whole = build(tmp_path / "a.zarr", paths, stats_by="donor")
+    calls, wrote = [], DatasetSums.write
+
+    def fail_once(self, group):
+        calls.append(group)
+        if len(calls) == 2:
+            raise RuntimeError("gone")
+        wrote(self, group)
+
+    monkeypatch.setattr(DatasetSums, "write", fail_once)
+    with pytest.raises(RuntimeError, match="gone"):
+        build(tmp_path / "b.zarr", paths, stats_by="donor")
+    build(tmp_path / "b.zarr", paths, stats_by="donor")
+    assert len(calls) == len(whole) + 1  # what was done stays
+    assert tree_digest(whole.path) == tree_digest(tmp_path / "b.zarr")
+
+
+@pytest.mark.parametrize("options", [{"where": "donor == 'a'"}, {"groupby": "donor"}, {"layout": "packed"}])
+def test_with_other_options(tmp_path, paths, options):
+    for group in build(tmp_path / "a.zarr", paths, stats_by="donor", **options):
+        assert_stored(group, "donor")
+
+
+def test_other_layouts_have_the_same(tmp_path, paths):
+    first = build(tmp_path / "a.zarr", paths, stats_by="donor")
+    for one, two in zip(first, first.repack(tmp_path / "b.zarr", "packed"), strict=True):
+        np.testing.assert_array_equal(stored_sums(one).sums, stored_sums(two).sums)
+
+
+@pytest.mark.filterwarnings("ignore:Loading h5ad is currently not supported:UserWarning")
+def test_files_of_h5ad_hold_them(tmp_path, paths):
+    with dask.config.set(scheduler="synchronous"):
+        files = DatasetCollection(tmp_path / "c", is_collection_h5ad=True)
+        files.add_adatas(paths, seed=0, dataset_size=100, stats=True)
+    found = [ad.read_h5ad(p).uns["annbatch_dask_stats"]["n_cells"].sum() for p in (tmp_path / "c").glob("*.h5ad")]
+    assert sum(found) == 250
