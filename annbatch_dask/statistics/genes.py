@@ -36,7 +36,7 @@ def gene_stats(found: GeneSums, genes: pd.Index) -> pd.DataFrame:
     """Sums, means and variances as a frame of (n_vars,) rows, or (n_groups * n_vars,) where they are by group."""
     if not found.by:
         return _frame(found, -1).set_axis(genes).assign().pipe(_with_target)
-    frames = [_frame(found, k) for k in range(len(found.groups))]
+    frames = [_frame(found, k) for k in range(len(found.groups))] or [_frame(found, -1).iloc[:0]]
     index = pd.MultiIndex.from_product([found.groups, genes], names=[found.by, genes.name])
     return pd.concat(frames).set_axis(index).pipe(_with_target)
 

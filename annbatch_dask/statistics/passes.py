@@ -53,20 +53,21 @@ def sum_blocks(
 
 
 def column_of(root: Root, name: str, only: Sequence[str] | None = None) -> pd.Categorical:
-    """A column of obs as a categorical, of all datasets or of those with these names.
+    """A column of obs as a categorical, of all datasets or of those with these names; missing in those without it.
 
     Raises
     ------
     CollectionError
         If obs lacks it.
     """
-    groups = [g for g, known in zip(root.readable(), root.names(), strict=True) if only is None or known in only]
-    frames = [read_obs(group["obs"], [name], names=False) for group in groups]
-    if any(name not in frame for frame in frames):
-        there: Any = groups[0]["obs"]
-        msg = f"{root.path}: obs has no column {name!r}; it has {', '.join(map(repr, there.attrs['column-order']))}"
+    elements: list[Any] = [group["obs"] for group in root.readable()]
+    there = list(dict.fromkeys(column for e in elements for column in e.attrs["column-order"]))
+    if name not in there:  # of any: datasets that were appended may have other columns
+        msg = f"{root.path}: obs has no column {name!r}; it has {', '.join(map(repr, there))}"
         raise CollectionError(msg)
-    return pd.Categorical(concat_obs(frames, names=False)[name])
+    chosen = [e for e, known in zip(elements, root.names(), strict=True) if only is None or known in only]
+    joined = concat_obs([read_obs(e, [name], names=False) for e in chosen], names=False)
+    return pd.Categorical(joined[name] if name in joined else np.full(len(joined), None, object))
 
 
 def whole_counts(values: NDArray) -> NDArray:

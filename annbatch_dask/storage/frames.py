@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 __all__ = ["concat_obs", "n_rows", "read_obs", "unite_categories"]
@@ -40,9 +41,15 @@ def concat_obs(frames: Sequence[pd.DataFrame], *, names: bool) -> pd.DataFrame:
     out = pd.concat(frames, ignore_index=not names)
     for name in out.columns:  # pd.concat keeps a categorical only where all categories agree
         if all(isinstance(f[name].dtype, pd.CategoricalDtype) for f in frames if name in f):
-            united = pd.api.types.union_categoricals([f[name] for f in frames])
+            united = pd.api.types.union_categoricals(_categoricals(frames, name))
             out[name] = pd.Series(united, index=out.index)
     return out
+
+
+def _categoricals(frames: Sequence[pd.DataFrame], name: str) -> list[pd.Categorical]:
+    """A categorical column of each frame; of those that lack it, all missing."""
+    some = next(f[name].cat.categories for f in frames if name in f)
+    return [f[name].array if name in f else pd.Categorical.from_codes(np.full(len(f), -1), some) for f in frames]
 
 
 def unite_categories(sets: Iterable[Iterable[Any]]) -> list[Any]:

@@ -158,6 +158,18 @@ def test_a_collection_that_annbatch_wrote(tmp_path, plain):
     pd.testing.assert_frame_equal(theirs.gene_stats(), plain.gene_stats())
 
 
+@pytest.mark.parametrize("stats_by", [None, "nothing"])
+def test_a_column_without_values_has_no_groups(tmp_path, stats_by):
+    files = adatas(n_vars=20)[:1]
+    files[0].obs["nothing"] = pd.Categorical([None] * files[0].n_obs, ["a"] if stats_by else [])
+    collection = build(tmp_path / "c.zarr", write(tmp_path, files), stats_by=stats_by)
+    found = collection.gene_stats("nothing")
+    assert len(found) == (20 if stats_by else 0)
+    assert (found["n_cells"] == 0).all()
+    assert list(found.columns) == list(collection.gene_stats().columns)
+    assert collection.aggregate("nothing", ["sum", "mean"]).shape == (0, 20)
+
+
 def test_what_is_not_there_is_refused(tmp_path, stored):
     with pytest.raises(CollectionError, match="obs has no column 'nobody'; it has .*'donor'"):
         stored.gene_stats("nobody")
