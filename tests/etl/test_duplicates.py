@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from annbatch_dask import DatasetCollection, events
 from annbatch_dask.cli import main
+from annbatch_dask.engines.local_cluster import local_client
 from annbatch_dask.errors import DuplicateCellsError
 from annbatch_dask.etl import cells, duplicates
 from tests.etl.inputs import adatas, dense_x, exact_or_refused, expected_x, on_genes, write
@@ -238,6 +239,17 @@ def test_bytes_do_not_depend_on_how_the_work_is_cut_or_who_does_it(tmp_path, fil
     monkeypatch.setattr(cells, "_BIN_ROWS", 2**19)
     with dask.config.set({"annbatch_dask.block_size": 2**27}):
         assert tree_digest(build(tmp_path / "c.zarr", paths).path) == want
+
+
+@pytest.mark.chaos
+def test_one_process_and_four_write_the_same_bytes(tmp_path, files, monkeypatch):
+    monkeypatch.setattr(cells, "_BIN_ROWS", 2**19)  # as workers have it
+    paths, _ = files
+    digests = []
+    for n in (1, 4):
+        with local_client(n_workers=n, threads_per_worker=1, memory_limit=2**31) as client:
+            digests.append(tree_digest(build(tmp_path / f"{n}.zarr", paths, client=client).path))
+    assert digests[0] == digests[1]
 
 
 class Interrupt(events.Callback):
