@@ -167,3 +167,30 @@ def test_a_collection_is_extended_under_its_readers(bucket, atlas, server, mode)
         again = build(url, atlas, server, atlas.urls[1:], mode=mode)
     assert again.manifest == collection.manifest
     assert not [r for r in requests if r.method == "PUT"]
+
+
+# --- status --------------------------------------------------------------------------------------------------------
+
+
+def test_how_far_a_build_is_can_be_seen_from_elsewhere(bucket, atlas, server):
+    """While it runs, after a crash, of another machine, and without a word of how to get at the store."""
+    url, seen = f"{bucket}/o.zarr", []
+
+    def look():
+        seen.append(DatasetCollection(url, storage_options=server.options).status())
+
+    with pytest.raises(CrashError):
+        build(url, atlas, server, callbacks=[At("scatter", lambda: (look(), crash()))])
+    (running,) = seen
+    assert (running.state, running.holder, running.n_obs) == ("running", None, None)
+    assert running.builds[0].progress.stages[0].n_obs_done == 500
+    found = DatasetCollection(url, storage_options=server.options).status()
+    assert found.state == "interrupted"
+    assert "CrashError" in str(found)
+    (written,) = [path for path in atlas.fs.find(f"{url}.log") if "running" in path]
+    told = atlas.fs.cat_file(written).decode() + json.dumps(found.to_json())
+    assert not [value for value in server.options.values() if isinstance(value, str) and value in told]
+    build(url, atlas, server)
+    found = DatasetCollection(url, storage_options=server.options).status()
+    assert (found.state, found.builds, len(found.last)) == ("idle", (), 1)
+    assert not [path for path in atlas.fs.find(f"{url}.log") if "running" in path]
