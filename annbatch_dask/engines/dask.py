@@ -35,7 +35,7 @@ from annbatch_dask.errors import (
     StorageError,
     WorkersDiedError,
 )
-from annbatch_dask.formatting import format_bytes
+from annbatch_dask.formatting import format_bytes, plural
 from annbatch_dask.plan.memory import Budget
 from annbatch_dask.storage import transient
 from annbatch_dask.storage.secrets import shown, without_secrets
@@ -201,7 +201,7 @@ class ClusterEngine:
         """Run the tasks on the cluster; on any error, cancel what is left."""
         run = _ClusterRun(self.client, name, fn, tasks, on_result, describe, on_retry)
         try:
-            with _missing_workers_said(self.client, name):
+            with _missing_workers_said(self.client, name, self.budget):
                 run.all()
         except (CancelledError, CommClosedError) as e:
             msg = (
@@ -233,8 +233,10 @@ def _check_report(client: Client, path: str) -> None:
 
 
 @contextlib.contextmanager
-def _missing_workers_said(client: Client, name: str) -> Iterator[None]:
-    """Meanwhile, warn again and again while no worker is there: Dask waits for one without a word.
+def _missing_workers_said(client: Client, name: str, budget: Budget) -> Iterator[None]:
+    """Meanwhile, warn again and again while no worker is there, and once of each that is too small for the plan.
+
+    Dask waits for a worker without a word, and hands tasks to whichever comes.
 
     A LocalCluster of Dask's, for one, may give up workers that died, and starts no others.
     """
@@ -242,13 +244,15 @@ def _missing_workers_said(client: Client, name: str) -> Iterator[None]:
 
     def look() -> None:
         since = time.monotonic()
+        told: set[str] = set()
         while not is_over.wait(NO_WORKER_S):
             try:
-                is_there = bool(client.scheduler_info(n_workers=-1)["workers"])
+                workers = client.scheduler_info(n_workers=-1)["workers"]
             except Exception:  # noqa: BLE001 - the thread that waits for tasks has to say what happened
                 return
-            if is_there:
+            if workers:
                 since = time.monotonic()
+                _say_small(workers, budget, told)
                 continue
             logger.warning(
                 "%s: no worker has been there for up to %.0f s, and the build waits for one; start workers, or "
@@ -264,6 +268,24 @@ def _missing_workers_said(client: Client, name: str) -> Iterator[None]:
     finally:
         is_over.set()
         watcher.join()
+
+
+def _say_small(workers: Mapping[str, Mapping[str, Any]], budget: Budget, told: set[str]) -> None:
+    """Warn of workers that joined later, with less memory for a task than those that the plan was made for."""
+    for address, w in workers.items():
+        has = Budget(w["memory_limit"], w["nthreads"])
+        if not w["memory_limit"] or has.task_nbytes >= budget.task_nbytes or address in told:
+            continue
+        told.add(address)
+        logger.warning(
+            "worker %s has %s for %s, and the plan was made for workers with %s for %d: its tasks may not fit, "
+            "and go to others if it dies; start workers as large as the first ones",
+            address,
+            format_bytes(has.worker_nbytes),
+            plural(has.n_threads, "thread"),
+            format_bytes(budget.worker_nbytes),
+            budget.n_threads,
+        )
 
 
 @dataclass
