@@ -154,7 +154,8 @@ def _lines(status: CollectionStatus) -> Iterator[str]:
         yield from _build_lines(build)
     for log in status.last:
         stages = ", ".join(f"{s.name} {s.seconds:.1f} s" for s in log.stages)
-        yield f"  built {log.started} in {log.seconds:.1f} s ({stages}) on {log.engine}"
+        limit = f", most of it to {log.limit}" if log.limit else ""
+        yield f"  built {log.started} in {log.seconds:.1f} s ({stages}){limit}, on {log.engine}"
 
 
 def _build_lines(build: BuildStatus) -> Iterator[str]:

@@ -88,6 +88,9 @@ def test_a_running_build_as_another_process_sees_it(tmp_path, h5ad_pair):
     assert over["n_obs"] == 500
     assert [s["name"] for s in over["last"][0]["stages"]] == ["scatter", "gather", "commit"]
     assert over["last"][0]["plan"] == DatasetCollection(path).manifest.builds[0].plan
+    limit = over["last"][0]["limit"]
+    assert limit in ("inflate", "spill", "write")
+    assert f"most of it to {limit}, on dask's synchronous scheduler" in str(DatasetCollection(path).status())
 
 
 def test_it_says_the_slowest_input_and_what_is_left(tmp_path, h5ad_pair, monkeypatch):
