@@ -194,6 +194,17 @@ class Report:
             first += len(build.sources)
         return rows
 
+    def dropped_rows(self) -> tuple[list[str], list[tuple[SourceRecord, list[int]]]]:
+        """Rules by which cells were dropped, and each source of which some were, with how many of them each dropped."""
+        rules = list(dict.fromkeys(rule for s in self.sources for rule in s.dropped))
+        return rules, [(s, [s.dropped.get(rule, 0) for rule in rules]) for s in self.sources if s.n_dropped]
+
+    def conditions(self) -> list[str]:
+        """Conditions on obs, and rules on counts, that cells had to meet, in words."""
+        texts = [f"where {s.where}" for s in self.sources if s.where]
+        texts += ["qc " + ", ".join(f"{k}={v}" for k, v in b.qc.items()) for b, _ in self.builds if b.qc]
+        return list(dict.fromkeys(texts))
+
     def naming_rows(self) -> list[tuple[str, NamingRecord, list[tuple[str, int, int]]]]:
         """Each build that named genes by rules: a title where there are several builds, the rules, and its sources.
 

@@ -75,6 +75,25 @@ def test_stats_are_written_as_a_table_or_as_a_list_of_genes(collection, h5ad_pai
     assert set(DatasetCollection(tmp_path / "c.zarr").var.index) == set(names)
 
 
+def test_cells_are_chosen_by_obs_and_by_counts(h5ad_pair, tmp_path):
+    options = ["--where", "cell_type != 'B'", "--min-counts", "12", "--max-genes", "40", "--gene-set", "some=gene_1"]
+    options += ["--max-fraction", "some=0.5"]
+    assert main(["shuffle", *map(str, h5ad_pair), "-o", str(tmp_path / "a.zarr"), *options, "--no-progress"]) == 0
+    collection = DatasetCollection(tmp_path / "a.zarr")
+    qc = {"min_counts": 12, "max_genes": 40, "max_fraction": {"some": 0.5}, "gene_sets": {"some": "gene_1"}}
+    assert collection.manifest.builds[-1].qc == qc
+    assert {s.where for s in collection.manifest.sources} == {"cell_type != 'B'"}
+    assert 0 < collection.n_obs < 500
+
+
+@pytest.mark.parametrize("option", [["--where", "nope == 1"], ["--min-counts", "1e9"], ["--gene-set", "mito=MT-"]])
+def test_choices_that_keep_nothing_are_one_line(h5ad_pair, tmp_path, capsys, option):
+    if option[0] == "--gene-set":
+        option = [*option, "--max-fraction", "mito=0.1"]
+    assert main(["shuffle", *map(str, h5ad_pair), "-o", str(tmp_path / "a.zarr"), *option, "--no-progress"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_no_shuffle_keeps_the_order(h5ad_pair, tmp_path):
     target = tmp_path / "out.zarr"
     with dask.config.set(scheduler="synchronous"):

@@ -33,6 +33,17 @@ def config(folder, pair, **more):
     return path
 
 
+def test_cells_are_chosen_in_the_file(tmp_path, h5ad_pair, monkeypatch, capsys):
+    qc = {"min_genes": 12, "max_fraction": {"some": 0.5}, "gene_sets": {"some": "gene_1"}}
+    options = {"where": {"*.h5ad": "cell_type != 'B'"}, "qc": qc}
+    path = config(tmp_path, h5ad_pair, options=options)
+    monkeypatch.setattr(sys, "argv", ["preprocess.py", str(path), "--plan"])
+    assert preprocess.main() == 0
+    said = capsys.readouterr().out
+    assert "where drops" in said
+    assert "min_genes, max_fraction/some: X is read once more" in said
+
+
 def test_a_build_and_its_plan(tmp_path, h5ad_pair, monkeypatch, capsys):
     path = config(tmp_path, h5ad_pair, cluster={"kind": "local"})
     monkeypatch.setattr(sys, "argv", ["preprocess.py", str(path), "--plan"])

@@ -209,6 +209,25 @@ def test_notebooks_show_the_plan_the_collection_and_the_report(built, report):
     assert report._repr_html_().startswith("<iframe srcdoc=")
 
 
+def test_cells_that_were_dropped_stand_by_rule_and_file(tmp_path, report):
+    paths = [tmp_path / "a.h5ad", tmp_path / "b.h5ad"]
+    for seed, path in enumerate(paths):
+        make_adata(150, [f"gene_{g}" for g in range(40)], seed=seed).write_h5ad(path)
+    where = "cell_type != 'B' and passed"
+    with dask.config.set(scheduler="threads"):
+        built = DatasetCollection(tmp_path / "o.zarr").add_adatas(paths, where=where, qc={"min_genes": 12})
+    found = built.report()
+    rules, rows = found.dropped_rows()
+    assert rules == ["where", "min_genes"]
+    assert [(s.path, counts) for s, counts in rows] == [(s.path, list(s.dropped.values())) for s in found.sources]
+    assert all(s.n_obs + sum(counts) == 150 for s, counts in rows)
+    assert found.conditions() == [f"where {where}", "qc min_genes=12"]
+    section = found.html.split("<h2>Cells dropped</h2>")[1].split("</section>")[0]
+    widths = [float(w) for w in re.findall(r'width="([\d.]+)" height="10"', section)]
+    assert widths == pytest.approx([100 * n / 150 for s, counts in rows for n in (s.n_obs, *counts)], abs=0.01)
+    assert "Cells dropped" not in report.html
+
+
 def test_duplicates_stand_by_file(tmp_path):
     first = make_adata(60, [f"gene_{g}" for g in range(40)], seed=0)
     second = make_adata(50, [f"gene_{g}" for g in range(40)], seed=1)
