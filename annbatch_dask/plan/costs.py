@@ -220,11 +220,12 @@ def categories_nbytes(columns: Sequence[ColumnSpec]) -> float:
 def shared_nbytes(
     sources: Sequence[SourceSchema], columns: Sequence[ColumnSpec], maps: Sequence[NDArray[np.int32]]
 ) -> float:
-    """Bytes of the job in a worker process: categories, codes and genes of all sources."""
+    """Bytes of the job in a worker process: categories, codes, genes and kept rows of all sources."""
     total = float(sum(m.nbytes for m in maps))
     for c in columns:
         if c.categories is not None:
             total += len(c.categories.values) * (_STRING_NBYTES + _width(c.categories, 0))
     for s in sources:
+        total += 0 if s.kept is None else s.kept.bits.nbytes
         total += sum(24.0 * len(c.categories.values) for c in s.columns if c.categories is not None)
     return total

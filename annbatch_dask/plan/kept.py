@@ -89,6 +89,11 @@ class KeptRows:
         skipped = int(self._before[first])
         return found[start - skipped : stop - skipped].astype(np.int64) + 8 * _SEGMENT * first
 
+    def spread(self, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
+        """About how many rows of the source lie before each kept row of some numbers."""
+        at = np.minimum(np.arange(len(self._before)) * 8 * _SEGMENT, self.n_rows)
+        return np.interp(numbers, self._before, at)
+
     def numbers(self, rows: Iterable[int]) -> NDArray[np.int64]:
         """How many rows are kept before each of some rows of the source, ascending or not."""
         out = []

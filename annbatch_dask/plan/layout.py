@@ -14,6 +14,9 @@ from annbatch_dask.plan.costs import Weight, read_weight
 from annbatch_dask.plan.memory import scatter_peak_nbytes
 from annbatch_dask.plan.schema import SourceSchema
 
+_PASSED = 4
+"""Times the size of a block that the rows may have which it is picked from."""
+
 __all__ = ["Block", "Layout", "Room", "cut_blocks"]
 
 
@@ -152,27 +155,41 @@ def cut_blocks(
     A block holds at least one step; an empty source has none. A source that names its ``cuts`` is cut there alone.
     A source with a CSC matrix is read whole for each of its blocks, so it is cut into blocks of ``csc_nbytes``, as few
     as memory allows. The first ``skip`` sources have none: their rows stay where they are. With ``room``, what counts
-    is what a task holds of the rows, and blocks are no larger than that allows.
+    is what a task holds of the rows, and blocks are no larger than that allows. Where few rows are kept, a block spans
+    at most a few times as many bytes as it may have, so that many tasks share in reading what lies between.
     """
     blocks: list[Block] = []
     first = 0
     for s, source in enumerate(sources[skip:], skip):
-        size = csc_nbytes if any(m.kind == "csc" for m in source.matrices) else block_nbytes
+        is_csc = any(m.kind == "csc" for m in source.matrices)
+        size = csc_nbytes if is_csc else block_nbytes
         edges = _edges(source)
         read = read_weight(source, obs_nbytes=obs_nbytes).before(source, edges)
         held, fixed = read, 0
         if room is not None:
             held, fixed = room.held[s].before(source, edges), room.fixed[s]
             size = min(size, max(1, (room.nbytes - scatter_peak_nbytes(0, fixed)) // 2))
+        passed = held if is_csc or source.kept is None else _passed(source, edges, float(held[-1]))
         at = 0
         while at < len(edges) - 1:
-            end = max(int(np.searchsorted(held, held[at] + size, side="right")) - 1, at + 1)
+            end = max(min(_last(held, at, size), _last(passed, at, _PASSED * size)), at + 1)
             start, stop = int(edges[at]), int(edges[end])
             peak = scatter_peak_nbytes(held[end] - held[at], fixed)
             blocks.append(Block(s, start, stop, first + start, int(read[end] - read[at]), peak))
             at = end
         first += source.n_obs
     return tuple(blocks)
+
+
+def _last(before: NDArray[np.float64], at: int, size: float) -> int:
+    """The last edge up to which there are so many bytes."""
+    return int(np.searchsorted(before, before[at] + size, side="right")) - 1
+
+
+def _passed(source: SourceSchema, edges: NDArray[np.int64], total: float) -> NDArray[np.float64]:
+    """About the bytes of rows before each edge, those that are not kept among them: rows are taken to be alike."""
+    assert source.kept is not None
+    return source.kept.spread(edges) * (total / max(1, source.n_obs))
 
 
 def _edges(source: SourceSchema) -> NDArray[np.int64]:
