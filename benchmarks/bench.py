@@ -231,7 +231,7 @@ def print_scaling(setup: Setup, folders: dict[float, Path]) -> None:
 
 
 def print_ranks(setup: Setup) -> None:
-    """Print an epoch by one process of as many threads as cores, by one of far more, and by many of few."""
+    """Print epochs by one process of as many threads as cores, by one of far more, and by many of few."""
     print("\n| processes x threads, packed CSR | cells/s | CPU us a cell | threads | evictions a second |")
     print("|---|---|---|---|---|")
     for n_ranks, n_threads in ((1, psutil.cpu_count() or 1), (1, 16), (8, 2)):

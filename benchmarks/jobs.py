@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 N_THREADS = len(os.sched_getaffinity(0))
 N_GENES = 2000
+N_SHARED_EPOCHS = 4
 BATCH = 4096
 WINDOW = 16_000_000
 MAX_LENGTH = 2048
@@ -139,7 +140,7 @@ def backed(group: Any) -> Any:
 
 
 def ranks(args: argparse.Namespace) -> None:
-    """Time an epoch that several processes share, each with threads of its own, on the cores this one may use.
+    """Time epochs that several processes share, each with threads of its own, on the cores this one may use.
 
     More threads than cores stand for a larger machine of which each core is slower: what they cost beside their work
     shows in processor time, and in how often one had to leave a core to another.
@@ -165,16 +166,18 @@ def ranks(args: argparse.Namespace) -> None:
 
 
 def rank(args: argparse.Namespace, number: int, ready: Any, begin: Any, found: Any) -> None:
-    """Load one rank's part of an epoch, once what is compiled is there."""
+    """Load one rank's share, once what is compiled is there."""
     import annbatch_dask
     from annbatch_dask.loader import loader as module
-    from annbatch_dask.samplers import DistributedSampler, RandomSampler
+    from annbatch_dask.samplers import RandomSampler
 
     module.count_threads = lambda: args.threads
     collection = annbatch_dask.DatasetCollection(args.store, mode="r")
     names = np.random.default_rng(0).choice(var_names(args.store), N_GENES, replace=False)
     form = {"csr": {}, "dense": {"dense": True}, "genes": {"dense": True, "var_names": names.tolist()}}[args.output]
-    sampler = DistributedSampler(RandomSampler(512, 4, 1024, seed=0), dist_info=(number, args.ranks))
+    window = {"chunk_size": 512, "preload_nchunks": 4, "batch_size": 1024}
+    n_rows = N_SHARED_EPOCHS * collection.n_obs // args.ranks
+    sampler = RandomSampler(**window, replacement=True, num_samples=n_rows, seed=number)
     loader = annbatch_dask.Loader(batch_sampler=sampler, **form, obs_columns=["cell_type"], layers=(), obsm=())
     loader.use_collection(collection)
     next(iter(loader))
