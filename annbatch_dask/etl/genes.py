@@ -212,7 +212,7 @@ def resolve_naming(target: Folder, manifest: Manifest | None, asked: AskedNames,
     was = None if manifest is None else manifest.naming
     if was is not None:
         assert manifest is not None  # it has one
-        _check_key(target, manifest, asked, refs)
+        _check_key(target, manifest, was, asked, refs)
         if asked.strip_versions is not None and asked.strip_versions != was.strip_versions:
             msg = (
                 f"{target.url} was built with strip_versions={was.strip_versions}, and strip_versions is "
@@ -234,16 +234,18 @@ def resolve_naming(target: Folder, manifest: Manifest | None, asked: AskedNames,
     return naming
 
 
-def _check_key(target: Folder, manifest: Manifest, asked: AskedNames, refs: Sequence[SourceRef]) -> None:
+def _check_key(
+    target: Folder, manifest: Manifest, rules: NamingRecord, asked: AskedNames, refs: Sequence[SourceRef]
+) -> None:
     """Refuse inputs whose genes would be named by a column that no input of the collection was named by."""
     known = {key_of(() if b.naming is None else b.naming.var_key, path) for b in manifest.builds for path in b.sources}
+    pairs = rules.var_key if asked.var_key is None else asked.var_key
     for ref in refs:
-        key = None if asked.var_key is None else key_of(asked.var_key, ref.label)
-        if key is not None and key not in known:
+        if (key := key_of(pairs, ref.label)) not in known:
+            remedy = "leave var_key out" if asked.var_key is not None else "give var_key for it"
             msg = (
-                f"{target.url} has its genes by {_key_words(sorted(known))}, and var_key names {_key_words([key])} for "
-                f"{ref.label}; leave var_key out, or give the names that the collection has a column of that name in "
-                "load_adata"
+                f"{target.url} has its genes by {_key_words(sorted(known))}, and those of {ref.label} would be named "
+                f"by {_key_words([key])}; {remedy}, or give it such a column in load_adata"
             )
             raise SchemaError(msg)
 

@@ -162,13 +162,16 @@ class GeneSpace:
 
     def n_genes_of(self, source: int, genes: str) -> int:
         """How many of the collection's genes are in a source's list."""
-        places = self.map_of(source, genes)
-        return len(np.unique(places[places >= 0]))
+        return int(np.count_nonzero(self._counts(source, genes)))
 
     def most_met(self, source: int, genes: str) -> int:
         """How many genes of a source's list become one, at most."""
+        return int(self._counts(source, genes).max())
+
+    def _counts(self, source: int, genes: str) -> NDArray[np.int64]:
+        """How many genes of a source's list each of the collection's is."""
         places = self.map_of(source, genes)
-        return int(np.bincount(places[places >= 0], minlength=1).max())
+        return np.bincount(places[places >= 0], minlength=1)
 
     def overlaps(self, lists: Sequence[tuple[int, str]]) -> dict[int, int]:
         """Count the genes of each combination of sources.

@@ -601,10 +601,52 @@ def test_an_extension_names_genes_as_the_collection_does(pair, tmp_path, mode):
 def test_an_extension_by_another_key_is_refused(pair, tmp_path):
     collection = build(tmp_path / "o.zarr", pair[:1], var_key="gene_ids", on_duplicate_gene="sum", elements=["obs"])
     for key, words in (("", "the index of var"), ("length", "var column 'length'")):
-        with pytest.raises(SchemaError, match=f"has its genes by var column 'gene_ids', and var_key names {words} for"):
+        with pytest.raises(
+            SchemaError,
+            match=f"has its genes by var column 'gene_ids', and those of .*b.h5ad would be named by {words}; leave",
+        ):
             collection.add_adatas(pair[1:], var_key=key)
     with pytest.raises(SchemaError, match="was built with strip_versions=False, and strip_versions is True"):
         collection.add_adatas(pair[1:], strip_versions=True)
+
+
+def test_an_input_that_no_rule_names_is_not_named_by_chance(pair, tmp_path):
+    options = {"on_duplicate_gene": "sum", "elements": ["obs"]}
+    collection = build(tmp_path / "o.zarr", pair[:1], var_key={pair[0]: "gene_ids"}, **options)
+    with pytest.raises(
+        SchemaError, match=r"those of .*b\.h5ad would be named by the index of var; give var_key for it"
+    ):
+        collection.add_adatas(pair[1:], elements=["obs"])
+
+
+def test_an_input_that_shares_no_gene_is_refused(pair, tmp_path):
+    collection = build(tmp_path / "o.zarr", pair[1:], strip_versions=True, elements=["obs"])
+    with pytest.raises(
+        SchemaError, match=r"none of its 4 genes, such as A, is among the 3 of the collection, such as E1"
+    ):
+        collection.add_adatas(pair[:1], elements=["obs"])
+    collection.add_adatas(pair[:1], elements=["obs"], genes="union")
+    assert collection.n_vars == 7
+
+
+def test_a_collection_by_the_index_takes_inputs_by_a_column(pair, tmp_path):
+    collection = build(tmp_path / "o.zarr", pair[1:], elements=["obs"])
+    collection.add_adatas(pair[:1], elements=["obs"], var_key="gene_ids", on_duplicate_gene="sum")
+    assert collection.var["input_var_names"].to_dict() == {"E1": "A", "E4": "D", "E5": "E5"}
+    assert collection.verify(against=pair).ok
+
+
+def test_views_and_the_other_options_work_on_joined_genes(pair, tmp_path):
+    shutil.copy(pair[0], tmp_path / "2a.h5ad")
+    options = KEYED | {"elements": ["obs", "raw"], "where": "row > 0", "duplicates": "drop", "stats": True}
+    collection = build(tmp_path / "o.zarr", [*pair, str(tmp_path / "2a.h5ad")], merge="first", **options)
+    assert collection.n_obs == 4  # those of 2a are those of a
+    view = collection.to_lazy()
+    assert view.var["input_var_names"].to_numpy().tolist() == ["A", "B", "D", "E5"]
+    found = ad.concat([ad.io.read_zarr(g) for g in collection])
+    np.testing.assert_array_equal(view.X.compute().toarray(), found.X.toarray())
+    sums = collection.gene_stats()
+    np.testing.assert_array_equal(sums["sum"], found.X.toarray().sum(0))
 
 
 def test_versions_that_the_collection_has_stay(tmp_path):
