@@ -28,6 +28,7 @@ from annbatch_dask.etl.log import log_folder
 from annbatch_dask.formatting import plural
 from annbatch_dask.manifest import Manifest, NamingRecord
 from annbatch_dask.plan.naming import Naming, fits, key_of, strip_version
+from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import SourceSchema
 from annbatch_dask.sources.open import SourceRef
 from annbatch_dask.storage.folder import Folder
@@ -39,6 +40,7 @@ __all__ = [
     "OnDuplicateGene",
     "VarKey",
     "ask_names",
+    "check_shared",
     "check_versions",
     "copy_gene_maps",
     "keep_gene_map",
@@ -304,6 +306,26 @@ def warn_of_unused(schemas: Sequence[SourceSchema], mapping: Mapping[str, str]) 
             f"{next(iter(mapping))}, and they such as {', '.join(names)}; give it from names in the inputs to those in "
             "the collection"
         )
+
+
+def check_shared(plan: Plan, schemas: Sequence[SourceSchema]) -> None:
+    """Refuse an input of an extension that has none of the collection's genes: its cells would be empty.
+
+    Raises
+    ------
+    SchemaError
+        With a gene of each.
+    """
+    if plan.extension is None or plan.extension.union or plan.options.naming.is_plain:
+        return
+    for k, s in ((k, s) for k, s in enumerate(schemas) if not s.is_dataset and s.n_obs):
+        names = s.genes_of(s.x)
+        if len(names) and not plan.n_genes_of(k):
+            msg = (
+                f"{s.path}: none of its {len(names):,} genes, such as {names[0]}, is among the {plan.n_vars:,} of the "
+                f"collection, such as {plan.var.index[0]}; name them by another column with var_key, or by a gene_map"
+            )
+            raise SchemaError(msg)
 
 
 # --- the map beside the collection ---------------------------------------------------------------------------------

@@ -14,7 +14,14 @@ from annbatch_dask.engines.base import EngineChoice
 from annbatch_dask.errors import CollectionError, LayoutError
 from annbatch_dask.etl.choose import check_any_kept
 from annbatch_dask.etl.frames import try_frames
-from annbatch_dask.etl.genes import check_versions, keyed, renamed_annotations, resolve_naming, warn_of_unused
+from annbatch_dask.etl.genes import (
+    check_shared,
+    check_versions,
+    keyed,
+    renamed_annotations,
+    resolve_naming,
+    warn_of_unused,
+)
 from annbatch_dask.etl.inputs import Input, known_inputs
 from annbatch_dask.etl.request import GeneOrder, MatrixLayout, OnDuplicate, Request
 from annbatch_dask.etl.scan import Scanned, look, merge_annotations, scan, with_ranges
@@ -288,6 +295,7 @@ def prepare(root: Root, request: Request, room: EngineChoice, *, read_values: bo
         annotated=_annotated(annotations),
         extension=extension,
     )
+    check_shared(plan, chosen)
     try_frames(plan, annotations)
     base = None if extension is None else root.manifest or _adopted(root)
     return Prepared(plan, refs, annotations, request.identity(options), base, version)

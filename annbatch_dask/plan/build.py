@@ -81,8 +81,6 @@ def build_plan(
     matrices = _unite_matrices(sources, genes, common, adds=options.naming.adds)
     if extension is not None:
         _check_carried(sources[:n_old], matrices, common)
-        if not (options.naming.is_plain or extension.union):
-            _check_shared(sources, genes["var"], n_old)
     left_out = _left_out(sources, common, annotated)
     options.elements.refuse(left_out, n_sources=len(sources) - n_old)
     naming = naming_record(sources, options.naming, called)
@@ -267,18 +265,6 @@ def _join(listed: Sequence[NDArray[np.object_]], subset: Sequence[str] | None, e
         joined = join_genes(listed[extension.n_datasets :], subset)
         return genes.append(joined[~joined.isin(genes)])
     return genes
-
-
-def _check_shared(sources: Sequence[SourceSchema], genes: GeneSpace, n_old: int) -> None:
-    """Refuse an input that has none of the collection's genes, whose cells would be empty: it is named otherwise."""
-    for k, s in enumerate(sources[n_old:], start=n_old):
-        names = s.genes_of(s.x)
-        if s.n_obs and len(names) and not genes.n_genes_of(k, s.x.genes):
-            msg = (
-                f"{s.path}: none of its {len(names):,} genes, such as {names[0]}, is among the {len(genes.genes):,} of "
-                f"the collection, such as {genes.genes[0]}; name them by another column with var_key, or by a gene_map"
-            )
-            raise SchemaError(msg)
 
 
 def _check_carried(datasets: Sequence[SourceSchema], matrices: Sequence[MatrixSpec], common: set[str]) -> None:

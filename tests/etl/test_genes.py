@@ -579,7 +579,9 @@ def test_fractions_name_no_genes(tmp_path):
 @pytest.mark.parametrize("mode", ["extend", "append", "reshuffle"])
 def test_an_extension_names_genes_as_the_collection_does(pair, tmp_path, mode):
     options = KEYED | {"elements": ["obs"]}
-    collection = build(tmp_path / "o.zarr", pair[:1], **options, gene_map={"E4": "E5"})
+    small(tmp_path / "z.h5ad", ["E1", "E2"], np.ones((1, 2), np.float32))
+    first = [pair[0], str(tmp_path / "z.h5ad")]
+    collection = build(tmp_path / "o.zarr", first, **options, gene_map={"E4": "E5"})
     before = collection.var
     assert before["input_var_names"].tolist() == ["A", "B", "D"]
     again = ad.read_h5ad(pair[0])
@@ -591,7 +593,7 @@ def test_an_extension_names_genes_as_the_collection_does(pair, tmp_path, mode):
     assert collection.var.equals(before)
     naming = collection.manifest.naming
     assert (naming.on_duplicate, naming.renamed, naming.joined) == ("sum", (4, 1), (1, 0))
-    assert collection.verify(against=[pair[0], *new]).ok
+    assert collection.verify(against=[*first, *new]).ok
     rows = ad.concat([ad.io.read_zarr(g) for g in collection])
     assert rows["b-0"].X.toarray().tolist() == [[1, 0, 1]]
     for group in collection:
