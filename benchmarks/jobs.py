@@ -107,7 +107,7 @@ def tokens(args: argparse.Namespace) -> None:
         start, n_tokens, n_obs = time.perf_counter(), 0, 0
         for batch in loader:
             mask = list(batch["X"].values())[-1]
-            n_tokens += np.count_nonzero(mask)
+            n_tokens += int(np.count_nonzero(mask))
             n_obs += len(mask)
         seconds = time.perf_counter() - start
         facts = {"tokens": n_tokens, "tokens_per_s": round(n_tokens / seconds), "cells_per_s": round(n_obs / seconds)}
