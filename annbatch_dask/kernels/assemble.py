@@ -16,7 +16,7 @@ from numba.core.compiler_lock import global_compiler_lock
 from numpy.typing import NDArray
 
 from annbatch_dask.kernels.compiled import compiled
-from annbatch_dask.kernels.prefetch import prefetch_row
+from annbatch_dask.kernels.prefetch import copy_past, prefetch_row
 from annbatch_dask.kernels.rows import order_row
 
 __all__ = [
@@ -49,6 +49,8 @@ if hasattr(os, "register_at_fork"):
 
 _SAME_SIZE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _N_KNOWN = 64
+_STREAMED = (np.int32, np.uint32, np.float32)
+_MIN_STREAM_NBYTES = 8 * 1024 * 1024  # less may still be in a cache when it is used
 _MAX_SUMMED_NBYTES = 4
 
 
@@ -79,7 +81,7 @@ def copy_rows(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_star
     """
     source, dest = _as_unsigned(source, dest)
     if _has_kernels(source.dtype) and _has_kernels(dest.dtype):
-        _copy(source, starts, lengths, dest, dest_starts)
+        (copy_past if _goes_past_cache(source, dest) else _copy)(source, starts, lengths, dest, dest_starts)
         return
     for start, length, to in zip(starts.tolist(), lengths.tolist(), dest_starts.tolist(), strict=True):
         dest[to : to + length] = source[start : start + length]
@@ -237,6 +239,12 @@ def _as_unsigned(source: Array, dest: Array) -> tuple[Array, Array]:
 def _has_kernels(dtype: np.dtype[Any]) -> bool:
     """True if numba computes with it on a CPU."""
     return dtype.isnative and (dtype.kind in "biu" or dtype in (np.float32, np.float64, np.complex64, np.complex128))
+
+
+def _goes_past_cache(source: Array, dest: Array) -> bool:
+    """True if a processor's cache would read most of ``dest`` only for it to be overwritten, and it need not."""
+    is_known = source.dtype.kind in "iu" and source.itemsize <= _MAX_SUMMED_NBYTES and dest.dtype in _STREAMED
+    return is_known and dest.nbytes >= _MIN_STREAM_NBYTES and bool(dest.flags.aligned)
 
 
 @compiled

@@ -1,16 +1,17 @@
-"""Memory asked for before it is written: a core that waits for each line in turn leaves bandwidth unused."""
+"""Memory asked for before it is written, or written past the cache: a core that waits leaves bandwidth unused."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic
 
 from annbatch_dask.kernels.compiled import compiled
 
-__all__ = ["prefetch_row"]
+__all__ = ["copy_past", "prefetch_row"]
 
 _LINE_NBYTES = 64
 
@@ -38,3 +39,69 @@ def prefetch_row(row: Any) -> None:
     """Ask for all cache lines of a contiguous row, to be written; a hint that changes no value."""
     for at in range(0, row.shape[0], _LINE_NBYTES // row.itemsize):
         _ask(row, at)
+
+
+STREAM_VALUES = 16
+"""Values that :func:`stream` writes: a cache line of them."""
+STREAM_NBYTES = STREAM_VALUES * 4
+
+
+def _stream(_typing: Any, source: Any, at: Any, dest: Any, to: Any) -> Any:
+    """Write ``dest[to:to + 16] = source[at:at + 16]`` past the cache, which need not read what it then overwrites.
+
+    ``source`` has integers of at most 32 bits, ``dest`` integers of 32 bits or float32, and ``to`` is at the beginning
+    of a cache line. Before another thread reads, :func:`end_stream`.
+    """
+    item, wide = ir.IntType(source.dtype.bitwidth), ir.IntType(32)
+    is_float = isinstance(dest.dtype, numba.types.Float)
+    there = ir.VectorType(ir.FloatType() if is_float else wide, STREAM_VALUES)
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> None:
+        def pointer(kind: Any, k: int, vector: Any) -> Any:
+            data = context.make_array(kind)(context, builder, args[k]).data
+            return builder.bitcast(builder.gep(data, [args[k + 1]]), vector.as_pointer())
+
+        here = ir.VectorType(item, STREAM_VALUES)
+        values = builder.load(pointer(source, 0, here), align=item.width // 8)
+        if is_float:
+            values = (builder.sitofp if source.dtype.signed else builder.uitofp)(values, there)
+        elif item.width < wide.width:
+            values = (builder.sext if source.dtype.signed else builder.zext)(values, there)
+        written = builder.store(values, pointer(dest, 2, there), align=STREAM_NBYTES)
+        written.set_metadata("nontemporal", builder.module.add_metadata([wide(1)]))
+
+    return numba.void(source, at, dest, to), generate
+
+
+def _end_stream(_typing: Any) -> Any:
+    """Let other threads see what was written by :func:`stream`."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, _args: Any) -> None:
+        builder.fence("seq_cst")
+
+    return numba.void(), generate
+
+
+stream: Any = intrinsic(_stream)
+end_stream: Any = intrinsic(_end_stream)
+
+
+@compiled
+def copy_past(source: Any, starts: Any, lengths: Any, dest: Any, dest_starts: Any) -> None:
+    """Copy stretches as ``copy_rows`` of the assembly does, but cache lines as a whole, and past the cache."""
+    step, one = np.uint64(STREAM_VALUES), np.uint64(1)
+    before = np.uint64(dest.ctypes.data) // np.uint64(4)
+    for i in range(starts.shape[0]):
+        start, n, to = np.uint64(starts[i]), np.uint64(lengths[i]), np.uint64(dest_starts[i])
+        first = min((step - (before + to) % step) % step, n)
+        j = np.uint64(0)
+        while j < first:
+            dest[to + j] = source[start + j]
+            j += one
+        while j + step <= n:
+            stream(source, start + j, dest, to + j)
+            j += step
+        while j < n:
+            dest[to + j] = source[start + j]
+            j += one
+    end_stream()

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from annbatch_dask.kernels.assemble import SparseRows, scatter_rows
+from annbatch_dask.kernels import assemble
+from annbatch_dask.kernels.assemble import SparseRows, copy_rows, scatter_rows
 from annbatch_dask.kernels.fingerprint import add_dense, add_sparse, add_strings, field_salt, finish_rows
 from annbatch_dask.kernels.rows import copy_runs, map_indices, sort_rows
 from annbatch_dask.kernels.values import narrow_counts, range_of
@@ -32,6 +33,34 @@ def test_copy_runs_gathers_rows_in_a_cycle(dtype):
     copy_runs(src, start[CYCLE], out, dst_start, new_length)
     want = np.concatenate([src[start[r] : start[r] + length[r]] for r in CYCLE])
     np.testing.assert_array_equal(out, want)
+
+
+@pytest.mark.parametrize("source_dtype", ["uint8", "int8", "uint16", "int16", "int32", "uint32", "float32"])
+@pytest.mark.parametrize("dtype", ["int32", "uint32", "float32"])
+def test_rows_are_the_same_past_the_cache(monkeypatch, source_dtype, dtype):
+    rng = np.random.default_rng(0)
+    lengths = rng.choice([0, 1, 15, 16, 17, 33, 400], 60)
+    ends = np.cumsum(lengths)
+    order = rng.permutation(60)
+    starts, lengths = (ends - lengths)[order], lengths[order]
+    if np.dtype(source_dtype).kind == "f":
+        source = rng.integers(0, 2**31, ends[-1]).astype(source_dtype)
+        dtype = source_dtype  # no other is written so
+    else:
+        source = rng.integers(-(2**31), 2**32, ends[-1]).astype(source_dtype)
+    found = {}
+    for least in (0, 2**60):
+        monkeypatch.setattr(assemble, "_MIN_STREAM_NBYTES", least)
+        for shift in (0, 3):  # not at the beginning of a cache line
+            out = np.full(ends[-1] + 40, 7, dtype)[shift:]
+            copy_rows(source, starts, lengths, out, np.cumsum(lengths) - lengths + 5)
+            found[least, shift] = out[: ends[-1] + 37]
+    for out in list(found.values())[1:]:
+        np.testing.assert_array_equal(out, found[0, 0])
+    whole = np.concatenate([source[a : a + n] for a, n in zip(starts, lengths, strict=True)])
+    np.testing.assert_array_equal(found[0, 0][5 : 5 + ends[-1]], whole.astype(dtype))
+    assert (found[0, 0][:5] == 7).all()
+    assert (found[0, 0][5 + ends[-1] :] == 7).all()
 
 
 @given(
