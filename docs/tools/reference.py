@@ -109,9 +109,8 @@ def find(name: str, obj: Any, loader: griffe.GriffeLoader) -> str | None:
 def public_default(default: Any, obj: Any) -> Any:
     """Return the value of a default that is the name of a private constant."""
     named = re.fullmatch(r"(?:field\(default=)?(_\w+)\)?", str(default))
-    if named is None or named[1] not in obj.module.members:
-        return default
-    return obj.module.members[named[1]].value
+    member = None if named is None else obj.module.members.get(named[1])
+    return member.value if member is not None and member.is_attribute else default
 
 
 def drop_private_fields(cls: Any) -> None:
