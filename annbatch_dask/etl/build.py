@@ -132,7 +132,8 @@ def _end(job: Job) -> None:
 
 def _look_first(job: Job, engine: Engine, callback: Callback) -> Job:
     """The job whose rows and parts are decided, by the stages that the plan needs for it."""
-    own_scratch(job)  # each of them has a folder in it
+    if job.plan.is_survey or job.plan.options.groupby:
+        own_scratch(job)  # each of these stages has a folder in it
     if job.plan.is_survey:
         job = measure(job, engine, callback)
     return group(job, engine, callback) if job.plan.options.groupby else job

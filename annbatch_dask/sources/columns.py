@@ -216,6 +216,8 @@ def names_of_column(column: ColumnSchema, rows: ColumnRows) -> NDArray[np.object
         If they are fractions or booleans.
     """
     kind = column.dtype if column.categories is None else column.categories.dtype
+    if column.categories is not None and not len(column.categories.values):
+        return np.full(len(rows.values), None)  # no value at all, whatever it would be
     if kind not in ("", "str") and np.dtype(kind).kind not in "iu":
         msg = f"var column {column.name!r} holds {kind} values, which name no genes; convert them to text in load_adata"
         raise SchemaError(msg)

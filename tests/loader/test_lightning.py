@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 pytestmark = [  # Lightning's own
     pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The `srun` command is available on your system:UserWarning"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used:UserWarning"),
 ]
 OPTIONS = {"batch_size": 16, "chunk_size": 4, "preload_nchunks": 8, "preload_to_gpu": False, "return_index": True}
