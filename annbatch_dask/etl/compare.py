@@ -39,7 +39,6 @@ from annbatch_dask.etl.totals import decode, encode
 from annbatch_dask.kernels.cells import compare_rows
 from annbatch_dask.kernels.rows import offsets_of, take_rows
 from annbatch_dask.plan.plan import Plan
-from annbatch_dask.plan.schema import MatrixSpec
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.spill import (
     SPILL,
@@ -51,7 +50,7 @@ from annbatch_dask.storage.spill import (
     write_spill,
 )
 
-__all__ = ["Candidates", "LeftOut", "collect", "compare", "find", "left_out_of", "repair", "x_of"]
+__all__ = ["Candidates", "LeftOut", "collect", "compare", "find", "left_out_of", "repair"]
 
 logger = logging.getLogger(__name__)
 
@@ -117,11 +116,6 @@ class Candidates:
             msg = f"{scratch.url}/{_CANDIDATES}.json is missing or damaged; call again to have it written anew"
             raise IntegrityError(msg)
         return cls(tuple(found["bins"]), tuple(found["blocks"]), found["n_pieces"], found["dtype"])
-
-
-def x_of(plan: Plan) -> MatrixSpec:
-    """Specification of X."""
-    return next(m for m in plan.matrices if m.name == "X")
 
 
 def find(file: JobFile, index: int) -> FindReceipt:
@@ -220,7 +214,7 @@ def _collect(job: Job, index: int) -> CollectReceipt:
     order = np.argsort(found["at"])
     found = {name: values[order] for name, values in found.items()}  # as they stand in the spill file
     fixed, ragged = _read_cells(job, index, found["at"])
-    x = comparable(x_of(plan), np.dtype(candidates.dtype), fixed, ragged)
+    x = comparable(plan.x, np.dtype(candidates.dtype), fixed, ragged)
     table = {"row": found["row"], "hash": found["hash"], "length": np.diff(x["values"][1]).astype(np.uint32)}
     table["source"] = fixed[array_name(plan.source_column.path)]
     if plan.options.duplicates == "drop":

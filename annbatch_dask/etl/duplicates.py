@@ -11,7 +11,7 @@ import numpy as np
 from annbatch_dask.engines.base import Engine, run_stage
 from annbatch_dask.errors import DuplicateCellsError
 from annbatch_dask.etl.cells import comparable_dtype, n_bins
-from annbatch_dask.etl.compare import Candidates, LeftOut, collect, compare, find, x_of
+from annbatch_dask.etl.compare import Candidates, LeftOut, collect, compare, find
 from annbatch_dask.etl.job import Job, JobFile
 from annbatch_dask.etl.receipts import CompareReceipt, FindReceipt, ScatterReceipt
 from annbatch_dask.etl.totals import decode
@@ -97,7 +97,7 @@ def _compare_all(
     nbytes = sum(n * b.n_bytes / b.n_rows for n, b in zip(n_cells.tolist(), plan.blocks, strict=True) if b.n_rows)
     blocks = np.flatnonzero(n_cells).tolist()
     dtype = comparable_dtype(
-        x_of(plan), merge_ranges(r.ranges["X"] for r in scattered), repeats=any(r.repeats for r in scattered)
+        plan.x, merge_ranges(r.ranges["X"] for r in scattered), repeats=any(r.repeats for r in scattered)
     )
     candidates = Candidates(
         bins=tuple(k for k, r in enumerate(found) if r.cells),

@@ -120,7 +120,6 @@ def _hash(
         return hash_block(plan, block, rows), False
     of_x = np.zeros(block.n_rows, np.uint64)
     hashes = hash_block(plan, block, rows, of_x=of_x)
-    spec = next(m for m in plan.matrices if m.name == "X")
-    cells, repeats = hash_cells(spec, of_x, *exact_rows(rows), has_nan=rows.ranges["X"].n_nan > 0)
+    cells, repeats = hash_cells(plan.x, of_x, *exact_rows(rows), has_nan=rows.ranges["X"].n_nan > 0)
     write_hashes(scratch, index, cells, order, n_bins(plan.n_obs))
     return hashes, repeats

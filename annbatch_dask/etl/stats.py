@@ -74,7 +74,7 @@ class DatasetSums:
     """The sums of a dataset that is being written."""
 
     def __init__(self, plan: Plan) -> None:
-        self._spec = next(m for m in plan.matrices if m.name == "X")
+        self._spec = plan.x
         self._column = plan.stats_column
         categories = None if self._column is None else self._column.categories
         self._groups = pd.Index([], dtype=object) if categories is None else categories.index()

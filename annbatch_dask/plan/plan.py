@@ -86,6 +86,11 @@ class Plan:
     naming: NamingRecord | None = field(default=None, repr=False)
 
     @property
+    def x(self) -> MatrixSpec:
+        """Specification of X."""
+        return next(m for m in self.matrices if m.name == "X")
+
+    @property
     def group_columns(self) -> tuple[ColumnSpec, ...]:
         """Columns of ``options.groupby``."""
         by_name = {c.name: c for c in (*self.columns, self.source_column) if c.frame == OBS}

@@ -118,8 +118,7 @@ def _counted(root: Root, by: str | None, names: Sequence[str]) -> GeneSums:
     """The sums of some datasets, by a pass over their X."""
     refs = tuple(r for r, name in zip(dataset_refs(root), root.names(), strict=True) if name in set(names))
     view = View.of(refs, merge="first")
-    spec = next(m for m in view.plan.matrices if m.name == "X")
-    matrix = lazy_matrix(view.plan, view.refs, view.identities, spec)
+    matrix = lazy_matrix(view.plan, view.refs, view.identities, view.plan.x)
     labels = None if by is None else column_of(root, by, names)
     codes = np.full(matrix.shape[0], -1, np.int8) if labels is None else labels.codes
     n_groups = 0 if labels is None else len(labels.categories)

@@ -226,8 +226,7 @@ def _clipped_sums(
     logger.info("%s: X is read for flavor='seurat_v3'", root.path)
     with root.as_opened():
         view = View.of(tuple(dataset_refs(root)), merge="first")
-        spec = next(m for m in view.plan.matrices if m.name == "X")
-        matrix = lazy_matrix(view.plan, view.refs, view.identities, spec)
+        matrix = lazy_matrix(view.plan, view.refs, view.identities, view.plan.x)
         codes = np.zeros(matrix.shape[0], np.int64)
         if found.by:
             column = column_of(root, found.by)
