@@ -151,7 +151,7 @@ def test_a_collection_that_annbatch_wrote(tmp_path, plain):
     root = zarr.open_group(tmp_path / "theirs.zarr", mode="w", zarr_format=3)
     root.attrs.update({"encoding-type": "annbatch-preshuffled", "encoding-version": "0.1.0"})
     for k, group in enumerate(plain):
-        with ad.settings.override(auto_shard_zarr_v3=False, zarr_write_format=3):
+        with ad.settings.override(auto_shard_zarr_v3=False):
             ad.io.write_elem(root, f"dataset_{k}", ad.io.read_zarr(group))
     theirs = DatasetCollection(tmp_path / "theirs.zarr", mode="r")
     assert theirs.manifest is None
