@@ -33,8 +33,8 @@ def make(genes, seed, name):
 def good(adata):
     """The rows that meet all rules, genes by id."""
     x = adata.X.toarray()
-    total, share = x.sum(1), x[:, adata.var["mt"].to_numpy()].sum(1) / np.maximum(x.sum(1), 1)
-    keep = adata.obs["ok"].to_numpy() & (total >= 40) & ((x > 0).sum(1) >= 8) & (share <= 0.2)
+    total, share = x.sum(axis=1), x[:, adata.var["mt"].to_numpy()].sum(axis=1) / np.maximum(x.sum(axis=1), 1)
+    keep = adata.obs["ok"].to_numpy() & (total >= 40) & ((x > 0).sum(axis=1) >= 8) & (share <= 0.2)
     return pd.DataFrame(x[keep], index=adata.obs_names[keep], columns=adata.var["id"].to_numpy())
 
 
@@ -59,7 +59,7 @@ def test_all_that_is_done_on_the_way_goes_together(tmp_path, layout):
         pd.testing.assert_frame_equal(found.loc[wanted.index, wanted.columns], wanted, check_dtype=False)
         assert len(found) == len(wanted)
         assert all(a.obs["type"].cat.codes.is_monotonic_increasing for a in whole)
-        assert collection.obs()["n_counts"][wanted.index].tolist() == wanted.sum(1).tolist()
+        assert collection.obs()["n_counts"][wanted.index].tolist() == wanted.sum(axis=1).tolist()
         assert collection.verify(against=files).ok
 
         stats, by_type = collection.gene_stats().loc[wanted.columns], collection.gene_stats("type")
