@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,10 +20,9 @@ from annbatch_dask.etl.group import count_groups, with_groups
 from annbatch_dask.etl.inputs import forget_inputs_of
 from annbatch_dask.etl.job import GatherTask, Job, forget_job, own_scratch, save_job
 from annbatch_dask.etl.measure import measure_rows, measured_blocks, with_verdicts
-from annbatch_dask.etl.receipts import ScatterReceipt
+from annbatch_dask.etl.receipts import GatherReceipt, ScatterReceipt
 from annbatch_dask.etl.scatter import forget_task, scatter
 from annbatch_dask.etl.sweep import clean_up, withdraw
-from annbatch_dask.etl.totals import Totals
 from annbatch_dask.events import BuildEnd, BuildStart, Callback
 from annbatch_dask.manifest import DATASET_PREFIX, Manifest
 from annbatch_dask.plan.dtypes import index_dtype, smallest_dtype
@@ -51,7 +50,6 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
     try:
         job = _look_first(replace(job, scratch=make_private(job.scratch)), engine, callback)
         plan, file = job.plan, save_job(job)
-        totals = Totals(plan.n_datasets)
         scattered = run_stage(
             engine,
             "scatter",
@@ -59,26 +57,28 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
             [(file, i) for i in range(len(plan.blocks))],
             callback,
             size=(plan.n_obs, plan.n_bytes_read),
-            measure=functools.partial(_take, totals),
+            measure=lambda _, r: (r.n_rows, r.n_bytes),
             describe=functools.partial(_block, plan),
         )
         check_inputs(job, engine)
         check_old_rows(job, scattered)
         duplicates = find_duplicates(job, file, engine, callback, scattered)
-        tasks = gather_tasks(plan, scattered, totals)
-        if duplicates is not None:
-            tasks = without(plan, tasks, duplicates.datasets)
-        n_obs = plan.n_obs - sum(t.n_left_out for t in tasks)
+        tasks = gather_tasks(plan, scattered)
+        left_out = None if duplicates is None else duplicates.datasets
+        if left_out is not None:
+            tasks = without(plan, tasks, left_out)
+        n_obs = plan.n_obs - (0 if left_out is None else int(left_out.n_rows.sum()))
         gathered = run_stage(
             engine,
             "gather",
             gather,
             [(file, t) for t in tasks],
             callback,
-            size=(n_obs, _gather_nbytes(plan, tasks, n_obs)),
+            size=(n_obs, _gather_nbytes(plan, tasks[0].dtypes, _gathered_nnz(scattered, left_out), n_obs)),
             measure=lambda _, r: (r.n_rows, r.n_bytes),
             describe=lambda k: f"{DATASET_PREFIX}_{job.first_dataset + tasks[k].dataset}",
         )
+        check_all_there(scattered, gathered, left_out)
         manifest = make_manifest(job, scattered, gathered, tasks, duplicates)
         written = {r.name: r.folder for r in gathered}
         run_stage(
@@ -113,12 +113,6 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
     finally:
         forget_job()
         callback.on_build_end(BuildEnd(error))
-
-
-def _take(totals: Totals, _: int, receipt: ScatterReceipt) -> tuple[int, int]:
-    """Rows and bytes of a scatter task, whose receipt is let go of but for its sums."""
-    totals.take(receipt)
-    return receipt.n_rows, receipt.n_bytes
 
 
 def _end(job: Job) -> None:
@@ -235,20 +229,33 @@ def _forget_dataset(job: Job, name: str) -> None:
             forget_task(job.scratch, k)
 
 
-def gather_tasks(plan: Plan, scattered: Sequence[ScatterReceipt], totals: Totals) -> list[GatherTask]:
-    """The barrier: what all scatter tasks together say about dtypes, sizes and fingerprints."""
+def gather_tasks(plan: Plan, scattered: Sequence[ScatterReceipt]) -> list[GatherTask]:
+    """The barrier: what all scatter tasks together say about dtypes."""
     dtypes = {}
     for m in plan.matrices:
         dtypes[m.name] = smallest_dtype(merged_range(scattered, m.name), np.dtype(m.source_dtype)).name
-    return [
-        GatherTask(
-            dataset=k,
-            dtypes=dtypes,
-            nnz={name: int(n[k]) for name, n in totals.nnz.items()},
-            fingerprint=int(totals.fingerprint[k]),
+    return [GatherTask(k, dtypes) for k in range(plan.n_datasets)]
+
+
+def check_all_there(
+    scattered: Sequence[ScatterReceipt], gathered: Sequence[GatherReceipt], left_out: LeftOut | None
+) -> None:
+    """Refuse datasets that together do not hold the rows that were read, but for those left out.
+
+    Raises
+    ------
+    IntegrityError
+        If they do not: each holds what spill files said of it.
+    """
+    read = sum(int(r.fingerprint, 16) for r in scattered)
+    read -= 0 if left_out is None else int(left_out.fingerprint.sum())
+    written = sum(int(r.fingerprint, 16) for r in gathered)
+    if (read - written) % 2**64:
+        msg = (
+            f"the rows written have fingerprint {written % 2**64:016x} and those read {read % 2**64:016x}; "
+            "scratch files were damaged: remove the scratch folder and build again"
         )
-        for k in range(plan.n_datasets)
-    ]
+        raise IntegrityError(msg)
 
 
 def without(plan: Plan, tasks: Sequence[GatherTask], left_out: LeftOut) -> list[GatherTask]:
@@ -256,23 +263,28 @@ def without(plan: Plan, tasks: Sequence[GatherTask], left_out: LeftOut) -> list[
     left = [
         replace(
             t,
-            nnz={name: n - int(left_out.nnz[name][t.dataset]) for name, n in t.nnz.items()},
-            fingerprint=(t.fingerprint - int(left_out.fingerprint[t.dataset])) % 2**64,
             n_left_out=int(left_out.n_rows[t.dataset]),
+            left_out_nnz={name: int(n[t.dataset]) for name, n in left_out.nnz.items()},
+            left_out_fingerprint=int(left_out.fingerprint[t.dataset]),
         )
         for t in tasks
     ]
     return [t for t, size in zip(left, plan.layout.sizes, strict=True) if t.n_left_out < size]
 
 
-def _gather_nbytes(plan: Plan, tasks: Sequence[GatherTask], n_obs: int) -> int:
+def _gathered_nnz(scattered: Sequence[ScatterReceipt], left_out: LeftOut | None) -> dict[str, int]:
+    """Stored values of each sparse matrix that all gather tasks will write."""
+    found = {name: sum(r.nnz[name] for r in scattered) for name in scattered[0].nnz}
+    return found if left_out is None else {name: n - int(left_out.nnz[name].sum()) for name, n in found.items()}
+
+
+def _gather_nbytes(plan: Plan, dtypes: Mapping[str, str], nnz: Mapping[str, int], n_obs: int) -> int:
     """Bytes that the gather tasks will report as written: the length of the progress bar."""
     total = 0
     for m in plan.matrices:
-        item = np.dtype(tasks[0].dtypes[m.name]).itemsize
+        item = np.dtype(dtypes[m.name]).itemsize
         if m.kind == "dense":
             total += n_obs * m.n_cols * item
         else:
-            nnz = sum(t.nnz[m.name] for t in tasks)
-            total += nnz * (item + index_dtype(m.n_cols).itemsize) + 8 * n_obs
+            total += nnz[m.name] * (item + index_dtype(m.n_cols).itemsize) + 8 * n_obs
     return total

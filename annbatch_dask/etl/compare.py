@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.etl.cells import HASHES, comparable
 from annbatch_dask.etl.job import Job, JobFile, forget_inputs, load_job, trim_memory
-from annbatch_dask.etl.receipts import CollectReceipt, CompareReceipt, FindReceipt
+from annbatch_dask.etl.receipts import CollectReceipt, CompareReceipt, FindReceipt, decode, encode
 from annbatch_dask.etl.rows import (
     FixedArrays,
     RaggedArrays,
@@ -35,20 +35,12 @@ from annbatch_dask.etl.rows import (
     sum_hashes,
 )
 from annbatch_dask.etl.scatter import scatter_again
-from annbatch_dask.etl.totals import decode, encode
 from annbatch_dask.kernels.cells import compare_rows
 from annbatch_dask.kernels.rows import offsets_of, take_rows
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.storage.folder import Folder
-from annbatch_dask.storage.spill import (
-    SPILL,
-    SpillError,
-    SpillReader,
-    find_receipt,
-    forget_receipt,
-    write_receipt,
-    write_spill,
-)
+from annbatch_dask.storage.scratch import find_receipt, forget_receipt, write_receipt
+from annbatch_dask.storage.spill import SPILL, SpillError, SpillReader, write_spill
 
 __all__ = ["Candidates", "LeftOut", "collect", "compare", "find", "left_out_of", "repair"]
 

@@ -13,8 +13,7 @@ from annbatch_dask.errors import DuplicateCellsError
 from annbatch_dask.etl.cells import comparable_dtype, n_bins
 from annbatch_dask.etl.compare import Candidates, LeftOut, collect, compare, find
 from annbatch_dask.etl.job import Job, JobFile
-from annbatch_dask.etl.receipts import CompareReceipt, FindReceipt, ScatterReceipt
-from annbatch_dask.etl.totals import decode
+from annbatch_dask.etl.receipts import CompareReceipt, FindReceipt, ScatterReceipt, decode
 from annbatch_dask.events import Callback
 from annbatch_dask.manifest import DuplicatesRecord
 from annbatch_dask.plan.dtypes import merge_ranges

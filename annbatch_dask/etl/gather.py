@@ -34,6 +34,7 @@ from annbatch_dask.etl.rows import (
     row_hashes,
     sum_hashes,
 )
+from annbatch_dask.etl.spilled import Spilled
 from annbatch_dask.etl.stats import DatasetSums
 from annbatch_dask.etl.write import ObsColumns, matrix_writer, publish_dataset
 from annbatch_dask.kernels.rows import copy_runs, offsets_of, slabs
@@ -44,7 +45,8 @@ from annbatch_dask.storage.filesystems import name_errors
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.lock import is_held
 from annbatch_dask.storage.metadata import METADATA
-from annbatch_dask.storage.spill import SPILL, SpillError, SpillReader, check_scratch, find_receipt, write_receipt
+from annbatch_dask.storage.scratch import ScratchGoneError, check_scratch, find_receipt, write_receipt
+from annbatch_dask.storage.spill import SPILL, SpillError, SpillReader
 from annbatch_dask.storage.threads import one_ahead
 
 __all__ = ["gather"]
@@ -52,8 +54,6 @@ __all__ = ["gather"]
 logger = logging.getLogger(__name__)
 _SLAB = 2**18
 """Entries that are unpacked at a time: they stay in the second-level cache."""
-_MAX_OPEN = 128
-"""Spill files a task keeps open; with more of them, each read opens its file."""
 
 
 def gather(file: JobFile, task: GatherTask) -> GatherReceipt:
@@ -63,6 +63,8 @@ def gather(file: JobFile, task: GatherTask) -> GatherReceipt:
     ------
     IntegrityError
         If the rows written are not the rows read.
+    ScratchGoneError
+        If the build has ended meanwhile; what was written is removed then.
     """
     name = f"gather-{task.dataset:06d}"
     forget_inputs()  # all of them have been scattered
@@ -77,9 +79,16 @@ def gather(file: JobFile, task: GatherTask) -> GatherReceipt:
     try:
         receipt = _write_and_repair(file, job, task, dataset)
     except Exception as e:
+        if isinstance(e, FileNotFoundError):  # of its own: the commit of another run has removed them
+            check_scratch(job.scratch)
         e.add_note(f"while writing {job.target.url}/{dataset}")
         raise
-    write_receipt(job.scratch, name, receipt.to_json())
+    try:
+        write_receipt(job.scratch, name, receipt.to_json())
+    except ScratchGoneError:  # nobody will give it its name
+        if ATTEMPT_NAME.fullmatch(receipt.folder):
+            (job.target / receipt.folder).remove(last=METADATA)
+        raise
     return receipt
 
 
@@ -175,10 +184,22 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
     stats = DatasetSums(plan) if plan.options.stats else None
     total, n_bytes = 0, 0
     with contextlib.ExitStack() as open_shards:
-        writers = [matrix_writer(m, plan.options, n_obs, task, folder, group) for m in plan.matrices]
+        with activity("wait"):
+            spilled = open_shards.enter_context(Spilled.open(job, task))
+        writers = [
+            matrix_writer(
+                m,
+                plan.options,
+                (n_obs, spilled.nnz.get(m.name, 0)),
+                np.dtype(task.dtypes[m.name]),
+                folder,
+                group,
+            )
+            for m in plan.matrices
+        ]
         for w in writers:
             open_shards.enter_context(w)
-        parts = open_shards.enter_context(contextlib.closing(one_ahead(_parts(job, task))))
+        parts = open_shards.enter_context(contextlib.closing(one_ahead(_parts(job, task, spilled))))
         for fixed, ragged in during("wait", parts):
             if not folder.is_local:  # where nothing else tells a worker that its build is over
                 check_scratch(job.scratch)
@@ -192,9 +213,9 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
             if stats is not None:
                 stats.append(fixed, ragged)
             del fixed, ragged  # before obs is written
-    if total != task.fingerprint:
+    if total != spilled.fingerprint:
         msg = (
-            f"{dataset}: the rows written have fingerprint {total:016x} and those read {task.fingerprint:016x}; "
+            f"{dataset}: the rows written have fingerprint {total:016x} and those read {spilled.fingerprint:016x}; "
             "scratch files were damaged: remove the scratch folder and build again"
         )
         raise IntegrityError(msg)
@@ -211,47 +232,41 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
         name=dataset,
         files=dict(sorted(sums.items())),
         n_rows=n_obs,
-        nnz=task.nnz.get("X", 0),
+        nnz=spilled.nnz.get("X", 0),
         fingerprint=f"{total:016x}",
         n_bytes=n_bytes,
         folder=folder.url.rsplit("/", 1)[1],
     )
 
 
-def _parts(job: Job, task: GatherTask) -> Iterator[tuple[FixedArrays, RaggedArrays]]:
+def _parts(job: Job, task: GatherTask, spilled: Spilled) -> Iterator[tuple[FixedArrays, RaggedArrays]]:
     """The dataset's rows in their final order, part by part; the arrays are reused for the part after the next."""
     plan = job.plan
-    parts = plan.layout.parts_of(task.dataset)
-    n_blocks = len(plan.blocks)
     buffer_sets: Iterator[dict[str, NDArray]] = cycle(({}, {}))  # one is written while the other fills
     raw: dict[str, NDArray] = {}
     left_out = left_out_of(job, task.dataset) if task.n_left_out else None
-    with contextlib.ExitStack() as files:
-        readers = [
-            files.enter_context(SpillReader(job.scratch, b, parts, keep_open=n_blocks <= _MAX_OPEN))
-            for b in range(n_blocks)
-        ]
-        for part in parts:
-            segments = [_Segment.read(r, part) for r in readers if r.n_rows(part)]
-            if plan.groups is None:
-                n_rows = int(plan.layout.part_starts[part + 1] - plan.layout.part_starts[part])
-                if left_out is not None:
-                    n_rows = _leave_out(segments, left_out[_places(plan, task.dataset, part)], is_place=True)
-            else:
-                if left_out is not None:
-                    _leave_out(segments, left_out, is_place=False)
-                n_rows = _place_by_group([s.fixed for s in segments])
-            if not n_rows:  # a piece of a large group may have none, and all rows may be left out
-                continue
-            _check_places(segments, n_rows)
-            ragged = _gather_ragged(segments, n_rows, part, plan, task, next(buffer_sets), raw)
-            fixed = _gather_fixed(segments, n_rows)
-            for m in plan.matrices:
-                if m.kind == "dense":
-                    fixed[array_name(m.name, "dense")] = ragged.pop(array_name(m.name, "dense"))[0].reshape(
-                        n_rows, m.n_cols
-                    )
-            yield fixed, ragged
+    for part in spilled.each_part():
+        segments = [_Segment.read(r, part) for r in spilled.readers if r.n_rows(part)]
+        if plan.groups is None:
+            n_rows = int(plan.layout.part_starts[part + 1] - plan.layout.part_starts[part])
+            if left_out is not None:
+                n_rows = _leave_out(segments, left_out[_places(plan, task.dataset, part)], is_place=True)
+        else:
+            if left_out is not None:
+                _leave_out(segments, left_out, is_place=False)
+            n_rows = _place_by_group([s.fixed for s in segments])
+        if not n_rows:  # a piece of a large group may have none, and all rows may be left out
+            continue
+        _check_places(segments, n_rows)
+        ragged = _gather_ragged(segments, n_rows, part, plan, task, next(buffer_sets), raw)
+        fixed = _gather_fixed(segments, n_rows)
+        del segments  # and with them what is held of the files
+        for m in plan.matrices:
+            if m.kind == "dense":
+                fixed[array_name(m.name, "dense")] = ragged.pop(array_name(m.name, "dense"))[0].reshape(
+                    n_rows, m.n_cols
+                )
+        yield fixed, ragged
 
 
 @dataclass

@@ -34,7 +34,7 @@ from annbatch_dask.sources.open import Source, SourceRef, WholeSource, open_sour
 from annbatch_dask.storage.claims import Claim
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.private import check_private
-from annbatch_dask.storage.spill import OWNER
+from annbatch_dask.storage.scratch import OWNER
 from annbatch_dask.storage.transient import seen_before
 from annbatch_dask.warn import warn
 
@@ -292,16 +292,14 @@ class GatherTask:
         Number of the dataset within this build.
     dtypes
         Stored dtype of each matrix, the same in all datasets.
-    nnz
-        Stored values of each sparse matrix in this dataset.
-    fingerprint
-        Fingerprint of the rows as they were read.
     n_left_out
-        Rows of the plan's that are left out, of which the others say nothing.
+        Rows of the plan's that are left out.
+    left_out_nnz, left_out_fingerprint
+        Their stored values of each sparse matrix, and their fingerprint.
     """
 
     dataset: int
     dtypes: Mapping[str, str]
-    nnz: Mapping[str, int]
-    fingerprint: int
     n_left_out: int = 0
+    left_out_nnz: Mapping[str, int] = field(default_factory=dict)
+    left_out_fingerprint: int = 0

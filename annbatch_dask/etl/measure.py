@@ -22,7 +22,7 @@ from annbatch_dask.sources.chosen import choose_rows
 from annbatch_dask.sources.identity import unchanged
 from annbatch_dask.sources.open import Source, WholeSource
 from annbatch_dask.storage.folder import Folder
-from annbatch_dask.storage.spill import find_receipt, write_receipt
+from annbatch_dask.storage.scratch import find_receipt, write_receipt
 
 __all__ = ["MeasureReceipt", "decide", "measure_rows", "measured_blocks", "with_verdicts"]
 

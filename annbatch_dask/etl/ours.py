@@ -34,7 +34,7 @@ from annbatch_dask.storage.claims import CLAIM_NAME, Claim, Work, find_claims
 from annbatch_dask.storage.folder import UNFINISHED, Folder, StorageOptions, absolute
 from annbatch_dask.storage.lock import GENERATION_NAME, is_held
 from annbatch_dask.storage.metadata import FILES, METADATA, group_document, is_metadata
-from annbatch_dask.storage.spill import OWNER
+from annbatch_dask.storage.scratch import OWNER
 
 __all__ = [
     "ATTEMPT_NAME",

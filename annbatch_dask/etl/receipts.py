@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from annbatch_dask.plan.dtypes import ValueRange
 from annbatch_dask.storage.checksums import FileSums
 
-__all__ = ["CollectReceipt", "CompareReceipt", "FindReceipt", "GatherReceipt", "ScatterReceipt"]
+__all__ = [
+    "CollectReceipt",
+    "CompareReceipt",
+    "FindReceipt",
+    "GatherReceipt",
+    "ScatterReceipt",
+    "decode",
+    "encode",
+]
+
+
+def encode(values: NDArray) -> str:
+    """An array as text, for a receipt."""
+    if values.dtype == np.int64 and values.max(initial=0) < 2**32:
+        values = values.astype(np.uint32)
+    return f"{values.dtype.str} {base64.b64encode(values).decode()}"
+
+
+def decode(text: str) -> NDArray:
+    """The array again."""
+    dtype, _, values = text.partition(" ")
+    return np.frombuffer(base64.b64decode(values), dtype)
 
 
 @dataclass(frozen=True)
@@ -29,9 +54,8 @@ class ScatterReceipt:
     nnz
         Stored values of each sparse matrix.
     fingerprint
-        Fingerprint of the rows, 16 hex digits.
-    datasets
-        The last two of each dataset, encoded: see :class:`annbatch_dask.etl.totals.Totals`, which empties it.
+        Fingerprint of the rows, 16 hex digits. What goes to each dataset is said by the spill file, part by part: here
+        it would be kept by the client for every pair of a block and a dataset.
     repeats
         Whether a row of X names a gene twice; False unless duplicates are looked for.
     reused
@@ -44,7 +68,6 @@ class ScatterReceipt:
     ranges: Mapping[str, ValueRange]
     nnz: Mapping[str, int]
     fingerprint: str
-    datasets: dict[str, str] = field(repr=False)
     repeats: bool = False
     reused: bool = False
 

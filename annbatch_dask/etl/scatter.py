@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,14 +13,13 @@ from annbatch_dask.etl.cells import hash_cells, n_bins, write_hashes
 from annbatch_dask.etl.job import JobFile, load_job, trim_memory
 from annbatch_dask.etl.receipts import ScatterReceipt
 from annbatch_dask.etl.rows import GROUP, PLACE, RaggedArrays, array_name, group_keys, sum_hashes
-from annbatch_dask.etl.totals import packed
-from annbatch_dask.kernels.rows import offsets_of
 from annbatch_dask.plan.layout import Block
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.sources.identity import unchanged
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.packed import packs
-from annbatch_dask.storage.spill import find_receipt, forget_receipt, is_spilled, write_receipt, write_spill
+from annbatch_dask.storage.scratch import find_receipt, forget_receipt, write_receipt
+from annbatch_dask.storage.spill import is_spilled, write_spill
 
 __all__ = ["forget_task", "scatter", "scatter_again"]
 
@@ -75,7 +76,6 @@ def _spill(plan: Plan, block: Block, index: int, rows: BlockRows, scratch: Folde
     part, place = layout.locate(dest, groups)
     order = np.argsort(part, kind="stable")
     part_rows = np.searchsorted(part[order], np.arange(layout.n_parts + 1))
-    dataset_rows = part_rows[layout.first_part]
     with activity("hash"):
         hashes, repeats = _hash(plan, block, index, rows, order, scratch)
     rows.exact.clear()
@@ -86,23 +86,20 @@ def _spill(plan: Plan, block: Block, index: int, rows: BlockRows, scratch: Folde
         for name, values in ((n, fixed.pop(n)) for n in dense)
     }
     small = _in_few_bits(plan, ragged)
-    with activity("spill"):
-        spilled = write_spill(scratch, index, order=order, rows=part_rows, fixed=fixed, ragged=ragged, packed=small)
-    nnz = {
-        m.name: np.diff(offsets_of(fixed[array_name(m.name, "length")][order])[dataset_rows])
-        for m in plan.matrices
-        if m.kind == "csr"
-    }
     ordered = hashes[order]
-    pairs = zip(dataset_rows[:-1], dataset_rows[1:], strict=True)
-    fingerprint = np.array([sum_hashes(ordered[a:b]) for a, b in pairs], np.uint64)
+    marks = np.array([sum_hashes(ordered[a:b]) for a, b in pairwise(part_rows.tolist())], np.uint64)
+    with activity("spill"):
+        spilled = write_spill(
+            scratch, index, order=order, rows=part_rows, fixed=fixed, ragged=ragged, packed=small, marks=marks
+        )
     return ScatterReceipt(
         n_rows=block.n_rows,
         n_bytes=block.n_bytes,
         spilled=spilled,
         ranges=rows.ranges,
+        nnz={m.name: int(ragged[array_name(m.name, "indices")][1][-1]) for m in plan.matrices if m.kind == "csr"},
+        fingerprint=f"{sum_hashes(hashes):016x}",
         repeats=repeats,
-        **packed(fingerprint, nnz),
     )
 
 

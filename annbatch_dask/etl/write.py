@@ -12,7 +12,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.etl.frames import make_frames
-from annbatch_dask.etl.job import GatherTask
 from annbatch_dask.etl.rows import PLACE, FixedArrays, RaggedArrays, array_name, decode_strings
 from annbatch_dask.manifest import SOURCE_DTYPE
 from annbatch_dask.plan.dtypes import index_dtype
@@ -31,25 +30,39 @@ if TYPE_CHECKING:
 __all__ = ["ObsColumns", "matrix_writer", "packing_of", "publish_dataset"]
 
 
-def matrix_writer(
-    spec: MatrixSpec, options: Options, n_obs: int, task: GatherTask, folder: Folder, group: zarr.Group
+def matrix_writer(  # noqa: PLR0913, PLR0917 - a matrix
+    spec: MatrixSpec,
+    options: Options,
+    shape: tuple[int, int],
+    dtype: np.dtype,
+    folder: Folder,
+    group: zarr.Group,
 ) -> SparseWriter | DenseWriter:
-    """A writer for a matrix's rows, whose parent groups are there when this returns."""
+    """A writer for a matrix's rows, whose parent groups are there when this returns.
+
+    ``shape``: its rows, and its stored values where it is sparse; ``dtype``: of these.
+    """
     for parent in spec.name.split("/")[:-1]:
         encoding = "raw" if parent == "raw" else "dict"
         group.require_group(parent).attrs.update({"encoding-type": encoding, "encoding-version": "0.1.0"})
     kind = SparseWriter if spec.kind == "csr" else DenseWriter
-    return kind(spec, options, n_obs, task, folder, group)
+    return kind(spec, options, shape, dtype, folder, group)
 
 
 class SparseWriter(contextlib.ExitStack):
     """Writes a CSR group: data, indices and indptr, each sharded, with chunks of about ``n_obs_per_chunk`` rows."""
 
-    def __init__(
-        self, spec: MatrixSpec, options: Options, n_obs: int, task: GatherTask, folder: Folder, group: zarr.Group
+    def __init__(  # noqa: PLR0913, PLR0917 - a matrix
+        self,
+        spec: MatrixSpec,
+        options: Options,
+        shape: tuple[int, int],
+        dtype: np.dtype,
+        folder: Folder,
+        group: zarr.Group,
     ) -> None:
         super().__init__()
-        nnz = task.nnz[spec.name]
+        n_obs, nnz = shape
         attributes = {
             "encoding-type": "csr_matrix",
             "encoding-version": "0.1.0",
@@ -59,7 +72,7 @@ class SparseWriter(contextlib.ExitStack):
         group.create_group(spec.name, attributes=attributes)
         chunk = max(1, min(round(options.n_obs_per_chunk * nnz / n_obs), nnz))
         arrays = {
-            "data": (nnz, np.dtype(task.dtypes[spec.name])),
+            "data": (nnz, dtype),
             "indices": (nnz, index_dtype(spec.n_cols)),
             "indptr": (n_obs + 1, np.dtype(np.int64)),
         }
@@ -108,11 +121,17 @@ def packing_of(array: str, dtype: np.dtype) -> PackedCodec | None:
 class DenseWriter(contextlib.ExitStack):
     """Writes a dense array, sharded along its rows."""
 
-    def __init__(
-        self, spec: MatrixSpec, options: Options, n_obs: int, task: GatherTask, folder: Folder, group: zarr.Group
+    def __init__(  # noqa: PLR0913, PLR0917 - a matrix
+        self,
+        spec: MatrixSpec,
+        options: Options,
+        shape: tuple[int, int],
+        dtype: np.dtype,
+        folder: Folder,
+        group: zarr.Group,
     ) -> None:
         super().__init__()
-        dtype = np.dtype(task.dtypes[spec.name])
+        n_obs, _ = shape
         chunk = min(options.n_obs_per_chunk, n_obs)
         self._name, self._spec = spec.name, spec
         self._writer = self.enter_context(

@@ -25,7 +25,7 @@ from annbatch_dask.plan.schema import OBS, ColumnSpec, MatrixSchema, MatrixSpec,
 
 __all__ = ["WORK_DIGITS", "Plan"]
 
-_WORK_VERSION = 7
+_WORK_VERSION = 8
 """Raised whenever spill files, receipts or row fingerprints change, so that no resume mixes two kinds."""
 WORK_DIGITS = 16
 """Of a work key, those that do not depend on how the work is cut."""

@@ -7,27 +7,25 @@ file; a file's header tells where, so the task reads of it only what concerns it
     description (JSON: name, dtype, row shape of each array)
     part 0: fixed-size arrays (one entry a row), then ragged arrays (any number of entries a row)
     part 1: ...
-    table: (n_parts, 5 + 2 * n_ragged) int64, per part: first byte, rows, entries of each ragged array, bytes of each,
-    then the crc32c of its fixed-size arrays, of its ragged arrays, and of this line
+    table: (n_parts, 6 + 2 * n_ragged) int64, per part: first byte, rows, entries of each ragged array, bytes of each,
+    a number that the writer gave it, then the crc32c of its fixed-size arrays, of its ragged arrays, and of this line
 
 Every array starts at a multiple of 8 bytes. Ragged arrays of integers may be packed: as pieces, each with its number of
-entries and of bytes before it (int64), the bytes those of :func:`annbatch_dask.kernels.packing.pack`. The receipt, a
-JSON file written after it, says that a block is finished. Whatever is read is checked: a damaged file costs its block's
-work again, and no more.
+entries and of bytes before it (int64), the bytes those of :func:`annbatch_dask.kernels.packing.pack`. A receipt that is
+written after it says that a block is finished. Whatever is read is checked: a damaged file costs its block's work
+again, and no more.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from math import prod
-from typing import IO, Any
+from typing import IO
 
 import google_crc32c
 import numpy as np
@@ -35,32 +33,19 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.kernels.rows import offsets_of, take_rows
-from annbatch_dask.storage.checksums import checksum_of
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.pieces import ALIGN, Entries, PackedEntries, Pieces, pack_parts, some_rows
+from annbatch_dask.storage.scratch import still_there
 
-__all__ = [
-    "OWNER",
-    "SPILL",
-    "ScratchGoneError",
-    "SpillError",
-    "SpillReader",
-    "check_scratch",
-    "find_receipt",
-    "forget_receipt",
-    "is_spilled",
-    "scratch_gone",
-    "write_receipt",
-    "write_spill",
-]
+__all__ = ["SPILL", "SpillError", "SpillReader", "is_spilled", "write_spill"]
 
-logger = logging.getLogger(__name__)
-
-OWNER = "owner.json"
-"""File of a scratch folder that says whose it is: the first that is written, and the last that is removed."""
 SPILL = "spill"
 """Kind of the files that hold the rows of a block. Other kinds are tables of a stage, in the same form."""
 _HEADER_NBYTES = 24
+_FRONT_NBYTES = 4096
+"""Header and description are read together, as long as they are no longer."""
+_N_FIELDS = 6
+"""Of a line of the table, but for those of ragged arrays."""
 _COPY_NBYTES = 8 * 2**20
 """About what is put in order at once."""
 
@@ -82,10 +67,6 @@ class SpillError(IntegrityError):
         self.block, self.kind = block, kind
 
 
-class ScratchGoneError(IntegrityError):
-    """The scratch folder of a build is gone, and with it the build."""
-
-
 @dataclass(frozen=True)
 class _Array:
     name: str
@@ -99,76 +80,6 @@ class _Array:
 
 def _body(block: int, kind: str = SPILL) -> str:
     return f"{kind}-{block:06d}.bin"
-
-
-def find_receipt(folder: Folder, task: str) -> dict[str, Any] | None:
-    """Return the receipt of a finished task, or None if it is not finished or its receipt is damaged."""
-    name = f"{task}.json"
-    if (found := folder.find(name)) is None:
-        return None
-    crc, _, payload = found.partition(b"\n")
-    if crc != _crc_line(payload):
-        logger.warning("%s/%s is damaged: the task is run again", folder.url, name)
-        return None
-    receipt: dict[str, Any] = json.loads(payload)
-    return receipt
-
-
-def write_receipt(folder: Folder, task: str, receipt: Mapping[str, Any]) -> None:
-    """Say that a task is finished.
-
-    Scratch files are not synced: after a power cut they may be gone or damaged, which costs their work again (each part
-    of one has a checksum), while syncing them would cost every build the disk's full write time.
-    """
-    payload = json.dumps(receipt).encode()
-    with _still_there(folder):
-        folder.write(f"{task}.json", _crc_line(payload) + b"\n" + payload, durable=False, parents=False)
-
-
-@contextlib.contextmanager
-def _still_there(folder: Folder) -> Iterator[None]:
-    """Write into a scratch folder as long as its build has it, and not into one that is gone.
-
-    Raises
-    ------
-    ScratchGoneError
-        If it is: the build has ended, or somebody removed it.
-    """
-    if not folder.is_local and folder.size(OWNER) is None:
-        raise scratch_gone(folder)
-    try:
-        yield
-    except FileNotFoundError as e:
-        if folder.is_local and not os.path.isdir(folder.path):
-            raise scratch_gone(folder) from e
-        raise
-
-
-def check_scratch(folder: Folder) -> None:
-    """Refuse to continue with a build whose scratch folder is gone.
-
-    Raises
-    ------
-    ScratchGoneError
-        If the folder no longer says whose it is.
-    """
-    if folder.size(OWNER) is None:
-        raise scratch_gone(folder)
-
-
-def scratch_gone(folder: Folder) -> ScratchGoneError:
-    """Make the error for a scratch folder that is gone."""
-    msg = f"the scratch folder {folder.url} is gone: its build has ended, or it was removed; call again to go on"
-    return ScratchGoneError(msg)
-
-
-def _crc_line(payload: bytes) -> bytes:
-    return checksum_of(payload)[1].encode()
-
-
-def forget_receipt(folder: Folder, task: str) -> None:
-    """Make a task count as not finished."""
-    folder.unlink(f"{task}.json")
 
 
 def is_spilled(folder: Folder, block: int, n_bytes: int) -> bool:
@@ -185,6 +96,7 @@ def write_spill(  # noqa: PLR0913 - a block
     fixed: FixedArrays,
     ragged: RaggedArrays,
     packed: Mapping[str, bool] | None = None,
+    marks: NDArray[np.uint64] | None = None,
     kind: str = SPILL,
 ) -> int:
     """Write a block's rows in the order of their part; a few parts at a time, so that no second copy of all is held.
@@ -205,6 +117,8 @@ def write_spill(  # noqa: PLR0913 - a block
         Arrays with any number of entries a row: the entries, and the (n_rows + 1,) offsets of each row's.
     packed
         Which of the ragged ones, of integers, are packed, and whether their differences are.
+    marks
+        (n_parts,) a number that stands beside each part.
 
     Returns
     -------
@@ -216,9 +130,11 @@ def write_spill(  # noqa: PLR0913 - a block
     described = [(a.name, a.dtype.str, a.shape, a.is_packed) for a in arrays]
     about = json.dumps({"n_heads": len(fixed), "arrays": described}).encode()
     about += b" " * (-len(about) % ALIGN)
-    table = np.zeros((len(rows) - 1, 5 + 2 * len(ragged)), np.int64)
-    entries, nbytes = table[:, 2 : 2 + len(ragged)], table[:, 2 + len(ragged) : -3]
+    table = np.zeros((len(rows) - 1, _N_FIELDS + 2 * len(ragged)), np.int64)
+    entries, nbytes = table[:, 2 : 2 + len(ragged)], table[:, 2 + len(ragged) : -4]
     table[:, 1] = np.diff(rows)
+    if marks is not None:
+        table[:, -4] = marks.view(np.int64)
     for k, (values, offsets) in enumerate(ragged.values()):
         entries[:, k] = np.diff(offsets_of(np.diff(offsets)[order])[rows])
         nbytes[:, k] = entries[:, k] * values.itemsize
@@ -231,7 +147,7 @@ def write_spill(  # noqa: PLR0913 - a block
     start = _HEADER_NBYTES + len(about)
     table[:, 0] = start + offsets_of(sizes)[:-1]
     end = int(start + sizes.sum())
-    with _still_there(folder), folder.create(_body(block, kind), durable=False, parents=False) as f:
+    with still_there(folder), folder.create(_body(block, kind), durable=False, parents=False) as f:
         f.write(np.array([len(about), end, google_crc32c.value(about)], np.uint64).tobytes() + about)
         for first, last in runs:
             some = {n: pieces[first:last] for n, pieces in ready.items()}
@@ -298,7 +214,7 @@ def _sizes(arrays: Sequence[_Array], n_fixed: int, table: NDArray[np.int64]) -> 
     """(n_parts, n_arrays) padded bytes of each array of some parts, from their lines of the table."""
     n_ragged = len(arrays) - n_fixed
     fixed = np.array([a.nbytes(1) for a in arrays[:n_fixed]], np.int64) * table[:, 1:2]
-    nbytes: NDArray[np.int64] = np.hstack([fixed.reshape(len(table), n_fixed), table[:, 2 + n_ragged : -3]])
+    nbytes: NDArray[np.int64] = np.hstack([fixed.reshape(len(table), n_fixed), table[:, 2 + n_ragged : -4]])
     return -(-nbytes // ALIGN) * ALIGN
 
 
@@ -316,6 +232,17 @@ def _write_aligned(f: IO[bytes], arrays: Iterable[Iterable[NDArray]]) -> int:
         crc = google_crc32c.extend(crc, padding)
         f.write(padding)
     return crc
+
+
+_NOTHING = np.zeros(0, np.uint8)
+
+
+@lru_cache(64)
+def _arrays_of(about: bytes) -> tuple[tuple[_Array, ...], int]:
+    """The arrays of a description, of which all blocks have about the same, and how many of them are fixed-size."""
+    found = json.loads(about)
+    arrays = (_Array(name, np.dtype(d), tuple(shape), packed) for name, d, shape, packed in found["arrays"])
+    return tuple(arrays), found["n_heads"]
 
 
 class SpillReader(AbstractContextManager["SpillReader"]):
@@ -339,6 +266,7 @@ class SpillReader(AbstractContextManager["SpillReader"]):
     def __init__(self, folder: Folder, block: int, parts: range, *, keep_open: bool = True, kind: str = SPILL) -> None:
         name = _body(block, kind)
         self._first, self._block, self._kind, self._path = parts.start, block, kind, f"{folder.url}/{name}"
+        self._held: tuple[int, NDArray[np.uint8]] = (0, _NOTHING)
         with ExitStack() as opened:
             try:
                 self._file = folder.ranges(name, keep_open=keep_open)
@@ -349,25 +277,46 @@ class SpillReader(AbstractContextManager["SpillReader"]):
             opened.pop_all()
 
     def _read_table(self, parts: range) -> None:
-        n, table, crc = self._read(0, np.empty(_HEADER_NBYTES, np.uint8)).view(np.uint64).tolist()
+        front = self._read_front()
+        n, table, crc = front[:_HEADER_NBYTES].view(np.uint64).tolist()
         if n > table:
             raise self._damaged("has a damaged header")
-        about = json.loads(self._checked(self._read(_HEADER_NBYTES, np.empty(n, np.uint8)), crc).tobytes())
-        self._arrays = [_Array(name, np.dtype(d), tuple(shape), packed) for name, d, shape, packed in about["arrays"]]
+        about = front[_HEADER_NBYTES : _HEADER_NBYTES + n]
+        if len(about) < n:
+            about = self._read(_HEADER_NBYTES, np.empty(n, np.uint8))
+        self._arrays, self._n_fixed = _arrays_of(self._checked(about, crc).tobytes())
         if any(array.dtype.hasobject for array in self._arrays):  # its bytes would be taken for addresses
             raise self._damaged("names a dtype that no spill file has")
-        self._n_fixed: int = about["n_heads"]
-        width = 8 * (5 + 2 * (len(self._arrays) - self._n_fixed))
+        width = 8 * (_N_FIELDS + 2 * (len(self._arrays) - self._n_fixed))
         raw = self._read(table + parts.start * width, np.empty(len(parts) * width, np.uint8))
         self._table = raw.view(np.int64).reshape(len(parts), -1)
         for line in self._table:
             self._checked(line[:-1], int(line[-1]))
 
+    def _read_front(self) -> NDArray[np.uint8]:
+        """The first bytes of the file: of a short one, all."""
+        out = np.empty(_FRONT_NBYTES, np.uint8)
+        front = out[: self._file.read_into(0, memoryview(out))]
+        if len(front) < _HEADER_NBYTES:
+            raise self._damaged(f"ends {_HEADER_NBYTES - len(front):,} bytes early")
+        return front
+
     def __exit__(self, *_: object) -> None:
         """Close the file."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the file, and let go of what is held."""
+        self._held = (0, _NOTHING)
         self._file.close()
 
     def _read(self, start: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        first, held = self._held
+        if first <= start and start + len(out) <= first + len(held):
+            return held[start - first : start - first + len(out)]
+        return self._fill(start, out) if len(out) else out
+
+    def _fill(self, start: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
         try:
             n = self._file.read_into(start, memoryview(out))
         except FileNotFoundError:  # one that is opened by each read
@@ -375,6 +324,14 @@ class SpillReader(AbstractContextManager["SpillReader"]):
         if n < len(out):
             raise self._damaged(f"ends {len(out) - n:,} bytes early")
         return out
+
+    def hold(self, parts: range) -> None:
+        """Read all of some consecutive parts in one go, in the place of those that were held before."""
+        self._held = (0, _NOTHING)  # before the next take its memory
+        lines = self._table[parts.start - self._first : parts.stop - self._first]
+        n_bytes = int(_sizes(self._arrays, self._n_fixed, lines).sum())
+        if n_bytes:
+            self._held = int(lines[0, 0]), self._fill(int(lines[0, 0]), np.empty(n_bytes, np.uint8))
 
     def _checked(self, raw: NDArray, crc: int) -> NDArray:
         if (found := google_crc32c.value(raw)) != crc:
@@ -391,6 +348,22 @@ class SpillReader(AbstractContextManager["SpillReader"]):
     def ragged_nbytes(self, part: int) -> int:
         """Bytes of all ragged arrays of a part, as they are in the file."""
         return int(self._sizes(part)[self._n_fixed :].sum())
+
+    @property
+    def part_nbytes(self) -> NDArray[np.int64]:
+        """(n_parts,) bytes of each of the parts wanted."""
+        nbytes: NDArray[np.int64] = _sizes(self._arrays, self._n_fixed, self._table).sum(axis=1)
+        return nbytes
+
+    @property
+    def marks(self) -> NDArray[np.uint64]:
+        """(n_parts,) the numbers beside the parts wanted."""
+        return self._table[:, -4].view(np.uint64)
+
+    def n_entries(self, name: str) -> int:
+        """Entries of a ragged array in all parts wanted."""
+        k = [a.name for a in self._arrays[self._n_fixed :]].index(name)
+        return int(self._table[:, 2 + k].sum())
 
     def _line(self, part: int) -> NDArray[np.int64]:
         line: NDArray[np.int64] = self._table[part - self._first]

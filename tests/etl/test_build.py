@@ -17,6 +17,7 @@ from annbatch_dask.errors import IntegrityError
 from annbatch_dask.manifest import MatrixRecord
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.metadata import open_by_copy
+from annbatch_dask.storage.spill import SpillReader
 from tests.etl.inputs import dense_x
 from tests.tools import Counter, rows_of, tree_digest
 
@@ -121,15 +122,26 @@ def test_a_target_removed_after_an_interrupted_build_is_written_again(tmp_path, 
 
 
 def test_rows_that_are_not_those_that_were_read_are_not_published(tmp_path, h5ad_pair, monkeypatch):
+    marks = SpillReader.marks
+    others = property(lambda reader: marks.fget(reader) ^ np.uint64(1))
+    monkeypatch.setattr(SpillReader, "marks", others)
+    with pytest.raises(IntegrityError, match="fingerprint"):
+        build(tmp_path / "a.zarr", h5ad_pair)
+    assert DatasetCollection(tmp_path / "a.zarr").is_empty
+
+
+def test_datasets_that_are_right_each_and_wrong_together_are_not_published(tmp_path, h5ad_pair, monkeypatch):
+    """As if a spill file, whole as it is, were of another build."""
     from annbatch_dask.etl import build as module
 
-    gather_tasks = module.gather_tasks
+    make = module.gather
 
-    def other_rows(plan, scattered, totals):
-        return [replace(task, fingerprint=task.fingerprint ^ 1) for task in gather_tasks(plan, scattered, totals)]
+    def another(file, task):
+        receipt = make(file, task)
+        return receipt if task.dataset else replace(receipt, fingerprint=f"{int(receipt.fingerprint, 16) ^ 1:016x}")
 
-    monkeypatch.setattr(module, "gather_tasks", other_rows)
-    with pytest.raises(IntegrityError, match="fingerprint"):
+    monkeypatch.setattr(module, "gather", another)
+    with pytest.raises(IntegrityError, match="the rows written have fingerprint"):
         build(tmp_path / "a.zarr", h5ad_pair)
     assert DatasetCollection(tmp_path / "a.zarr").is_empty
 

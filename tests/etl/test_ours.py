@@ -14,10 +14,12 @@ from annbatch_dask.cli import main
 from annbatch_dask.errors import CollectionError
 from annbatch_dask.etl import build as run_module
 from annbatch_dask.etl import gather as gather_module
+from annbatch_dask.etl import spilled as spilled_module
 from annbatch_dask.etl.ours import dataset_attributes
 from annbatch_dask.events import Callback
 from annbatch_dask.manifest import Manifest
-from annbatch_dask.storage.spill import ScratchGoneError, SpillReader
+from annbatch_dask.storage.scratch import ScratchGoneError
+from annbatch_dask.storage.spill import SpillReader
 from annbatch_dask.testing import make_adata
 
 ANNBATCHS = Path(__file__).parents[1] / "peers/annbatch_collection.zip"
@@ -349,14 +351,15 @@ def test_what_a_worker_left_that_died_is_removed_by_the_next_attempt(tmp_path, p
 # --- workers that come back -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("max_open", [0, 128])
 @pytest.mark.parametrize("where", ["opening", "reading"])
-def test_a_worker_that_comes_back_after_the_commit_changes_nothing(tmp_path, paths, monkeypatch, where):
+def test_a_worker_that_comes_back_after_the_commit_changes_nothing(tmp_path, paths, monkeypatch, where, max_open):
     """It was cut off while it wrote a dataset, which was written elsewhere, published, and the scratch folder removed."""
     out = tmp_path / "o.zarr"
     paused, go, end = threading.Event(), threading.Event(), []
     method = "__init__" if where == "opening" else "read_ragged"
     original, gather = getattr(SpillReader, method), run_module.gather
-    monkeypatch.setattr(gather_module, "_MAX_OPEN", 0)  # as with very many blocks
+    monkeypatch.setattr(spilled_module, "MAX_OPEN", max_open)  # 0: as with very many blocks
 
     def pause(*args, **kwargs):
         if thread and not paused.is_set():

@@ -213,6 +213,7 @@ def test_spill_files_give_back_what_they_took(parts, dtype, copy_nbytes, differe
         "rows": rows,
         "fixed": {n: h[at] for n, h in fixed.items()},
         "ragged": {"v": (shuffled, stored), "w": (shuffled, stored)},
+        "marks": np.array([2**64 - 1 - p for p in range(len(parts))], np.uint64),
         "packed": {} if differences is None or dtype == "<f8" else {"v": differences},
     }
     with tempfile.TemporaryDirectory() as tmp, mock.patch.object(spill, "_COPY_NBYTES", copy_nbytes):
@@ -222,6 +223,12 @@ def test_spill_files_give_back_what_they_took(parts, dtype, copy_nbytes, differe
             for keep_open in (True, False):
                 with SpillReader(folder, 3, wanted, keep_open=keep_open) as reader:
                     check_spilled(reader, wanted, rows, fixed, values, offsets)
+                    for some in (wanted, wanted[len(wanted) // 2 :]):  # read in one go, and from memory then
+                        reader.hold(some)
+                        with mock.patch.object(reader, "_fill", side_effect=AssertionError):
+                            check_spilled(reader, some, rows, fixed, values, offsets)
+                    assert reader.marks.tolist() == [2**64 - 1 - p for p in wanted]
+                    assert reader.n_entries("v") == offsets[rows[wanted.stop]] - offsets[rows[wanted.start]]
 
 
 def check_spilled(reader, wanted, rows, fixed, values, offsets):
