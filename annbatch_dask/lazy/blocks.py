@@ -29,7 +29,7 @@ def lazy_matrix(plan: Plan, refs: tuple[SourceRef, ...], identities: tuple[str, 
     Tasks share the maps of genes by key, so a task is a few hundred bytes.
     """
     name = f"{spec.name.replace('/', '-')}-{plan.work_key}"
-    maps = {} if not spec.genes else {(f"genes-{name}", k): m for k, m in enumerate(plan.genes[spec.genes].maps)}
+    maps = {} if not spec.genes else {(f"genes-{name}", k): m.places for k, m in enumerate(plan.genes[spec.genes].maps)}
     schemas = [
         next(replace(m, nnz=_NO_COUNTS) for m in source.matrices if m.name == spec.name) for source in plan.sources
     ]

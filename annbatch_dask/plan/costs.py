@@ -17,6 +17,7 @@ __all__ = [
     "Bounds",
     "bounds_of",
     "categories_nbytes",
+    "csc_nbytes",
     "fixed_nbytes",
     "frame_nbytes",
     "heaviest_rows",
@@ -83,6 +84,12 @@ def read_weight(source: SourceSchema, *, obs_nbytes: float) -> Weight:
     dense = sum(m.n_cols * _item(m.dtype) for m in source.matrices if m.kind == "dense")
     sparse = {m.name: _item(m.dtype) + _item(m.index_dtype) for m in source.matrices if m.kind != "dense"}
     return Weight(obs_nbytes + dense + 8 * len(sparse), sparse)
+
+
+def csc_nbytes(source: SourceSchema) -> int:
+    """Bytes of its column-compressed matrices, uncompressed: what each of its blocks reads."""
+    found = (m for m in source.matrices if m.kind == "csc")
+    return sum(int(m.nnz[-1]) * (_item(m.dtype) + _item(m.index_dtype)) for m in found)
 
 
 def held_weight(
@@ -218,7 +225,7 @@ def categories_nbytes(columns: Sequence[ColumnSpec]) -> float:
 
 
 def shared_nbytes(
-    sources: Sequence[SourceSchema], columns: Sequence[ColumnSpec], maps: Sequence[NDArray[np.int32]]
+    sources: Sequence[SourceSchema], columns: Sequence[ColumnSpec], maps: Sequence[NDArray[np.unsignedinteger]]
 ) -> float:
     """Bytes of the job in a worker process: categories, codes, genes and kept rows of all sources."""
     total = float(sum(m.nbytes for m in maps))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from operator import or_
 from typing import Any
 
@@ -14,10 +14,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
+from annbatch_dask.plan.dtypes import index_dtype
 from annbatch_dask.plan.naming import INPUT_VAR_NAMES, Naming, check_named
 from annbatch_dask.plan.schema import SourceSchema
 
-__all__ = ["GeneSpace", "check_genes", "join_genes", "order_genes", "unite_names"]
+__all__ = ["GeneMap", "GeneSpace", "check_genes", "join_genes", "order_genes", "unite_names"]
 
 
 def check_genes(sources: Sequence[SourceSchema], naming: Naming) -> None:
@@ -29,16 +30,20 @@ def check_genes(sources: Sequence[SourceSchema], naming: Naming) -> None:
         With the first of them.
     """
     if naming.is_plain:
+        checked: set[int] = set()
         for source in sources:
-            _check_unique(source)
+            _check_unique(source, checked)
     else:
         check_named(sources, naming)
 
 
-def _check_unique(source: SourceSchema) -> None:
-    """Refuse a source that names a gene twice, in var or raw.var."""
+def _check_unique(source: SourceSchema, checked: set[int]) -> None:
+    """Refuse a source that names a gene twice, in var or raw.var; a list that many share is looked at once."""
     for where, listed in (("var_names", source.var_names), ("raw.var_names", source.raw_names)):
-        names = pd.Index([] if listed is None else listed)
+        if listed is None or id(listed) in checked:
+            continue
+        checked.add(id(listed))
+        names = pd.Index(listed)
         if not names.is_unique:
             repeated = list(dict.fromkeys(names[names.duplicated()]))
             msg = (
@@ -54,7 +59,7 @@ def unite_names(lists: Sequence[Any]) -> list[str]:
 
     Sorted; in the order they have where all lists that are not empty are equal.
     """
-    filled = [names for names in lists if len(names)]
+    filled = list({id(names): names for names in lists if len(names)}.values())
     if all(np.array_equal(names, filled[0]) for names in filled):
         return list(dict.fromkeys(filled[0])) if filled else []
     return sorted(set().union(*filled))
@@ -99,10 +104,59 @@ def order_genes(genes: pd.Index, names: Sequence[NDArray[np.object_]], abundance
         Genes of each source, and the estimated number of its cells that express each.
     """
     total = np.zeros(len(genes))
+    places: dict[int, NDArray[np.intp]] = {}
     for listed, found in zip(names, abundance, strict=True):
-        at = genes.get_indexer(pd.Index(listed, dtype=object))
+        if id(listed) not in places:
+            places[id(listed)] = genes.get_indexer(pd.Index(listed, dtype=object))
+        at = places[id(listed)]
         np.add.at(total, at[at >= 0], found[at >= 0])
     return genes[np.argsort(-total, kind="stable")]
+
+
+@dataclass(frozen=True)
+class GeneMap:
+    """Column of each gene of a list in the collection, -1 where it is left out, in few bytes.
+
+    Attributes
+    ----------
+    n_cols
+        Genes of the collection.
+    stored
+        The columns, ``n_cols`` where a gene is left out, in as few bytes as hold that; or a bit a column of the
+        collection, where columns ascend, no gene is left out, and that is less.
+    is_bits
+        Which of the two.
+    """
+
+    n_cols: int
+    stored: NDArray[np.unsignedinteger] = field(repr=False)
+    is_bits: bool
+
+    @classmethod
+    def of(cls, places: NDArray[np.int32], n_cols: int) -> GeneMap:
+        """Keep a map."""
+        stored = np.where(places < 0, n_cols, places).astype(index_dtype(n_cols + 1))
+        if 8 * stored.nbytes <= n_cols or (places < 0).any() or (np.diff(places) <= 0).any():
+            return cls(n_cols, stored, is_bits=False)
+        has = np.zeros(n_cols, bool)
+        has[places] = True
+        return cls(n_cols, np.packbits(has), is_bits=True)
+
+    @property
+    def places(self) -> NDArray[np.int32]:
+        """(n_genes,) the map."""
+        if self.is_bits:
+            return np.flatnonzero(np.unpackbits(self.stored, count=self.n_cols)).astype(np.int32)
+        places = self.stored.astype(np.int32)
+        places[places == self.n_cols] = -1
+        return places
+
+    @cached_property
+    def counts(self) -> tuple[int, int]:
+        """How many of the collection's genes are in the list, and how many of the list's become one, at most."""
+        places = self.places
+        found = np.bincount(places[places >= 0], minlength=1)
+        return int(np.count_nonzero(found)), int(found.max())
 
 
 @dataclass(frozen=True)
@@ -114,9 +168,8 @@ class GeneSpace:
     genes
         (n_vars,) names.
     maps
-        Distinct (n_vars_of_source,) int32 maps: column of each source gene in the collection, -1 where it is left out.
-        Sources with equal gene lists share one, so a thousand files of one panel cost one. Values of genes that have
-        one column are added up.
+        Of each distinct gene list. Sources with equal ones share one, so a thousand files of one panel cost one. Values
+        of genes that have one column are added up.
     which
         The map of each (source, gene list), where the list is ``"var"`` or ``"raw"``.
     input_names
@@ -124,7 +177,7 @@ class GeneSpace:
     """
 
     genes: pd.Index = field(repr=False)
-    maps: tuple[NDArray[np.int32], ...] = field(repr=False)
+    maps: tuple[GeneMap, ...] = field(repr=False)
     which: Mapping[tuple[int, str], int] = field(repr=False)
     input_names: NDArray[np.object_] | None = field(default=None, repr=False)
 
@@ -133,19 +186,22 @@ class GeneSpace:
         cls, genes: pd.Index, lists: Mapping[tuple[int, str], NDArray[np.object_]], *, first: bool = False
     ) -> GeneSpace:
         """Map every gene list that is used. ``first``: of several genes of a name, all but the first are left out."""
-        maps: list[NDArray[np.int32]] = []
+        maps: list[GeneMap] = []
         which: dict[tuple[int, str], int] = {}
         seen: dict[tuple[str, ...], int] = {}
+        known: dict[int, int] = {}  # most lists of equal names are one object, and need not be compared
         for key, names in lists.items():
-            listed = tuple(names)
-            if listed not in seen:
-                seen[listed] = len(maps)
-                index = pd.Index(names, dtype=object)
-                places = genes.get_indexer(index).astype(np.int32)
-                if first:
-                    places[index.duplicated()] = -1
-                maps.append(places)
-            which[key] = seen[listed]
+            if id(names) not in known:
+                listed = tuple(names)
+                if listed not in seen:
+                    seen[listed] = len(maps)
+                    index = pd.Index(names, dtype=object)
+                    places = genes.get_indexer(index).astype(np.int32)
+                    if first:
+                        places[index.duplicated()] = -1
+                    maps.append(GeneMap.of(places, len(genes)))
+                known[id(names)] = seen[listed]
+            which[key] = known[id(names)]
         return cls(genes, tuple(maps), which)
 
     def frame(self, known: pd.DataFrame | None) -> pd.DataFrame:
@@ -157,21 +213,16 @@ class GeneSpace:
         return var.assign(**{INPUT_VAR_NAMES: column})
 
     def map_of(self, source: int, genes: str) -> NDArray[np.int32]:
-        """The map of one of a source's gene lists."""
-        return self.maps[self.which[source, genes]]
+        """(n_genes,) column of each gene of one of a source's lists, -1 where it is left out."""
+        return self.maps[self.which[source, genes]].places
 
     def n_genes_of(self, source: int, genes: str) -> int:
         """How many of the collection's genes are in a source's list."""
-        return int(np.count_nonzero(self._counts(source, genes)))
+        return self.maps[self.which[source, genes]].counts[0]
 
     def most_met(self, source: int, genes: str) -> int:
         """How many genes of a source's list become one, at most."""
-        return int(self._counts(source, genes).max())
-
-    def _counts(self, source: int, genes: str) -> NDArray[np.int64]:
-        """How many genes of a source's list each of the collection's is."""
-        places = self.map_of(source, genes)
-        return np.bincount(places[places >= 0], minlength=1)
+        return self.maps[self.which[source, genes]].counts[1]
 
     def overlaps(self, lists: Sequence[tuple[int, str]]) -> dict[int, int]:
         """Count the genes of each combination of sources.
@@ -189,7 +240,7 @@ class GeneSpace:
         for k, key in enumerate(lists):
             bits[self.which[key]] |= 1 << k
         has = np.zeros((len(self.genes), len(self.maps)), bool)
-        for j, places in enumerate(self.maps):
+        for j, places in enumerate(m.places for m in self.maps):
             has[places[places >= 0], j] = bits[j] > 0
         _, first, counts = np.unique(np.packbits(has, axis=1), axis=0, return_index=True, return_counts=True)
         found: Counter[int] = Counter()

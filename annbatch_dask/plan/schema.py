@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pandas as pd
@@ -162,9 +165,26 @@ def heaviest_at(n: int) -> np.ndarray:
 _NAMES = ("var_names", "raw_names", "index_names", "raw_index_names")
 
 
-def shared_names(names: np.ndarray) -> np.ndarray:
-    """Intern names: a thousand files have mostly the same ones."""
-    return np.array([sys.intern(str(n)) for n in names] or [], object)
+_lists: WeakValueDictionary[bytes, np.ndarray] = WeakValueDictionary()
+"""Lists of names in this process, by a digest of them."""
+
+
+def shared_names(names: np.ndarray | list[str]) -> np.ndarray:
+    """Intern names, and lists of them: a thousand files have mostly the same ones. No list may be changed in place."""
+    found = np.array([sys.intern(str(n)) for n in names] or [], object)
+    return _lists.setdefault(_digest(found.tobytes()), found)  # the addresses of what is interned
+
+
+def _digest(found: bytes) -> bytes:
+    return blake2b(found, digest_size=16).digest()
+
+
+def _names_of(text: bytes) -> np.ndarray:
+    """The list of names that another process sent; read once, where it is one that is there."""
+    key = _digest(text)
+    if (found := _lists.get(key)) is None:
+        found = _lists[key] = shared_names(json.loads(text))
+    return found
 
 
 @dataclass(frozen=True)
@@ -231,9 +251,15 @@ class SourceSchema:
     n_mapped: int = field(default=0, compare=False, repr=False)
     unnamed: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Names as text, which tells equal lists by one digest."""
+        state = self.__dict__
+        names = {k: json.dumps(state[k].tolist()).encode() for k in _NAMES if state.get(k) is not None}
+        return state | names
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore with interned names."""
-        names = {k: shared_names(state[k]) for k in _NAMES if state.get(k) is not None}
+        """Restore with shared names."""
+        names = {k: _names_of(state[k]) for k in _NAMES if state.get(k) is not None}
         self.__dict__.update(state | names)
 
     @property

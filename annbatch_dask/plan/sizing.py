@@ -68,7 +68,7 @@ class Sizing:
         n_kept: int,
     ) -> Sizing:
         """Sizing of sources united to these matrices and columns."""
-        maps = [m for space in genes.values() for m in space.maps]
+        maps = [m.stored for space in genes.values() for m in space.maps]
         shared = max(0, int(shared_nbytes(sources, columns, maps)) - _JOB_NBYTES) // budget.n_threads
         return cls(sources, matrices, columns, options, budget, n_kept, shared)
 

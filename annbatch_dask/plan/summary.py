@@ -8,9 +8,10 @@ import numpy as np
 
 from annbatch_dask.formatting import format_bytes, plural
 from annbatch_dask.html import overlap_rows, render
-from annbatch_dask.plan.costs import bounds_of
+from annbatch_dask.plan.costs import bounds_of, csc_nbytes
 from annbatch_dask.plan.dtypes import smallest_dtype
 from annbatch_dask.plan.plan import Plan
+from annbatch_dask.plan.reads import MAX_OPEN, expected_reads
 
 __all__ = ["as_html", "figures", "summary", "title"]
 
@@ -57,6 +58,8 @@ def figures(plan: Plan) -> list[tuple[str, str]]:
             "at most as much to spill and to write, less with smaller dtypes",
         ),
         ("limit", _limit(plan)),
+        *_spilled(plan),
+        *_columnwise(plan),
         (
             "peak",
             f"{format_bytes(scatter)} a scatter task, {format_bytes(gather)} a gather task; "
@@ -135,6 +138,42 @@ def _limit(plan: Plan) -> str:
         f"{format_bytes(int(work.spill_nbytes / seconds))} a second for each core; write, where the collection's takes "
         f"less than {format_bytes(int(work.write_nbytes / seconds))}"
     )
+
+
+def _spilled(plan: Plan) -> list[tuple[str, str]]:
+    """Describe the reads of spill files, if there are many."""
+    if len(plan.blocks) <= MAX_OPEN:
+        return []
+    n, nbytes = expected_reads(plan)
+    return [
+        (
+            "spill",
+            f"{len(plan.blocks):,} files, of which a gather task reads about {n:,} ranges of "
+            f"{format_bytes(int(nbytes))}; fewer with more memory a worker thread",
+        )
+    ]
+
+
+def _columnwise(plan: Plan) -> list[tuple[str, str]]:
+    """Describe what is read again and again, if inputs are stored by columns and larger than a task."""
+    n_blocks = Counter(b.source for b in plan.blocks)
+    again = [
+        (s, n_blocks[k])
+        for k, s in enumerate(plan.sources)
+        if n_blocks[k] > 1 and csc_nbytes(s) and not s.resident_nbytes
+    ]
+    if not again:
+        return []
+    most, n = max(again, key=lambda found: found[1])
+    nbytes = sum((n - 1) * csc_nbytes(s) for s, n in again)
+    return [
+        (
+            "columns",
+            f"{plural(len(again), 'input')} stored by columns (CSC), and read whole for each block, {most.path} {n:,} "
+            f"times: {format_bytes(nbytes)} more to read; write them by rows (adata.X.tocsr()), or start workers with "
+            "more memory",
+        )
+    ]
 
 
 def _texts(plan: Plan) -> list[str]:

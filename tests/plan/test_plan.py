@@ -157,7 +157,7 @@ def test_genes_join_in_the_order_of_pandas():
     lists = {(k, "var"): listed for k, listed in enumerate(names)}
     space = GeneSpace.of(genes, lists)
     assert list(space.which.values()) == [0, 1, 0]
-    assert [m.tolist() for m in space.maps] == [[1, 0], [2, 0]]
+    assert [m.places.tolist() for m in space.maps] == [[1, 0], [2, 0]]
     assert join_genes(names, ["c", "b"]).tolist() == ["b", "c"]
     assert GeneSpace.of(join_genes(names, ["c", "b"]), lists).map_of(0, "var").tolist() == [0, -1]
     assert join_genes([np.array(["z", "b", "a"], object)], None).tolist() == ["z", "b", "a"]
