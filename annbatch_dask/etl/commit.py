@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -100,9 +100,7 @@ def write_root(
     """
     with ThreadPoolExecutor(_N_THREADS) as pool:  # each asks an object store twice
         names = pool.submit(_sync_names, target)
-        found = list(pool.map(partial(_finished_nodes, target), manifest.datasets))
-        nodes = {path: node for nodes in found for path, node in nodes.items()}
-        together = nodes if len(json.dumps(nodes)) <= MAX_CONSOLIDATED_NBYTES else None
+        together = _together(pool.map(partial(_finished_nodes, target), manifest.datasets))
         manifest = replace(manifest, metadata="" if together is None else nodes_checksum(together))
         recorded = pool.submit(record_inputs, target, manifest, inputs)
         root = group_document(attributes | ANNBATCH_ENCODING | {MANIFEST_KEY: manifest.to_json()}, together)
@@ -110,6 +108,19 @@ def write_root(
         for done in (names, recorded):
             done.result()
     target.replace(METADATA, root, version=version)
+
+
+def _together(found: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """Metadata of all datasets; None where they are more than a root document holds, and then they are not kept."""
+    nodes: dict[str, Any] | None = {}
+    nbytes = 0
+    for some in found:  # all are looked at, as that tells whether their files are there
+        nbytes += len(json.dumps(some))  # with two braces for a comma and a space
+        if nodes is None or nbytes > MAX_CONSOLIDATED_NBYTES:
+            nodes = None
+        else:
+            nodes |= some
+    return nodes
 
 
 def _inputs(job: Job) -> list[Input]:
