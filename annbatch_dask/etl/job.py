@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 __all__ = [
+    "KEPT_NBYTES",
     "GatherTask",
     "Job",
     "JobFile",
@@ -55,6 +56,8 @@ __all__ = [
     "trim_memory",
 ]
 
+KEPT_NBYTES = 2**27
+"""Of freed memory, that a worker keeps from one task to the next of the same stage."""
 _PREFIX = "job-"
 _NONCE = bytes(12)
 """A key encrypts one file, once."""
@@ -150,8 +153,9 @@ _kept: dict[int, tuple[tuple[str, int], WholeSource]] = {}
 
 
 def forget_inputs() -> None:
-    """Let go of inputs in all threads of this process: they may be whole atlases in memory."""
+    """Let go of inputs in all threads of this process, which may be whole atlases, and of what reading them left."""
     _kept.clear()
+    trim_memory()
 
 
 @dataclass(frozen=True)
@@ -272,14 +276,34 @@ def _read(file: JobFile) -> Job:
     return job
 
 
-def trim_memory() -> None:
+def trim_memory(*, keep_nbytes: int = 0) -> None:
     """Give freed memory back to the system, where that is glibc's to do.
 
-    Thousands of inflated pieces leave gaps in the arenas of their threads, which glibc would keep: 190 MiB a worker, on
-    top of what the next stage needs.
+    Thousands of inflated pieces leave gaps in the arenas of their threads, which glibc would keep: 100 MiB a worker, on
+    top of what the next stage needs. A task that is like the one before fills them again, and pages that it had to
+    get anew would be a twelfth of its time: up to ``keep_nbytes`` of them stay.
     """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        return
+    if not keep_nbytes or _freed_nbytes(libc) > keep_nbytes:
         libc.malloc_trim(0)
+
+
+class _MallocInfo(ctypes.Structure):
+    """What glibc's mallinfo2(3) returns."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    )
+
+
+def _freed_nbytes(libc: Any) -> float:
+    """Bytes that were freed and are kept; infinitely many where glibc is too old to say (before 2.33)."""
+    if not hasattr(libc, "mallinfo2"):
+        return float("inf")
+    libc.mallinfo2.restype = _MallocInfo
+    return float(libc.mallinfo2().fordblks)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from annbatch_dask.etl.job import Job, JobFile, load_job, trim_memory
+from annbatch_dask.etl.job import KEPT_NBYTES, Job, JobFile, load_job, trim_memory
 from annbatch_dask.etl.metrics import judge_rows, read_metrics, with_metrics, write_metrics
 from annbatch_dask.plan.layout import Block
 from annbatch_dask.plan.narrow import Verdict, narrow_plan
@@ -92,7 +92,7 @@ def measure_rows(file: JobFile, index: int) -> MeasureReceipt:
         write_metrics(file.scratch, index, metrics.take(verdict.mask))
     receipt = MeasureReceipt.of(block, verdict)
     write_receipt(file.scratch, task, receipt.to_json())
-    trim_memory()
+    trim_memory(keep_nbytes=KEPT_NBYTES)
     return receipt
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from annbatch_dask.activities import activity
 from annbatch_dask.etl.blocks import BlockRows, exact_rows, hash_block, read_block
 from annbatch_dask.etl.cells import hash_cells, n_bins, write_hashes
-from annbatch_dask.etl.job import JobFile, load_job, trim_memory
+from annbatch_dask.etl.job import KEPT_NBYTES, JobFile, load_job, trim_memory
 from annbatch_dask.etl.receipts import ScatterReceipt
 from annbatch_dask.etl.rows import GROUP, PLACE, RaggedArrays, array_name, group_keys, sum_hashes
 from annbatch_dask.plan.layout import Block
@@ -50,7 +50,7 @@ def scatter(file: JobFile, index: int) -> ScatterReceipt:
     receipt = _spill(plan, block, index, rows, file.scratch)
     write_receipt(file.scratch, task, receipt.to_json())
     del rows
-    trim_memory()
+    trim_memory(keep_nbytes=KEPT_NBYTES)
     return receipt
 
 
