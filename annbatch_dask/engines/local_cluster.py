@@ -50,24 +50,28 @@ def connect(address: str) -> Iterator[Client]:
         yield client
 
 
-def _add_dashboard(cluster: SpecCluster) -> None:
-    """Give a running scheduler its dashboard, as ``Scheduler(dashboard=True)`` does before it starts.
+class _LateDashboard:
+    """Dask's pages of a running scheduler, which has them once the first is asked for, but for those it needs itself.
 
-    Importing bokeh takes more than a second, here while the workers start and not before. Without bokeh the page says
-    what to install.
+    Importing bokeh takes half a second of a core, which the workers of a build have more use for. Without bokeh the
+    page says what to install.
     """
 
-    async def add() -> None:
-        scheduler: Any = cluster.scheduler
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+
+    def find_handler(self, request: Any, **kwargs: Any) -> Any:
+        """Add the pages, as ``Scheduler(dashboard=True)`` does before it starts; the handler of one of them."""
+        application = self._scheduler.http_application
+        application.applications.remove(self)
         try:
             from distributed.dashboard.scheduler import connect as connect_dashboard
         except ImportError:
-            missing = get_handlers(scheduler, ["distributed.http.scheduler.missing_bokeh"])
-            scheduler.http_application.add_handlers(".*", missing)
+            missing = get_handlers(self._scheduler, ["distributed.http.scheduler.missing_bokeh"])
+            application.add_handlers(".*", missing)
         else:
-            connect_dashboard(scheduler.http_application, scheduler.http_server, scheduler, prefix="")
-
-    cluster.sync(add)
+            connect_dashboard(application, self._scheduler.http_server, self._scheduler, prefix="")
+        return application.find_handler(request, **kwargs)
 
 
 @contextlib.contextmanager
@@ -167,7 +171,7 @@ def local_client(
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
-        _add_dashboard(cluster)
+        cluster.scheduler.http_application.add_application(_LateDashboard(cluster.scheduler))
         importlib.import_module("cryptography.hazmat.primitives.ciphers.aead")  # for later, while workers start
         try:
             client.wait_for_workers(n_workers, timeout=START_TIMEOUT_S)

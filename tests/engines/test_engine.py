@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import subprocess
 import sys
 import threading
 import urllib.request
@@ -261,6 +262,22 @@ def test_without_bokeh_the_dashboard_says_what_it_needs(monkeypatch):
     ):
         assert "pip install" in (text := page.read().decode())
         assert "bokeh" in text
+
+
+def test_bokeh_is_imported_once_somebody_looks():
+    code = """
+import sys, urllib.request
+from annbatch_dask.engines.local_cluster import local_client
+if __name__ == "__main__":
+    with local_client(n_workers=1, threads_per_worker=1, memory_limit=2**30) as client:
+        found = ["bokeh" in sys.modules]
+        for _ in range(2):
+            with urllib.request.urlopen(client.dashboard_link, timeout=60) as page:
+                found.append("bokeh" in sys.modules and "bokeh" in page.read().decode())
+    print(found)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[False, True, True]"
 
 
 def test_workers_that_are_not_needed_after_all_are_gone_without_a_word(tmp_path, h5ad_pair, capfd):
