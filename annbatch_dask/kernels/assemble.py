@@ -16,7 +16,8 @@ from numba.core.compiler_lock import global_compiler_lock
 from numpy.typing import NDArray
 
 from annbatch_dask.kernels.compiled import compiled
-from annbatch_dask.kernels.prefetch import copy_past, prefetch_row
+from annbatch_dask.kernels.densify import Rows, scatter, scatter_past, scatter_selected
+from annbatch_dask.kernels.prefetch import copy_past
 from annbatch_dask.kernels.rows import order_row
 
 __all__ = [
@@ -37,7 +38,6 @@ Array = NDArray[Any]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Places = NDArray[np.int32]
-_Rows = tuple[Array, Ints, Array, Ints, Ints]
 
 if hasattr(os, "register_at_fork"):
     # A worker that is forked while a thread compiles would inherit the compiler's lock in a locked state.
@@ -51,6 +51,7 @@ _SAME_SIZE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _N_KNOWN = 64
 _STREAMED = (np.int32, np.uint32, np.float32)
 _MIN_STREAM_NBYTES = 8 * 1024 * 1024  # less may still be in a cache when it is used
+_MAX_ROW_NBYTES = 1024 * 1024  # a row is put together in a core's own cache
 _MAX_SUMMED_NBYTES = 4
 
 
@@ -64,7 +65,7 @@ class SparseRows(NamedTuple):
     columns: Array
     value_starts: Ints | None = None
 
-    def at(self, starts: Ints, lengths: Ints) -> _Rows:
+    def at(self, starts: Ints, lengths: Ints) -> Rows:
         """Some rows: values, where each row of them begins, columns, where each row of them begins, lengths."""
         return self.values, starts if self.value_starts is None else self.value_starts, self.columns, starts, lengths
 
@@ -170,9 +171,10 @@ def scatter_rows(
     if not (_has_kernels(sparse.values.dtype) and _has_kernels(dest.dtype)):
         return _scatter_plain(sparse, starts, lengths, dest, dest_rows, places)
     rows = sparse.at(starts, lengths)
-    found: tuple[int, int] = (
-        _scatter(rows, dest, dest_rows) if places is None else _scatter_selected(rows, places, dest, dest_rows)
-    )
+    if places is not None:
+        found: tuple[int, int] = scatter_selected(rows, places, dest, dest_rows)
+        return found
+    found = (scatter_past if _is_made_beside(dest) else scatter)(rows, dest, dest_rows)
     return found
 
 
@@ -247,6 +249,13 @@ def _goes_past_cache(source: Array, dest: Array) -> bool:
     return is_known and dest.nbytes >= _MIN_STREAM_NBYTES and bool(dest.flags.aligned)
 
 
+def _is_made_beside(dest: Array) -> bool:
+    """True if rows are best put together elsewhere, and written past a processor's cache."""
+    row_nbytes = dest.shape[1] * dest.itemsize
+    is_known = dest.itemsize in _SAME_SIZE and dest.ctypes.data % dest.itemsize == 0
+    return is_known and dest.nbytes >= _MIN_STREAM_NBYTES and row_nbytes <= _MAX_ROW_NBYTES
+
+
 @compiled
 def _copy(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_starts: Ints) -> None:
     for i in range(starts.shape[0]):
@@ -300,82 +309,6 @@ def _normalize(  # noqa: PLR0913, PLR0917
 
 
 @compiled
-def _is_plain(columns: Array, n_columns: np.uint64) -> bool:
-    """True if a row's columns ascend and all exist, as anndata writes them: then each is there once."""
-    n = columns.shape[0]
-    n_down = 0
-    for j in range(1, n):
-        n_down += columns[j] <= columns[j - 1]
-    return n == 0 or bool(n_down == 0 and columns[0] >= 0 and np.uint64(columns[n - 1]) < n_columns)
-
-
-@compiled
-def _scatter(rows: _Rows, dest: Array, dest_rows: Ints) -> tuple[int, int]:
-    values, value_starts, columns, starts, lengths = rows
-    n_columns = np.uint64(dest.shape[1])
-    n_outside = n_repeated = 0
-    last = starts.shape[0] - 1
-    for i in range(starts.shape[0]):
-        row_values = values[value_starts[i] : value_starts[i] + lengths[i]]
-        row_columns = columns[starts[i] : starts[i] + lengths[i]]
-        row = dest[dest_rows[i]]
-        row[:] = 0
-        prefetch_row(dest[dest_rows[min(i + 1, last)]])
-        if _is_plain(row_columns, n_columns):
-            for j in range(row_columns.shape[0]):
-                row[np.uint64(row_columns[j])] = row_values[j]
-            continue
-        for j in range(row_columns.shape[0]):
-            column = np.uint64(row_columns[j])  # a negative one becomes huge
-            if column < n_columns:
-                n_repeated += row[column] != 0
-                row[column] += row_values[j]
-            else:
-                n_outside += 1
-    return n_outside, n_repeated
-
-
-@compiled
-def _scatter_selected(rows: _Rows, places: Places, dest: Array, dest_rows: Ints) -> tuple[int, int]:
-    values, value_starts, columns, starts, lengths = rows
-    n_columns = np.uint64(places.shape[0])
-    n_outside = n_repeated = 0
-    last, longest = starts.shape[0] - 1, 0
-    for i in range(lengths.shape[0]):
-        longest = max(longest, lengths[i])
-    kept = np.empty(longest + 1, np.int64)
-    for i in range(starts.shape[0]):
-        row_values = values[value_starts[i] : value_starts[i] + lengths[i]]
-        row_columns = columns[starts[i] : starts[i] + lengths[i]]
-        row = dest[dest_rows[i]]
-        row[:] = 0
-        prefetch_row(dest[dest_rows[min(i + 1, last)]])
-        # Which entries stay is found first, without a branch: the few chosen ones cannot be predicted.
-        n_kept = 0
-        if _is_plain(row_columns, n_columns):
-            for j in range(row_columns.shape[0]):
-                kept[n_kept] = j
-                n_kept += places[np.uint64(row_columns[j])] >= 0
-            for k in range(n_kept):
-                j = kept[k]
-                row[np.uint64(places[np.uint64(row_columns[j])])] = row_values[j]
-            continue
-        for j in range(row_columns.shape[0]):
-            column = np.uint64(row_columns[j])
-            if column < n_columns:
-                kept[n_kept] = j
-                n_kept += 1 if places[column] >= 0 else 0
-            else:
-                n_outside += 1
-        for k in range(n_kept):
-            j = kept[k]
-            place = np.uint64(places[np.uint64(row_columns[j])])
-            n_repeated += row[place] != 0
-            row[place] += row_values[j]
-    return n_outside, n_repeated
-
-
-@compiled
 def _count(columns: Array, starts: Ints, lengths: Ints, places: Places, counts: Ints) -> int:
     n_columns = np.uint64(places.shape[0])
     n_outside = 0
@@ -394,7 +327,7 @@ def _count(columns: Array, starts: Ints, lengths: Ints, places: Places, counts: 
 
 @compiled
 def _select(
-    rows: _Rows,
+    rows: Rows,
     places: Places,
     dest: tuple[Array, Array],
     dest_starts: Ints,

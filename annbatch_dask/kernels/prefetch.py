@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 
 from annbatch_dask.kernels.compiled import compiled
 
-__all__ = ["copy_past", "prefetch_row"]
+__all__ = ["copy_past", "end_stream", "prefetch_row", "put_row", "shift_to"]
 
 _LINE_NBYTES = 64
 
@@ -82,7 +82,25 @@ def _end_stream(_typing: Any) -> Any:
     return numba.void(), generate
 
 
+def _stream_line(_typing: Any, source: Any, at: Any, dest: Any, to: Any) -> Any:
+    """Copy the cache line from ``source[at]`` on to that from ``dest[to]`` on, past the cache; see :func:`_stream`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+        line = ir.VectorType(ir.IntType(64), STREAM_NBYTES // 8).as_pointer()
+        here, there = (
+            builder.bitcast(
+                builder.gep(context.make_array(signature.args[k])(context, builder, args[k]).data, [args[k + 1]]), line
+            )
+            for k in (0, 2)
+        )
+        written = builder.store(builder.load(here, align=1), there, align=STREAM_NBYTES)
+        written.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+
+    return numba.void(source, at, dest, to), generate
+
+
 stream: Any = intrinsic(_stream)
+_put_line: Any = intrinsic(_stream_line)
 end_stream: Any = intrinsic(_end_stream)
 
 
@@ -105,3 +123,31 @@ def copy_past(source: Any, starts: Any, lengths: Any, dest: Any, dest_starts: An
             dest[to + j] = source[start + j]
             j += one
     end_stream()
+
+
+@compiled
+def shift_to(source: Any, row: Any) -> Any:
+    """The item of ``source``, among its first ones, that is as far from a cache line's beginning as ``row`` is."""
+    apart = np.uint64(row.ctypes.data) - np.uint64(source.ctypes.data)
+    return apart % np.uint64(_LINE_NBYTES) // np.uint64(source.itemsize)
+
+
+@compiled
+def put_row(source: Any, at: Any, row: Any) -> None:
+    """Copy ``source[at:]`` to a row of the same dtype, contiguous and aligned: whole cache lines go past the cache.
+
+    Before another thread reads, :func:`end_stream`.
+    """
+    step, n, one = np.uint64(_LINE_NBYTES // source.itemsize), np.uint64(row.shape[0]), np.uint64(1)
+    before = np.uint64(row.ctypes.data) // np.uint64(source.itemsize)
+    first = min((step - before % step) % step, n)
+    j = np.uint64(0)
+    while j < first:
+        row[j] = source[at + j]
+        j += one
+    while j + step <= n:
+        _put_line(source, at + j, row, j)
+        j += step
+    while j < n:
+        row[j] = source[at + j]
+        j += one

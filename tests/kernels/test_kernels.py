@@ -63,6 +63,33 @@ def test_rows_are_the_same_past_the_cache(monkeypatch, source_dtype, dtype):
     assert (found[0, 0][5 + ends[-1] :] == 7).all()
 
 
+@pytest.mark.parametrize("dtype", ["uint16", "float32", "complex64"])
+@pytest.mark.parametrize("n_columns", [1, 5, 16, 200, 211])
+def test_dense_rows_are_the_same_past_the_cache(monkeypatch, dtype, n_columns):
+    rng = np.random.default_rng(n_columns)
+    rows = [np.flatnonzero(rng.random(n_columns) < 0.3) for _ in range(30)]
+    rows += [rng.integers(-1, n_columns + 1, 20) for _ in range(10)]  # repeated, unordered, outside
+    lengths = np.array([len(row) for row in rows])
+    columns = np.concatenate(rows).astype(np.int32)
+    sparse = SparseRows(rng.integers(1, 9, len(columns)).astype(np.uint16), columns)
+    to, found = rng.permutation(42)[:40], {}
+    for least in (0, 2**60):
+        monkeypatch.setattr(assemble, "_MIN_STREAM_NBYTES", least)
+        for shift in (0, 3):  # not at the beginning of a cache line
+            flat = np.full(42 * n_columns + 20, 7, dtype)
+            dense = flat[shift : shift + 42 * n_columns].reshape(42, n_columns)
+            counts = scatter_rows(sparse, np.cumsum(lengths) - lengths, lengths, dense, to)
+            assert (flat[:shift] == 7).all()
+            assert (flat[shift + 42 * n_columns :] == 7).all()
+            found[least, shift] = dense, counts
+    dense, counts = found[2**60, 0]
+    assert counts[0] > 0
+    assert (np.delete(dense, to, axis=0) == 7).all()
+    for other, its_counts in found.values():
+        np.testing.assert_array_equal(other, dense)
+        assert its_counts == counts
+
+
 @given(
     st.lists(st.lists(st.integers(-1, 8), max_size=9) | st.sets(st.integers(0, 7)).map(sorted), min_size=1, max_size=5),
     st.sampled_from([None, [3, -1, 0, 2, -1, -1, 1, -1]]),
