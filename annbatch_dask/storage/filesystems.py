@@ -16,11 +16,13 @@ import fsspec.asyn
 from fsspec.implementations.memory import MemoryFileSystem
 
 from annbatch_dask.errors import AnnbatchDaskError, StorageError
+from annbatch_dask.storage.objects import object_ranges
 
 __all__ = [
     "LocalRanges",
     "RangeFile",
     "RemoteRanges",
+    "account_of",
     "cat_range",
     "is_refused",
     "name_errors",
@@ -28,7 +30,7 @@ __all__ = [
     "version_of",
 ]
 
-_VERSION_KEYS = ("ETag", "etag", "generation", "mtime", "LastModified", "Last-Modified", "created", "CRC")
+_VERSION_KEYS = ("ETag", "etag", "generation", "blob_id", "mtime", "LastModified", "Last-Modified", "created", "CRC")
 """Where file systems say which content a file has, the surest first."""
 
 
@@ -41,6 +43,11 @@ def version_of(info: Mapping[str, Any]) -> str:
 def protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
     """Names of a file system's protocol."""
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def account_of(fs: fsspec.AbstractFileSystem) -> str:
+    """The account of Azure that a file system is for: its paths begin with a container, and do not say whose."""
+    return str(getattr(fs, "account_name", None) or "")
 
 
 def is_refused(error: OSError) -> bool:
@@ -113,6 +120,8 @@ class RemoteRanges:
             If it has another version by now.
         """
         if "s3" in protocols(self.fs) and version[0].startswith('"'):  # an entity tag
+            if (object_ := object_ranges(self.fs, self.path)) is not None:
+                return object_.read(start, out, version[0]) if len(out) else 0
             found = _get_version(self.fs, self.path, start, start + len(out), version[0]) if len(out) else b""
             out[: len(found)] = found
             return len(found)
@@ -137,8 +146,12 @@ class RemoteRanges:
             if file is None:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.path)
             found = file.getbuffer()[start : start + len(out)]
+        elif not len(out):
+            return 0
+        elif (object_ := object_ranges(self.fs, self.path)) is not None:
+            return object_.read(start, out)
         else:
-            found = cat_range(self.fs, self.path, start, start + len(out)) if len(out) else b""
+            found = cat_range(self.fs, self.path, start, start + len(out))
         out[: len(found)] = found
         return len(found)
 
