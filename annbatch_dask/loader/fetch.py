@@ -45,11 +45,11 @@ __all__ = ["END", "ByteLimit", "End", "Pipeline", "PipelineOptions"]
 
 T = TypeVar("T")
 
-_N_REMOTE_THREADS = 32  # requests under way to an object store; a window has more
 _WINDOW_SHARE = 0.75
 _PARTS_PER_THREAD = 3  # of a window's reading: threads that are held up do less of it
 _N_AHEAD_ON_DEVICE = 2
 _N_WINDOWS = 2  # under way at a time, where threads would stand still at the end of one
+_N_REMOTE_WINDOWS = 6  # one request that takes seconds holds up its own alone
 _MIN_IDLE_THREADS = 4  # fewer have enough to do: batches are put together on the same cores
 
 
@@ -131,12 +131,13 @@ class PipelineOptions:
     ----------
     prefetch_nbytes
         Bytes of windows and batches that may be ready or be under way.
-    n_threads
-        Helpers of each of the two stages. More of them fetch from an object store, where they wait.
+    n_threads, n_requests
+        Helpers of each of the two stages, and of the first where they wait for an object store.
     """
 
     prefetch_nbytes: int
     n_threads: int
+    n_requests: int
 
 
 class Pipeline:
@@ -176,9 +177,10 @@ class Pipeline:
         self._windows: SimpleQueue[Window | _Failure | End] = SimpleQueue()
         self._batches: SimpleQueue[_Ready[LoaderOutput] | _Failure | End] = SimpleQueue()
         is_remote = any(source.is_remote for matrix in contents.matrices for source in matrix.sources)
-        n_fetching = max(options.n_threads, _N_REMOTE_THREADS) if is_remote else options.n_threads
+        n_fetching = options.n_requests if is_remote else options.n_threads
         self._n_threads = options.n_threads
-        self._n_windows = _N_WINDOWS if n_fetching >= _MIN_IDLE_THREADS else 1
+        several = _N_REMOTE_WINDOWS if is_remote else _N_WINDOWS
+        self._n_windows = several if n_fetching >= _MIN_IDLE_THREADS else 1
         self._fetchers = Helpers("fetch", n_fetching)
         self._locators = Helpers("locate", n_fetching)
         self._assemblers = Helpers("assemble", options.n_threads)

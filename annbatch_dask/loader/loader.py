@@ -147,6 +147,9 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         Limit in bytes, such as ``"1GiB"``, of windows (three quarters) and batches (one quarter) that are ready or in
         flight. One of each is always allowed, however large. Batches the user holds, and idle buffers, come on top.
         Batches on a GPU count.
+    max_requests
+        Requests to an object store that may be under way at a time, for up to six windows within ``prefetch_bytes``.
+        Each takes a thread and its buffer of 2 MiB or so. Ranks and torch's workers have as many each.
     cache_dir
         A folder on a local disk where what is read from an object store is kept for later epochs and runs. Loaders
         and processes of one user share it while they run. It is made for that user alone, and a folder that others
@@ -212,6 +215,7 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         batch_sampler: Sampler | None = None,
         preload_to_gpu: bool = find_spec("cupy") is not None,
         prefetch_bytes: int | str = "1GiB",
+        max_requests: int = 32,
         cache_dir: str | os.PathLike[str] | None = None,
         cache_bytes: int | str = "64GiB",
         rng: np.random.Generator | None = None,
@@ -269,6 +273,8 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         self._where_columns = Condition.parse(where).columns if isinstance(where, str) else ()
         self._return_index = return_index
         self._prefetch_nbytes = parse_nbytes("prefetch_bytes", prefetch_bytes)
+        check_positive("max_requests", max_requests)
+        self._max_requests = max_requests
         cache_nbytes = parse_nbytes("cache_bytes", cache_bytes)
         self._cache = None if cache_dir is None else RangeCache(Path(cache_dir).absolute(), cache_nbytes)
         if self._cache is not None:
@@ -329,7 +335,7 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
             epoch=epoch,
         )
         read = tuple(chain.from_iterable(sources.values()))
-        options = PipelineOptions(self._prefetch_nbytes, count_threads())
+        options = PipelineOptions(self._prefetch_nbytes, count_threads(), self._max_requests)
         return Pipeline(contents, options, partial(_let_go, read, self._cache))
 
 

@@ -28,7 +28,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "form of X": ["dense", "to", "dtype", "casting", "var_names", "transform"],
         "other contents": ["layers", "obsm", "obs_columns", "obs_codes"],
         "several processes": ["dist_info", "even", "global_batch_size"],
-        "GPU, memory and cache": ["preload_to_gpu", "prefetch_bytes", "cache_dir", "cache_bytes"],
+        "GPU, memory and cache": ["preload_to_gpu", "prefetch_bytes", "max_requests", "cache_dir", "cache_bytes"],
     },
     "annbatch_dask.DatasetCollection.add_adatas": {
         "inputs": ["adata_paths", "load_adata", "storage_options", "on_duplicate_source"],
