@@ -22,7 +22,7 @@ import numpy as np
 
 from annbatch_dask.errors import SourceError
 from annbatch_dask.sources.open import SourceRef, hiding_secrets_of, is_hdf5
-from annbatch_dask.storage.filesystems import version_of
+from annbatch_dask.storage.filesystems import account_of, protocols, version_of
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.metadata import METADATA
 from annbatch_dask.storage.secrets import shown
@@ -53,8 +53,8 @@ def where_of(ref: SourceRef) -> str:
         return os.path.realpath(folder.path) + ref.within
     if "::" in folder.url:
         return shown(folder.url)
-    protocol = folder.fs.protocol
-    return f"{protocol if isinstance(protocol, str) else protocol[0]}:{shown(folder.path).rstrip('/')}"
+    account = account_of(folder.fs)
+    return f"{protocols(folder.fs)[0]}:{account + '/' if account else ''}{shown(folder.path).rstrip('/')}"
 
 
 def identity_of(ref: SourceRef, *, at_a_glance: bool = False, fresh: bool = False) -> str:

@@ -36,7 +36,7 @@ def _shown_part(url: str) -> str:
 
 _AZURE = ("abfs", "abfss", "wasb", "wasbs", "az")
 """Schemes with a container where others have a user."""
-_ANY_NAMES = ("file", "local", "memory", "s3", "s3a", "gs", "gcs", "zip", "tar", "simplecache", "filecache")
+_ANY_NAMES = ("file", "local", "memory", "s3", "s3a", "gs", "gcs", "hf", "zip", "tar", "simplecache", "filecache")
 """Schemes without queries: files may be called what one looks like."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>)\]]+")
 
