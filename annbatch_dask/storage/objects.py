@@ -170,7 +170,7 @@ def _make(fs: Any, bucket: str) -> tuple[Any, ...] | None:
         "client_options": client_options | {"read_timeout": _PATIENCE},
         "retry_config": _RETRIES | {"max_retries": 0},
     }
-    often = {"client_options": client_options, "retry_config": _RETRIES}
+    often: dict[str, Any] = {"client_options": client_options, "retry_config": _RETRIES}
     return S3Store(bucket, **options, **once), S3Store(bucket, **options, **often)
 
 
