@@ -166,7 +166,7 @@ def _make(fs: Any, bucket: str) -> tuple[Any, ...] | None:
     if ".amazonaws.com" in endpoint:  # the client knows it, and that of another region would not answer
         del options["endpoint"]
     client_options = {"allow_http": endpoint.startswith("http:"), "pool_max_idle_per_host": _IDLE_CONNECTIONS}
-    once = {
+    once: dict[str, Any] = {
         "client_options": client_options | {"read_timeout": _PATIENCE},
         "retry_config": _RETRIES | {"max_retries": 0},
     }
