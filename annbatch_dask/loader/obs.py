@@ -136,11 +136,14 @@ class ObsTable:
         read.
     bounds
         (n_datasets + 1,) dataset ``d`` has rows ``bounds[d]:bounds[d + 1]``.
+    index
+        The indexes of several datasets as one, of which theirs are parts; None where they are not alike.
     """
 
     columns: Mapping[Any, Any]
     indexes: tuple[Names | pd.Index | None, ...]
     bounds: Ints
+    index: pd.Index | None = None
 
     @classmethod
     def of(cls, frame: pd.DataFrame, index: Names | pd.Index | None) -> ObsTable:
@@ -155,14 +158,17 @@ class ObsTable:
             return tables[0]
         names = dict.fromkeys(name for table in tables for name in table.columns)
         columns = {name: _stacked([table.series(name) for table in tables]) for name in names}
-        sizes = np.concatenate([np.diff(table.bounds) for table in tables])
+        bounds = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(table.bounds) for table in tables]))])
         indexes = tuple(index for table in tables for index in table.indexes)
-        return cls(columns, indexes, np.concatenate([[0], np.cumsum(sizes)]))
+        whole = _united(indexes)
+        if whole is not None:
+            indexes = tuple(whole[start:stop] for start, stop in pairwise(bounds.tolist()))
+        return cls(columns, indexes, bounds, whole)
 
     def packed(self) -> ObsTable:
         """A copy with compressed names."""
         indexes = (Names.of(index) or index if isinstance(index, pd.Index) else index for index in self.indexes)
-        return replace(self, indexes=tuple(indexes))
+        return replace(self, indexes=tuple(indexes), index=None)
 
     @property
     def n_rows(self) -> int:
@@ -215,6 +221,8 @@ class ObsTable:
         """Some of the rows of a window, by their places in its request, which has these ``rows`` of all."""
         if not assignments:
             return self.frames()[0].iloc[:0]
+        if self.index is not None:
+            return self._frame(chosen := rows[wanted], self.index.take(chosen))
         return self._frame(rows[wanted], self._index(assignments, len(rows), wanted))
 
     def _frame(self, rows: Ints | slice, index: pd.Index) -> pd.DataFrame:
@@ -317,6 +325,15 @@ def _recoded(  # noqa: PLR0913
             raise SelectionError(msg)
     recoded: Codes = places.astype(np.min_scalar_type(-max(len(kept), 1)))[codes]
     return recoded
+
+
+def _united(indexes: Sequence[Names | pd.Index | None]) -> pd.Index | None:
+    """Some indexes as one; None unless they are alike, and stay what they are."""
+    plain = [index for index in indexes if type(index) is pd.Index]
+    if len(plain) < len(indexes) or any((i.dtype, i.name) != (plain[0].dtype, plain[0].name) for i in plain):
+        return None
+    whole: pd.Index = plain[0].append(plain[1:])
+    return whole if (type(whole), whole.dtype) == (pd.Index, plain[0].dtype) else None
 
 
 def _whole(index: Names | pd.Index | None) -> pd.Index:
