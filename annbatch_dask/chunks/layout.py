@@ -225,6 +225,8 @@ class ShardIndex:
 
     def unknown(self, spans: Ints) -> list[int]:
         """The shards of some rows that were not loaded yet."""
+        if len(self.keys) == len(self.offsets):
+            return []
         n_each = math.prod(self.layout.n_shards[1:])
         rows = find_shards(spans, self.layout.shard_shape[0]).tolist()
         shards = [row * n_each + shard for row in rows for shard in dict.fromkeys(c.shard for c in self.columns)]

@@ -43,6 +43,7 @@ from annbatch_dask.chunks.cache import RangeCache
 from annbatch_dask.chunks.files import ChunkFiles, Held, chunk_files, scratch
 from annbatch_dask.chunks.layout import Array, ChunkLayout, GridColumn, Ints, ShardIndex, checked, find_layout
 from annbatch_dask.errors import IntegrityError
+from annbatch_dask.kernels.chunk_plan import count_rows, describe_reads, files_of
 from annbatch_dask.kernels.packed import unpacker
 from annbatch_dask.storage.packed import PACKED, unpack_chunk
 from annbatch_dask.storage.versions import Listing
@@ -131,15 +132,16 @@ class RangeReader:
             C-contiguous, of the array's dtype; its first axis holds the runs one after the other.
             Complete once every task has run.
         """
-        lengths = spans[:, 1] - spans[:, 0]
-        bounds = np.concatenate([[0], spans.reshape(-1), self.shape[:1]])
-        if (bounds[1:] < bounds[:-1]).any():  # what is compiled would not notice
+        spans = np.ascontiguousarray(spans, np.int64)
+        n_rows, n_empty = count_rows(spans, self.shape[0])
+        if n_rows < 0:  # what is compiled would not notice
             msg = f"runs must ascend from 0 to {self.shape[0]} and not overlap, got {spans.tolist()}"
             raise ValueError(msg)
-        if out.shape != (int(lengths.sum()), *self.shape[1:]) or out.dtype != self.dtype:
-            msg = f"out has shape {out.shape} and dtype {out.dtype}; needed: {lengths.sum()} rows of {self.dtype}"
+        if out.shape != (n_rows, *self.shape[1:]) or out.dtype != self.dtype:
+            msg = f"out has shape {out.shape} and dtype {out.dtype}; needed: {n_rows} rows of {self.dtype}"
             raise ValueError(msg)
-        spans = np.ascontiguousarray(spans[lengths > 0], np.int64)
+        if n_empty:
+            spans = spans[spans[:, 1] > spans[:, 0]]
         if self._index is None:
             return list(self._plain_tasks(spans, out))
         for shard in self._index.unknown(spans):
@@ -311,6 +313,7 @@ class _Fills:
     pieces: Ints
     hows: Ints
     is_done: NDArray[np.bool_]
+    chunk_nbytes: int
 
     @classmethod
     def of(cls, fills: Sequence[_Fill]) -> _Fills:
@@ -323,7 +326,9 @@ class _Fills:
             n_chunks, n_pieces = n_chunks + len(plan.chunks), n_pieces + len(plan.pieces)
         chunks = np.concatenate([fill.plan.chunks for fill in fills])
         pieces = np.concatenate([fill.plan.pieces for fill in fills])
-        return cls(fills, held, np.concatenate(reads), chunks, pieces, np.array(hows), np.zeros(n_chunks, np.bool_))
+        largest = max(fill.plan.layout.chunk_nbytes for fill in fills)
+        is_done = np.zeros(n_chunks, np.bool_)
+        return cls(fills, held, np.concatenate(reads), chunks, pieces, np.array(hows), is_done, largest)
 
     def cut(self, n_parts: int) -> Iterator[tuple[int, int]]:
         """Runs of reads of about as many bytes."""
@@ -336,7 +341,7 @@ class _Fills:
     def run(self, first: int, stop: int) -> None:
         """Make some of the reads; what could not be placed is read again, to go well or to say what is wrong."""
         raw = scratch("raw", int(self.reads[first:stop, 4].max()))
-        spare = scratch("chunk", max(fill.plan.layout.chunk_nbytes for fill in self.fills))
+        spare = scratch("chunk", self.chunk_nbytes)
         given = (self.reads, self.chunks, self.pieces, self.hows, first, stop)
         if not native.fill(*given, native.functions(), raw, spare, self.is_done):
             return
@@ -351,17 +356,13 @@ class _Fills:
 
 def _opened(plan: _ColumnPlan, number: int, held: list[Held]) -> Ints:
     """The reads of a plan as :func:`native.fill` has them, of files that are open from now on."""
-    files, keys, shards = plan.layout.files, plan.index.keys, plan.reads[:, 0]
-    firsts = np.flatnonzero(np.diff(shards, prepend=-1))
-    found = []
-    for shard in shards[firsts].tolist():
+    files, keys, found = plan.layout.files, plan.index.keys, []
+    for shard in files_of(plan.reads).tolist():
         file, version = files.hold(keys[shard]), files.version(keys[shard])
         assert version is not None  # nothing is read of a file that was not there
         held.append(file)
         found.append((file.fd, *version))
-    reads = np.empty((len(shards), 8), np.int64)
-    reads[:, :3] = np.repeat(np.array(found), np.diff(firsts, append=len(shards)), axis=0)
-    reads[:, 3:7], reads[:, 7] = plan.reads[:, 1:], number
+    reads: Ints = describe_reads(plan.reads, np.array(found, np.int64).reshape(-1, 3), number)
     return reads
 
 

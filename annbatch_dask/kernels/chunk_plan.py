@@ -10,9 +10,52 @@ from numpy.typing import NDArray
 from annbatch_dask.kernels.compiled import compiled
 from annbatch_dask.kernels.rows import order_row
 
-__all__ = ["find_shards", "plan_chunks"]
+__all__ = ["count_rows", "describe_reads", "files_of", "find_shards", "plan_chunks"]
 
 Ints = NDArray[np.int64]
+
+
+@compiled
+def count_rows(spans: Any, n_rows: int) -> Any:
+    """Rows of some half-open runs, and how many runs are empty; -1 rows unless they ascend from 0 to ``n_rows``."""
+    n, n_empty, before = 0, 0, 0
+    for i in range(len(spans)):
+        start, stop = spans[i, 0], spans[i, 1]
+        if start < before or stop < start or stop > n_rows:
+            return -1, 0
+        n += stop - start
+        n_empty += start == stop
+        before = stop
+    return n, n_empty
+
+
+@compiled
+def files_of(reads: Any) -> Any:
+    """The shard of each run of reads, see :func:`plan_chunks`, that are of one file."""
+    found, n = np.empty(len(reads), np.int64), 0
+    for i in range(len(reads)):
+        if n == 0 or found[n - 1] != reads[i, 0]:
+            found[n] = reads[i, 0]
+            n += 1
+    return found[:n]
+
+
+@compiled
+def describe_reads(reads: Any, files: Any, number: int) -> Any:
+    """Reads as the native way has them: (3,) numbers of their file in the place of the shard, and a number behind.
+
+    ``files`` has a row for each of :func:`files_of`.
+    """
+    found, k = np.empty((len(reads), 8), np.int64), 0
+    for i in range(len(reads)):
+        if i and reads[i, 0] != reads[i - 1, 0]:
+            k += 1
+        for column in range(3):
+            found[i, column] = files[k, column]
+        for column in range(4):
+            found[i, 3 + column] = reads[i, 1 + column]
+        found[i, 7] = number
+    return found
 
 
 @compiled
