@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from annbatch_dask.errors import CollectionBusyError
+from annbatch_dask.storage.conditions import check_conditions
 from annbatch_dask.storage.folder import Folder
 
 __all__ = ["CLAIM_NAME", "Claim", "Work", "claim_numbers", "end_claim", "find_claims", "release_claim"]
@@ -166,6 +167,7 @@ def claim_numbers(folder: Folder, key: str, first: int, n: int, work: Work) -> C
             continue
         others = [c for c in find_claims(folder) if c.nonce != new.nonce]
         if not any(set(c.numbers) & set(new.numbers) for c in others):
+            check_conditions(folder.fs, f"{folder.path}/{new.name}", new.payload())
             return new
         folder.remove_files([new.name])  # it may have looked before this one was there
 

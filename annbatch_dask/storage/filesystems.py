@@ -25,6 +25,7 @@ __all__ = [
     "account_of",
     "cat_range",
     "is_refused",
+    "knows_no_conditions",
     "name_errors",
     "protocols",
     "version_of",
@@ -56,7 +57,12 @@ def is_refused(error: OSError) -> bool:
     return isinstance(error, FileExistsError) or _error_code(error) in refusals
 
 
-def _error_code(error: OSError) -> str | None:
+def knows_no_conditions(error: Exception) -> bool:
+    """True if a store said that it cannot write on a condition."""
+    return isinstance(error, NotImplementedError) or _error_code(error) in ("NotImplemented", "501")
+
+
+def _error_code(error: Exception) -> str | None:
     """S3's, where s3fs made the error of one."""
     response = getattr(error.__cause__, "response", None) or {}
     code: str | None = response.get("Error", {}).get("Code")

@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import IO, TYPE_CHECKING, Any
 
 import fsspec
@@ -25,6 +24,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 
 from annbatch_dask.errors import CollectionBusyError, CollectionError, MissingPackageError
+from annbatch_dask.storage.conditions import put_if, warn_plain
 from annbatch_dask.storage.filesystems import (
     LocalRanges,
     RangeFile,
@@ -32,7 +32,6 @@ from annbatch_dask.storage.filesystems import (
     cat_range,
     is_refused,
     name_errors,
-    protocols,
     version_of,
 )
 from annbatch_dask.storage.secrets import shown
@@ -304,7 +303,7 @@ class Folder:
     def replace(self, name: str, payload: bytes, *, version: str | None) -> None:
         """Write a whole file in the place of a :meth:`version` of it, and of no other; None stands for no file.
 
-        S3 compares and writes in one step. Elsewhere another writer may come between the two.
+        S3 compares and writes in one step. Elsewhere another writer may come between the two, of which a warning tells.
 
         Raises
         ------
@@ -315,13 +314,10 @@ class Folder:
         try:
             if self.is_local:
                 self.write(name, payload)
-            elif "s3" in protocols(self.fs):
-                condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
-                self.fs.pipe_file(path, payload, chunksize=_MAX_PUT_NBYTES, **condition)
-            elif self.version(name) != version:
-                raise FileExistsError(path)
-            else:
-                _warn_plain(protocols(self.fs)[0])
+            elif not put_if(self.fs, path, payload, version):
+                if self.version(name) != version:
+                    raise FileExistsError(path)
+                warn_plain(self.fs, path)
                 self.write(name, payload)
         except OSError as e:
             if not is_refused(e):
@@ -362,16 +358,6 @@ def _remove_tree(path: str, last: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(path, last))
     os.rmdir(path)
-
-
-_MAX_PUT_NBYTES = 2**32
-"""S3 takes 5 GB in one request, and compares versions for that alone."""
-
-
-@lru_cache
-def _warn_plain(protocol: str) -> None:
-    """Once a process."""
-    logger.warning("%s cannot compare and write in one step: make sure that only one build works there", protocol)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 SECRET = "s3cr3t-" + "x" * 20
 ERROR = '<?xml version="1.0"?><Error><Code>{}</Code><Message>{}</Message></Error>'
 FAULTS = {
+    "501": ("501 Not Implemented", ERROR.format("NotImplemented", "A header you provided is not implemented.")),
     "500": ("500 Internal Server Error", ERROR.format("InternalError", "We encountered an internal error.")),
     "503": ("503 Slow Down", ERROR.format("SlowDown", "Please reduce your request rate.")),
 }
@@ -59,6 +60,7 @@ class S3Server:
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._lock = threading.Lock()
         self._fault = lambda _: None
+        self._conditions = "kept"
         self.requests = []
         self.n_faults = 0
         self._delay_s, self._n_enough = 0.0, 1
@@ -92,6 +94,10 @@ class S3Server:
         with self._lock:
             self.requests.append(request)
             fault = self._fault(request)
+            if request.method == "PUT" and self._conditions != "kept":
+                given = [environ.pop(name, None) for name in ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH")]
+                if self._conditions == "refused" and any(given):
+                    fault = "501"
             self.n_faults += fault is not None
         if fault is None:
             return self._answer(environ, start_response)
@@ -132,6 +138,15 @@ class S3Server:
         finally:
             self._delay_s = 0.0
             self._are_enough.set()
+
+    @contextlib.contextmanager
+    def conditions(self, how):
+        """Let writes on a condition be "refused", or the condition "ignored"."""
+        self._conditions = how
+        try:
+            yield
+        finally:
+            self._conditions = "kept"
 
     @contextlib.contextmanager
     def failing(self, fault):

@@ -52,8 +52,8 @@ def test_few_requests_and_no_listing_of_the_bucket(bucket, atlas, server):
     # how far the build is, is written every ten seconds
     found = counts(r for r in requests if "/running-" not in r.key)
     # every file once; of each block a spill file and a receipt, of each dataset a receipt and whose it is at first;
-    # whose the scratch folder is, job, claim, root, its inputs and log
-    assert found["PUT"] == n_files + 2 * n_blocks + 2 * n_datasets + 6
+    # whose the scratch folder is, job, claim and whether its store minds conditions, root, its inputs and log
+    assert found["PUT"] == n_files + 2 * n_blocks + 2 * n_datasets + 7
     # by hand: what a task asks for, times the tasks; nothing depends on the number of files
     assert found["GET"] <= 4 * n_inputs + 3 * n_blocks + 8 * n_blocks * n_datasets + 3 * n_datasets + 4
     assert found["LIST"] <= 6 + 2 * n_inputs + 2 * n_blocks + 4 * n_datasets + 4
