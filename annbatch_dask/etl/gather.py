@@ -199,7 +199,7 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
         ]
         for w in writers:
             open_shards.enter_context(w)
-        parts = open_shards.enter_context(contextlib.closing(one_ahead(_parts(job, task, spilled))))
+        parts = open_shards.enter_context(contextlib.closing(one_ahead(_summed(_parts(job, task, spilled), stats))))
         for fixed, ragged in during("wait", parts):
             if not folder.is_local:  # where nothing else tells a worker that its build is over
                 check_scratch(job.scratch)
@@ -210,8 +210,6 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
                 for w in writers:
                     n_bytes += w.append(fixed, ragged)
             obs.append(fixed, ragged)
-            if stats is not None:
-                stats.append(fixed, ragged)
             del fixed, ragged  # before obs is written
     if total != spilled.fingerprint:
         msg = (
@@ -237,6 +235,16 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
         n_bytes=n_bytes,
         folder=folder.url.rsplit("/", 1)[1],
     )
+
+
+def _summed(
+    parts: Iterator[tuple[FixedArrays, RaggedArrays]], stats: DatasetSums | None
+) -> Iterator[tuple[FixedArrays, RaggedArrays]]:
+    """Add each part up where it was read, in the thread that is ahead: it waits for the one that hashes and encodes."""
+    for fixed, ragged in parts:
+        if stats is not None:
+            stats.append(fixed, ragged)
+        yield fixed, ragged
 
 
 def _parts(job: Job, task: GatherTask, spilled: Spilled) -> Iterator[tuple[FixedArrays, RaggedArrays]]:
