@@ -57,6 +57,25 @@ def _count_longer(_typing: Any, values: Any, first: Any, limit: Any) -> Any:
     return numba.uint64(values, first, limit), generate
 
 
+def _longer_bits(_typing: Any, values: Any, first: Any, limit: Any) -> Any:
+    """A bit for each of 64 values, from ``first`` on and the lowest first: whether it is greater than ``limit``."""
+    lane = ir.IntType(values.dtype.bitwidth)
+    vector = ir.VectorType(lane, _COUNT_NBITS // lane.width)
+    mask, number = ir.IntType(vector.count), ir.IntType(64)
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        bits, most = number(0), spread(builder, args[2], vector)
+        for k in range(0, number.width, vector.count):
+            at = builder.add(args[1], number(k))
+            found = builder.load(pointer_to(builder, context, values, args[0], at, vector), align=lane.width // 8)
+            some = builder.bitcast(builder.icmp_unsigned(">", found, most), mask)
+            some = some if mask.width == number.width else builder.zext(some, number)
+            bits = builder.or_(bits, builder.shl(some, number(k)))
+        return bits
+
+    return numba.uint64(values, first, limit), generate
+
+
 def _any_of(_typing: Any, values: Any) -> Any:
     """The bits that any value of a block has."""
     lane = ir.IntType(values.dtype.bitwidth)
@@ -99,6 +118,7 @@ def _put_row(_typing: Any, values: Any, first: Any, left: Any, right: Any, mask:
 
 
 count_longer: Any = intrinsic(_count_longer)
+longer_bits: Any = intrinsic(_longer_bits)
 any_of: Any = intrinsic(_any_of)
 put_row: Any = intrinsic(_put_row)
 
@@ -153,12 +173,14 @@ def _pack_patches(values, width, high, raw, at, counts):  # type: ignore[no-unty
     ty = values.dtype.type
     highs, limit = at, ty(shift_left(ty(1), width) - ty(1))
     for quarter in range(4):
-        counts[quarter] = count_longer(values, U64(_QUARTER) * U64(quarter), limit)
-        if counts[quarter] == 0:
-            continue
-        for k in range(U64(_QUARTER)):
-            raw[highs] = np.uint8(k)
-            highs += U64(values[U64(_QUARTER) * U64(quarter) + k] > limit)
+        before = highs
+        for k in range(U64(0), U64(_QUARTER), U64(64)):
+            longer = longer_bits(values, U64(_QUARTER) * U64(quarter) + k, limit)
+            while longer:
+                raw[highs] = np.uint8(k + length_of(longer & (~longer + U64(1))) - U64(1))
+                highs += U64(1)
+                longer &= longer - U64(1)
+        counts[quarter] = highs - before
     waiting, n_waiting = U64(0), U64(0)
     end, k = highs, at
     for quarter in range(4):
@@ -167,10 +189,10 @@ def _pack_patches(values, width, high, raw, at, counts):  # type: ignore[no-unty
             k += U64(1)
             waiting |= U64(shift_right(value, width)) << n_waiting
             n_waiting += high
-            while n_waiting >= U64(8):
-                raw[end] = np.uint8(waiting & U64(255))
-                waiting, n_waiting = waiting >> U64(8), n_waiting - U64(8)
-                end += U64(1)
+            write_number(raw, end, 8, waiting)  # bytes that are not whole yet are written again
+            end += n_waiting >> U64(3)
+            waiting = U64(0) if n_waiting == U64(64) else waiting >> (n_waiting & ~U64(7))
+            n_waiting &= U64(7)
     if n_waiting > U64(0):
         raw[end] = np.uint8(waiting)
         end += U64(1)

@@ -57,9 +57,10 @@ def _pack_piece(values: NDArray, *, differences: bool) -> NDArray[np.uint8]:
     """A piece of integers, as it is stored: a multiple of 8 bytes."""
     raw = pack(values, differences=differences)
     end = _FRAME_NBYTES + len(raw)
-    out = np.zeros(end + -end % ALIGN, np.uint8)
+    out = np.empty(end + -end % ALIGN, np.uint8)
     out[:_FRAME_NBYTES].view(np.int64)[:] = len(values), len(raw)
     out[_FRAME_NBYTES:end] = raw
+    out[end:] = 0
     return out
 
 
