@@ -1,4 +1,4 @@
-"""The command line: ``annbatch-dask shuffle | plan | status | info | report | stats | verify | gc | stream | ...``."""
+"""The command line: ``annbatch-dask shuffle | plan | status | info | versions | report | verify | gc | stream ...``."""
 
 from __future__ import annotations
 
@@ -72,6 +72,14 @@ examples:
   annbatch-dask info atlas.zarr
   annbatch-dask info atlas.zarr --json
 """,
+    "versions": """\
+examples:
+  annbatch-dask versions atlas.zarr
+  annbatch-dask shuffle new.h5ad -o atlas.zarr --keep 2    what it was before stays, as a version
+  annbatch-dask verify atlas.zarr --of-version 1
+
+Commands that read a collection take --of-version. `annbatch-dask gc --keep-last N` removes versions.
+""",
     "report": """\
 example:
   annbatch-dask report atlas.zarr -o report.html
@@ -105,6 +113,7 @@ Compares sizes, checksums and row fingerprints with what the build recorded, and
     "gc": """\
 example:
   annbatch-dask gc atlas.zarr --dry-run
+  annbatch-dask gc atlas.zarr --keep-last 1        removes all versions but the current one
 
 A build that was interrupted cannot be resumed afterwards. Scratch folders that builds were given are found.
 """,
@@ -202,15 +211,26 @@ def _info(args: argparse.Namespace) -> None:
     if args.json:
         from annbatch_dask.documents import info_document
 
-        _say_json("info", info_document(_open(args.collection), _bytes_on_disk(args.collection)))
+        _say_json("info", info_document(_open(args), _bytes_on_disk(args.collection)))
         return
-    for name, value in _facts(_open(args.collection)):
+    for name, value in _facts(_open(args)):
         _say(f"{name + ':':<13} {_visible(str(value))}")
+
+
+def _versions(args: argparse.Namespace) -> None:
+    found = _open(args).versions
+    if args.json:
+        _say_json("versions", {"collection": args.collection, "versions": [v.to_json() for v in found]})
+        return
+    for version in found:
+        _say(str(version))
+    if not found:
+        _say(f"{args.collection}: no versions are recorded (not written by annbatch-dask)")
 
 
 def _verify(args: argparse.Namespace) -> None:
     with _client(args) as client:
-        found = _open(args.collection).verify(args.against, client=client)
+        found = _open(args).verify(args.against, client=client)
     if args.json:
         from annbatch_dask.documents import verify_document
 
@@ -228,7 +248,7 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _repack(args: argparse.Namespace) -> None:
-    new = _open(args.collection).repack(args.output, args.layout)
+    new = _open(args).repack(args.output, args.layout)
     manifest = new.manifest
     assert manifest is not None  # it was just written
     size = format_bytes(sum(d.n_bytes for d in manifest.datasets))
@@ -236,13 +256,13 @@ def _repack(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    report = _open(args.collection).report()
+    report = _open(args).report()
     report.save(args.output)
     _say(f"{args.output}: {report.n_obs:,} cells, {format_bytes(report.n_bytes_stored)}")
 
 
 def _stats(args: argparse.Namespace) -> None:
-    collection = _open(args.collection)
+    collection = _open(args)
     if args.highly_variable is None:
         collection.gene_stats(args.by).to_csv(args.output)
         what = plural(collection.n_vars, "gene") + ("" if args.by is None else f" by {args.by}")
@@ -257,7 +277,7 @@ def _gc(args: argparse.Namespace) -> None:
     from annbatch_dask import DatasetCollection
 
     removed = DatasetCollection(args.collection).gc(
-        dry_run=args.dry_run, abandoned=args.abandoned, scratch=args.scratch
+        keep_last=args.keep_last, dry_run=args.dry_run, abandoned=args.abandoned, scratch=args.scratch
     )
     _say(f"{args.collection}: {'would remove' if args.dry_run else 'removed'} {', '.join(removed) or 'nothing'}")
 
@@ -265,7 +285,7 @@ def _gc(args: argparse.Namespace) -> None:
 def _stream(args: argparse.Namespace) -> None:
     from annbatch_dask.mixing import measure_mixing
 
-    collection = _open(args.collection)
+    collection = _open(args)
     column, codes = _classes(collection, args.by)
     loader = _loader(args).use_collection(collection)
     for epoch in range(args.epochs):
@@ -279,7 +299,7 @@ def _stream(args: argparse.Namespace) -> None:
 def _mixing(args: argparse.Namespace) -> None:
     from annbatch_dask.mixing import measure_mixing, plot_mixing, sampled_batches
 
-    column, codes = _classes(_open(args.collection), args.by)
+    column, codes = _classes(_open(args), args.by)
     mixing = measure_mixing(sampled_batches(_loader(args).batch_sampler, codes))
     line = _mixing_line(column, mixing)
     _say(f"{args.collection}: {line}: {mixing.mean_entropy:.3f} of {mixing.ideal_entropy:.3f} bits")
@@ -358,6 +378,7 @@ def _facts(collection: DatasetCollection) -> Iterator[tuple[str, object]]:
     if manifest is None:
         yield "shuffle", "not recorded (not written by annbatch-dask)"
         return
+    yield "version", manifest.version
     for build in manifest.builds:
         order = "{name}, version {version}".format(**build.permutation)
         layout = "" if build.layout == "open" else f", layout {build.layout}"
@@ -378,12 +399,12 @@ def _bytes_on_disk(path: str) -> int:
     return sum(Folder(path).sizes().values())
 
 
-def _open(path: str) -> DatasetCollection:
+def _open(args: argparse.Namespace) -> DatasetCollection:
     from annbatch_dask import DatasetCollection
 
-    collection = DatasetCollection(path, mode="r")
+    collection = DatasetCollection(args.collection, mode="r", version=getattr(args, "of_version", None))
     if collection.is_empty:
-        msg = f"{path} is not a collection, or an empty one; write one with `annbatch-dask shuffle`"
+        msg = f"{args.collection} is not a collection, or an empty one; write one with `annbatch-dask shuffle`"
         raise AnnbatchDaskError(msg)
     return collection
 
@@ -439,6 +460,7 @@ def _layout(args: argparse.Namespace) -> dict[str, Any]:
         "duplicates": args.duplicates,
         "stats": args.stats,
         "stats_by": args.stats_by,
+        "keep": args.keep,
         "memory_limit": args.memory_limit,
     }
 
@@ -489,6 +511,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_status(commands)
     _add_info(commands)
+    _add_versions(commands)
     _add_report(commands)
     _add_stats(commands)
     _add_verify(commands)
@@ -565,12 +588,20 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 def _add_info(commands: Any) -> None:
     parser = _add_command(commands, "info", _info, "print the content of a collection")
     _add_collection(parser)
+    _add_of_version(parser)
+    _add_json(parser)
+
+
+def _add_versions(commands: Any) -> None:
+    parser = _add_command(commands, "versions", _versions, "list a collection's versions, and which are kept")
+    _add_collection(parser)
     _add_json(parser)
 
 
 def _add_report(commands: Any) -> None:
     parser = _add_command(commands, "report", _report, "write a page on a collection's content and builds")
     _add_collection(parser)
+    _add_of_version(parser)
     parser.add_argument(
         "-o", "--output", default="report.html", metavar="FILE", help="the page to write (default: report.html)"
     )
@@ -579,6 +610,7 @@ def _add_report(commands: Any) -> None:
 def _add_stats(commands: Any) -> None:
     parser = _add_command(commands, "stats", _stats, "write statistics of genes, or a list of those that vary most")
     _add_collection(parser)
+    _add_of_version(parser)
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the table (CSV) or list to write")
     parser.add_argument("--by", metavar="COLUMN", help="by the categories of this column of obs")
     parser.add_argument(
@@ -596,6 +628,7 @@ def _add_stats(commands: Any) -> None:
 def _add_verify(commands: Any) -> None:
     parser = _add_command(commands, "verify", _verify, "read a whole collection and compare it with its records")
     _add_collection(parser)
+    _add_of_version(parser)
     parser.add_argument("--against", nargs="+", metavar="FILES", help="the files it was made of")
     _add_json(parser)
     parser.add_argument("--scheduler", metavar="ADDRESS", help="run on this Dask cluster, e.g. tcp://head-node:8786")
@@ -605,6 +638,7 @@ def _add_verify(commands: Any) -> None:
 def _add_repack(commands: Any) -> None:
     parser = _add_command(commands, "repack", _repack, "convert a collection to the other layout, in the same order")
     _add_collection(parser)
+    _add_of_version(parser)
     parser.add_argument("-o", "--output", required=True, metavar="NEW.zarr", help="the collection to write")
     parser.add_argument("--layout", choices=("open", "packed"), required=True, help="layout of the new collection")
 
@@ -612,6 +646,12 @@ def _add_repack(commands: Any) -> None:
 def _add_gc(commands: Any) -> None:
     parser = _add_command(commands, "gc", _gc, "remove what interrupted builds left behind")
     _add_collection(parser)
+    parser.add_argument(
+        "--keep-last",
+        type=_positive,
+        metavar="N",
+        help="remove versions too, but for the last N with the current one (default: as the builds were told to keep)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="list what would be removed, and remove nothing")
     parser.add_argument("--scratch", metavar="DIR", help="search this scratch folder too")
     parser.add_argument(
@@ -639,8 +679,15 @@ def _add_collection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("collection", metavar="OUT.zarr", help="path or URL of a collection")
 
 
+def _add_of_version(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--of-version", type=_positive, metavar="N", help="read this version, if it is kept (default: the current one)"
+    )
+
+
 def _add_order_options(parser: argparse.ArgumentParser) -> None:
     _add_collection(parser)
+    _add_of_version(parser)
     parser.add_argument(
         "--batch-size", type=_positive, default=4096, metavar="N", help="cells per batch (default: 4096)"
     )
@@ -782,6 +829,12 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
         help="store means and variances of genes (default for an output that holds cells: as it has them)",
     )
     parser.add_argument("--stats-by", metavar="COLUMN", help="the same, by the categories of this column of obs too")
+    parser.add_argument(
+        "--keep",
+        type=_positive,
+        metavar="N",
+        help="versions of the output that stay, with the new one (default: as many as before, or 1)",
+    )
     parser.add_argument("--memory-limit", type=_bytes, metavar="SIZE", help="memory of one worker process, e.g. 4GB")
 
 

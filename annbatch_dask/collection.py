@@ -18,10 +18,10 @@ from annbatch_dask.engines.choose import choose_engine
 from annbatch_dask.etl.genes import OnDuplicateGene, VarKey
 from annbatch_dask.etl.h5ad import written_from
 from annbatch_dask.etl.open import open_root
-from annbatch_dask.etl.ours import default_scratch
 from annbatch_dask.etl.prepare import Prepared, prepare, warn_of_duplicates
 from annbatch_dask.etl.repack import repack
 from annbatch_dask.etl.request import DuplicateCells, GeneOrder, MatrixLayout, Mode, OnDuplicate, Request, make_request
+from annbatch_dask.etl.scratches import default_scratch
 from annbatch_dask.etl.start import Means, plan_and_run, run_prepared
 from annbatch_dask.events import Callback, Callbacks
 from annbatch_dask.maintained import MaintainedCollection
@@ -60,11 +60,16 @@ class DatasetCollection(MaintainedCollection):
         True for a folder of ``dataset_<i>.h5ad``. Builds write such files. Only their obs can be read here.
     storage_options
         Options of fsspec for a URL, such as credentials and endpoint. They are not stored.
+    version
+        Open the collection as it was at this commit, to read it; :attr:`versions` lists those that are kept. None is
+        the collection of now.
 
     Raises
     ------
     CollectionError
         If the path holds something other than a collection.
+    VersionNotFoundError
+        If there is no such version, or it is not kept; with those that are.
 
     Examples
     --------
@@ -80,8 +85,10 @@ class DatasetCollection(MaintainedCollection):
         mode: str = "a",
         is_collection_h5ad: bool = False,
         storage_options: Mapping[str, Any] | None = None,
+        version: int | None = None,
     ) -> None:
-        super().__init__(open_root(group, mode, storage_options, is_collection_h5ad=is_collection_h5ad))
+        root = open_root(group, mode, storage_options, is_collection_h5ad=is_collection_h5ad, version=version)
+        super().__init__(root)
 
     def plan_adatas(  # noqa: PLR0913 - annbatch's arguments
         self,
@@ -112,6 +119,7 @@ class DatasetCollection(MaintainedCollection):
         duplicates: DuplicateCells = "keep",
         stats: bool | None = None,
         stats_by: str | None = None,
+        keep: int | None = None,
         n_obs_per_chunk: int = 64,
         shard_size: int | str = "1GiB",
         zarr_compressor: Any = _DEFAULT_COMPRESSOR,
@@ -168,6 +176,7 @@ class DatasetCollection(MaintainedCollection):
         duplicates: DuplicateCells = "keep",
         stats: bool | None = None,
         stats_by: str | None = None,
+        keep: int | None = None,
         n_obs_per_chunk: int = 64,
         shard_size: int | str = "1GiB",
         zarr_compressor: Any = _DEFAULT_COMPRESSOR,
@@ -280,6 +289,10 @@ class DatasetCollection(MaintainedCollection):
         stats, stats_by
             Sum up each gene's counts and log-normalised counts on the way, for :meth:`gene_stats` and others; by a
             categorical column of obs too, such as ``"donor"``. None keeps the collection's, or makes none.
+        keep
+            How many versions stay, the new one with them: 2 keeps what the collection was before this call, with the
+            datasets that it alone has. 1 keeps none but what open readers hold. None keeps as many as the last build
+            was told to, or 1. See :attr:`versions`.
         n_obs_per_chunk
             Cells per zarr chunk. A chunk of a sparse matrix has as many entries as that many cells have on average.
         shard_size
@@ -339,6 +352,10 @@ class DatasetCollection(MaintainedCollection):
 
     def _request(self, given: Mapping[str, Any]) -> Request:
         """Make a request from the arguments of a method."""
+        self._root.check_unpinned("add cells")
+        if self._is_h5ad and given["keep"] not in (None, 1):
+            msg = f"keep={given['keep']!r} keeps versions, and a folder of h5ad files has none; build zarr"
+            raise ValueError(msg)
         if not self._is_h5ad and given["h5ad_compressor"] != "gzip":
             warn("h5ad_compressor of annbatch's add_adatas has no effect on zarr; leave it out")
         self._root.folder  # noqa: B018 - raises for stores that workers cannot open

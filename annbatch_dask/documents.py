@@ -54,6 +54,7 @@ def info_document(collection: StoredCollection, n_bytes: int) -> dict[str, Any]:
     groups, manifest = list(collection), collection.manifest
     return {
         "collection": collection.path,
+        "version": collection.version,
         "n_obs": collection.n_obs,
         "n_vars": collection.n_vars,
         "n_datasets": len(groups),

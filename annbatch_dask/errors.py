@@ -31,6 +31,7 @@ __all__ = [
     "SourceNotFoundError",
     "StateError",
     "StorageError",
+    "VersionNotFoundError",
     "WorkersDiedError",
 ]
 
@@ -69,6 +70,10 @@ class CollectionError(AnnbatchDaskError, ValueError):
 
 class CollectionBusyError(CollectionError, BlockingIOError):
     """Another build works on the collection."""
+
+
+class VersionNotFoundError(CollectionError, LookupError):
+    """A collection has no version of this number, or does not keep it."""
 
 
 class IntegrityError(AnnbatchDaskError, RuntimeError):

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from annbatch_dask.engines.choose import choose_engine
 from annbatch_dask.errors import CollectionError
-from annbatch_dask.etl.ours import Scratch, default_scratch
+from annbatch_dask.etl.scratches import Scratch, default_scratch
 from annbatch_dask.etl.sweep import sweep
 from annbatch_dask.etl.verify import Verification, verify
 from annbatch_dask.events import Callback, Callbacks
 from annbatch_dask.progress import default_callbacks
+from annbatch_dask.sizes import check_positive
 from annbatch_dask.sources.references import references
 from annbatch_dask.storage.folder import StorageOptions, absolute, folder_at
 from annbatch_dask.storage.lock import exclusive
@@ -73,11 +74,13 @@ class MaintainedCollection(StoredCollection):
             raise CollectionError(msg)
         refs = () if against is None else references(against, load_adata, storage_options)
         callback = Callbacks([*default_callbacks(progress=progress), *(callbacks or ())])
-        return verify(self._root.target, manifest, refs, engine=choose_engine(client, None).scanner, callback=callback)
+        root, scanner = self._root, choose_engine(client, None).scanner
+        return verify(root.target, manifest, refs, engine=scanner, callback=callback, document=root.document)
 
     def gc(
         self,
         *,
+        keep_last: int | None = None,
         dry_run: bool = False,
         abandoned: bool = False,
         scratch: str | os.PathLike[str] | None = None,
@@ -90,6 +93,9 @@ class MaintainedCollection(StoredCollection):
 
         Parameters
         ----------
+        keep_last
+            Remove versions too, and the datasets that only they have: all but this many of the last ones, the current
+            one with them. None removes none that ``add_adatas(keep=...)`` keeps. What a reader holds stays.
         dry_run
             List what would be removed, and remove nothing.
         abandoned
@@ -110,10 +116,12 @@ class MaintainedCollection(StoredCollection):
         CollectionError
             If something else is in the folder, which is named; nothing is removed.
         """
+        self._root.check_unpinned("clean up")
+        check_positive("keep_last", keep_last)
         roots = [default_scratch(self._root.target)]
         if scratch is not None:
             roots.append(absolute(folder_at(scratch, scratch_options)))
         with exclusive(self._root.target):
             self._root.refresh()
             known = Scratch(self._root.target, options=StorageOptions(scratch_options or {}))
-            return sweep(self._root.target, known, *roots, dry_run=dry_run, abandoned=abandoned)
+            return sweep(self._root.target, known, *roots, keep_last=keep_last, dry_run=dry_run, abandoned=abandoned)

@@ -12,7 +12,7 @@ from typing import Any
 import google_crc32c
 
 from annbatch_dask.errors import CollectionError
-from annbatch_dask.records import NamingRecord
+from annbatch_dask.records import DuplicatesRecord, NamingRecord
 
 __all__ = [
     "ALL_WRITTEN",
@@ -115,31 +115,6 @@ class SourceRecord:
         """Rows before duplicates were dropped, and their fingerprint."""
         total = int(self.fingerprint, 16) + int(self.duplicates or "0", 16)
         return self.n_obs + self.dropped.get(DUPLICATES, 0), f"{total % 2**64:016x}"
-
-
-@dataclass(frozen=True)
-class DuplicatesRecord:
-    """What a build found that looked for cells whose X is equal to an earlier cell's.
-
-    Attributes
-    ----------
-    mode
-        What it was asked to do with them: ``"report"``, ``"drop"`` or ``"error"``.
-    n_obs
-        How many there were.
-    pairs
-        ``(file, file of the first of its equals, cells)``; the 64 most frequent pairs, and
-        all others together as "" and "".
-    """
-
-    mode: str
-    n_obs: int
-    pairs: tuple[tuple[str, str, int], ...] = field(default=(), repr=False)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> DuplicatesRecord:
-        """Read from JSON values, whose lists become tuples."""
-        return cls(values["mode"], values["n_obs"], tuple((a, b, n) for a, b, n in values["pairs"]))
 
 
 @dataclass(frozen=True)
@@ -326,6 +301,10 @@ class Manifest:
     id
         16 hex digits that the build which created the collection gave it, and every later build keeps; "" where not
         recorded.
+    earlier
+        Versions that other collections had in this folder, which this one replaced.
+    keep, kept
+        How many versions the last build was told to keep, with its own, and the numbers of the earlier ones among them.
     """
 
     n_obs: int
@@ -338,7 +317,15 @@ class Manifest:
     metadata: str = ""
     id: str = ""
     inherited: tuple[str, ...] = ()
+    earlier: int = 0
+    keep: int = 1
+    kept: tuple[int, ...] = ()
     format_version: int = FORMAT_VERSION
+
+    @property
+    def version(self) -> int:
+        """Number of this version: 1 for the first commit in the folder, and one more for each later one."""
+        return self.earlier + len(self.builds)
 
     @property
     def identity(self) -> str:
@@ -387,7 +374,10 @@ class Manifest:
             "sources": [s.to_json() for s in self.sources],
             "inherited": list(self.inherited),
             "builds": [b.to_json() for b in self.builds],
+            "kept": list(self.kept),
         }
+        plain: dict[str, Any] = {"earlier": 0, "keep": 1, "kept": []}  # what earlier releases do not know
+        values = {k: v for k, v in values.items() if k not in plain or v != plain[k]}
         return values | {"crc32c": _checksum(values)}
 
     @classmethod
@@ -423,6 +413,7 @@ class Manifest:
                     **records,
                     "format_version": FORMAT_VERSION,
                     "inherited": tuple(values.get("inherited", ())),
+                    "kept": tuple(values.get("kept", ())),
                 }
             )
         except (KeyError, TypeError, ValueError) as e:

@@ -8,7 +8,32 @@ from typing import Any
 
 from annbatch_dask.formatting import plural
 
-__all__ = ["NamingRecord"]
+__all__ = ["DuplicatesRecord", "NamingRecord"]
+
+
+@dataclass(frozen=True)
+class DuplicatesRecord:
+    """What a build found that looked for cells whose X is equal to an earlier cell's.
+
+    Attributes
+    ----------
+    mode
+        What it was asked to do with them: ``"report"``, ``"drop"`` or ``"error"``.
+    n_obs
+        How many there were.
+    pairs
+        ``(file, file of the first of its equals, cells)``; the 64 most frequent pairs, and
+        all others together as "" and "".
+    """
+
+    mode: str
+    n_obs: int
+    pairs: tuple[tuple[str, str, int], ...] = field(default=(), repr=False)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> DuplicatesRecord:
+        """Read from JSON values, whose lists become tuples."""
+        return cls(values["mode"], values["n_obs"], tuple((a, b, n) for a, b, n in values["pairs"]))
 
 
 @dataclass(frozen=True)

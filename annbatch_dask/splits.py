@@ -33,8 +33,8 @@ class Splits(Mapping[str, NDArray[np.bool_]]):
         (n_obs,) uint8, the part of each row.
     by, stratify, seed
         How it was made.
-    collection
-        Digest of the collection it belongs to.
+    collection, version
+        Digest of the collection it belongs to, and the number of its version; None where that is not recorded.
 
     Examples
     --------
@@ -49,6 +49,7 @@ class Splits(Mapping[str, NDArray[np.bool_]]):
     stratify: tuple[str, ...]
     seed: int
     collection: str
+    version: int | None = None
 
     def __getitem__(self, name: str) -> NDArray[np.bool_]:
         """(n_obs,) mask of one part."""
@@ -81,26 +82,35 @@ class Splits(Mapping[str, NDArray[np.bool_]]):
             "stratify": self.stratify,
             "seed": self.seed,
             "collection": self.collection,
+            "collection_version": self.version,
         }
         buffer = io.BytesIO()
         np.savez_compressed(buffer, codes=self.codes, about=np.array(json.dumps(about)))
         Path(path).write_bytes(buffer.getvalue())
 
     @classmethod
-    def read(cls, path: str | Path, collection: str, n_obs: int) -> Splits:
-        """Read what :meth:`save` wrote; SelectionError where it is of another collection or release."""
+    def read(cls, path: str | Path, collection: str, n_obs: int, version: int | None = None) -> Splits:
+        """Read what :meth:`save` wrote; SelectionError where it is of another collection, version or release."""
         with np.load(path, allow_pickle=False) as stored:
             about, codes = json.loads(str(stored["about"])), stored["codes"]
         if about.pop("version") != _VERSION:
             msg = f"{path} was written by another release; make the split anew with its seed, {about['seed']}"
             raise SelectionError(msg)
         if about["collection"] != collection or len(codes) != n_obs:
+            was = about.get("collection_version")
             msg = (
-                f"{path} splits {len(codes)} rows of collection {about['collection']}, this one has {n_obs} rows and "
-                f"is {collection}: it was changed or is another; make the split anew"
+                f"{path} splits {len(codes)} rows of {_named(about['collection'], was)}, this one has {n_obs} rows and "
+                f"is {_named(collection, version)}: it was changed or is another; make the split anew"
             )
+            if None not in (was, version) and was != version:
+                msg = f"{msg}, or open that version, if it is kept: DatasetCollection(path, version={was})"
             raise SelectionError(msg)
-        return cls(about["fractions"], codes, tuple(about["by"]), tuple(about["stratify"]), about["seed"], collection)
+        parts = tuple(about["by"]), tuple(about["stratify"])
+        return cls(about["fractions"], codes, *parts, about["seed"], collection, version)
+
+
+def _named(collection: str, version: int | None) -> str:
+    return f"collection {collection}" if version is None else f"collection {collection}, version {version}"
 
 
 def make_splits(  # noqa: PLR0913
@@ -111,6 +121,7 @@ def make_splits(  # noqa: PLR0913
     stratify: Sequence[str],
     seed: int,
     collection: str,
+    version: int | None = None,
 ) -> Splits:
     """Deal rows out; see :meth:`annbatch_dask.DatasetCollection.split`."""
     shares = _check_fractions(fractions)
@@ -121,7 +132,7 @@ def make_splits(  # noqa: PLR0913
     strata = _number(obs, stratify)
     rng = np.random.default_rng(seed)
     codes = _deal_groups(_number(obs, by), strata, shares, rng) if by else _deal_rows(strata, shares, rng)
-    return Splits(dict(fractions), codes, tuple(by), tuple(stratify), seed, collection)
+    return Splits(dict(fractions), codes, tuple(by), tuple(stratify), seed, collection, version)
 
 
 def _check_fractions(fractions: Mapping[str, float]) -> NDArray[np.float64]:

@@ -12,6 +12,7 @@ from annbatch_dask.errors import CollectionError
 from annbatch_dask.etl.prepare import dataset_refs
 from annbatch_dask.etl.status import CollectionStatus, status_of
 from annbatch_dask.etl.verify import check_readable
+from annbatch_dask.etl.versions import CollectionVersion, versions_of
 from annbatch_dask.html import render
 from annbatch_dask.manifest import Manifest
 from annbatch_dask.report import Report, make_report
@@ -20,7 +21,7 @@ from annbatch_dask.splits import Splits, make_splits
 from annbatch_dask.statistics.methods import WithStatistics
 from annbatch_dask.storage.frames import concat_obs, read_obs
 from annbatch_dask.storage.lock import Lease
-from annbatch_dask.storage.metadata import is_metadata
+from annbatch_dask.storage.metadata import METADATA, is_metadata
 from annbatch_dask.storage.root import H5adRoot, Root, open_group
 
 if TYPE_CHECKING:
@@ -47,7 +48,9 @@ class StoredCollection(WithStatistics):
         """Show path and size."""
         if self._is_h5ad or self.is_empty:
             return f"DatasetCollection({self.path!r}, empty)" if self.is_empty else f"DatasetCollection({self.path!r})"
-        return f"DatasetCollection({self.path!r}, {len(self)} datasets, {self.n_obs:,} cells x {self.n_vars:,} genes)"
+        version = "" if self._root.pinned is None else f"version {self._root.pinned}, "
+        shape = f"{self.n_obs:,} cells x {self.n_vars:,} genes"
+        return f"DatasetCollection({self.path!r}, {version}{len(self)} datasets, {shape})"
 
     def _repr_html_(self) -> str:
         """Show path, size and sources in a notebook."""
@@ -90,6 +93,29 @@ class StoredCollection(WithStatistics):
     def manifest(self) -> Manifest | None:
         """Manifest of the collection; None if it is empty or was written by annbatch."""
         return self._root.manifest
+
+    @property
+    def version(self) -> int | None:
+        """Number of the version that was opened; None if the collection is empty or was written by annbatch."""
+        return None if (manifest := self.manifest) is None else manifest.version
+
+    @property
+    def versions(self) -> list[CollectionVersion]:
+        """The versions up to the one that is there now, in their order, and which of them are kept.
+
+        Each commit makes one, and ``add_adatas(keep=...)`` says how many stay. Open one by its number, to read it:
+        ``DatasetCollection(path, version=2)``.
+
+        Examples
+        --------
+        >>> [version.n_obs for version in collection.versions if version.is_kept]
+        [500]
+        """
+        if self._is_h5ad or not self._root.has_folder:
+            return [] if (manifest := self.manifest) is None else versions_of(None, manifest)
+        folder = self._root.folder
+        now = Root(open_group(folder, "r"), folder).manifest  # which others may have changed since
+        return [] if now is None else versions_of(folder, now)
 
     @property
     def n_obs(self) -> int:
@@ -270,12 +296,14 @@ class StoredCollection(WithStatistics):
         """
         groups, strata = ([c] if isinstance(c, str) else list(c or ()) for c in (by, stratify))
         obs = self.obs([*groups, *strata], names=False) if groups or strata else pd.DataFrame(index=range(self.n_obs))
-        number = resolve_seed(seed)
-        return make_splits(obs, fractions, by=groups, stratify=strata, seed=number, collection=self._root.digest)
+        number, digest = resolve_seed(seed), self._root.digest
+        return make_splits(
+            obs, fractions, by=groups, stratify=strata, seed=number, collection=digest, version=self.version
+        )
 
     def read_split(self, path: str | os.PathLike[str]) -> Splits:
-        """Read a split that was saved; SelectionError if it is of another collection or of an earlier one."""
-        return Splits.read(os.fspath(path), self._root.digest, self.n_obs)
+        """Read a split that was saved; SelectionError if it is of another collection or version, with its number."""
+        return Splits.read(os.fspath(path), self._root.digest, self.n_obs, self.version)
 
     def check(self, obs_columns: Sequence[str] | None = None) -> dict[str, frozenset[str]]:
         """Refuse a collection that a loader would read wrong rows of.
@@ -304,7 +332,9 @@ class StoredCollection(WithStatistics):
         manifest = self.manifest
         if manifest is None or not self._root.has_folder:
             return {}
-        return check_readable(self._root.target, manifest, None if obs_columns is None else self._reads(obs_columns))
+        reads = None if obs_columns is None else self._reads(obs_columns)
+        document = METADATA if self._root.pinned is None else self._root.document
+        return check_readable(self._root.target, manifest, reads, document)
 
     def _reads(self, obs_columns: Sequence[str]) -> Callable[[str], bool]:
         """True if a loader of these columns reads a file whole, by its path within a dataset.

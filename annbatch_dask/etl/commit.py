@@ -38,6 +38,7 @@ from annbatch_dask.plan.plan import Plan
 from annbatch_dask.sources.identity import where_of
 from annbatch_dask.storage.checksums import FileSums
 from annbatch_dask.storage.folder import Folder, sync_path
+from annbatch_dask.storage.history import save_version
 from annbatch_dask.storage.lock import check_unchanged, keep_generation
 from annbatch_dask.storage.metadata import (
     METADATA,
@@ -88,6 +89,8 @@ def commit(job: Job, manifest: Manifest, written: Mapping[str, str]) -> None:
     check_unchanged(job.target, job.base_version)
     _put_in_place(job, written)
     keep_gene_map(job.target, job.plan.options.naming)
+    if job.version - 1 in job.kept:
+        save_version(job.target, job.version - 1, job.base_version)
     write_root(job.target, manifest, _inputs(job), dict(job.attributes), version=job.base_version)
 
 
@@ -214,6 +217,9 @@ def make_manifest(
             last,
             id=job.collection_id,
             inherited=job.inherited,
+            earlier=job.version - 1,
+            keep=job.keep,
+            kept=job.kept,
         )
     kept = base.datasets if extension is not None and extension.n_kept else ()
     if kept:
@@ -228,6 +234,9 @@ def make_manifest(
         last_dataset=last,
         id=job.collection_id,
         inherited=job.inherited,
+        earlier=base.earlier,
+        keep=job.keep,
+        kept=job.kept,
     )
 
 

@@ -88,9 +88,11 @@ class Job:
     claim
         What the build says of itself in the collection's folder.
     replaced
-        Names of the datasets that the root document names before the commit.
+        Names of the datasets that can be opened before the commit.
     inherited
         See :class:`annbatch_dask.manifest.Manifest`.
+    version, keep, kept
+        Number of the version that the build makes; how many it keeps, and the numbers of the earlier ones.
     attributes
         Attributes of the root document that others wrote; they are kept.
     measured
@@ -109,6 +111,9 @@ class Job:
     claim: Claim | None = None
     replaced: tuple[str, ...] = ()
     inherited: tuple[str, ...] = ()
+    version: int = 1
+    keep: int = 1
+    kept: tuple[int, ...] = ()
     attributes: Mapping[str, Any] = field(default_factory=dict)
     measured: Folder | None = None
 

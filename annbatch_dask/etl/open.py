@@ -11,6 +11,7 @@ import zarr
 from annbatch_dask.errors import CollectionError
 from annbatch_dask.etl.ours import check_new
 from annbatch_dask.storage.folder import Folder, folder_at
+from annbatch_dask.storage.history import open_version
 from annbatch_dask.storage.root import H5adRoot, Root, open_group
 from annbatch_dask.warn import warn
 
@@ -23,19 +24,24 @@ def open_root(
     storage_options: Mapping[str, Any] | None,
     *,
     is_collection_h5ad: bool,
+    version: int | None = None,
 ) -> Root:
     """The collection at a path or URL, or in a zarr group, by the arguments of the class.
 
     Raises
     ------
     CollectionError
-        If something else than a collection is there, or nothing where ``mode`` needs one.
+        If something else than a collection is there, or nothing where ``mode`` needs one, or no such version.
     """
+    if version is not None and (is_collection_h5ad or mode not in ("r", "a")):
+        what = "a folder of h5ad files has none" if is_collection_h5ad else f"mode={mode!r} is for what is there now"
+        msg = f"version={version!r} is read only, and {what}; leave one of them out"
+        raise ValueError(msg)
     if isinstance(place, zarr.Group):
         if is_collection_h5ad:
             msg = "Do not set `is_collection_h5ad` to True with a zarr group: give the folder's path"
             raise ValueError(msg)
-        return Root(place)
+        return Root(place) if version is None else _open_version(Root(place).folder, version)
     if not isinstance(place, str | os.PathLike):
         msg = f"a collection is a path or a zarr.Group, not {type(place).__name__}"
         raise TypeError(msg)
@@ -45,7 +51,11 @@ def open_root(
         return H5adRoot(folder, replaces=mode == "w")
     if not folder.url.rstrip("/").endswith(".zarr"):
         warn("It is customary that collections have the `.zarr` suffix")
-    return _open(folder, mode)
+    return _open(folder, mode) if version is None else _open_version(folder, version)
+
+
+def _open_version(folder: Folder, version: int) -> Root:
+    return Root(open_version(folder, version), folder, pinned=version)
 
 
 def _open(folder: Folder, mode: str) -> Root:

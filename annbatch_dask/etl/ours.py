@@ -15,37 +15,31 @@ import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from annbatch_dask.errors import CollectionBusyError, CollectionError
 from annbatch_dask.etl.edits import is_of_system, recorded_datasets, refuse_edited
-from annbatch_dask.etl.job import owner_of
+from annbatch_dask.etl.roots import KeptVersions, RootDocument, attributes_of, kept_versions
 from annbatch_dask.formatting import plural
-from annbatch_dask.manifest import (
-    ANNBATCH_ENCODING,
-    DATASET_NAME,
-    DATASET_PREFIX,
-    MANIFEST_KEY,
-    dataset_names,
-)
-from annbatch_dask.storage.claims import CLAIM_NAME, Claim, Work, find_claims
-from annbatch_dask.storage.folder import UNFINISHED, Folder, StorageOptions, absolute
-from annbatch_dask.storage.lock import GENERATION_NAME, is_held
+from annbatch_dask.manifest import DATASET_NAME, DATASET_PREFIX, MANIFEST_KEY
+from annbatch_dask.storage.claims import CLAIM_NAME, Claim, find_claims
+from annbatch_dask.storage.folder import UNFINISHED, Folder, absolute, sync_path
+from annbatch_dask.storage.history import VERSIONS
+from annbatch_dask.storage.lock import GENERATION_NAME, is_held, unlink_unheld
 from annbatch_dask.storage.metadata import FILES, METADATA, group_document, is_metadata
 from annbatch_dask.storage.scratch import OWNER
 
 __all__ = [
     "ATTEMPT_NAME",
     "FolderContents",
-    "Scratch",
     "added_files",
     "check_new",
     "contents_of",
     "dataset_attributes",
-    "default_scratch",
     "first_document",
+    "is_blank",
     "is_dataset_of",
     "remove_dataset",
 ]
@@ -54,8 +48,6 @@ logger = logging.getLogger(__name__)
 
 ATTEMPT_NAME = re.compile(rf"\.attempt-[0-9a-f]{{8}}-({DATASET_PREFIX}_\d+)")
 """Folder of a dataset on a local disk until the build's commit, which gives it its name."""
-"""What NFS makes of a file that was removed and is open."""
-_SCRATCH = ".scratch"
 _N_THREADS = 16
 
 
@@ -69,62 +61,12 @@ def first_document(attributes: dict[str, Any]) -> bytes:
     return group_document(attributes, {})
 
 
-def _attributes(document: bytes | None) -> dict[str, Any]:
-    """Attributes of a group's document; none where it is damaged or missing."""
-    try:
-        found = json.loads(document or b"{}").get("attributes", {})
-    except (ValueError, AttributeError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def is_dataset_of(document: bytes | None, plans: Iterable[str], ids: Iterable[str]) -> bool:
     """True if a dataset's document says that it was written by one of these plans, or for one of these collections."""
-    about = _attributes(document).get(MANIFEST_KEY)
+    about = attributes_of(document).get(MANIFEST_KEY)
     if not isinstance(about, dict):  # a damaged one may still say so
         return document is not None and any(f'"{plan}"'.encode() in document for plan in plans)
     return about.get("plan") in set(plans) or bool(about.get("collection")) and about["collection"] in set(ids)
-
-
-@dataclass(frozen=True)
-class _RootDocument:
-    """Content of a root document.
-
-    Attributes
-    ----------
-    names
-        Names of its datasets.
-    plans, ids
-        By which its datasets know themselves.
-    inherited
-        Datasets that an earlier collection at this place had, whose documents need not say so.
-    last
-        Highest number that a dataset ever had.
-    """
-
-    names: frozenset[str] = frozenset()
-    plans: frozenset[str] = frozenset()
-    ids: frozenset[str] = frozenset()
-    inherited: frozenset[str] = frozenset()
-    last: int = -1
-    has_manifest: bool = False
-    is_collection: bool = False
-
-    @classmethod
-    def of(cls, document: bytes | None) -> _RootDocument:
-        attributes = _attributes(document)
-        if document is None or ANNBATCH_ENCODING["encoding-type"] != attributes.get("encoding-type"):
-            return cls()
-        manifest = attributes.get(MANIFEST_KEY) or {}
-        return cls(
-            names=frozenset(dataset_names(document)),
-            plans=frozenset(b["plan"] for b in manifest.get("builds", ())),
-            ids=frozenset(filter(None, [manifest.get("id")])),
-            inherited=frozenset(manifest.get("inherited", ())),
-            last=manifest.get("last_dataset", -1),
-            has_manifest=bool(manifest),
-            is_collection=True,
-        )
 
 
 @dataclass(frozen=True)
@@ -135,10 +77,14 @@ class FolderContents:
     ----------
     version
         Version of the root document; None if there is none.
+    root
+        The root document.
     named
         Datasets of the collection as it is.
+    versions
+        Earlier versions, kept and not.
     datasets
-        Our datasets that it does not name and no reader holds.
+        Our datasets that neither it nor a version that is kept names, and no reader holds.
     files
         Our files that are not finished, and root documents that were replaced and are not held.
     claims
@@ -155,7 +101,9 @@ class FolderContents:
 
     target: Folder
     version: str | None
+    root: RootDocument
     named: frozenset[str]
+    versions: KeptVersions
     datasets: tuple[str, ...]
     files: tuple[str, ...]
     claims: tuple[Claim, ...]
@@ -217,42 +165,66 @@ class FolderContents:
         mine = {c.name for c in claims}
         others = {n for c in self.claims if c.name not in mine and not self.target.is_local for n in c.numbers}
         datasets = [n for n in self.datasets if _number(n) not in others]
-        return [n for n in (*datasets, *self.files) if n not in set(kept)]
+        found = (*self.versions.dropped, *datasets, *self.versions.unfinished, *self.files)
+        return [n for n in found if n not in set(kept)]
 
-    def remove(self, names: Iterable[str]) -> None:
-        """Remove some of its leftovers, datasets first: a root document that was replaced says whose they are."""
+    def remove(self, names: Iterable[str]) -> list[str]:
+        """Remove some of its leftovers, and return the names of what is gone: all but what a reader opens meanwhile.
+
+        Of an earlier version the root document goes first: what has one is whole. That of the last one which was
+        replaced goes last: it says whose datasets are.
+        """
+        names = list(names)
+        held = self._remove_versions([n for n in names if n in self.versions.dropped])
+        spared = {*held, *(d for n in held for d in self.versions.dropped[n].names)}
+        names = [n for n in names if n not in spared]
         for name in names:
             if name in self.datasets:
                 (self.target / name).remove(last=METADATA)
-            else:
+            elif name not in self.versions.dropped:
                 self.target.unlink(name)
             logger.info("removed %s/%s", self.target.url, name)
+        if self.target.is_local:
+            with contextlib.suppress(OSError):  # it is not there, or others are in it
+                os.rmdir(f"{self.target.path}/{VERSIONS}")
+        return names
+
+    def _remove_versions(self, names: list[str]) -> set[str]:
+        """Remove root documents of versions; returns those that a reader holds by now."""
+        if not self.target.is_local:
+            self.target.remove_files(names)
+            return set()
+        held = {n for n in names if not unlink_unheld(f"{self.target.path}/{n}")}
+        if names:
+            sync_path(f"{self.target.path}/{VERSIONS}")  # before any of their datasets goes
+        return held
 
 
 def _number(name: str) -> int:
     return int(name.rsplit("_", 1)[1])
 
 
-def contents_of(target: Folder) -> FolderContents:
-    """Tell apart what is in a collection's folder."""
+def contents_of(target: Folder, keep_last: int | None = None) -> FolderContents:
+    """Tell apart what is in a collection's folder. ``keep_last``: see :func:`annbatch_dask.etl.roots.kept_versions`."""
     version, names = target.version(METADATA), target.names()
-    root = _RootDocument.of(target.find(METADATA))
+    root = RootDocument.of(target.find(METADATA))
     claims = find_claims(target, names)
     replaced = {n: target.find(n) for n in names if target.is_local and GENERATION_NAME.fullmatch(n)}
-    generations = {n: _RootDocument.of(document) for n, document in replaced.items()}
+    generations = {n: RootDocument.of(document) for n, document in replaced.items()}
     held = {
         n: is_held(f"{target.path}/{n}")
         for n, found in generations.items()
         if found.is_collection or _is_plain_group(replaced[n])
     }
-    roots = [root, *generations.values()]
+    versions = kept_versions(target, names, root, keep_last)
+    roots = [root, *generations.values(), *versions.documents]
     plans = {p for r in roots for p in r.plans} | {w.plan for c in claims for w in c.works}
     ids = {i for r in roots for i in r.ids}
     known = {n for r in roots for n in r.names | r.inherited}
-    kept = set(root.names).union(*(generations[n].names or root.inherited for n, h in held.items() if h))
-    datasets, files, strangers, named = [], [], [], set(root.names)
+    kept = versions.datasets.union(root.names, *(generations[n].names or root.inherited for n, h in held.items() if h))
+    datasets, files, strangers, named = [], [], [*versions.strangers], set(root.names)
     for name in names:
-        if name == METADATA or is_of_system(name) or name in held and held[name] or name in kept:
+        if name in (METADATA, VERSIONS) or is_of_system(name) or name in held and held[name] or name in kept:
             continue
         if DATASET_NAME.fullmatch(name) or ATTEMPT_NAME.fullmatch(name):
             document = (target / name).find(METADATA)
@@ -260,7 +232,7 @@ def contents_of(target: Folder) -> FolderContents:
                 added = added_files(target, name, document)
                 strangers += added
                 datasets += [] if added else [name]
-            elif document is None and (root.is_collection or claims) and _is_blank(target / name):
+            elif document is None and (root.is_collection or claims) and is_blank(target / name):
                 datasets.append(name)  # its writer died before it said whose it is, or who removed it after
             elif root.is_collection and not root.has_manifest and not root.names and _is_adata(document):
                 named.add(name)  # of a collection of annbatch's, whose root names none
@@ -275,14 +247,16 @@ def contents_of(target: Folder) -> FolderContents:
     return FolderContents(
         target=target,
         version=version,
+        root=root,
         named=frozenset(named),
+        versions=versions,
         datasets=tuple(datasets),
         files=tuple(files),
         claims=tuple(claims),
         inherited=tuple(sorted(root.inherited.intersection(names))),
         last=max([root.last, *(_number(n) for n in named if DATASET_NAME.fullmatch(n))]),
         strangers=(*strangers, *sorted(n for n in root.names if not DATASET_NAME.fullmatch(n))),
-        locks_work=target.is_local and None not in held.values(),
+        locks_work=target.is_local and None not in held.values() and versions.locks_work,
     )
 
 
@@ -302,7 +276,7 @@ def check_new(folder: Folder) -> None:
 def _is_plain_group(document: bytes | None) -> bool:
     """True if a root document is that of an empty group, which ``zarr.open(path, mode="w")`` makes."""
     try:
-        return json.loads(document or b"{}").get("node_type") == "group" and not _attributes(document)
+        return json.loads(document or b"{}").get("node_type") == "group" and not attributes_of(document)
     except (ValueError, AttributeError):
         return False
 
@@ -326,7 +300,7 @@ def added_files(target: Folder, name: str, document: bytes | None = None) -> lis
     Of those with a listed name it is groups and arrays whose document has another size: somebody wrote them anew.
     """
     folder = target / name
-    listed = _attributes(folder.find(METADATA) if document is None else document).get(FILES)
+    listed = attributes_of(folder.find(METADATA) if document is None else document).get(FILES)
     if not isinstance(listed, dict):  # unfinished, or of an earlier release
         return []
     sizes = folder.sizes()
@@ -335,13 +309,13 @@ def added_files(target: Folder, name: str, document: bytes | None = None) -> lis
     return [f"{name}/{file}" for file in sorted(found) if not is_of_system(file)]
 
 
-def _is_blank(folder: Folder) -> bool:
+def is_blank(folder: Folder) -> bool:
     """True if the file is empty or the beginning of our own document."""
     return all(n == f"{METADATA}~" or (m := UNFINISHED.fullmatch(n)) and m["name"] == OWNER for n in folder.names())
 
 
 def _is_adata(document: bytes | None) -> bool:
-    return _attributes(document).get("encoding-type") == "anndata"
+    return attributes_of(document).get("encoding-type") == "anndata"
 
 
 def _is_our_file(name: str) -> bool:
@@ -362,80 +336,3 @@ def remove_dataset(target: Folder, name: str, plans: Iterable[str], ids: Iterabl
     elif folder.names():
         msg = f"{folder.url} appeared while the collection was built, and is not this build's; move it elsewhere"
         raise CollectionError(msg)
-
-
-# --- scratch -------------------------------------------------------------------------------------------------------
-
-
-def default_scratch(target: Folder) -> Folder:
-    """The folder beside the collection that its scratch folders are in, where none is given."""
-    return Folder(target.url.rstrip("/") + _SCRATCH, target.options)
-
-
-@dataclass(frozen=True)
-class Scratch:
-    """The scratch folders of a collection's builds.
-
-    Attributes
-    ----------
-    target
-        The collection's folder, by which its own know themselves.
-    options
-        Options of the store of scratch folders, as no claim holds any; none stands for the collection's own, where
-        that is the same store.
-    """
-
-    target: Folder
-    options: StorageOptions = field(default_factory=StorageOptions, repr=False)
-
-    def _folder(self, url: str) -> Folder:
-        if "://" not in url:
-            return Folder(url)
-        is_same = url.partition("://")[0] == self.target.url.partition("://")[0]
-        return Folder(url, self.options or (self.target.options if is_same else StorageOptions()))
-
-    def find(self, works: Iterable[Work], *roots: Folder) -> list[tuple[Folder, bool]]:
-        """Folders of these works, and whatever of this collection's is in some folders.
-
-        Returns
-        -------
-        Each, and whether the folder that it is in may go with it.
-
-        Raises
-        ------
-        CollectionError
-            If a folder cannot be opened.
-        """
-        beside = default_scratch(self.target).url
-        claimed = {w.scratch: (self._folder(w.scratch), w.is_new or _parent(w.scratch) == beside) for w in works}
-        found = [pair for pair in claimed.values() if self._is_ours(pair[0], is_claimed=True)]
-        others = [f for root in roots for f in map(root.__truediv__, root.names()) if f.url not in claimed]
-        return [*found, *((f, _parent(f.url) == beside) for f in others if self._is_ours(f, is_claimed=False))]
-
-    def _is_ours(self, folder: Folder, *, is_claimed: bool) -> bool:
-        try:
-            owner = owner_of(folder)
-            is_made = is_claimed and folder.is_local and os.path.isdir(folder.path)  # and nothing is in it yet
-            return owner == self.target.url or (is_made and owner is None and _is_blank(folder))
-        except Exception as e:
-            msg = (
-                f"{folder.url}, the scratch folder of an interrupted build, cannot be opened "
-                f"({type(e).__name__}: {e}); give its storage options to gc(scratch_options=...)"
-            )
-            raise CollectionError(msg) from e
-
-    def remove(self, found: Iterable[tuple[Folder, bool]]) -> None:
-        """Remove what :meth:`find` found."""
-        parents = set()
-        for folder, with_parent in found:
-            folder.remove(last=OWNER)
-            logger.info("removed %s", folder.url)
-            if with_parent and folder.is_local:
-                parents.add(os.path.dirname(folder.path))
-        for path in parents:
-            with contextlib.suppress(OSError):  # others use it too
-                os.rmdir(path)
-
-
-def _parent(url: str) -> str:
-    return url.rpartition("/")[0]

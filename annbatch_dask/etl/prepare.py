@@ -65,6 +65,8 @@ class Prepared:
         Manifest of the collection that is extended.
     version
         Version of the collection's root document when it was planned.
+    keep
+        How many versions are to stay; see :class:`annbatch_dask.etl.request.Request`.
     """
 
     plan: Plan
@@ -73,6 +75,7 @@ class Prepared:
     request: str
     base: Manifest | None
     version: str | None
+    keep: int | None = None
 
     def warn(self) -> None:
         """Say what the inputs have and the collection will not have, or will call otherwise."""
@@ -298,7 +301,7 @@ def prepare(root: Root, request: Request, room: EngineChoice, *, read_values: bo
     check_shared(plan, chosen)
     try_frames(plan, annotations)
     base = None if extension is None else root.manifest or _adopted(root)
-    return Prepared(plan, refs, annotations, request.identity(options), base, version)
+    return Prepared(plan, refs, annotations, request.identity(options), base, version, request.keep)
 
 
 def _annotations(scanned: Sequence[Scanned], named: Sequence[SourceSchema], options: Options) -> list[ad.AnnData]:

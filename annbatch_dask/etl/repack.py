@@ -95,7 +95,7 @@ def _repack(source: Folder, manifest: Manifest, target: Folder, layout: str, att
         records.append(now)
     last = replace(manifest.builds[-1], mode="repack", sources=(), genes={}, request="", layout=layout)
     last = replace(last, naming=None, duplicates=None)
-    repacked = replace(manifest, datasets=tuple(records), builds=(*manifest.builds, last))
+    repacked = replace(manifest, datasets=tuple(records), builds=(*manifest.builds, last), keep=1, kept=())
     copy_gene_maps(source, target, manifest)
     write_root(target, repacked, known_inputs(source, manifest), attributes, version=None)
 

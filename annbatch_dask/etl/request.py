@@ -14,7 +14,7 @@ from annbatch_dask.plan.elements import Elements
 from annbatch_dask.plan.options import Options
 from annbatch_dask.plan.qc import QC
 from annbatch_dask.seeds import resolve_seed
-from annbatch_dask.sizes import parse_rows_or_nbytes
+from annbatch_dask.sizes import check_positive, parse_rows_or_nbytes
 from annbatch_dask.sources.open import SourceRef
 from annbatch_dask.sources.references import check_portable, references
 from annbatch_dask.storage.secrets import shown
@@ -53,6 +53,8 @@ class Request:
         As asked for; None is the collection's, or the default.
     names
         What is asked for of the names of genes.
+    keep
+        How many versions stay, with the one that is made; None is as many as the last build was told to keep.
     """
 
     refs: tuple[SourceRef, ...]
@@ -66,6 +68,7 @@ class Request:
     names: AskedNames
     stats: bool | None
     stats_by: str | None
+    keep: int | None = None
 
     def identity(self, options: Options) -> str:
         """Identity of the call with its resolved options."""
@@ -85,7 +88,8 @@ def make_request(given: Mapping[str, Any]) -> Request:
     check_portable(refs)
     refs = with_conditions(refs, given["where"])
     plain = {n: given[n] for n in ("merge", "mode", "genes", "on_duplicate_source", "layout", "gene_order")}
-    plain |= {n: given[n] for n in ("stats", "stats_by")}
+    plain |= {n: given[n] for n in ("stats", "stats_by", "keep")}
+    check_positive("keep", given["keep"])
     return Request(refs, _options(given), **plain, names=ask_names(given, refs))
 
 

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from annbatch_dask.engines.base import EngineChoice
-from annbatch_dask.errors import CollectionBusyError, CollectionChangedError, SourceError
+from annbatch_dask.errors import CollectionBusyError, CollectionChangedError, CollectionError, SourceError
 from annbatch_dask.etl.build import build
 from annbatch_dask.etl.job import Job, say_what_is_lost, work_folder
 from annbatch_dask.etl.log import Recorder
-from annbatch_dask.etl.ours import FolderContents, Scratch, contents_of
+from annbatch_dask.etl.ours import FolderContents, contents_of
 from annbatch_dask.etl.prepare import Prepared, is_done, prepare, resolve, warn_of_duplicates
 from annbatch_dask.etl.request import Request
+from annbatch_dask.etl.scratches import Scratch
 from annbatch_dask.etl.sweep import sweep_idle
 from annbatch_dask.etl.watch import Watch
 from annbatch_dask.events import Callback, Callbacks
@@ -60,6 +61,7 @@ def plan_and_run(root: Root, request: Request, means: Means) -> None:
         if is_done(root, request.refs, request.identity(options), means.room):
             _nothing_to_do(root, means)
             return
+        _kept(root, found, request.keep)  # which may refuse
         warn_of_duplicates(root, request.refs, request.on_duplicate_source)
         if extension is None or extension.mode != "append":
             found.check_named()
@@ -162,6 +164,7 @@ def _make_job(root: Root, prepared: Prepared, scratch: Folder, found: FolderCont
     say_what_is_lost(scratch, folder.url.rpartition("/")[2])
     work = Work(plan.fingerprint, folder.url, is_new=scratch.is_local and not os.path.exists(scratch.path))
     first, inherited = max(plan.first_dataset, found.last + 1), _inherited(root, found)
+    keep, kept = _kept(root, found, prepared.keep)
     claim = claim_numbers(target, plan.work_key, first, plan.n_datasets, work)
     return Job(
         plan,
@@ -174,8 +177,11 @@ def _make_job(root: Root, prepared: Prepared, scratch: Folder, found: FolderCont
         found.version,
         prepared.request,
         claim=claim,
-        replaced=tuple(sorted(found.named)),
+        replaced=tuple(sorted(found.named | found.versions.datasets)),
         inherited=inherited,
+        version=found.root.number + 1,
+        keep=keep,
+        kept=kept,
         attributes=root.other_attributes,
     )
 
@@ -185,4 +191,20 @@ def _inherited(root: Root, found: FolderContents) -> tuple[str, ...]:
     if root.manifest is not None:
         return found.inherited
     ours = (n for n in found.datasets if DATASET_NAME.fullmatch(n) and dataset_number(n) <= found.last)
-    return tuple(sorted({*found.named, *found.inherited, *ours}, key=dataset_number))
+    return tuple(sorted({*found.named, *found.versions.datasets, *found.inherited, *ours}, key=dataset_number))
+
+
+def _kept(root: Root, found: FolderContents, asked: int | None) -> tuple[int, tuple[int, ...]]:
+    """How many versions stay, and the numbers of the earlier ones among them.
+
+    Raises
+    ------
+    CollectionError
+        If the version that is to stay is annbatch's, which has no manifest.
+    """
+    keep, now = asked or found.root.keep, found.root
+    if keep > 1 and now.is_collection and not now.has_manifest:
+        msg = f"{root.path} was written by annbatch, and keep={keep} cannot keep that as a version; copy it, or give 1"
+        raise CollectionError(msg)
+    numbers = (*now.kept, now.number) if now.has_manifest else ()
+    return keep, numbers[max(len(numbers) - keep + 1, 0) :]

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 from annbatch_dask.errors import CollectionError
 from annbatch_dask.etl.job import Job
-from annbatch_dask.etl.ours import Scratch, contents_of, remove_dataset
+from annbatch_dask.etl.ours import contents_of, remove_dataset
+from annbatch_dask.etl.scratches import Scratch
 from annbatch_dask.etl.watch import forget_progress
 from annbatch_dask.manifest import dataset_number
 from annbatch_dask.storage.claims import Claim, release_claim
@@ -37,12 +38,19 @@ def withdraw(job: Job) -> None:
 
 
 def sweep(
-    target: Folder, scratch: Scratch, *roots: Folder, dry_run: bool = False, abandoned: bool = False
+    target: Folder,
+    scratch: Scratch,
+    *roots: Folder,
+    keep_last: int | None = None,
+    dry_run: bool = False,
+    abandoned: bool = False,
 ) -> list[str]:
     """Remove all leftovers: what builds left in the collection's folder, and their scratch folders.
 
     Parameters
     ----------
+    keep_last
+        Remove versions too, but for so many of the last ones; None keeps those that the last build was told to keep.
     roots
         Folders in which scratch folders may be that no claim tells of.
     dry_run
@@ -61,14 +69,14 @@ def sweep(
     CollectionBusyError
         If a build may run.
     """
-    found = contents_of(target)
+    found = contents_of(target, keep_last)
     found.check()
     if not abandoned:
         found.check_idle()
     names = found.leftovers(claims=found.claims)
     folders = scratch.find((w for c in found.claims for w in c.works), *roots)
     if not dry_run:
-        found.remove(names)
+        names = found.remove(names)
         scratch.remove(folders)
         _release(target, found.claims)
     return [*sorted([*names, *(c.name for c in found.claims)]), *sorted(f.url for f, _ in folders)]
@@ -83,19 +91,23 @@ def sweep_idle(target: Folder, scratch: Scratch) -> None:
 def leftovers(target: Folder) -> list[str]:
     """Names of our files in a collection's folder that no reader needs; running builds may need them."""
     found = contents_of(target)
-    return sorted([*found.datasets, *found.files, *(c.name for c in found.claims)])
+    return sorted({*found.leftovers(claims=found.claims), *found.datasets, *(c.name for c in found.claims)})
 
 
 def clean_up(job: Job) -> None:
     """Remove what this build, and others before it that are over, have left, right after a commit.
 
     Where readers hold no lease (on an object store, or on a disk without locks), datasets that were just replaced stay
-    until the next build. A build's claim is the last to go: after a crash, later builds find the leftovers by it.
+    until the next build, as does the copy of a root document that another build makes before it commits. A build's
+    claim is the last to go: after a crash, later builds find the leftovers by it.
     """
     target, scratch = job.target, scratch_of(job)
     found = contents_of(target)
     claims = [c for c in found.claims if target.is_local or c.is_over or c == job.claim]
-    found.remove(found.leftovers(claims=claims, kept=() if found.locks_work else job.replaced))
+    kept = () if found.locks_work else job.replaced
+    if not target.is_local:
+        kept = (*kept, *(n for n, v in found.versions.dropped.items() if v.number >= found.root.number))
+    found.remove(found.leftovers(claims=claims, kept=kept))
     _remove_claims(target, scratch, claims)
 
 

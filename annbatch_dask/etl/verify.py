@@ -126,11 +126,11 @@ class CheckResult:
 
 
 def verify(
-    target: Folder, manifest: Manifest, refs: Sequence[SourceRef], *, engine: Engine, callback: Callback
+    target: Folder, manifest: Manifest, refs: Sequence[SourceRef], *, engine: Engine, callback: Callback, document: str
 ) -> Verification:
-    """Compare a collection with its manifest, and the rows of inputs with those that builds read."""
+    """Compare a collection with its manifest, in this document, and the rows of inputs with those that builds read."""
     size = (manifest.n_obs, sum(d.n_bytes for d in manifest.datasets))
-    problems = _check_root(target, manifest)
+    problems = _check_root(target, manifest, document)
     tasks = [(target, d, manifest.n_vars) for d in manifest.datasets]
     names = [d.name for d in manifest.datasets]
     problems += _run_check(engine, "verify", check_dataset, tasks, callback, size, names)
@@ -166,18 +166,18 @@ def _compare(
     return [*_not_compared(manifest, candidates, results), *(p for r in results for p in r.problems)]
 
 
-def _check_root(target: Folder, manifest: Manifest) -> list[Problem]:
+def _check_root(target: Folder, manifest: Manifest, document: str) -> list[Problem]:
     """Compare the manifest with itself and with the consolidated metadata beside it."""
     problems = []
     for name, rows in (("datasets", manifest.datasets), ("sources", manifest.sources)):
         if (n := sum(r.n_obs for r in rows)) != manifest.n_obs and (name == "datasets" or _recorded(manifest)):
-            problems.append(Problem(METADATA, f"the {name} have {n:,} rows and the collection {manifest.n_obs:,}"))
+            problems.append(Problem(document, f"the {name} have {n:,} rows and the collection {manifest.n_obs:,}"))
     if _recorded(manifest):
         one, two = (sum(int(r.fingerprint, 16) for r in rows) % 2**64 for rows in (manifest.datasets, manifest.sources))
         if one != two:
             what = f"rows of the datasets have fingerprint {one:016x} and rows of the sources {two:016x}"
-            problems.append(Problem(METADATA, what))
-    copied = nodes_below(target)
+            problems.append(Problem(document, what))
+    copied = nodes_below(target, document)
     for record in manifest.datasets if manifest.metadata else ():
         try:
             nodes = metadata_below(target / record.name, record.name)
@@ -187,9 +187,9 @@ def _check_root(target: Folder, manifest: Manifest) -> list[Problem]:
         different = sorted(k for k in nodes.keys() | copy.keys() if nodes.get(k) != copy.get(k))
         if different and look_at_files(target, record, is_metadata).edits:
             what = f"its copy of the metadata of {record.name} is older than the edits; {_RENEW}"
-            problems.append(Problem(METADATA, what, is_edit=True))
+            problems.append(Problem(document, what, is_edit=True))
         else:
-            problems += [Problem(METADATA, f"its copy of the metadata of {name} differs") for name in different]
+            problems += [Problem(document, f"its copy of the metadata of {name} differs") for name in different]
     return problems
 
 
@@ -210,7 +210,7 @@ def check_dataset(target: Folder, record: DatasetRecord, n_vars: int) -> CheckRe
 
 
 def check_readable(
-    target: Folder, manifest: Manifest, reads: Callable[[str], bool] | None = None
+    target: Folder, manifest: Manifest, reads: Callable[[str], bool] | None = None, document: str = METADATA
 ) -> dict[str, frozenset[str]]:
     """Refuse a collection of which a file is missing or short, or of which damage would go unnoticed by a loader.
 
@@ -223,6 +223,8 @@ def check_readable(
     reads
         Which files, by path within a dataset, are read for their checksums; None for all but shards. Of the others
         the sizes are looked at.
+    document
+        Name of the collection's root document.
 
     Returns
     -------
@@ -248,19 +250,19 @@ def check_readable(
                 _check_count(target, record)
     finally:
         pool.shutdown(cancel_futures=True)
-    _check_copies(target, manifest, edited)
+    _check_copies(target, manifest, edited, document)
     return edited
 
 
-def _check_copies(target: Folder, manifest: Manifest, edited: Collection[str]) -> None:
+def _check_copies(target: Folder, manifest: Manifest, edited: Collection[str], document: str) -> None:
     """Refuse metadata beside the manifest that are neither the build's nor, of what was edited, zarr's of now."""
     names = {d.name for d in manifest.datasets}  # others may have been added since
-    nodes = {path: node for path, node in nodes_below(target).items() if path.split("/")[0] in names}
+    nodes = {path: node for path, node in nodes_below(target, document).items() if path.split("/")[0] in names}
     if not manifest.metadata or not nodes or manifest.metadata == (found := nodes_checksum(nodes)):
         return
     now = {path: node for name in names if edited for path, node in metadata_below(target / name, name).items()}
     if not edited or any(now.get(p) != node for p, node in nodes.items() if p.split("/")[0] not in edited):
-        raise _unreadable(target, Problem(METADATA, f"its metadata have crc32c {found} and had {manifest.metadata}"))
+        raise _unreadable(target, Problem(document, f"its metadata have crc32c {found} and had {manifest.metadata}"))
 
 
 def _check_count(target: Folder, record: DatasetRecord) -> None:

@@ -61,6 +61,7 @@ class AddedData(Generic[BackingArray_T]):
         self._collection_added = False
         self._lease: Any = None
         self._collection_digest = ""
+        self._collection_version: int | None = None
         self._selected: Selected | None = None
 
     @property
@@ -202,6 +203,7 @@ class AddedData(Generic[BackingArray_T]):
                 self._tables = tuple(table.packed() for table in self._tables)
         self._collection_added = True
         self._collection_digest = "" if manifest is None else manifest.identity
+        self._collection_version = None if manifest is None else manifest.version
         _warn_of_ranks(self._tables or (), [name for name, given in self._wanted.obs_codes.items() if given is None])
         return self
 

@@ -78,6 +78,8 @@ class State:
         Place among the workers of a DataLoader; 0 and 0 without any. The rank is not told: all stand alike.
     version
         Version of this format and of the orders.
+    collection_version
+        Number of the version of the collection; None where there is none, or an earlier release saved the state.
     """
 
     epoch: int
@@ -90,9 +92,18 @@ class State:
     worker: int
     n_workers: int
     version: int = _VERSION
+    collection_version: int | None = None
 
     @classmethod
-    def of(cls, progress: Progress, epoch: int, sampler: Sampler, data: str, worker: Worker | None) -> State:
+    def of(  # noqa: PLR0913 - its fields
+        cls,
+        progress: Progress,
+        epoch: int,
+        sampler: Sampler,
+        data: str,
+        worker: Worker | None,
+        collection_version: int | None = None,
+    ) -> State:
         """The state of a loader in which one iteration has come this far."""
         inner = _inner(sampler)
         # Before the first batch, and after the last one, the next pass will begin with what the generator has now.
@@ -107,12 +118,14 @@ class State:
             data=data,
             worker=0 if worker is None else worker.id,
             n_workers=0 if worker is None else worker.n_workers,
+            collection_version=collection_version,
         )
 
     @classmethod
     def read(cls, state: dict[str, Any]) -> State:
         """Read from a dictionary; StateError if it is not one of this version."""
-        if state.get("version") != _VERSION or set(state) != set(cls.__dataclass_fields__):
+        fields = set(cls.__dataclass_fields__)
+        if state.get("version") != _VERSION or set(state) | {"collection_version"} != fields:
             msg = (
                 f"not a state of this release's Loader: version {state.get('version')!r}, expected {_VERSION}, and "
                 "orders differ; end its epoch with the release that saved it, or begin it anew: "
@@ -125,7 +138,7 @@ class State:
         """Plain values only."""
         return asdict(self)
 
-    def check(self, sampler: Sampler, data: str) -> None:
+    def check(self, sampler: Sampler, data: str, collection_version: int | None = None) -> None:
         """StateError where order or data are not what they were."""
         if self.sampler != digest(sampler.state_identity()):
             msg = (
@@ -136,6 +149,12 @@ class State:
             raise StateError(msg)
         if self.data != data:
             msg = f"the state was saved over other data ({self.data}) than this loader has ({data}); add the same"
+            was, now = self.collection_version, collection_version
+            if None not in (was, now) and was != now:
+                msg = (
+                    f"the state was saved over version {was} of its collection ({self.data}), this loader has version "
+                    f"{now} ({data}); add that version, if it is kept: DatasetCollection(path, version={was})"
+                )
             raise StateError(msg)
         inner = _inner(sampler)
         if isinstance(inner, SeededSampler) and inner.seed_is_given and inner.seed != self.seed:
@@ -167,6 +186,8 @@ class Resumable(ABC):
     _batch_sampler: Sampler
     _progress: Progress
     _resume_from: State | None
+    _collection_version: int | None = None
+    """Of the collection that the data are, if they are one."""
 
     @abstractmethod
     def _data_digest(self) -> str:
@@ -209,7 +230,8 @@ class Resumable(ABC):
             )
             raise RuntimeError(msg)
         epoch = counter.peek(worker) if self._progress.epoch is None else self._progress.epoch
-        return State.of(self._progress, epoch, self._batch_sampler, self._data_digest(), worker).to_dict()
+        data, version = self._data_digest(), self._collection_version
+        return State.of(self._progress, epoch, self._batch_sampler, data, worker, version).to_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next pass continue after the last batch that was taken before the state was saved.
@@ -221,7 +243,7 @@ class Resumable(ABC):
             number of ranks.
         """
         loaded = State.read(state)
-        loaded.check(self._batch_sampler, self._data_digest())
+        loaded.check(self._batch_sampler, self._data_digest(), self._collection_version)
         loaded.restore_rng(self._batch_sampler)
         self._resume_from, worker = None, current_worker()
         if worker is not None:  # one whose part is over must wait for the others' before a new pass begins

@@ -24,6 +24,7 @@ __all__ = [
     "holder_of",
     "is_held",
     "keep_generation",
+    "unlink_unheld",
 ]
 
 logger = logging.getLogger(__name__)
@@ -172,12 +173,14 @@ class Lease:
     ----------
     folder
         Folder of the collection; None if it is in memory.
+    name
+        Name of the root document in it: of a version that is kept, another one.
     """
 
-    def __init__(self, folder: Folder | None) -> None:
-        self._folder, self._fd = folder, -1
+    def __init__(self, folder: Folder | None, name: str = METADATA) -> None:
+        self._folder, self._name, self._fd = folder, name, -1
         if folder is not None and folder.is_local:
-            path = f"{folder.path}/{METADATA}"
+            path = f"{folder.path}/{name}"
             with contextlib.suppress(OSError):  # no such file, or no locks there
                 while not self._take(path):
                     self.close()
@@ -188,9 +191,9 @@ class Lease:
         fcntl.flock(self._fd, fcntl.LOCK_SH)
         return _is_still_there(self._fd, path)
 
-    def __reduce__(self) -> tuple[type[Lease], tuple[Folder | None]]:
+    def __reduce__(self) -> tuple[type[Lease], tuple[Folder | None, str]]:
         """Pickle as one to be taken again."""
-        return Lease, (self._folder,)
+        return Lease, (self._folder, self._name)
 
     def document(self) -> bytes:
         """The root document that is held; empty where there is none."""
@@ -223,16 +226,42 @@ def is_held(path: str) -> bool | None:
     except FileNotFoundError:
         return False
     try:
+        return _is_locked_by_others(fd, path)
+    finally:
+        os.close(fd)
+
+
+def unlink_unheld(path: str) -> bool:
+    """Remove a file unless a process holds its lock; whoever asks for that meanwhile waits, and then finds it gone.
+
+    Returns
+    -------
+    True if it is not there any more.
+    """
+    try:
+        fd = _open_to_lock(path)
+    except FileNotFoundError:
+        return True
+    try:
+        if _is_locked_by_others(fd, path):
+            return False
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        return True
+    finally:
+        os.close(fd)
+
+
+def _is_locked_by_others(fd: int, path: str) -> bool | None:
+    """Try for a file's lock, which is kept until the file is closed."""
+    try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError as e:
         logger.warning("whether %s is in use cannot be known (%s)", path, e)
         return None if e.errno in _NO_LOCKS else True
-    else:
-        return False
-    finally:
-        os.close(fd)
+    return False
 
 
 def _open_to_lock(path: str) -> int:

@@ -158,9 +158,9 @@ def sealed(document: bytes) -> bytes:
     return json.dumps(node, indent=2).encode()
 
 
-def nodes_below(folder: Folder) -> dict[str, Any]:
-    """What a root's document says of the nodes below it, by their paths."""
-    below = (json.loads(folder.read(METADATA)).get("consolidated_metadata") or {}).get("metadata", {})
+def nodes_below(folder: Folder, document: str = METADATA) -> dict[str, Any]:
+    """What a root's document says of the nodes below it, by their paths; ``document`` is its name."""
+    below = (json.loads(folder.read(document)).get("consolidated_metadata") or {}).get("metadata", {})
     return {path: _node(node) for path, node in below.items()}
 
 

@@ -24,6 +24,7 @@ from annbatch_dask.manifest import (
 )
 from annbatch_dask.storage.folder import Folder, absolute, folder_of
 from annbatch_dask.storage.frames import n_rows
+from annbatch_dask.storage.history import manifest_in, version_name
 from annbatch_dask.storage.lock import Lease
 from annbatch_dask.storage.metadata import METADATA, open_as_it_is, open_by_copy
 
@@ -45,11 +46,21 @@ class Root:
         Where it is; None is the group's place.
     replaces
         Take what is there for empty: the next commit replaces it.
+    pinned
+        The version that was asked for, which is read only; None is the current one.
     """
 
-    def __init__(self, group: zarr.Group | None, folder: Folder | None = None, *, replaces: bool = False) -> None:
+    def __init__(
+        self,
+        group: zarr.Group | None,
+        folder: Folder | None = None,
+        *,
+        replaces: bool = False,
+        pinned: int | None = None,
+    ) -> None:
         self.group = group
         self.replaces = replaces
+        self.pinned = pinned
         self._parsed: tuple[zarr.Group, Manifest] | None = None
         if folder is not None:
             self.folder = folder
@@ -198,6 +209,26 @@ class Root:
         """Obs of each dataset, as it is stored, one at a time."""
         yield (group["obs"] for group in self.readable())
 
+    @property
+    def document(self) -> str:
+        """Name of the root document that is of what was opened: of a version that is kept, a copy's."""
+        return self._kept_by(self.folder.find(METADATA)) or METADATA
+
+    def check_unpinned(self, what: str) -> None:
+        """Refuse to change a collection by one of its versions.
+
+        Raises
+        ------
+        CollectionError
+            With what was asked for.
+        """
+        if self.pinned is not None:
+            msg = (
+                f"{self.path} was opened at version {self.pinned}, which stays as it is: to {what}, open it without "
+                f"version=; to go on from version {self.pinned}, build a new collection with its datasets as inputs"
+            )
+            raise CollectionError(msg)
+
     def refresh(self) -> None:
         """See what other processes published since this object was made."""
         if not self.replaces and self.target.version(METADATA) is not None:
@@ -216,11 +247,16 @@ class Root:
         if not self.has_folder:
             return Lease(None)
         lease = Lease(self.folder)
-        self.check_as_opened(lease.document() or None)
+        document = lease.document() or self.folder.find(METADATA)
+        if self._replaced(document) and (kept := self._kept_by(document)):
+            lease, document = Lease(self.folder, kept), None  # and now that it is held, is it there still?
+        self.check_as_opened(document)
         return lease
 
     def check_as_opened(self, document: bytes | None = None) -> None:
         """Refuse to continue where a dataset was replaced since the collection was opened, and others may be as it was.
+
+        A version that is kept is as it was.
 
         Raises
         ------
@@ -231,7 +267,7 @@ class Root:
             return
         if document is None:
             document = self.folder.find(METADATA)
-        if gone := self._replaced(document):
+        if (gone := self._replaced(document)) and not self._kept_by(document):
             msg = (
                 f"{self.path} was changed since it was opened: {len(gone):,} of its {len(self.names()):,} datasets, "
                 f"{min(gone)} among them, were replaced or removed; open it again"
@@ -251,6 +287,14 @@ class Root:
             return set()
         there = {d.name: d for d in Manifest.from_json(values).datasets} if values else {}
         return {d.name for d in opened.datasets if there.get(d.name) != d}
+
+    def _kept_by(self, document: bytes | None) -> str | None:
+        """Name of the file that keeps what was opened as a version, by the root document of now; None if none does."""
+        opened, now = self._manifest, manifest_in(document)
+        if opened is None or now is None or opened.version not in now.kept:
+            return None
+        name = version_name(opened.version)
+        return name if manifest_in(self.folder.find(name)) == opened else None
 
     @contextlib.contextmanager
     def as_opened(self) -> Iterator[None]:

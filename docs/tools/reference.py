@@ -37,7 +37,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "order": ["shuffle", "seed", "rng", "groupby", "mode", "genes"],
         "form on disk": [
             *("dataset_size", "shard_size", "n_obs_per_chunk", "layout", "gene_order", "zarr_compressor"),
-            *("stats", "stats_by"),
+            *("stats", "stats_by", "keep"),
         ],
         "how it runs": ["client", "memory_limit", "scratch", "scratch_options", "callbacks", "progress"],
     },
