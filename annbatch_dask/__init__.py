@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from annbatch_dask.collection import DatasetCollection
     from annbatch_dask.etl.status import CollectionStatus
     from annbatch_dask.etl.verify import Verification
+    from annbatch_dask.etl.versions import CollectionVersion
     from annbatch_dask.io import create_anndata_collection, write_sharded
     from annbatch_dask.lazy import concat_lazy, read_lazy
     from annbatch_dask.loader import Loader
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CollectionStatus",
+    "CollectionVersion",
     "DatasetCollection",
     "Loader",
     "QC",
@@ -72,6 +74,7 @@ __version__ = "0.2.0"
 
 _HOMES = {
     "CollectionStatus": "annbatch_dask.etl.status",
+    "CollectionVersion": "annbatch_dask.etl.versions",
     "DatasetCollection": "annbatch_dask.collection",
     "Loader": "annbatch_dask.loader",
     "QC": "annbatch_dask.plan.qc",

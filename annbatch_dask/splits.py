@@ -99,7 +99,7 @@ class Splits(Mapping[str, NDArray[np.bool_]]):
         if about["collection"] != collection or len(codes) != n_obs:
             was = about.get("collection_version")
             msg = (
-                f"{path} splits {len(codes)} rows of {_named(about['collection'], was)}, this one has {n_obs} rows and "
+                f"{path} splits {len(codes)} rows of collection {_named(about['collection'], was)}, this one has {n_obs} rows and "
                 f"is {_named(collection, version)}: it was changed or is another; make the split anew"
             )
             if None not in (was, version) and was != version:
@@ -110,7 +110,7 @@ class Splits(Mapping[str, NDArray[np.bool_]]):
 
 
 def _named(collection: str, version: int | None) -> str:
-    return f"collection {collection}" if version is None else f"collection {collection}, version {version}"
+    return collection if version is None else f"{collection}, version {version}"
 
 
 def make_splits(  # noqa: PLR0913

@@ -13,7 +13,7 @@ from annbatch_dask.etl.job import owner_of
 from annbatch_dask.etl.ours import is_blank
 from annbatch_dask.storage.claims import Work
 from annbatch_dask.storage.folder import Folder, StorageOptions
-from annbatch_dask.storage.spill import OWNER
+from annbatch_dask.storage.scratch import OWNER
 
 __all__ = ["Scratch", "default_scratch"]
 
