@@ -99,8 +99,8 @@ class Splits(Mapping[str, NDArray[np.bool_]]):
         if about["collection"] != collection or len(codes) != n_obs:
             was = about.get("collection_version")
             msg = (
-                f"{path} splits {len(codes)} rows of collection {_named(about['collection'], was)}, this one has {n_obs} rows and "
-                f"is {_named(collection, version)}: it was changed or is another; make the split anew"
+                f"{path} splits {len(codes)} rows of collection {_named(about['collection'], was)}, this one has "
+                f"{n_obs} rows and is {_named(collection, version)}: it was changed or is another; make the split anew"
             )
             if None not in (was, version) and was != version:
                 msg = f"{msg}, or open that version, if it is kept: DatasetCollection(path, version={was})"

@@ -398,7 +398,8 @@ def test_a_crash_before_any_write_of_a_commit_and_its_clean_up(tmp_path, paths, 
         if not crashed:
             break
         n += step
-    assert outcomes[1, 2] and outcomes[2, 3]
+    assert outcomes[1, 2]
+    assert outcomes[2, 3]
     assert step > 1 or outcomes[1, 2] > 3 < outcomes[2, 3]
     fsspec.filesystem("memory").store.clear()
 
