@@ -69,7 +69,7 @@ ALLOWED = {
     "report": {"etl", "formatting", "html", "manifest", "mixing", "sources", "storage"},
     "statistics": {"errors", "etl", "kernels", "lazy", "manifest", "storage", "warn"},
     "stored": {"errors", "etl", "html", "lazy", "manifest", "report", "seeds", "splits", "statistics", "storage"},
-    "maintained": {"engines", "errors", "etl", "events", "progress", "sources", "storage", "stored"},
+    "maintained": {"engines", "errors", "etl", "events", "progress", "sizes", "sources", "storage", "stored"},
     "documents": {"etl", "plan", "report", "stored"},
 }
 FACADE = {"__init__", "as_annbatch", "cli", "collection", "io"}
