@@ -5,6 +5,7 @@
 # make notebooks                              runs the notebooks and keeps what they show; NOTEBOOKS=notebooks/lazy.ipynb for one
 # make chaos                                  what is too slow for make test: builds killed at every moment
 # make bench ANNBATCH_PYTHON=path/to/python   the figures of README.md, beside annbatch where that Python has it
+# make rehearsal                              a billion cells, planned from made-up descriptions of files: minutes
 # make test PYTHON=python3.13                 another interpreter, whose packages go into .venv-313
 
 PYTHON ?= python3
@@ -23,7 +24,7 @@ STAMP  := $(VENV)/.installed
 DEMO   := $(VENV)/.installed-demo
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lint types docs notebooks test chaos bench clean
+.PHONY: help venv demo lint types docs notebooks test chaos bench rehearsal clean
 
 # What pip installs is compiled where it is first imported. Where nothing may be kept, each of the tests' many processes
 # would compile anndata and torch anew: 9 s instead of 3.
@@ -79,6 +80,11 @@ chaos: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py --shared "$(SHARED)" --atlas "$(ATLAS)" --atlas-small "$(ATLAS_SMALL)" \
 		--annbatch-python "$(ANNBATCH_PYTHON)" $(BENCH_ARGS)
+
+rehearsal: $(STAMP)
+	for cells in 1e7 1e8 1e9; do $(BIN)/python benchmarks/scale.py plan --cells $$cells || exit 1; done
+	$(BIN)/python benchmarks/scale.py root --datasets 10000
+	$(BIN)/python benchmarks/scale.py tasks --tasks 5000
 
 clean:
 	rm -rf .venv .venv-* demo_data site .mypy_cache .pytest_cache .ruff_cache

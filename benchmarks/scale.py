@@ -49,7 +49,7 @@ from annbatch_dask import DatasetCollection
 from annbatch_dask.engines.base import EngineChoice
 from annbatch_dask.etl.job import Job, load_job, save_job
 from annbatch_dask.etl.prepare import Prepared, prepare
-from annbatch_dask.etl.receipts import ScatterReceipt
+from annbatch_dask.etl.receipts import GatherReceipt, ScatterReceipt
 from annbatch_dask.etl.request import make_request
 from annbatch_dask.plan.costs import bounds_of
 from annbatch_dask.plan.dtypes import ValueRange
@@ -62,6 +62,8 @@ from annbatch_dask.storage.root import Root
 
 NNZ_PER_CELL, N_GENES, N_SPACE, ROW_STEP = 1500, 30_000, 42_000, 64
 WORKER_NBYTES, N_THREADS = 2**34, 4
+N_DATASET_FILES = 155
+"""Files of a dataset with 31 columns of obs, as counted of one."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,8 @@ def follows(planned: Prepared, folder: str) -> dict[str, Any]:
     assert loaded.plan.n_obs == made.n_obs
     found = ValueRange(integral=True, low=0, high=1e4, single=True)
     receipt = ScatterReceipt(100_000, 10**9, 10**9, {"X": found}, {"X": 10**8}, "0123456789abcdef")
+    files = {f"obs/column_{k}/codes/zarr.json": (1234, "01234567") for k in range(N_DATASET_FILES)}
+    gathered = GatherReceipt("dataset_1234", files, 177_000, 265_500_000, "0123456789abcdef", 10**9, "dataset_1234")
     n_reads, n_bytes = expected_reads(made)
     spilled = bounds_of(made.sources, 0).spill_nbytes
     line = 8 * (6 + 2 * 4)  # of a table: X's columns and values, names of cells, barcodes
@@ -212,6 +216,7 @@ def follows(planned: Prepared, folder: str) -> dict[str, Any]:
         "job_load_s": round(job_s, 2),
         "job_held_nbytes": job_held,
         "scatter_receipts_nbytes": len(json.dumps(receipt.to_json())) * len(made.blocks),
+        "gather_receipts_nbytes": len(json.dumps(gathered.to_json())) * made.n_datasets,
         "spilled_nbytes": int(spilled),
         "tables_nbytes": line * len(made.blocks) * made.layout.n_parts,
         "tables_share": round(line * len(made.blocks) * made.layout.n_parts / spilled, 4),
@@ -345,7 +350,7 @@ def rehearse_build(n_cells: int, work: Path, *, per_file: int, n_values: int, wo
     shutil.rmtree(out, ignore_errors=True)
     with peak_of_children() as peak, cluster_of(workers, memory):
         start = time.perf_counter()
-        collection = DatasetCollection(out).add_adatas(paths, seed=0, dataset_size=100_000, on_duplicate_source="keep")
+        collection = DatasetCollection(out).add_adatas(paths, seed=0, dataset_size=100_000)
         seconds = time.perf_counter() - start
     figures = {
         "cells": collection.n_obs,
