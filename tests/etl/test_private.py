@@ -16,6 +16,8 @@ import dask
 import numpy as np
 import pytest
 import zarr
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 from zarr.core.group import AsyncGroup, GroupMetadata
 
 from annbatch_dask import DatasetCollection
@@ -24,6 +26,7 @@ from annbatch_dask.errors import ForeignScratchError, IntegrityError, SourceErro
 from annbatch_dask.etl.job import Job, load_job, save_job
 from annbatch_dask.events import Callback
 from annbatch_dask.plan.plan import Plan
+from annbatch_dask.sources.identity import where_of
 from annbatch_dask.sources.references import references
 from annbatch_dask.storage.folder import Folder, folder_at
 from annbatch_dask.storage.private import check_private, make_private
@@ -274,6 +277,34 @@ def test_an_azure_container_is_no_credential():
     urls = [f"abfs://{c}@account.dfs.core.windows.net/a.h5ad" for c in ("one", "two")]
     assert [shown(url) for url in urls] == urls
     assert [folder_at(url, None).url for url in urls] == urls
+
+
+def test_one_path_in_two_accounts_is_two_inputs(monkeypatch):
+    class Azure(MemoryFileSystem):
+        """Takes URLs and names its account as adlfs does."""
+
+        protocol = "abfs"
+
+        def __init__(self, account_name):
+            super().__init__()
+            self.account_name = account_name
+
+        @staticmethod
+        def _get_kwargs_from_urls(url):
+            return {"account_name": url.partition("@")[2].partition(".")[0]}
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            container, _, rest = path.removeprefix("abfs://").partition("@")
+            return f"{container}/{rest.partition('/')[2]}"
+
+    monkeypatch.setitem(_registry, "abfs", Azure)
+    urls = [f"abfs://one@{account}.dfs.core.windows.net/a.h5ad" for account in ("here", "there")]
+    refs = references(urls, None)
+    assert [ref.label for ref in refs] == urls
+    assert [where_of(ref) for ref in refs] == ["abfs:here/one/a.h5ad", "abfs:there/one/a.h5ad"]
+    with pytest.raises(SourceError, match="is given 2 times"):
+        references([urls[0], urls[0]], None)
 
 
 def test_labels_of_groups_hold_no_signature():
