@@ -335,7 +335,21 @@ def main() -> int:
     for n_files in (10, 100):  # the peer ends with ten
         command = [sys.executable, str(HERE / "lazy.py"), str(setup.work / "lazy"), "--files", str(n_files)]
         subprocess.run(command, check=True)
+    print_far(setup)
     return 0
+
+
+def print_far(setup: Setup) -> None:
+    """Print what a store with latency costs a loader, beside this disk."""
+    command = [sys.executable, str(HERE / "far.py"), "load", "slow", "--work", str(setup.work / "far")]
+    lines, _ = run(command)
+    print("\nan S3 server on loopback that answers late, 64 requests at a time")
+    print("| ms | epoch | cells/s | requests | most at once | processor |\n|---|---|---|---|---|---|")
+    for line in (line for line in lines if line["what"] == "load"):
+        ms, epoch, rate = line["ms"], line["epoch"], line["cells_per_s"]
+        print(f"| {ms} | {epoch} | {rate:,} | {line['n_requests']} | {line['n_at_once']} | {line['cpu_s']} s |")
+    for line in (line for line in lines if line["what"] == "slow"):
+        print(f"{line['n_slow']} request of 5 s: epoch {line['s']} s, longest wait for a batch {line['longest_s']} s")
 
 
 if __name__ == "__main__":
