@@ -351,8 +351,8 @@ class FromCommit(Callback):
 
 
 EVERY = [
-    pytest.param("disk", 6),
-    pytest.param("store", 6),
+    pytest.param("disk", 30),
+    pytest.param("store", 10),
     pytest.param("disk", 1, marks=pytest.mark.chaos),
     pytest.param("store", 1, marks=pytest.mark.chaos),
 ]
