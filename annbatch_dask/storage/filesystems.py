@@ -64,7 +64,9 @@ def knows_no_conditions(error: Exception) -> bool:
 
 def _error_code(error: Exception) -> str | None:
     """S3's, where s3fs made the error of one."""
-    response = getattr(error.__cause__, "response", None) or {}
+    response = getattr(error.__cause__, "response", None)
+    if not isinstance(response, dict):  # an error of Azure's or of an HTTP client carries its answer under this name
+        return None
     code: str | None = response.get("Error", {}).get("Code")
     return code
 

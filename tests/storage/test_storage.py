@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import zarr
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -283,3 +284,15 @@ def test_map_ordered_keeps_order_and_stops_at_the_first_error():
     with pytest.raises(ZeroDivisionError):
         list(map_ordered(lambda x: 1 / (5 - x), numbers()))
     assert len(drawn) < 30
+
+
+def test_a_missing_file_is_none_whatever_the_client_says_of_it(monkeypatch):
+    """Azure's errors have a ``response`` that is no dictionary."""
+
+    def cat_file(self, path, **_):
+        cause = ValueError("BlobNotFound")
+        cause.response = object()
+        raise FileNotFoundError(path) from cause
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    assert Folder("memory://nowhere").find("zarr.json") is None
