@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import shutil
+import tempfile
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +13,9 @@ import dask
 import fsspec
 import pytest
 import zarr
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from annbatch_dask import DatasetCollection, Loader
 from annbatch_dask.cli import main
@@ -409,6 +414,36 @@ def put_tree(folder, fs, root):
             fs.pipe_file(target, path.read_bytes())
 
 
+@pytest.mark.parametrize(("kind", "step"), EVERY)
+def test_a_crash_before_any_removal_of_gc(tmp_path, paths, monkeypatch, kind, step):
+    """A version that is listed as kept is whole, whenever it stops; and the next call removes the rest."""
+    base = tmp_path / "base/o.zarr"
+    for k in range(3):
+        add(base, paths[k : k + 1], keep=3)
+    place = tmp_path / "o.zarr" if kind == "disk" else "memory://crash/o.zarr"
+    fs, root = fsspec.core.url_to_fs(str(place))
+    n, crashed = 0, True
+    while crashed:
+        if fs.exists(root):
+            fs.rm(root, recursive=True)
+        put_tree(base, fs, root)
+        with monkeypatch.context() as patch:
+            crash_at(patch, n)
+            try:
+                DatasetCollection(place).gc(keep_last=1)
+                crashed = False
+            except CrashError:
+                n += step
+        for version in DatasetCollection(place).versions:
+            if version.is_kept:
+                assert DatasetCollection(place, version=version.number).verify().ok
+        collection = DatasetCollection(place)
+        collection.gc(keep_last=1)
+        assert names(place) == {d.name for d in collection.manifest.datasets} | {"zarr.json"}
+    assert n > 3
+    fsspec.filesystem("memory").store.clear()
+
+
 # --- two at once, without locks -------------------------------------------------------------------------------------
 
 
@@ -527,3 +562,124 @@ def test_the_commands(tmp_path, paths, capsys):
     assert main(["gc", out, "--keep-last", "1"]) == 0
     assert main(["versions", out]) == 0
     assert "version 1: not kept, create" in capsys.readouterr().out
+
+
+# --- any sequence ---------------------------------------------------------------------------------------------------
+
+
+class AnySequence(RuleBasedStateMachine):
+    """Builds, gc and readers of versions, beside a plain model: which can be opened, and which rows each gives."""
+
+    place = "disk"
+
+    @initialize()
+    def start(self):
+        self.folder = Path(tempfile.mkdtemp())
+        self.out = str(self.folder / "o.zarr") if self.place == "disk" else f"memory://any{self.folder}/o.zarr"
+        self.paths = [self.folder / f"{i}.h5ad" for i in range(5)]
+        for i, path in enumerate(self.paths):
+            make_adata(N_OBS, GENES, seed=i).write_h5ad(path)
+        self.held, self.keep, self.number, self.readers = {}, 1, 0, []
+        self.listed, self.gone = [], set()  # what the last build was told to keep, and what gc has removed
+
+    @property
+    def kept(self):
+        return [n for n in self.listed if n not in self.gone]
+
+    @rule(
+        k=st.integers(0, 4),
+        mode=st.sampled_from(["extend", "append", "reshuffle", "w"]),
+        keep=st.sampled_from([None, 1, 2, 3]),
+    )
+    def add(self, k, mode, keep):
+        now = self.held.get(self.number, ())
+        if mode != "w" and k in now:
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*already", UserWarning)
+            options = {"keep": keep, "seed": self.number}  # another one each time: it is no repeated call
+            if mode == "w":
+                add(self.out, self.paths[k : k + 1], mode="w", **options)
+            else:
+                with dask.config.set(scheduler="synchronous"):
+                    DatasetCollection(self.out).add_adatas(
+                        self.paths[k : k + 1], mode=mode, dataset_size=15, progress=False, **options
+                    )
+        self.keep = keep or self.keep
+        before = [*self.listed, self.number] if self.number else []
+        self.listed = before[max(len(before) - self.keep + 1, 0) :]
+        self.number += 1
+        self.held[self.number] = (k,) if mode == "w" else (*now, k)
+
+    @precondition(lambda self: self.number)
+    @rule(keep_last=st.sampled_from([None, 1, 2, 3]))
+    def gc(self, keep_last):
+        collection = DatasetCollection(self.out)
+        would = collection.gc(keep_last=keep_last, dry_run=True)
+        assert collection.gc(keep_last=keep_last) == would
+        if keep_last is not None:
+            readers = {n for n, _, _ in self.readers} if self.place == "disk" else set()
+            there = {v.number for v in collection.versions if v.is_kept}
+            for n in self.listed[: max(len(self.listed) - keep_last + 1, 0)]:
+                if n not in readers or n not in there:  # which may hold it by another root document, as it was current
+                    self.gone.add(n)
+
+    @precondition(lambda self: self.number)
+    @rule(back=st.integers(0, 3))
+    def open_reader(self, back):
+        there = [*self.kept, self.number]
+        number = there[max(len(there) - 1 - back, 0)]
+        loader = loader_of(DatasetCollection(self.out, version=number))
+        self.readers.append((number, iter(loader), loader))
+
+    @precondition(lambda self: self.readers)
+    @rule()
+    def end_reader(self):
+        number, batches, _ = self.readers.pop(0)
+        try:
+            got = sorted(name for batch in batches for name in batch["obs"].index)
+        except CollectionError:
+            assert self.place != "disk"
+        else:
+            assert got == cells(*self.held[number])
+
+    @invariant()
+    def what_is_kept_is_whole(self):
+        if not getattr(self, "number", 0):
+            return
+        there = [*self.kept, self.number]
+        collection = DatasetCollection(self.out)
+        assert [v.number for v in collection.versions if v.is_kept] == there
+        for number in there:
+            version = DatasetCollection(self.out, version=number)
+            assert sorted(version.obs().index) == cells(*self.held[number])
+            version.check()
+        for number in {*range(1, self.number + 2)} - {*there}:
+            with pytest.raises(VersionNotFoundError, match=rf"opened at {', '.join(map(str, there))}$"):
+                DatasetCollection(self.out, version=number)
+
+    def teardown(self):
+        for _, batches, _ in getattr(self, "readers", ()):
+            batches.close()
+        if hasattr(self, "folder"):
+            shutil.rmtree(self.folder)
+        fsspec.filesystem("memory").store.clear()
+
+
+class AnySequenceWithoutLocks(AnySequence):
+    """The same on a store."""
+
+    place = "store"
+
+
+def case(machine, examples, steps, *marks):
+    test = type(f"Test{machine.__name__}{examples}", (machine.TestCase,), {})
+    test.settings = settings(max_examples=examples, stateful_step_count=steps, deadline=None)
+    test.pytestmark = [pytest.mark.timeout(1800), *marks]
+    return test
+
+
+TestAnySequence = case(AnySequence, 1, 7)
+TestAnySequenceWithoutLocks = case(AnySequenceWithoutLocks, 1, 7)
+TestAnySequenceLong = case(AnySequence, 20, 15, pytest.mark.chaos)
+TestAnySequenceWithoutLocksLong = case(AnySequenceWithoutLocks, 20, 15, pytest.mark.chaos)
