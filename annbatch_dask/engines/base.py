@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from annbatch_dask.activities import measured
+from annbatch_dask.engines.needs import Needs
 from annbatch_dask.events import Callback, StageEnd, StageStart, TaskEnd, TaskRetry
 from annbatch_dask.plan.memory import Budget
 
@@ -37,6 +38,18 @@ class Engine(Protocol):
     @property
     def budget(self) -> Budget:
         """Memory of a worker."""
+
+    def needing(self, needs: Needs) -> Engine:
+        """An engine for tasks that need this of their workers.
+
+        Raises
+        ------
+        SchedulerError
+            If a worker lacks something.
+        """
+
+    def count_workers(self) -> int | None:
+        """Workers that are there now; None where that is not known, or there are none in principle."""
 
     def reported(self, path: str) -> AbstractContextManager[None]:
         """Write Dask's performance report of the block to a path or URL.

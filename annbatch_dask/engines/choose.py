@@ -17,6 +17,7 @@ from distributed.system import MEMORY_LIMIT
 from annbatch_dask.engines.base import Engine, EngineChoice
 from annbatch_dask.engines.dask import ClusterEngine, LocalEngine
 from annbatch_dask.engines.local_cluster import local_client, workers_process
+from annbatch_dask.engines.needs import Needs
 from annbatch_dask.errors import SchedulerError
 from annbatch_dask.formatting import format_bytes
 from annbatch_dask.plan.memory import Budget
@@ -49,7 +50,7 @@ def choose_engine(client: Client | None, memory_limit: int | str | None) -> Engi
             client = Client.current(allow_global=True)
     if client is not None:
         _refuse_asynchronous(client)
-        cluster = ClusterEngine(client, _cluster_budget(client, memory_limit))
+        cluster = ClusterEngine(client, _cluster_budget(client, memory_limit)).needing(Needs())
         return EngineChoice(cluster, cluster.budget, lambda _: contextlib.nullcontext(cluster))
     n_workers = max(1, min(dask.system.CPU_COUNT, int(MEMORY_LIMIT) // _WORKER_NBYTES))
     budget = Budget(_nbytes(memory_limit, n_workers=n_workers), dask.system.CPU_COUNT // n_workers)
@@ -85,7 +86,7 @@ class _OwnCluster:
             memory_limit=self.budget.worker_nbytes,
             process=process,
         ) as client:
-            yield ClusterEngine(client, self.budget)
+            yield ClusterEngine(client, self.budget, is_own=True)
 
 
 def _nbytes(memory_limit: int | str | None, *, n_workers: int) -> int:

@@ -8,38 +8,35 @@ import importlib.util
 import itertools
 import logging
 import os
-import pickle
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import cloudpickle
 import fsspec
 from dask.base import compute, tokenize
 from dask.callbacks import Callback as DaskCallback
 from dask.delayed import delayed
 from distributed import CancelledError, Client, as_completed, span
 from distributed.comm.core import CommClosedError
-from distributed.metrics import context_meter
 from distributed.scheduler import KilledWorker
 
-from annbatch_dask.engines.base import Describe, OnResult, OnRetry, Timed
+from annbatch_dask.engines.attempt import Failed, Unfit, attempt
+from annbatch_dask.engines.base import Describe, OnResult, OnRetry
+from annbatch_dask.engines.needs import NFS_PAUSES_S, Needs, workers_lacking
 from annbatch_dask.errors import (
-    AnnbatchDaskError,
     MissingPackageError,
     SchedulerError,
     StorageError,
     WorkersDiedError,
 )
-from annbatch_dask.formatting import format_bytes, plural
+from annbatch_dask.formatting import format_bytes
 from annbatch_dask.plan.memory import Budget
 from annbatch_dask.storage import transient
 from annbatch_dask.storage.secrets import shown, without_secrets
-from annbatch_dask.storage.transient import PAUSES_S, is_transient, patiently
+from annbatch_dask.storage.transient import PAUSES_S, patiently
 
 __all__ = ["ClusterEngine", "LocalEngine"]
 
@@ -49,6 +46,8 @@ RETRIES = 2
 """How often a task that failed is handed out again, perhaps to another worker; our own errors last, and are not."""
 DEATHS = 8
 """So many workers may die on a task that had the cluster to itself, until they are taken to die of it."""
+UNFIT = 8
+"""So many workers may turn out to be unfit while no task is done, until it is taken that no other kind will come."""
 NO_WORKER_S = 60.0
 """How often a stage looks whether any worker is there, to say so where none is."""
 
@@ -78,6 +77,14 @@ class LocalEngine:
         """Readable name of the engine."""
         return f"dask's {self.scheduler} scheduler"
 
+    def needing(self, needs: Needs) -> LocalEngine:  # noqa: ARG002 - what this process has, it has
+        """Itself: its tasks run in this process."""
+        return self
+
+    def count_workers(self) -> int | None:
+        """None: there are no workers."""
+        return None
+
     def reported(self, path: str) -> contextlib.AbstractContextManager[None]:
         """Refuse: there is no cluster to report of."""
         msg = f"{path} would be a report of a cluster, and {self.name} is none; give a client, or no performance_report"
@@ -106,53 +113,21 @@ class LocalEngine:
 
 
 @dataclass(frozen=True)
-class _Failed:
-    """Return value of a failed task. If it raised, Dask would log the traceback on the worker and retry at once.
-
-    ``lasts``: trying again cannot help.
-    """
-
-    error: Exception
-    lasts: bool
-
-
-def _attempt(fn: Callable[..., Any], *args: Any) -> Any:
-    try:
-        result = patiently(fn, *args)
-    except Exception as e:  # noqa: BLE001 - all of them travel to the client
-        return _Failed(_portable(e), isinstance(e, AnnbatchDaskError) and not is_transient(e))
-    if isinstance(result, Timed):  # Dask's fine performance metrics, which it sums by span and activity
-        for name, seconds in result.activities.items():
-            context_meter.digest_metric(name, seconds, "seconds")
-    return result
-
-
-class _WorkerTracebackError(Exception):
-    """Traceback of a worker, as the cause of the error in the client."""
-
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
-
-
-def _portable(error: Exception) -> Exception:
-    """An error as it can be sent, without what cannot be pickled; one of others' with the worker's traceback."""
-    try:
-        copy: Exception = pickle.loads(cloudpickle.dumps(error))
-    except Exception:  # noqa: BLE001 - classes of users and of libraries may do anything
-        copy = RuntimeError(f"{type(error).__name__}: {error}")
-        for note in getattr(error, "__notes__", ()):
-            copy.add_note(note)
-    if not isinstance(copy, AnnbatchDaskError):
-        copy.__cause__ = _WorkerTracebackError("".join(traceback.format_exception(error)))
-    return copy
-
-
-@dataclass(frozen=True)
 class ClusterEngine:
-    """A Dask cluster."""
+    """A Dask cluster.
+
+    Attributes
+    ----------
+    needs
+        What workers must have; None where they are known to have it.
+    is_own
+        Whether it is a local cluster of this process, and all workers are as it is.
+    """
 
     client: Client
     budget: Budget
+    needs: Needs | None = None
+    is_own: bool = False
 
     @property
     def name(self) -> str:
@@ -166,6 +141,26 @@ class ClusterEngine:
         """Address of the dashboard."""
         return self.client.dashboard_link or None
 
+    def needing(self, needs: Needs) -> ClusterEngine:
+        """An engine for tasks that need this of their workers, once all that are there have it.
+
+        Raises
+        ------
+        SchedulerError
+            With the workers that lack something, and what.
+        """
+        if self.is_own:
+            return self
+        _check_workers(self.client, needs)
+        return replace(self, needs=needs)
+
+    def count_workers(self) -> int | None:
+        """Workers that are there now; None where the scheduler does not answer."""
+        try:
+            return len(self.client.scheduler_info(n_workers=-1)["workers"])
+        except Exception:  # noqa: BLE001 - who waits for tasks has to say what happened
+            return None
+
     @contextlib.contextmanager
     def reported(self, path: str) -> Iterator[None]:
         """Write Dask's performance report of the block, however it ends, without the caller's code.
@@ -174,9 +169,8 @@ class ClusterEngine:
         """
         client = self.client
         _check_report(client, path)
-        count = client.run_on_scheduler(_monitor_count)
         client.get_task_stream(start=0, stop=0)  # from now on it is kept
-        start = time.time()
+        start, count = client.run_on_scheduler(_time_and_monitor_count)  # by its own clock
         try:
             yield
         finally:
@@ -199,9 +193,9 @@ class ClusterEngine:
         on_retry: OnRetry = _ignored,
     ) -> list[Any]:
         """Run the tasks on the cluster; on any error, cancel what is left."""
-        run = _ClusterRun(self.client, name, fn, tasks, on_result, describe, on_retry)
+        run = _ClusterRun(self.client, name, fn, tasks, on_result, describe, on_retry, self.needs)
         try:
-            with _missing_workers_said(self.client, name, self.budget):
+            with _missing_workers_said(self, name):
                 run.all()
         except (CancelledError, CommClosedError) as e:
             msg = (
@@ -214,8 +208,8 @@ class ClusterEngine:
         return run.results
 
 
-def _monitor_count(dask_scheduler: Any) -> int:
-    return int(dask_scheduler.monitor.count)
+def _time_and_monitor_count(dask_scheduler: Any) -> tuple[float, int]:
+    return time.time(), int(dask_scheduler.monitor.count)
 
 
 def _has_bokeh() -> bool:
@@ -232,11 +226,24 @@ def _check_report(client: Client, path: str) -> None:
         raise StorageError(msg)
 
 
-@contextlib.contextmanager
-def _missing_workers_said(client: Client, name: str, budget: Budget) -> Iterator[None]:
-    """Meanwhile, warn again and again while no worker is there, and once of each that is too small for the plan.
+def _check_workers(client: Client, needs: Needs) -> None:
+    """Refuse a cluster some of whose workers lack something, after a minute in which files may appear."""
+    for pause in (*NFS_PAUSES_S, None):
+        lacks = workers_lacking(client, needs)
+        if not lacks:
+            return
+        address, lack = next(iter(lacks.items()))
+        others = f"; {len(lacks) - 1} more lack something, too" if len(lacks) > 1 else ""
+        if pause is None or not needs.files:
+            msg = f"worker {address} {lack}{others}; mend or stop such workers, and call again: nothing was begun"
+            raise SchedulerError(msg)
+        logger.warning("worker %s %s%s; looked at again in %.0f s", address, lack, others, pause)
+        transient.sleep(pause)
 
-    Dask waits for a worker without a word, and hands tasks to whichever comes.
+
+@contextlib.contextmanager
+def _missing_workers_said(engine: ClusterEngine, name: str) -> Iterator[None]:
+    """Meanwhile, warn again and again while no worker is there, for which Dask waits without a word.
 
     A LocalCluster of Dask's, for one, may give up workers that died, and starts no others.
     """
@@ -244,15 +251,12 @@ def _missing_workers_said(client: Client, name: str, budget: Budget) -> Iterator
 
     def look() -> None:
         since = time.monotonic()
-        told: set[str] = set()
         while not is_over.wait(NO_WORKER_S):
-            try:
-                workers = client.scheduler_info(n_workers=-1)["workers"]
-            except Exception:  # noqa: BLE001 - the thread that waits for tasks has to say what happened
+            n_workers = engine.count_workers()
+            if n_workers is None:
                 return
-            if workers:
+            if n_workers:
                 since = time.monotonic()
-                _say_small(workers, budget, told)
                 continue
             logger.warning(
                 "%s: no worker has been there for up to %.0f s, and the build waits for one; start workers, or "
@@ -268,24 +272,6 @@ def _missing_workers_said(client: Client, name: str, budget: Budget) -> Iterator
     finally:
         is_over.set()
         watcher.join()
-
-
-def _say_small(workers: Mapping[str, Mapping[str, Any]], budget: Budget, told: set[str]) -> None:
-    """Warn of workers that joined later, with less memory for a task than those that the plan was made for."""
-    for address, w in workers.items():
-        has = Budget(w["memory_limit"], w["nthreads"])
-        if not w["memory_limit"] or has.task_nbytes >= budget.task_nbytes or address in told:
-            continue
-        told.add(address)
-        logger.warning(
-            "worker %s has %s for %s, and the plan was made for workers with %s for %d: its tasks may not fit, "
-            "and go to others if it dies; start workers as large as the first ones",
-            address,
-            format_bytes(has.worker_nbytes),
-            plural(has.n_threads, "thread"),
-            format_bytes(budget.worker_nbytes),
-            budget.n_threads,
-        )
 
 
 @dataclass
@@ -304,9 +290,13 @@ class _ClusterRun:
     on_result: OnResult
     describe: Describe
     on_retry: OnRetry
+    needs: Needs | None
     results: list[Any] = field(init=False)
     deaths: Counter[int] = field(default_factory=Counter)
     lost: list[int] = field(default_factory=list)
+    sent_away: set[str] = field(default_factory=set)
+    n_unfit: int = 0
+    """Workers that were sent away since the last task that was done."""
 
     def __post_init__(self) -> None:
         self.results = [None] * len(self.tasks)
@@ -354,7 +344,7 @@ class _ClusterRun:
             for future in running:
                 i = index[future.key]
                 try:
-                    result = future.result()
+                    result = self._result(future)
                 except KilledWorker as e:
                     self.deaths[i] += e.allowed_failures + 1
                     died.add(i)
@@ -362,16 +352,18 @@ class _ClusterRun:
                     continue
                 finally:  # what its worker kept would be done again when that leaves
                     left.pop(future.key).release()
-                if not isinstance(result, _Failed):
+                if not isinstance(result, Failed | Unfit):
+                    self.n_unfit = 0
                     self.results[i] = result
                     self.on_result(i, result)
-                elif result.lasts or tries[i] == RETRIES:
-                    raise result.error
-                else:
+                    continue
+                if isinstance(result, Failed):
+                    if result.lasts or tries[i] == RETRIES:
+                        raise result.error
                     tries[i] += 1
                     self.on_retry(i, without_secrets(f"{type(result.error).__name__}: {result.error}"))
-                    left |= (again := self._submit([i], index))
-                    running.update(again.values())
+                left |= (again := self._submit([i], index))
+                running.update(again.values())
         except (CancelledError, CommClosedError):
             raise
         except BaseException:
@@ -379,9 +371,45 @@ class _ClusterRun:
             raise
         return died
 
+    def _result(self, future: Any) -> Any:
+        """What came of a task; where its worker lacks something, that is sent away first."""
+        try:
+            result = future.result()
+        except (KilledWorker, CancelledError, CommClosedError):
+            raise
+        except Exception as e:  # of a worker that cannot read what it is sent
+            lacks = {} if self.needs is None else workers_lacking(self.client, self.needs)
+            if not lacks:
+                raise
+            for address, lack in lacks.items():
+                self._send_away(address, lack)
+            return Unfit("", str(e))
+        if isinstance(result, Unfit):
+            self._send_away(result.address, result.lack)
+        return result
+
+    def _send_away(self, address: str, lack: str) -> None:
+        """Close a worker that can do no task of this build, and would take one after the other.
+
+        Raises
+        ------
+        SchedulerError
+            If it is one of many, and no other did anything since the first of them.
+        """
+        if address in self.sent_away:
+            return
+        self.sent_away.add(address)
+        self.n_unfit += 1
+        logger.warning("%s: worker %s %s; it is sent away", self.name, address, lack)
+        if self.n_unfit > UNFIT:
+            msg = f"{self.name}: {self.n_unfit} workers joined that cannot take part; the last one {lack}"
+            raise SchedulerError(msg)
+        self.client.retire_workers([address])
+
     def _submit(self, which: Sequence[int], index: dict[Any, int]) -> dict[Any, Any]:
         with span("annbatch_dask", self.name):
-            graph = _delayed(self.name, _attempt, [(self.fn, *self.tasks[i]) for i in which])
+            tasks = [(self.needs, self.name, self.fn, *self.tasks[i]) for i in which]
+            graph = _delayed(self.name, attempt, tasks)
             futures: list[Any] = self.client.compute(graph, optimize_graph=False)
         index.update((f.key, i) for f, i in zip(futures, which, strict=True))
         return {f.key: f for f in futures}

@@ -11,6 +11,7 @@ import numpy as np
 
 from annbatch_dask.engines.base import Engine, run_stage
 from annbatch_dask.engines.dask import LocalEngine
+from annbatch_dask.engines.needs import Needs, SharedFile
 from annbatch_dask.errors import CollectionBusyError, IntegrityError, SelectionError
 from annbatch_dask.etl.commit import commit, make_manifest, merged_range, source_fingerprints
 from annbatch_dask.etl.compare import LeftOut
@@ -18,7 +19,7 @@ from annbatch_dask.etl.duplicates import find_duplicates
 from annbatch_dask.etl.gather import gather
 from annbatch_dask.etl.group import count_groups, with_groups
 from annbatch_dask.etl.inputs import forget_inputs_of
-from annbatch_dask.etl.job import GatherTask, Job, forget_job, own_scratch, save_job
+from annbatch_dask.etl.job import GatherTask, Job, JobFile, forget_job, own_scratch, save_job
 from annbatch_dask.etl.measure import measure_rows, measured_blocks, with_verdicts
 from annbatch_dask.etl.receipts import GatherReceipt, ScatterReceipt
 from annbatch_dask.etl.scatter import forget_task, scatter
@@ -50,6 +51,7 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
     try:
         job = _look_first(replace(job, scratch=make_private(job.scratch)), engine, callback)
         plan, file = job.plan, save_job(job)
+        engine = engine.needing(_needs(job, file))
         scattered = run_stage(
             engine,
             "scatter",
@@ -115,6 +117,14 @@ def build(job: Job, engine: Engine, callback: Callback) -> Manifest:
         callback.on_build_end(BuildEnd(error))
 
 
+def _needs(job: Job, file: JobFile) -> Needs:
+    """What workers must have: the folders of the collection and of the spill files, and memory for a task."""
+    files = [SharedFile(file.scratch, file.name)]
+    if job.claim is not None:
+        files.append(SharedFile(job.target, job.claim.name, job.claim.nonce))
+    return Needs(files=tuple(files), peaks=dict(zip(("scatter", "gather"), job.plan.peak_nbytes, strict=True)))
+
+
 def _end(job: Job) -> None:
     """Say that the build runs no more; where that cannot be said, its claim is left alone."""
     if job.claim is not None:
@@ -137,6 +147,7 @@ def measure(job: Job, engine: Engine, callback: Callback) -> Job:
     """Measure the cells of the inputs, and make a job of those that are kept."""
     plan, first = job.plan, replace(job, scratch=job.scratch / "measure")
     file, indices = save_job(first), measured_blocks(plan)
+    engine = engine.needing(_needs(job, file))
     blocks = [plan.blocks[k] for k in indices]
     receipts = run_stage(
         engine,
@@ -156,6 +167,7 @@ def group(job: Job, engine: Engine, callback: Callback) -> Job:
     plan = job.plan
     first = replace(job, scratch=job.scratch / "group")
     file = save_job(first)
+    engine = engine.needing(_needs(job, file))
     counted = run_stage(
         engine,
         "group",

@@ -52,6 +52,10 @@ class Budget:
         """Peak memory available to one task."""
         return max(0, self.worker_nbytes - RESERVED_NBYTES) // max(1, self.n_threads)
 
+    def worker_nbytes_for(self, peak_nbytes: int) -> int:
+        """Memory of a worker of as many threads whose tasks may have this peak."""
+        return RESERVED_NBYTES + peak_nbytes * max(1, self.n_threads)
+
     def check(self, what: str, peak_nbytes: int, remedy: str) -> None:
         """Refuse a task whose peak does not fit.
 

@@ -11,51 +11,15 @@ import dask
 import psutil
 import pytest
 from dask import config
-from distributed import Client
 
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import SchedulerError, WorkersDiedError
 from annbatch_dask.events import Callback
 from tests.chaos.victim import die_once, die_while
+from tests.clusters import TIMEOUT_S, cluster
 from tests.tools import Counter, tree_digest
 
 OPTIONS = {"seed": 4, "dataset_size": 60}
-TIMEOUT_S = 240  # a machine that does other work too
-
-
-@contextlib.contextmanager
-def process(*command, **environment):
-    """A process, killed at the end with all it started."""
-    environment = os.environ | {"PYTHONWARNINGS": "default"} | environment
-    p = subprocess.Popen([sys.executable, "-m", *command], env=environment)
-    try:
-        yield p
-    finally:
-        family = []
-        with contextlib.suppress(psutil.NoSuchProcess):
-            family = psutil.Process(p.pid).children(recursive=True)
-        p.kill()
-        p.wait()
-        for child in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-        psutil.wait_procs(family)
-
-
-@contextlib.contextmanager
-def cluster(folder, *, n_workers=2, allowed_failures=3):
-    """Its client, and the processes: scheduler and workers with their nannies."""
-    folder.mkdir()
-    contact = folder / "scheduler.json"
-    scheduler = ["dask", "scheduler", "--port", "0", "--dashboard-address", "127.0.0.1:0", "--host", "127.0.0.1"]
-    worker = ["dask", "worker", "--nthreads", "1", "--no-dashboard", "--local-directory", str(folder)]
-    with contextlib.ExitStack() as stack:
-        patience = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": str(allowed_failures)}
-        started = [stack.enter_context(process(*scheduler, "--scheduler-file", str(contact), **patience))]
-        started += [stack.enter_context(process(*worker, "--scheduler-file", str(contact))) for _ in range(n_workers)]
-        with Client(scheduler_file=str(contact), timeout=TIMEOUT_S, set_as_default=False) as client:
-            client.wait_for_workers(n_workers, timeout=TIMEOUT_S)
-            yield client, started
 
 
 class Reused(Callback):

@@ -79,7 +79,7 @@ MAY_IMPORT_DISTRIBUTED = {
     "collection.py",
     "maintained.py",
     "planned.py",
-    *(f"engines/{name}.py" for name in ("choose", "dask", "local_cluster", "workers")),
+    *(f"engines/{name}.py" for name in ("attempt", "choose", "dask", "local_cluster", "needs", "workers")),
 }
 SLOW = ("bokeh", "matplotlib", "scipy.stats", "torch")
 """Each takes a second or more to import, in every process that opens a collection."""
