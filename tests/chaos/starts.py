@@ -10,7 +10,8 @@ _timed = base._timed
 
 
 def told(fn, *args):
-    line = json.dumps({"task": getattr(fn, "__name__", str(fn)), "pid": os.getpid()}) + "\n"
+    what = {"task": getattr(fn, "__name__", str(fn)), "pid": os.getpid(), "node": os.environ.get("TEST_NODE")}
+    line = json.dumps(what) + "\n"
     fd = os.open(os.environ["TEST_STARTS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(fd, line.encode())
     os.close(fd)
