@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from annbatch_dask.engines.base import EngineChoice
+from annbatch_dask.engines.base import Engine, EngineChoice
 from annbatch_dask.errors import CollectionBusyError, CollectionChangedError, CollectionError, SourceError
 from annbatch_dask.etl.build import build
 from annbatch_dask.etl.job import Job, say_what_is_lost, work_folder
@@ -140,7 +140,7 @@ def _run(root: Root, prepared: Prepared, means: Means, found: FolderContents) ->
         job = _make_job(root, prepared, means.scratch, found)
         try:
             check_unchanged(job.target, found.version)  # now that what another build publishes has other names
-            build(job, engine, Callbacks([*_records(job), means.callback]))
+            build(job, engine, Callbacks([*_records(job, engine), means.callback]))
         except CollectionBusyError:
             root.replaces = False
             root.refresh()
@@ -151,10 +151,12 @@ def _run(root: Root, prepared: Prepared, means: Means, found: FolderContents) ->
     root.refresh()
 
 
-def _records(job: Job) -> list[Callback]:
+def _records(job: Job, engine: Engine) -> list[Callback]:
     """What keeps account of a build; before the listeners of others, which may look at it, or raise."""
     recorder = Recorder(job.target, job.plan)
-    return [recorder] if job.claim is None else [recorder, Watch(job.target, job.claim, job.plan.fingerprint)]
+    if job.claim is None:
+        return [recorder]
+    return [recorder, Watch(job.target, job.claim, job.plan.fingerprint, engine.count_workers)]
 
 
 def _make_job(root: Root, prepared: Prepared, scratch: Folder, found: FolderContents) -> Job:

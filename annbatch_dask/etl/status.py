@@ -36,7 +36,7 @@ class BuildStatus:
     ----------
     state
         ``"running"``; ``"interrupted"``: the same call resumes it; ``"silent"``: it is on another machine, which
-        cannot be asked, and has given no sign of life for a minute.
+        cannot be asked, and has given no sign of life for a minute, or one of a time to come, by a clock that is wrong.
     pid, host
         Its process, as far as known.
     progress
@@ -134,7 +134,8 @@ def _state(claim: Claim, progress: BuildProgress | None) -> BuildState:
         return "interrupted"
     if claim.is_here:
         return "running"
-    return "silent" if progress is None or _seconds_since(progress.updated) > SILENT_S else "running"
+    # of a clock that is ahead nothing can be told, and of one that is behind no more than of a machine that is silent
+    return "silent" if progress is None or abs(_seconds_since(progress.updated)) > SILENT_S else "running"
 
 
 def _seconds_since(time: str) -> float:
@@ -172,6 +173,12 @@ def _build_lines(build: BuildStatus) -> Iterator[str]:
         yield "    it has not said how far it is"
         return
     yield f"    started {progress.started}, last sign of life {progress.updated}, on {progress.engine}"
+    if build.state == "silent" and build.silence is not None:
+        yield f"    {_silence(build.silence)}"
+    if build.state == "running" and progress.no_worker_since is not None:
+        yield f"    no worker has been there since {progress.no_worker_since}, and the build waits for one"
+    elif build.state == "running" and progress.n_workers is not None:
+        yield f"    {plural(progress.n_workers, 'worker')}"
     if progress.dashboard is not None and build.state == "running":
         yield f"    dashboard {progress.dashboard}"
     for stage in progress.stages:
@@ -179,6 +186,12 @@ def _build_lines(build: BuildStatus) -> Iterator[str]:
     if progress.slowest is not None and progress.slowest.seconds:
         slow = progress.slowest
         yield f"    slowest: {slow.what}: {slow.seconds:.1f} s for {plural(slow.n_obs, 'cell')}"
+
+
+def _silence(seconds: float) -> str:
+    if seconds < 0:
+        return f"that is {-seconds:,.0f} s from now: the clocks of its machine and of this one differ; set them"
+    return f"that was {seconds:,.0f} s ago, by this machine's clock; if clocks differ by that, it may run: set them"
 
 
 def _stage_line(stage: StageProgress) -> str:
@@ -218,6 +231,8 @@ def _build_json(build: BuildStatus) -> dict[str, Any]:
         "engine": progress.engine,
         "dashboard": progress.dashboard,
         "error": progress.error,
+        "n_workers": progress.n_workers,
+        "no_worker_since": progress.no_worker_since,
         "stages": [
             vars(s) | {"obs_per_second": s.obs_per_second, "seconds_left": s.seconds_left} for s in progress.stages
         ],

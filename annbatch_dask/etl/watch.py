@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from time import perf_counter
@@ -122,6 +123,10 @@ class BuildProgress:
         The slowest task of the last stage.
     error
         Why it ended, in words; None while it runs.
+    n_workers
+        Workers that were there at the last sign of life; None where that is not known, or there are none in principle.
+    no_worker_since
+        Since when it has waited for a worker; None where there is one.
     """
 
     nonce: str
@@ -133,6 +138,8 @@ class BuildProgress:
     stages: tuple[StageProgress, ...] = ()
     slowest: SlowestTask | None = None
     error: str | None = None
+    n_workers: int | None = None
+    no_worker_since: str | None = None
 
     @classmethod
     def parse(cls, document: bytes) -> BuildProgress | None:
@@ -172,8 +179,10 @@ def forget_progress(target: Folder, claim: Claim) -> None:
 class Watch(Callback):
     """Listens to a build, and writes how far it has come: at both ends of each stage, and every few seconds."""
 
-    def __init__(self, target: Folder, claim: Claim, plan: str) -> None:
-        self._target, self._claim, self._plan = target, claim, plan
+    def __init__(
+        self, target: Folder, claim: Claim, plan: str, count_workers: Callable[[], int | None] = lambda: None
+    ) -> None:
+        self._target, self._claim, self._plan, self._count_workers = target, claim, plan, count_workers
         self._now: BuildProgress | None = None
         self._stage_start = 0.0
         self._lock = threading.Lock()
@@ -252,6 +261,12 @@ class Watch(Callback):
 
     def _go_on(self) -> None:
         while not self._is_over.wait(BEAT_S):
+            n = self._count_workers()
+            self._set(
+                lambda now, n=n: replace(
+                    now, n_workers=n, no_worker_since=None if n != 0 else now.no_worker_since or _now()
+                )
+            )
             self._write()
 
     def _write(self) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from annbatch_dask import DatasetCollection
 from tests.chaos import nodes
-from tests.clusters import kill, process, scheduler, worker
+from tests.clusters import kill, scheduler, worker
 from tests.tools import tree_digest
 
 pytestmark = [
@@ -41,26 +41,6 @@ contact, out, reports, store, options, *paths = sys.argv[1:]
 with dask.config.set(annbatch_dask={"block_size": 20_000}), Client(scheduler_file=contact):
     collection = DatasetCollection(out, storage_options=json.loads(store))
     collection.add_adatas(paths, callbacks=[Killer(None, Path(reports))], progress=False, **json.loads(options))
-"""
-
-PUT = """
-import json, sys, fsspec
-fs = fsspec.filesystem("s3", **json.loads(sys.argv[1]))
-fs.call_s3("create_bucket", Bucket="b")
-fs.put(sys.argv[2:], "b/in/")
-"""
-PLAIN = """
-import json, sys, dask
-from annbatch_dask import DatasetCollection
-store, out, options, *paths = sys.argv[1:]
-with dask.config.set(annbatch_dask={"block_size": 20_000}, scheduler="synchronous"):
-    DatasetCollection(out, storage_options=json.loads(store)).add_adatas(paths, **json.loads(options))
-"""
-GET = """
-import json, sys, fsspec
-fs = fsspec.filesystem("s3", **json.loads(sys.argv[1]))
-for name in ("o.zarr", "plain.zarr"):
-    fs.get(f"b/{name}", f"{sys.argv[2]}/{name}", recursive=True)
 """
 
 
@@ -159,29 +139,3 @@ def test_a_cut_costs_no_more_than_time(tmp_path, two, h5ad_pair, undisturbed, st
         running.cut(stage, is_long=is_long)
         assert running.client.wait(UNTIL_S) == 0
     assert tree_digest(out) == tree_digest(undisturbed)
-
-
-@pytest.mark.parametrize("is_long", [False, True], ids=["short", "long"])
-def test_a_cut_from_the_store_as_well(tmp_path, two, h5ad_pair, is_long):
-    """All is on S3, on the first machine: tasks of the other wait for it, or are done here."""
-    pytest.importorskip("s3fs")
-    here, _ = two
-    store = {"key": "k", "secret": "s", "client_kwargs": {"endpoint_url": f"http://{here.address}:5000"}}
-
-    def call(script, *arguments):
-        command = [*here.before, sys.executable, "-c", script, json.dumps(store), *map(str, arguments)]
-        return subprocess.run(command, check=True, timeout=UNTIL_S)
-
-    with (
-        process("moto.server", "-H", here.address, "-p", "5000", before=here.before),
-        build(tmp_path, two) as running,
-    ):
-        wait_for(lambda: running.n_workers() == 2)
-        call(PUT, *h5ad_pair)
-        urls = [f"s3://b/in/{path.name}" for path in h5ad_pair]
-        running.start("s3://b/o.zarr", urls, store, **OPTIONS)
-        running.cut("gather", is_long=is_long)
-        assert running.client.wait(UNTIL_S) == 0
-        call(PLAIN, "s3://b/plain.zarr", json.dumps(OPTIONS), *urls)
-        call(GET, tmp_path)
-    assert tree_digest(tmp_path / "o.zarr") == tree_digest(tmp_path / "plain.zarr") != {}

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 
@@ -215,6 +216,40 @@ def test_a_build_of_another_machine_runs_as_long_as_it_says_so(elsewhere):
     assert (found.state, found.builds[0].state) == ("silent", "silent")
     assert 590 < found.builds[0].silence < 700
     assert "that machine cannot be asked" in str(found)
+    assert "if clocks differ by that, it may run" in str(found)
+
+
+def test_a_clock_that_is_ahead_is_said(elsewhere):
+    """By a day: else a build that was interrupted would run until tomorrow."""
+    target, said = elsewhere
+    said(-86_400)
+    found = status_of(target, target.url, None, None)
+    assert (found.state, found.builds[0].state) == ("silent", "silent")
+    assert "s from now: the clocks of its machine and of this one differ; set them" in str(found)
+
+
+def test_a_build_says_how_many_workers_are_there(tmp_path, h5ad_pair, monkeypatch):
+    monkeypatch.setattr(watch, "BEAT_S", 0.01)
+    counts, seen = iter([2, 0, 0, 3]), {}
+    path = tmp_path / "o.zarr"
+
+    def count(_):
+        if enough.is_set():
+            return 3
+        n = next(counts)
+        found = DatasetCollection(path).status()
+        seen[found.builds[0].progress.n_workers, found.builds[0].progress.no_worker_since is None] = str(found)
+        if n == 3:
+            enough.set()
+        return n
+
+    enough = threading.Event()
+    monkeypatch.setattr("annbatch_dask.engines.dask.LocalEngine.count_workers", count)
+    waiting = Look(dict, ("start", "gather"), then=lambda: enough.wait(60))
+    DatasetCollection(path).add_adatas(h5ad_pair, callbacks=[waiting], **OPTIONS)
+    assert {(2, True), (0, False)} <= set(seen)
+    assert "    2 workers" in seen[2, True]
+    assert "no worker has been there since 20" in seen[0, False]
 
 
 def test_what_says_nothing_or_nonsense_is_a_build_all_the_same(elsewhere):
