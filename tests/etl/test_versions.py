@@ -377,7 +377,7 @@ def test_a_crash_before_any_write_of_a_commit_and_its_clean_up(tmp_path, paths, 
             fs.rm(root, recursive=True)
         put_tree(base, fs, root)
         with monkeypatch.context() as patch:
-            patch.setattr(start_module, "_records", lambda _: [])  # its thread would outlive the crash
+            patch.setattr(start_module, "_records", lambda *_: [])  # its thread would outlive the crash
             try:
                 add(place, paths[2:3], callbacks=[FromCommit(lambda p=patch, k=n: crash_at(p, k))])
             except CrashError:
