@@ -33,9 +33,9 @@ def nothing_is_left() -> Iterator[None]:
         gc.collect()  # an iterator in a reference cycle
     assert not lasting_threads(), f"still running: {loader_threads()}"
     until = time.monotonic() + _PATIENCE_S
-    while open_since() and time.monotonic() < until:
+    while (found := open_since()) and time.monotonic() < until:
         threading.Event().wait(0.01)
-    assert not open_since(), f"still open: {open_since()}"
+    assert not found, f"still open: {found}"
     started = [p for p in children() if p not in processes and processes.isdisjoint(_parents(p))]
     _, alive = psutil.wait_procs(started, timeout=_PATIENCE_S)
     assert not alive, f"still running: {alive}"
