@@ -280,7 +280,8 @@ def decode(store: Path) -> int:
     """Decode every chunk of X of the collection on all cores, into one buffer; returns the number of values."""
     import zarr
 
-    from annbatch_dask.chunks.reader import RangeReader, deal
+    from annbatch_dask.chunks.dealing import deal
+    from annbatch_dask.chunks.reader import RangeReader
 
     groups = [group["X"] for _, group in zarr.open_group(store, mode="r").groups()]
     readers = [RangeReader(x[name]) for x in groups for name in ("data", "indices")]

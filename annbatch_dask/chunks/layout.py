@@ -222,10 +222,17 @@ class ShardIndex:
         n_shards, n_chunks = math.prod(layout.n_shards), math.prod(layout.chunks_per_shard)
         self.offsets, self.sizes = np.empty((n_shards, n_chunks), np.int64), np.empty((n_shards, n_chunks), np.int64)
         self.keys: dict[int, str] = {}
+        per_shard = layout.chunks_per_shard
+        self._grid = per_shard[0], math.prod(layout.n_shards[1:]), math.prod(per_shard[1:])
+
+    @property
+    def is_complete(self) -> bool:
+        """True if all shards were loaded."""
+        return len(self.keys) == len(self.offsets)
 
     def unknown(self, spans: Ints) -> list[int]:
         """The shards of some rows that were not loaded yet."""
-        if len(self.keys) == len(self.offsets):
+        if self.is_complete:
             return []
         n_each = math.prod(self.layout.n_shards[1:])
         rows = find_shards(spans, self.layout.shard_shape[0]).tolist()
@@ -241,8 +248,8 @@ class ShardIndex:
 
     def plan(self, column: GridColumn, spans: Ints, max_read: int) -> tuple[Ints, Ints, Ints, Ints]:
         """Reads, chunks, pieces and missing pieces, see :func:`annbatch_dask.kernels.chunk_plan.plan_chunks`."""
-        per_shard, n_shards = self.layout.chunks_per_shard, self.layout.n_shards
-        grid = (per_shard[0], math.prod(n_shards[1:]), column.shard, math.prod(per_shard[1:]), column.inner)
+        per_row, n_shards, per_shard = self._grid
+        grid = (per_row, n_shards, column.shard, per_shard, column.inner)
         length = self.layout.chunk_shape[0]
         plan = plan_chunks(spans, length, grid, self.offsets, self.sizes, MAX_GAP_NBYTES, max_read)
         reads, chunks, pieces, missing = plan

@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.chunks import native
+from annbatch_dask.chunks.dealing import MIN_PART_NBYTES, Divisible, Task
 from annbatch_dask.chunks.files import scratch
 from annbatch_dask.chunks.layout import Array, Ints
 from annbatch_dask.chunks.native_wanted import STEP, hand_out, pick
-from annbatch_dask.chunks.reader import MIN_PART_NBYTES, Divisible, LocalChunks, RangeReader, Task
+from annbatch_dask.chunks.reader import LocalChunks, RangeReader
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.kernels.assemble import sum_dtype
 from annbatch_dask.kernels.wanted import add_up, adder, finder, taker

@@ -20,7 +20,8 @@ from anndata.abc import CSRDataset
 from numpy.typing import DTypeLike, NDArray
 
 from annbatch_dask.chunks.cache import RangeCache
-from annbatch_dask.chunks.reader import RangeReader, Task
+from annbatch_dask.chunks.dealing import Task
+from annbatch_dask.chunks.reader import RangeReader
 from annbatch_dask.chunks.wanted import CoveredRows, WantedEntries
 from annbatch_dask.errors import SourceError
 from annbatch_dask.kernels.row_runs import find_runs, place_entries, row_bounds

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from annbatch_dask.chunks.reader import Task
+from annbatch_dask.chunks.dealing import Task
 from annbatch_dask.chunks.wanted import say_outside
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.kernels.assemble import (

@@ -26,7 +26,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from annbatch_dask.chunks.reader import Task, deal
+from annbatch_dask.chunks.dealing import Task, deal
 from annbatch_dask.loader.backing import Located, RowSource
 from annbatch_dask.loader.batch import BatchBuilder
 from annbatch_dask.loader.blocks import BatchRows, Block, Loaded, PickedBlock

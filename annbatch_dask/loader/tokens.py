@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from annbatch_dask.chunks.reader import Task
+from annbatch_dask.chunks.dealing import Task
 from annbatch_dask.errors import SchemaError
 from annbatch_dask.kernels.assemble import SparseRows
 from annbatch_dask.kernels.bins import Bins, bin_rows

@@ -12,9 +12,10 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from annbatch_dask.chunks import native
+from annbatch_dask.chunks import dealing, native, placing
 from annbatch_dask.chunks import reader as ranges
-from annbatch_dask.chunks.reader import RangeReader, deal
+from annbatch_dask.chunks.dealing import deal
+from annbatch_dask.chunks.reader import RangeReader
 from annbatch_dask.errors import CollectionChangedError, IntegrityError
 from tests.chunks.codecs import CODECS, NATIVE, SERIALIZERS
 
@@ -40,7 +41,7 @@ def natively():
         raise AssertionError(msg)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranges, "_place", refuse)
+        patch.setattr(placing, "_place", refuse)
         yield
 
 
@@ -213,7 +214,7 @@ def test_what_was_not_placed_natively_is_read_again(tmp_path, monkeypatch):
 
 
 def test_work_is_dealt_out_in_about_equal_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(ranges, "MIN_PART_NBYTES", 1)
+    monkeypatch.setattr(dealing, "MIN_PART_NBYTES", 1)
     monkeypatch.setattr(ranges, "_MAX_FILL_NBYTES", 1)
     array = write(tmp_path / "a", simple("none"))
     readers = [RangeReader(array) for _ in range(3)]
@@ -228,7 +229,7 @@ def test_work_is_dealt_out_in_about_equal_parts(tmp_path, monkeypatch):
         part()
     for out in outs:
         np.testing.assert_array_equal(out, array[:])
-    monkeypatch.setattr(ranges, "MIN_PART_NBYTES", 10**9)
+    monkeypatch.setattr(dealing, "MIN_PART_NBYTES", 10**9)
     assert len(deal(tasks, 4)) == 1
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from annbatch_dask.chunks import native, wanted
-from annbatch_dask.chunks.reader import deal
+from annbatch_dask.chunks.dealing import deal
 from annbatch_dask.chunks.wanted import WantedEntries
 from annbatch_dask.errors import CollectionChangedError, IntegrityError
 from annbatch_dask.kernels.wanted import OUTSIDE, find_wanted

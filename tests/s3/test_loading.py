@@ -43,8 +43,8 @@ def loader_of(collection):
 
 def test_an_epoch_asks_for_each_coalesced_range_once(collection, server, local, monkeypatch):
     expected = np.concatenate(epoch(local[0]))
-    read, run = [], ranges._run
-    monkeypatch.setattr(ranges, "_run", lambda *args: read.append(args) or run(*args))
+    read, run = [], ranges.place_read
+    monkeypatch.setattr(ranges, "place_read", lambda *args: read.append(args) or run(*args))
     loader = loader_of(collection)
     with server.recorded() as first:
         found = rows_of(loader)

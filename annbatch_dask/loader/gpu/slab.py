@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from annbatch_dask.chunks.reader import Task
+from annbatch_dask.chunks.dealing import Task
 from annbatch_dask.kernels.assemble import copy_rows
 from annbatch_dask.loader.backing import Located, RowSource
 from annbatch_dask.loader.blocks import Block, DenseBlock, Loaded, SparseBlock
