@@ -334,7 +334,9 @@ def rehearse_tasks(n_tasks: int, n_workers: int) -> bool:
 # --- a real build --------------------------------------------------------------------------------------------------
 
 
-def rehearse_build(n_cells: int, work: Path, *, per_file: int, n_values: int, workers: int, memory: str) -> bool:
+def rehearse_build(
+    n_cells: int, work: Path, *, per_file: int, n_values: int, workers: int, memory: str, one_core: bool
+) -> bool:
     """Build a collection of files that are links to one, in the memory of small workers: its rate and its peak."""
     one = work / f"cells_{per_file}_{n_values}.h5ad"
     if not one.exists():
@@ -348,7 +350,7 @@ def rehearse_build(n_cells: int, work: Path, *, per_file: int, n_values: int, wo
         paths.append(str(path))
     out = work / "scale.zarr"
     shutil.rmtree(out, ignore_errors=True)
-    with peak_of_children() as peak, cluster_of(workers, memory):
+    with peak_of_children() as peak, cluster_of(workers, memory, one_core=one_core):
         start = time.perf_counter()
         collection = DatasetCollection(out).add_adatas(paths, seed=0, dataset_size=100_000)
         seconds = time.perf_counter() - start
@@ -356,6 +358,7 @@ def rehearse_build(n_cells: int, work: Path, *, per_file: int, n_values: int, wo
         "cells": collection.n_obs,
         "values_a_cell": n_values,
         "workers": workers,
+        "one_core_each": one_core,
         "seconds": round(seconds, 1),
         "cells_per_s": round(collection.n_obs / seconds),
         "worker_peak_nbytes": peak[0],
@@ -387,15 +390,26 @@ def make_file(path: Path, n_obs: int, n_values: int) -> None:
 
 
 @contextlib.contextmanager
-def cluster_of(n_workers: int, memory: str) -> Iterator[None]:
-    """Have a cluster of small workers, which a build uses."""
+def cluster_of(n_workers: int, memory: str, *, one_core: bool) -> Iterator[None]:
+    """Have a cluster of small workers, which a build uses; with `one_core`, each may use a core of its own alone."""
     from distributed import Client, LocalCluster
 
     with (
         LocalCluster(n_workers=n_workers, threads_per_worker=1, memory_limit=memory, dashboard_address=":0") as cluster,
-        Client(cluster),
+        Client(cluster) as client,
     ):
+        if one_core:
+            cores = sorted(os.sched_getaffinity(0))
+            for k, worker in enumerate(client.scheduler_info(n_workers=-1)["workers"]):
+                client.run(stay_on_core, cores[k % len(cores)], workers=[worker])
         yield
+
+
+def stay_on_core(core: int) -> None:
+    """Keep all threads of this process, and those that they start, on one core: a worker has more than its task's."""
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread.name), {core})
 
 
 @contextlib.contextmanager
@@ -432,6 +446,7 @@ def main() -> int:
     parser.add_argument("--datasets", type=int, default=10_000)
     parser.add_argument("--tasks", type=int, default=5_000)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--one-core", action="store_true", help="a worker of build may use one core alone")
     parser.add_argument("--memory", default="2GiB", help="of a worker of build")
     parser.add_argument("--values", type=int, default=2_000, help="of a cell of build")
     parser.add_argument("--per-file", type=int, default=43_000, help="cells of a file of build")
@@ -447,6 +462,7 @@ def main() -> int:
         return 1 - rehearse_tasks(args.tasks, args.workers)
     args.work.mkdir(parents=True, exist_ok=True)
     given = {"per_file": args.per_file, "n_values": args.values, "workers": args.workers, "memory": args.memory}
+    given["one_core"] = args.one_core
     return 1 - rehearse_build(n_cells, args.work, **given)
 
 
