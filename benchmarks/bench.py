@@ -269,6 +269,19 @@ def print_build_bounds(setup: Setup, folder: Path) -> None:
         print(f"| {line['what']} | {line['seconds']:.2f} | {gb:.2f} | {gb / line['seconds']:.2f} |")
 
 
+def print_gather(setup: Setup, folder: Path) -> None:
+    """Print processor time of the gather tasks of a build, beside that of encoding and writing its X alone."""
+    print("\n| CPU ns a value | gather | encode and write | gather / that |\n|---|---|---|---|")
+    for layout in ("open", "packed"):
+        out = setup.work / "gather.zarr"
+        args = ("gather", folder, out, "--dataset-size", str(setup.dataset_size), "--layout", layout)
+        runs = [run(ours(*args))[0] for _ in range(setup.repeats)]
+        fresh(out)
+        bound, whole = ([line["seconds"] / line["values"] * 1e9 for line in at] for at in zip(*runs, strict=True))
+        ratios = [w / b for w, b in zip(whole, bound, strict=True)]
+        print(f"| {layout} | {spread(whole)} | {spread(bound)} | {spread(ratios)} |")
+
+
 def print_bounds(setup: Setup, found: dict[str, dict[str, list[float]]]) -> None:
     """Print what an epoch cannot avoid on these cores, and which share of that rate each output reaches.
 
@@ -331,6 +344,7 @@ def main() -> int:
     print_orders(setup)
     print_scaling(setup, folders)
     print_build_bounds(setup, folders[full])
+    print_gather(setup, folders[small])
     print("\nopening files lazily, and counting cells by type", flush=True)
     for n_files in (10, 100):  # the peer ends with ten
         command = [sys.executable, str(HERE / "lazy.py"), str(setup.work / "lazy"), "--files", str(n_files)]

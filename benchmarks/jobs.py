@@ -6,6 +6,7 @@ jobs.py load OUT.zarr [--output csr|dense|genes] [--epochs 3] [--package annbatc
 jobs.py tokens OUT.zarr [--output ranks|bins] [--epochs 3]
 jobs.py bounds OUT.zarr
 jobs.py disks ATLAS_DIR OUT.zarr
+jobs.py gather ATLAS_DIR OUT.zarr [--dataset-size 100000] [--layout open|packed]
 jobs.py ranks OUT.zarr --ranks 8 --threads 2 [--output csr]
 jobs.py order random|blocks|"full shuffle"|weighted [--rows 100000000]
 """
@@ -13,11 +14,13 @@ jobs.py order random|blocks|"full shuffle"|weighted [--rows 100000000]
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import multiprocessing
 import os
 import resource
+import shutil
 import sys
 import threading
 import time
@@ -252,6 +255,87 @@ def bounds(args: argparse.Namespace) -> None:
     fill("genes", collection.n_obs, [(BATCH * N_GENES, "float32")])
 
 
+def gather(args: argparse.Namespace) -> None:
+    """Measure processor time of gather tasks, and of encoding and writing the same shards of X alone, in this process.
+
+    A build of all files runs twice, one task after the other: the first loads what is compiled, and does not count.
+    Decoding what is encoded again is not counted.
+    """
+    import dask
+
+    from annbatch_dask import DatasetCollection
+    from annbatch_dask.etl import build
+
+    task, cpu_s = build.gather, [0.0]
+
+    def timed(*task_args: Any) -> Any:
+        start = time.process_time()
+        receipt = task(*task_args)
+        cpu_s[0] += time.process_time() - start
+        return receipt
+
+    build.gather = timed
+    for is_warm in (False, True):
+        shutil.rmtree(args.out, ignore_errors=True)
+        cpu_s[0] = 0.0
+        with dask.config.set(scheduler="synchronous"):
+            collection = DatasetCollection(args.out)
+            collection.add_adatas(
+                sources(args.atlas), dataset_size=args.dataset_size, seed=0, progress=False, layout=args.layout
+            )
+        seconds, n_values = encode(args.out, args.layout)
+        if is_warm:
+            report("encode and write", seconds, values=n_values)
+            report("gather", cpu_s[0], values=n_values)
+
+
+def encode(store: Path, layout: str) -> tuple[float, int]:
+    """Write the sparse X of a collection once more, beside it; returns seconds of processor time, and values."""
+    import zarr
+
+    from annbatch_dask.chunks.reader import RangeReader
+    from annbatch_dask.etl.write import packing_of
+    from annbatch_dask.storage.folder import Folder
+    from annbatch_dask.storage.shards import ShardWriter, compressor_json
+
+    again = store.with_suffix(".encode-test")
+    seconds, n_values = 0.0, 0
+    for dataset, group in zarr.open_group(store, mode="r").groups():
+        for name in ("data", "indices"):
+            array = group["X"][name]
+            n_values += array.shape[0] if name == "data" else 0
+            (again / dataset / name).mkdir(parents=True)
+            writer = ShardWriter(
+                Folder(str(again)),
+                zarr.storage.MemoryStore(),
+                f"{dataset}/{name}",
+                shape=array.shape,
+                dtype=array.dtype,
+                chunk_rows=array.chunks[0],
+                shard_rows=array.shards[0],
+                compressor=compressor_json([c for c in array.compressors if c.to_dict()["name"] != "crc32c"]),
+                attributes={},
+                packing=packing_of(name, array.dtype) if layout == "packed" else None,
+            )
+            reader = RangeReader(array)
+            with contextlib.ExitStack() as opened:
+                for begin in range(0, array.shape[0], WINDOW):
+                    stop = min(begin + WINDOW, array.shape[0])
+                    values = np.empty(stop - begin, array.dtype)
+                    for decode_some in reader.tasks(np.array([[begin, stop]]), values):
+                        decode_some()
+                    start = time.process_time()
+                    if not begin:
+                        opened.enter_context(writer)
+                    writer.append(values)
+                    seconds += time.process_time() - start
+                start = time.process_time()
+                opened.close()
+                seconds += time.process_time() - start
+    shutil.rmtree(again)
+    return seconds, n_values
+
+
 def inflate(paths: list[Path]) -> None:
     """Inflate every gzip chunk of X with libdeflate, on all cores; the result is thrown away."""
     import deflate
@@ -358,6 +442,12 @@ def main() -> int:
     job.add_argument("atlas", type=Path)
     job.add_argument("store", type=Path)
     job.set_defaults(run=disks)
+    job = jobs.add_parser("gather")
+    job.add_argument("atlas", type=Path)
+    job.add_argument("out", type=Path)
+    job.add_argument("--dataset-size", type=int, default=100_000)
+    job.add_argument("--layout", choices=("open", "packed"), default="open")
+    job.set_defaults(run=gather)
     job = jobs.add_parser("ranks")
     job.add_argument("store", type=Path)
     job.add_argument("--ranks", type=int, default=8)
