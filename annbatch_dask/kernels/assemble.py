@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,12 +23,14 @@ from annbatch_dask.kernels.prefetch import copy_past
 from annbatch_dask.kernels.rows import order_row
 
 __all__ = [
+    "Copier",
     "Places",
     "SparseRows",
     "copy_rows",
     "count_selected",
     "half_bits",
     "normalize_rows",
+    "row_copier",
     "scatter_rows",
     "select_rows",
     "sum_dtype",
@@ -38,6 +42,8 @@ Array = NDArray[Any]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Places = NDArray[np.int32]
+Copier = Callable[[Ints, Ints, Ints], None]
+"""Copies stretches: where each begins, its length, where it goes."""
 
 if hasattr(os, "register_at_fork"):
     # A worker that is forked while a thread compiles would inherit the compiler's lock in a locked state.
@@ -80,10 +86,20 @@ def copy_rows(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_star
     starts, lengths, dest_starts
         (n,) int64: stretch ``i`` goes from ``source[starts[i]:]`` to ``dest[dest_starts[i]:]``.
     """
+    row_copier(source, dest)(starts, lengths, dest_starts)
+
+
+def row_copier(source: Array, dest: Array) -> Copier:
+    """:func:`copy_rows` from one array to another; what is the same for all stretches is found out once."""
     source, dest = _as_unsigned(source, dest)
-    if _has_kernels(source.dtype) and _has_kernels(dest.dtype):
-        (copy_past if _goes_past_cache(source, dest) else _copy)(source, starts, lengths, dest, dest_starts)
-        return
+    if not (_has_kernels(source.dtype) and _has_kernels(dest.dtype)):
+        return partial(_copy_plain, source, dest)
+    kernel = copy_past if _goes_past_cache(source, dest) else _copy
+    return lambda starts, lengths, dest_starts: kernel(source, starts, lengths, dest, dest_starts)
+
+
+def _copy_plain(source: Array, dest: Array, starts: Ints, lengths: Ints, dest_starts: Ints) -> None:
+    """Copy in numpy, for dtypes that numba does not support."""
     for start, length, to in zip(starts.tolist(), lengths.tolist(), dest_starts.tolist(), strict=True):
         dest[to : to + length] = source[start : start + length]
 

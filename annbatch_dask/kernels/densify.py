@@ -32,6 +32,20 @@ def _is_plain(columns: Array, n_columns: np.uint64) -> bool:
 
 
 @compiled
+def _add_row(values: Array, columns: Array, row: Array) -> tuple[int, int]:
+    """Add the entries of a row, in any order, to what is there; returns entries outside, and repeated ones."""
+    n_columns, n_outside, n_repeated = np.uint64(row.shape[0]), 0, 0
+    for j in range(columns.shape[0]):
+        column = np.uint64(columns[j])  # a negative one becomes huge
+        if column < n_columns:
+            n_repeated += row[column] != 0
+            row[column] += values[j]
+        else:
+            n_outside += 1
+    return n_outside, n_repeated
+
+
+@compiled
 def scatter(rows: Rows, dest: Array, dest_rows: Ints) -> tuple[int, int]:
     """Make rows dense where they are: zero each, add its values. Returns entries outside, and repeated ones."""
     values, value_starts, columns, starts, lengths = rows
@@ -48,13 +62,8 @@ def scatter(rows: Rows, dest: Array, dest_rows: Ints) -> tuple[int, int]:
             for j in range(row_columns.shape[0]):
                 row[np.uint64(row_columns[j])] = row_values[j]
             continue
-        for j in range(row_columns.shape[0]):
-            column = np.uint64(row_columns[j])  # a negative one becomes huge
-            if column < n_columns:
-                n_repeated += row[column] != 0
-                row[column] += row_values[j]
-            else:
-                n_outside += 1
+        outside, repeated = _add_row(row_values, row_columns, row)
+        n_outside, n_repeated = n_outside + outside, n_repeated + repeated
     return n_outside, n_repeated
 
 
@@ -78,13 +87,8 @@ def scatter_past(rows: Rows, dest: Array, dest_rows: Ints) -> tuple[int, int]:
             for j in range(row_columns.shape[0]):
                 made[np.uint64(row_columns[j])] = 0
             continue
-        for j in range(row_columns.shape[0]):
-            column = np.uint64(row_columns[j])  # a negative one becomes huge
-            if column < n_columns:
-                n_repeated += made[column] != 0
-                made[column] += row_values[j]
-            else:
-                n_outside += 1
+        outside, repeated = _add_row(row_values, row_columns, made)
+        n_outside, n_repeated = n_outside + outside, n_repeated + repeated
         put_row(spare, at, row)
         made[:] = 0
     end_stream()

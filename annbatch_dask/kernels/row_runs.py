@@ -9,7 +9,16 @@ import numpy as np
 from annbatch_dask.kernels.compiled import compiled
 from annbatch_dask.kernels.rows import order_row
 
-__all__ = ["deal_batches", "deal_rows", "find_runs", "lay_out", "place_entries", "row_bounds"]
+__all__ = [
+    "deal_batches",
+    "deal_rows",
+    "find_runs",
+    "lay_out",
+    "pick_rows",
+    "place_entries",
+    "place_rows",
+    "row_bounds",
+]
 
 _U = np.uint64  # an index of this type is not looked at for a sign
 
@@ -230,3 +239,56 @@ def deal_batches(dealt: Any, ends: Any, number: Any, position: Any, firsts: Any)
         after[:] = 0
         start = ends[batch]
     return slots, rows, cuts
+
+
+@compiled
+def pick_rows(rows: Any, cuts: Any, part: int, first: int, starts: Any, lengths: Any, out: Any) -> None:  # noqa: PLR0913, PLR0917
+    """Where the rows of one part, that are in batches, begin there, and how long they are.
+
+    Parameters
+    ----------
+    rows, cuts
+        See :func:`deal_batches`.
+    part, first
+        Its number, and where its rows begin among those of all parts.
+    starts, lengths
+        Of each of its rows.
+    out
+        (2, n) starts and lengths of ``rows``; those of the part are written.
+    """
+    for batch in range(len(cuts)):
+        for i in range(_U(cuts[batch, part]), _U(cuts[batch, part + 1])):
+            row = _U(rows[i] - first)
+            out[0, i], out[1, i] = starts[row], lengths[row]
+
+
+@compiled
+def place_rows(slots: Any, cuts: Any, lengths: Any) -> Any:
+    """Where the entries of each row go, if those of a batch stand one behind the other in the order of its rows.
+
+    Parameters
+    ----------
+    slots, cuts
+        See :func:`deal_batches`.
+    lengths
+        (n,) entries of each row.
+
+    Returns
+    -------
+    pointers
+        (n + n_batches,) for each batch 0, and where each of its rows ends.
+    dest
+        (n,) where each of the rows begins in its batch, in the order of ``slots``.
+    """
+    n_batches, n_parts = cuts.shape[0], cuts.shape[1] - 1
+    pointers, dest = np.zeros(len(slots) + n_batches, np.int64), np.empty(len(slots), np.int64)
+    for batch in range(n_batches):
+        start, stop = cuts[batch, 0], cuts[batch, n_parts]
+        own = pointers[start + batch : stop + batch + 1]
+        for i in range(_U(start), _U(stop)):
+            own[_U(slots[i]) + _U(1)] = lengths[i]
+        for i in range(_U(1), _U(len(own))):
+            own[i] += own[i - _U(1)]
+        for i in range(_U(start), _U(stop)):
+            dest[i] = own[_U(slots[i])]
+    return pointers, dest

@@ -285,7 +285,7 @@ class ZarrCsrSource(RowSource):
         return SparseBlock(values, columns, located.starts, located.lengths), tasks
 
     def _buffers(self, located: Located, pool: Arrays) -> tuple[Array, Array]:
-        n_entries = int((located.spans[:, 1] - located.spans[:, 0]).sum())
+        n_entries = located.nbytes // (self._values.dtype.itemsize + self._columns.dtype.itemsize)
         return pool.empty(n_entries, self._values.dtype), pool.empty(n_entries, self._columns.dtype)
 
     def close(self) -> None:

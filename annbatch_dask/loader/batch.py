@@ -15,12 +15,14 @@ from annbatch_dask.chunks.dealing import Task
 from annbatch_dask.chunks.wanted import say_outside
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.kernels.assemble import (
+    Copier,
     Places,
     SparseRows,
     copy_rows,
     count_selected,
     half_bits,
     normalize_rows,
+    row_copier,
     scatter_rows,
     select_rows,
     take_columns,
@@ -169,9 +171,10 @@ class BatchBuilder:
         """Memory the batch will take at most."""
         itemsize = self.form.dtype_of(loaded).itemsize
         if self.is_sparse and not self.form.dense:
-            lengths = loaded.sparse_rows[1][rows.rows]
-            n_entries = lengths if self.form.selection is None else np.minimum(lengths, self.width[0])
-            return int(n_entries.sum()) * (itemsize + 4) + 4 * len(rows)
+            run = loaded.sparse_rows.run(rows)
+            is_all = self.form.selection is None
+            n_entries = run.pointers[-1] if is_all else np.minimum(run.lengths, self.width[0]).sum()
+            return int(n_entries) * (itemsize + 4) + 4 * len(rows)
         return len(rows) * math.prod(self.width) * itemsize
 
     def build(self, loaded: Loaded, rows: BatchRows, run: RunTasks) -> CsrParts | Array:
@@ -184,34 +187,42 @@ class BatchBuilder:
         return out
 
     def _build_csr(self, loaded: Loaded, rows: BatchRows, dtype: np.dtype[Any], run: RunTasks) -> CsrParts:
-        counts = np.empty(len(rows), np.int64)
-        counts[rows.slots] = self._count(loaded, rows, run)
-        ends = np.cumsum(counts)
-        nnz = int(ends[-1]) if len(ends) else 0
+        pointers, dest = self._place(loaded, rows, run)
+        nnz = int(pointers[-1])
         index_dtype = np.int32 if max(nnz, *self.width) <= _MAX_INT32 else np.int64
         values = self.pool.empty(nnz, dtype)
         columns = self.pool.empty(nnz, index_dtype)
-        dest = (ends - counts)[rows.slots]
-        n_parts = count_parts(self.n_parts, nnz * (values.itemsize + columns.itemsize))
-        run(
-            [
-                partial(_gather, self.form, part, (values, columns), dest[piece])
-                for part, piece in _sparse_parts(loaded, rows, n_parts)
-            ]
-        )
-        indptr = np.zeros(len(rows) + 1, index_dtype)
-        indptr[1:] = ends
-        return CsrParts(values, columns, indptr, (len(rows), self.width[0]))
+        n_parts = count_parts(-(-self.n_parts // 2), nnz * (values.itemsize + columns.itemsize))  # all alike
+        run(list(self._gather_tasks(loaded, rows, (values, columns), dest, n_parts)))
+        return CsrParts(values, columns, pointers.astype(index_dtype), (len(rows), self.width[0]))
 
-    def _count(self, loaded: Loaded, rows: BatchRows, run: RunTasks) -> Ints:
-        """Entries of each row that the batch takes."""
-        selection = self.form.selection
+    def _place(self, loaded: Loaded, rows: BatchRows, run: RunTasks) -> tuple[Ints, Ints]:
+        """0 and where each row of the batch ends, and where each of ``rows`` begins in it."""
+        selection, found = self.form.selection, loaded.sparse_rows.run(rows)
         if selection is None:
-            return loaded.sparse_rows[1][rows.rows]
-        counts = np.empty(len(rows), np.int64)
+            return found.pointers, found.dest
+        counts, ends = np.empty(len(rows), np.int64), np.zeros(len(rows) + 1, np.int64)
         parts = _sparse_parts(loaded, rows, self.n_parts)
         run([partial(_count, selection, part, counts[piece]) for part, piece in parts])
-        return counts
+        ends[1 + rows.slots] = counts
+        np.cumsum(ends, out=ends)
+        return ends, ends[rows.slots]
+
+    def _gather_tasks(
+        self, loaded: Loaded, rows: BatchRows, out: tuple[Array, Array], dest: Ints, n_parts: int
+    ) -> Iterator[Task]:
+        """What fills a CSR batch. Rows that are copied as they are need little beside."""
+        if self.form.selection is not None or self.form.is_computed:
+            for part, piece in _sparse_parts(loaded, rows, n_parts):
+                yield partial(_gather, self.form, part, out, dest[piece])
+            return
+        starts, lengths, *_ = loaded.sparse_rows.run(rows)
+        copiers: dict[int, tuple[Copier, Copier]] = {}
+        for k, piece in rows.pieces(n_parts):
+            if k not in copiers:
+                block = _sparse(loaded, k)
+                copiers[k] = row_copier(block.values, out[0]), row_copier(block.columns, out[1])
+            yield partial(_copy, copiers[k], starts[piece], lengths[piece], dest[piece])
 
     def _dense_tasks(self, loaded: Loaded, rows: BatchRows, out: Array) -> Iterator[Task]:
         n_parts = count_parts(self.n_parts, out.nbytes)
@@ -246,16 +257,26 @@ class _Part(NamedTuple):
 
 def _sparse_parts(loaded: Loaded, rows: BatchRows, n_parts: int) -> Iterator[tuple[_Part, slice]]:
     """Parts of a batch of sparse rows, and which of its rows each has."""
-    starts, lengths = (there[rows.rows] for there in loaded.sparse_rows)
+    starts, lengths, *_ = loaded.sparse_rows.run(rows)
     totals = None if loaded.totals is None else loaded.totals[rows.rows]
     for k, piece in rows.pieces(n_parts):
-        block = loaded.blocks[k]
-        assert isinstance(block, SparseBlock)  # noqa: S101
+        block = _sparse(loaded, k)
         its_totals = totals[piece] if totals is not None and isinstance(block, PickedBlock) else None
         yield _Part(block, starts[piece], lengths[piece], its_totals), piece
 
 
+def _sparse(loaded: Loaded, number: int) -> SparseBlock:
+    block = loaded.blocks[number]
+    assert isinstance(block, SparseBlock)  # noqa: S101
+    return block
+
+
 # ------------------------------------------------------------------------------- tasks over sparse blocks
+
+
+def _copy(copiers: tuple[Copier, Copier], starts: Ints, lengths: Ints, dest: Ints) -> None:
+    for copy in copiers:
+        copy(starts, lengths, dest)
 
 
 def _count(selection: Selection, part: _Part, out: Ints) -> None:

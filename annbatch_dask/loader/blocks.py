@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from annbatch_dask.kernels.row_runs import deal_batches
+from annbatch_dask.kernels.row_runs import deal_batches, pick_rows, place_rows
 
-__all__ = ["BatchRows", "Block", "DenseBlock", "Loaded", "PickedBlock", "SparseBlock"]
+__all__ = ["BatchRows", "Block", "DealtRows", "DenseBlock", "Loaded", "PickedBlock", "SparseBlock", "SparseRun"]
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -77,6 +77,127 @@ Block = SparseBlock | DenseBlock
 
 
 @dataclass(frozen=True)
+class BatchRows:
+    """The rows of one batch, by the block that holds them.
+
+    Attributes
+    ----------
+    slots
+        Where each is in the batch.
+    rows
+        Where each is among the rows of all blocks, one behind the other.
+    cuts
+        Those in block ``k`` are ``cuts[k]:cuts[k + 1]`` of both.
+    number, start
+        Which batch of its window this is, and where its rows begin among those of all batches.
+    """
+
+    slots: Ints
+    rows: Ints
+    cuts: Sequence[int]
+    number: int
+    start: int
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def pieces(self, n_parts: int) -> Iterator[tuple[int, slice]]:
+        """Runs of rows that are in one block, and its number: about ``n_parts`` of about equal length."""
+        for block, (first, stop) in enumerate(pairwise(self.cuts)):
+            n_rows = stop - first
+            n = min(n_rows, -(-n_parts * n_rows // len(self))) if n_rows else 0
+            yield from ((block, slice(first + n_rows * k // n, first + n_rows * (k + 1) // n)) for k in range(n))
+
+
+@dataclass(frozen=True)
+class DealtRows(Sequence[BatchRows]):
+    """The rows of all batches of a window, by batch and then by the block that holds them.
+
+    Attributes
+    ----------
+    slots
+        Where each is in its batch.
+    rows
+        Where each is among the rows of all blocks, one behind the other.
+    cuts
+        (n_batches, n_blocks + 1) those of a batch that are in block ``k`` are ``cuts[batch, k]:cuts[batch, k + 1]``.
+    firsts
+        Where the rows of each block begin among those of all.
+    """
+
+    slots: Ints
+    rows: Ints
+    cuts: Ints
+    firsts: Ints
+
+    @classmethod
+    def of(cls, dealt: Ints, sizes: Sequence[int], places: tuple[Ints, Ints], n_each: Sequence[int]) -> DealtRows:
+        """Deal the rows out.
+
+        ``dealt`` has those of all batches, ``sizes`` of each, one behind the other; ``places`` are the block and the
+        position of each row of the window, ``n_each`` the rows of each block.
+        """
+        ends = np.cumsum(sizes, dtype=np.int64)
+        firsts = np.cumsum([0, *n_each[:-1]], dtype=np.int64)[: len(n_each)]
+        slots, rows, cuts = deal_batches(dealt, ends, *places, firsts)
+        return cls(slots, rows, cuts, firsts)
+
+    def __len__(self) -> int:
+        return len(self.cuts)
+
+    def __getitem__(self, number: Any) -> Any:
+        """One batch."""
+        cuts = self.cuts[number].tolist()
+        start, stop = cuts[0], cuts[-1]
+        rows = self.slots[start:stop], self.rows[start:stop]
+        return BatchRows(*rows, [at - start for at in cuts], number, start)
+
+
+class SparseRun(NamedTuple):
+    """Rows of one batch in sparse blocks.
+
+    Attributes
+    ----------
+    starts, lengths
+        Where each begins in its block, and how many entries it has.
+    dest
+        Where the entries of each go, if those of the batch stand one behind the other in the order of its rows.
+    pointers
+        0, and where each row of the batch ends.
+    """
+
+    starts: Ints
+    lengths: Ints
+    dest: Ints
+    pointers: Ints
+
+
+@dataclass(frozen=True)
+class SparseBatches:
+    """Rows of all batches in sparse blocks, as a :class:`SparseRun` has those of one."""
+
+    picked: Ints
+    dest: Ints
+    pointers: Ints
+
+    @classmethod
+    def of(cls, dealt: DealtRows, blocks: Sequence[SparseBlock]) -> SparseBatches:
+        """Find them."""
+        picked = np.empty((2, len(dealt.rows)), np.int64)
+        for number, (block, first) in enumerate(zip(blocks, dealt.firsts.tolist(), strict=True)):
+            pick_rows(dealt.rows, dealt.cuts, number, first, block.starts, block.lengths, picked)
+        pointers, dest = place_rows(dealt.slots, dealt.cuts, picked[1])
+        return cls(picked, dest, pointers)
+
+    def run(self, rows: BatchRows) -> SparseRun:
+        """Those of one batch."""
+        start, stop = rows.start, rows.start + len(rows)
+        pointers = self.pointers[start + rows.number : stop + rows.number + 1]
+        starts, lengths = self.picked[:, start:stop]
+        return SparseRun(starts, lengths, self.dest[start:stop], pointers)
+
+
+@dataclass(frozen=True)
 class Loaded:
     """The rows of one matrix in a load window.
 
@@ -85,11 +206,13 @@ class Loaded:
     blocks, block, position
         Row ``j`` is row ``position[j]`` of ``blocks[block[j]]``.
     lengths
-        Entries of each row; zeros for dense blocks.
+        Entries of each row, zeros for dense blocks; of a window that is made into batches on a device alone.
     dtype
         The dtype the values had in the sources.
     rows
         Position of row ``j`` among all.
+    dealt
+        The rows of all batches; None where batches are made on a device.
     """
 
     blocks: list[Block]
@@ -98,15 +221,13 @@ class Loaded:
     lengths: Ints
     dtype: np.dtype[Any]
     rows: Ints
+    dealt: DealtRows | None = None
 
     @cached_property
-    def sparse_rows(self) -> tuple[Ints, Ints]:
-        """Where each row of all sparse blocks, one behind the other, begins in its own, and its length.
-
-        To be asked for once they were read.
-        """
-        blocks = [block for block in self.blocks if isinstance(block, SparseBlock)]
-        return _joined([block.starts for block in blocks]), _joined([block.lengths for block in blocks])
+    def sparse_rows(self) -> SparseBatches:
+        """Locations of the rows of all batches in sparse blocks. To be asked for once they were read."""
+        assert self.dealt is not None  # noqa: S101
+        return SparseBatches.of(self.dealt, [block for block in self.blocks if isinstance(block, SparseBlock)])
 
     @cached_property
     def totals(self) -> Floats | None:
@@ -137,46 +258,3 @@ class Loaded:
 
 def _joined(parts: Sequence[Ints]) -> Ints:
     return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int64), *parts])
-
-
-@dataclass(frozen=True)
-class BatchRows:
-    """The rows of one batch, by the block that holds them.
-
-    Attributes
-    ----------
-    slots
-        Where each is in the batch.
-    rows
-        Where each is among the rows of all blocks, one behind the other.
-    cuts
-        Those in block ``k`` are ``cuts[k]:cuts[k + 1]`` of both.
-    """
-
-    slots: Ints
-    rows: Ints
-    cuts: Sequence[int]
-
-    @classmethod
-    def of_all(
-        cls, dealt: Ints, sizes: Sequence[int], places: tuple[Ints, Ints], n_each: Sequence[int]
-    ) -> list[BatchRows]:
-        """Those of all batches of a window.
-
-        ``dealt`` has their rows, ``sizes`` of each, one behind the other; ``places`` are the block and the position of
-        each row of the window, ``n_each`` the rows of each block.
-        """
-        ends = np.cumsum(sizes, dtype=np.int64)
-        firsts = np.cumsum([0, *n_each[:-1]], dtype=np.int64)[: len(n_each)]
-        slots, rows, cuts = deal_batches(dealt, ends, *places, firsts)
-        return [cls(slots[c[0] : c[-1]], rows[c[0] : c[-1]], [at - c[0] for at in c]) for c in cuts.tolist()]
-
-    def __len__(self) -> int:
-        return len(self.slots)
-
-    def pieces(self, n_parts: int) -> Iterator[tuple[int, slice]]:
-        """Runs of rows that are in one block, and its number: about ``n_parts`` of about equal length."""
-        for block, (first, stop) in enumerate(pairwise(self.cuts)):
-            n_rows = stop - first
-            n = min(n_rows, -(-n_parts * n_rows // len(self))) if n_rows else 0
-            yield from ((block, slice(first + n_rows * k // n, first + n_rows * (k + 1) // n)) for k in range(n))

@@ -25,11 +25,13 @@ from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from annbatch_dask.chunks.dealing import Task, deal
 from annbatch_dask.loader.backing import Located, RowSource
 from annbatch_dask.loader.batch import BatchBuilder
-from annbatch_dask.loader.blocks import BatchRows, Block, Loaded, PickedBlock
+from annbatch_dask.loader.blocks import Block, DealtRows, Loaded, PickedBlock
+from annbatch_dask.loader.budget import END, ByteLimit, End
 from annbatch_dask.loader.contents import Contents, Matrix
 from annbatch_dask.loader.gpu.builder import DeviceBuilder
 from annbatch_dask.loader.gpu.device import Handover, Placed
@@ -41,7 +43,7 @@ from annbatch_dask.loader.requests import Assignment, Window, assign, resolve_ro
 from annbatch_dask.loader.tokens import TokenBuilder
 from annbatch_dask.types import LoaderOutput, LoadRequest
 
-__all__ = ["END", "ByteLimit", "End", "Pipeline", "PipelineOptions"]
+__all__ = ["Pipeline", "PipelineOptions"]
 
 T = TypeVar("T")
 
@@ -51,56 +53,6 @@ _N_AHEAD_ON_DEVICE = 2
 _N_WINDOWS = 2  # under way at a time, where threads would stand still at the end of one
 _N_REMOTE_WINDOWS = 6  # one request that takes seconds holds up its own alone
 _MIN_IDLE_THREADS = 4  # fewer have enough to do: batches are put together on the same cores
-
-
-class End:
-    """Nothing follows."""
-
-
-END = End()
-
-
-class ByteLimit:
-    """Bytes that may exist at a time, as one thread reserves them; a few reservations are granted whatever they ask."""
-
-    def __init__(self, limit_nbytes: int, n_granted: int = 1) -> None:
-        self._limit = limit_nbytes
-        self._n_granted = n_granted
-        self._used = 0
-        self._n_held = 0
-        self._returned: SimpleQueue[int | End] = SimpleQueue()
-
-    def reserve(self, nbytes: int) -> None:
-        """Wait until ``nbytes`` more fit; raises Closed when the iteration ends meanwhile."""
-        while not self.has_room(nbytes):
-            self._take_back()
-        self._used += nbytes
-        self._n_held += 1
-
-    def has_room(self, nbytes: int) -> bool:
-        """True if ``nbytes`` more fit now; raises Closed when the iteration ends."""
-        while not self._returned.empty():
-            self._take_back()
-        return self._n_held < self._n_granted or self._used + nbytes <= self._limit
-
-    def _take_back(self) -> None:
-        returned = self._returned.get()
-        if isinstance(returned, End):
-            raise Closed
-        self._used -= returned
-        self._n_held -= 1
-
-    def shrink(self, nbytes: int) -> None:
-        """Give back a part of a reservation, in the thread that reserves."""
-        self._used -= nbytes
-
-    def release(self, nbytes: int) -> None:
-        """Give back a reservation, in any thread."""
-        self._returned.put(nbytes)
-
-    def close(self) -> None:
-        """Wake the thread that waits. Takes no lock."""
-        self._returned.put(END)
 
 
 @dataclass(frozen=True)
@@ -325,16 +277,13 @@ class Pipeline:
         self._window_budget.reserve(nbytes)
         slab = Slab(self._pool.empty(nbytes, np.uint8)) if self._contents.is_made_there else None
 
-        matrices: list[Loaded] = []
+        blocks: list[list[Block]] = []
         tasks: list[Task] = []
         for matrix, parts in zip(self._contents.matrices, located, strict=True):
-            blocks, lengths = [], np.empty(len(rows), np.int64)
-            for assignment, part in zip(assignments, parts, strict=True):
-                opened, its_tasks = self._open(matrix, matrix.sources[assignment.dataset], part, slab)
-                blocks.append(opened)
-                tasks.extend(its_tasks)
-                lengths[assignment.places] = part.lengths
-            matrices.append(Loaded(blocks, *places, lengths, matrix.dtype, rows))
+            pairs = zip(assignments, parts, strict=True)
+            opened = [self._open(matrix, matrix.sources[a.dataset], part, slab) for a, part in pairs]
+            blocks.append([block for block, _ in opened])
+            tasks.extend(task for _, its_tasks in opened for task in its_tasks)
         reading = self._fetchers.start(deal(tasks, _PARTS_PER_THREAD * self._n_threads))
         obs, labels = self._contents.obs, self._contents.labels
         # One frame for all batches, which are stretches of it: to take each of them costs as much as to take all.
@@ -345,9 +294,15 @@ class Pipeline:
         except BaseException:
             reading.settle()
             raise
-        n_each = [len(assignment.rows) for assignment in assignments]
-        batches = BatchRows.of_all(dealt, list(map(len, splits)), places, n_each) if slab is None else []
-        return _Begun(Window(rows, splits, matrices, taken, codes, nbytes, slab, batches), reading)
+        batches = None
+        if slab is None:
+            n_each = [len(assignment.rows) for assignment in assignments]
+            batches = DealtRows.of(dealt, list(map(len, splits)), places, n_each)
+        matrices = [
+            Loaded(its_blocks, *places, _lengths_of(parts, assignments, slab), matrix.dtype, rows, batches)
+            for matrix, its_blocks, parts in zip(self._contents.matrices, blocks, located, strict=True)
+        ]
+        return _Begun(Window(rows, splits, matrices, taken, codes, nbytes, slab, batches or ()), reading)
 
     def _open(self, matrix: Matrix, source: RowSource, part: Located, slab: Slab | None) -> tuple[Block, list[Task]]:
         """A block of a window, in the slab if it is to go to a device at once, and what fills it."""
@@ -436,6 +391,15 @@ class Pipeline:
         batch = contents.batch(window, number, built, placed)
         handover = None if contents.device is None else contents.device.hand_over(placed, number)
         return _Ready(batch, nbytes, handover)
+
+
+def _lengths_of(parts: Sequence[Located], assignments: Sequence[Assignment], slab: Slab | None) -> NDArray[np.int64]:
+    """Entries of each row of a window that goes to a device; of another, blocks say so."""
+    lengths = np.zeros(0 if slab is None else sum(len(a.rows) for a in assignments), np.int64)
+    if slab is not None:
+        for assignment, part in zip(assignments, parts, strict=True):
+            lengths[assignment.places] = part.lengths
+    return lengths
 
 
 def _run(tasks: Sequence[Callable[[], T]]) -> list[T]:

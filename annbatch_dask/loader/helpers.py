@@ -124,43 +124,43 @@ class SharedJob(Generic[T]):
         return results
 
     def settle(self) -> None:
-        """Wait until all have ended, well or not; once, and not before :meth:`wait`."""
-        if self._is_stopped():
-            self.work()  # helpers may have left before it came
+        """Do what is left, and wait until all have ended, well or not; once, and not before :meth:`wait`."""
+        self.work()
         if self._results:
             self._all_ended.get()
 
 
 class Helpers:
-    """Threads for the tasks of one other thread, which works itself only where none can be started.
+    """Threads for the tasks of one other thread, which works as well while it waits: waking a thread costs the most.
 
     Parameters
     ----------
     stage
         What they are named after.
     n_threads
-        How many there are at most; they are started when there is work.
+        How many there are at most, with the one that waits; they are started when there is work.
     """
 
     def __init__(self, stage: str, n_threads: int) -> None:
         self._stage = stage
-        self._n_helpers = n_threads
+        self._n_helpers = n_threads - 1
         self._jobs: SimpleQueue[SharedJob[Any] | None] = SimpleQueue()
         self._threads: list[LoaderThread] = []
         self._is_stopped = False
 
-    def start(self, tasks: Sequence[Callable[[], T]]) -> SharedJob[T]:
-        """Let helpers begin with tasks, which are then to be waited for; raises Closed once stopped."""
+    def start(self, tasks: Sequence[Callable[[], T]], n_kept: int = 0) -> SharedJob[T]:
+        """Let helpers begin with tasks, which are then to be waited for, and worked on; raises Closed once stopped.
+
+        ``n_kept`` of them are left to the thread that waits.
+        """
         if self._is_stopped:
             raise Closed
         job = SharedJob(tasks, self._ask_stopped)
-        n_asked = min(self._n_helpers, len(tasks))
+        n_asked = min(self._n_helpers, len(tasks) - n_kept)
         if len(self._threads) < n_asked:
             n_asked = self._hire(n_asked)
         for _ in range(n_asked):
             self._jobs.put(job)
-        if not n_asked:
-            job.work()
         return job
 
     def _hire(self, n_threads: int) -> int:
@@ -179,7 +179,7 @@ class Helpers:
         """Run tasks, and return what they returned."""
         if len(tasks) == 1:
             return [tasks[0]()]  # not worth waking a thread
-        return self.start(tasks).wait()
+        return self.start(tasks, n_kept=1).wait()
 
     def stop(self) -> None:
         """End soon. Takes no lock."""

@@ -7,7 +7,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from annbatch_dask.loader.fetch import END, End, Pipeline
+from annbatch_dask.loader.budget import END, End
+from annbatch_dask.loader.fetch import Pipeline
 from annbatch_dask.loader.state import Progress
 from annbatch_dask.types import LoaderOutput, LoadRequest
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -92,8 +92,26 @@ def _parts_of(sparse: Any) -> Iterator[Any]:
 
 def _to_scipy(batch: CsrParts | Array) -> Any:
     if isinstance(batch, CsrParts):
-        return sp.csr_matrix((batch.values, batch.columns, batch.indptr), shape=batch.shape, copy=False)
+        return _csr_matrix(batch)
     return batch
+
+
+def _csr_matrix(batch: CsrParts) -> sp.csr_matrix:
+    """What ``scipy.sparse.csr_matrix((values, columns, indptr), shape=shape)`` makes, of parts that need no check.
+
+    An empty matrix of scipy's own, to which it gave all that one of this shape has, lends everything but the entries.
+    """
+    matrix: sp.csr_matrix = sp.csr_matrix.__new__(sp.csr_matrix)
+    vars(matrix).update(_attributes_of(batch.shape))
+    matrix.data, matrix.indices, matrix.indptr = batch.values, batch.columns, batch.indptr
+    return matrix
+
+
+@lru_cache(maxsize=16)
+def _attributes_of(shape: tuple[int, int]) -> dict[str, Any]:
+    """What scipy knows of an empty matrix, but its entries; the same for any."""
+    known = vars(sp.csr_matrix(shape))
+    return {name: value for name, value in known.items() if name not in ("data", "indices", "indptr")}
 
 
 def _to_torch(batch: CsrParts | Array) -> Any:

@@ -100,9 +100,11 @@ class BufferPool:
         with self._lock:
             self._n_takes += 1
             self._collect()
-            fitting = [i for i, (_, memory) in enumerate(self._idle) if nbytes <= memory.nbytes <= 2 * nbytes]
-            if fitting:
-                best = min(fitting, key=lambda i: self._idle[i][1].nbytes)
+            best, least = -1, 2 * nbytes + 1
+            for i, (_, memory) in enumerate(self._idle):
+                if nbytes <= memory.nbytes < least:
+                    best, least = i, memory.nbytes
+            if best >= 0:
                 return self._idle.pop(best)[1]
         return self._allocate(_capacity(nbytes))
 
@@ -110,7 +112,8 @@ class BufferPool:
         """Count what came back as idle, and forget what has been idle for long."""
         while self._home.returned:
             self._idle.append((self._n_takes, self._home.returned.popleft()))
-        self._idle = [item for item in self._idle if self._n_takes - item[0] <= _MAX_IDLE_TAKES]
+        while self._idle and self._n_takes - self._idle[0][0] > _MAX_IDLE_TAKES:  # what came back first is the first
+            del self._idle[0]
 
 
 def _capacity(nbytes: int) -> int:

@@ -97,6 +97,9 @@ def resolve_splits(request: LoadRequest, n_rows: int) -> list[Ints]:
             )
             raise TypeError(msg)
     splits = [split.astype(np.int64, copy=False) for split in given]
+    dealt = np.concatenate(splits) if splits else np.zeros(0, np.int64)
+    if not len(dealt) or (dealt.min() >= 0 and dealt.max() < n_rows):  # at once: there may be many small ones
+        return splits
     for split in splits:
         if len(split) and (split.min() < 0 or split.max() >= n_rows):
             msg = f"split with positions {split.min()} to {split.max()}, the request has {n_rows} rows"

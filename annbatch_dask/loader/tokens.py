@@ -122,7 +122,7 @@ class TokenBuilder:
                 picked = _dense_rows(loaded.blocks[k], positions[part])
                 tasks.append(partial(_fill, self.form, picked, numbers[part], out, rows.slots[part]))
         else:
-            starts, lengths = (there[rows.rows] for there in loaded.sparse_rows)
+            starts, lengths, *_ = loaded.sparse_rows.run(rows)
             for k, part in pieces:
                 picked = _sparse_rows(loaded.blocks[k], starts[part], lengths[part])
                 tasks.append(partial(_fill, self.form, picked, numbers[part], out, rows.slots[part]))

@@ -73,6 +73,8 @@ def expand(requests: Requests) -> Ints:
 
 
 def _run_of(part: slice) -> tuple[int, int, int]:
+    if type(part) is slice and type(part.start) is type(part.stop) is int and part.step is None:
+        return part.start, part.stop, 1
     if not isinstance(part, slice) or part.stop is None or (part.step is not None and part.step < 1):
         msg = f"requests must be slices with a stop and a step of 1 or more, or an array of row numbers, got {part!r}"
         raise TypeError(msg)

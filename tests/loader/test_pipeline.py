@@ -24,7 +24,7 @@ from annbatch_dask.errors import IntegrityError
 from annbatch_dask.loader import Loader, helpers
 from annbatch_dask.loader import fetch as fetch_module
 from annbatch_dask.loader.backing import ArraySource, ZarrCsrSource
-from annbatch_dask.loader.fetch import ByteLimit
+from annbatch_dask.loader.budget import ByteLimit
 from annbatch_dask.loader.helpers import Closed
 from tests.leaks import lasting_threads, loader_threads, open_files
 from tests.loader.data import dense, matrix, quiet, write_collection

@@ -1,0 +1,66 @@
+"""What is found for all batches of a window at once is what each batch would find for itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from annbatch_dask.loader.batch import CsrParts
+from annbatch_dask.loader.blocks import DealtRows, Loaded, SparseBlock
+from annbatch_dask.loader.output import make_deliver
+from annbatch_dask.loader.requests import assign
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_rows_of_all_batches_are_placed_as_those_of_each(data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    bounds = np.cumsum([0, *data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))])
+    rows = rng.integers(0, bounds[-1], data.draw(st.integers(0, 30)))
+    sizes = data.draw(st.lists(st.integers(0, 8), max_size=4)) if len(rows) else []
+    splits = [rng.integers(0, max(len(rows), 1), size) for size in sizes]
+    assignments, places = assign(rows, bounds)
+    lengths = rng.integers(0, 5, len(rows))
+    blocks, flat = [], np.arange(1000)
+    for assignment in assignments:
+        starts = rng.integers(0, 900, len(assignment.rows))
+        blocks.append(SparseBlock(flat, flat, starts, lengths[assignment.places]))
+    n_each = [len(assignment.rows) for assignment in assignments]
+    dealt = np.concatenate([np.zeros(0, np.int64), *splits])
+    batches = DealtRows.of(dealt, sizes, places, n_each)
+    loaded = Loaded(blocks, *places, lengths, np.dtype("int64"), rows, batches)
+    assert len(batches) == len(splits)
+    for number, split in enumerate(splits):
+        batch = batches[number]
+        run = loaded.sparse_rows.run(batch)
+        np.testing.assert_array_equal(run.pointers, np.cumsum([0, *lengths[split]]))
+        np.testing.assert_array_equal(np.sort(batch.slots), np.arange(len(split)))
+        np.testing.assert_array_equal(run.lengths, lengths[split][batch.slots])
+        np.testing.assert_array_equal(run.dest, run.pointers[batch.slots])
+        for block, piece in batch.pieces(3):
+            window_rows = split[batch.slots[piece]]
+            assert set(places[0][window_rows].tolist()) <= {block}
+            np.testing.assert_array_equal(run.starts[piece], blocks[block].starts[places[1][window_rows]])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8", "int64"])
+@pytest.mark.parametrize("shape", [(4, 7), (0, 7), (3, 1)])
+def test_a_csr_matrix_is_what_scipy_makes_of_its_parts(shape, dtype):
+    matrix = sp.random(*shape, density=0.4, format="csr", random_state=0).astype(dtype)
+    plain = sp.csr_matrix((matrix.data, matrix.indices, matrix.indptr), shape=shape, copy=False)
+    deliver = make_deliver(None, on_gpu=False)
+    for _ in range(2):  # what scipy finds out about one is not known of the next
+        made = deliver(CsrParts(matrix.data, matrix.indices, matrix.indptr, shape))
+        assert type(made) is sp.csr_matrix
+        assert vars(made).keys() == vars(plain).keys()
+        for name, value in vars(plain).items():
+            found = vars(made)[name]
+            assert found is value if isinstance(value, np.ndarray) else found == value
+        made.check_format(full_check=True)
+        assert made.has_sorted_indices
+        np.testing.assert_array_equal((made * 2 + made[::-1][::-1]).toarray(), matrix.toarray() * 3)
+        assert (made.copy() != plain).nnz == 0
+        assert made.dtype == dtype
