@@ -241,6 +241,14 @@ def print_ranks(setup: Setup) -> None:
         print(f"| {n_ranks} x {n_threads} | {' | '.join(spread([line[fact] for line in runs]) for fact in facts)} |")
 
 
+def print_python(setup: Setup) -> None:
+    """Print what is left of a window of 16,384 cells where nothing is read, decoded and copied."""
+    print("\n| threads | Python of a window, ms CPU |\n|---|---|")
+    for n_threads in (psutil.cpu_count() or 1, 16):
+        lines, _ = run(ours("python", stores(setup)[OURS], "--threads", str(n_threads)))
+        print(f"| {n_threads} | {spread([line['cpu_ms_per_window'] for line in lines])} |")
+
+
 def print_tokens(setup: Setup) -> None:
     """Print how many tokens of genes come in a second, in rows of 2,048; the first epoch of each is left out."""
     print("\n| tokens of all cores, decoding counted | million tokens/s | cells/s |\n|---|---|---|")
@@ -340,6 +348,7 @@ def main() -> int:
     print_bounds(setup, found)
     bench_consumer(setup)
     print_ranks(setup)
+    print_python(setup)
     print_tokens(setup)
     print_orders(setup)
     print_scaling(setup, folders)

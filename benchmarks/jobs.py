@@ -8,6 +8,7 @@ jobs.py bounds OUT.zarr
 jobs.py disks ATLAS_DIR OUT.zarr
 jobs.py gather ATLAS_DIR OUT.zarr [--dataset-size 100000] [--layout open|packed]
 jobs.py ranks OUT.zarr --ranks 8 --threads 2 [--output csr]
+jobs.py python OUT.zarr [--threads 2]
 jobs.py order random|blocks|"full shuffle"|weighted [--rows 100000000]
 """
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 N_THREADS = len(os.sched_getaffinity(0))
 N_GENES = 2000
 N_SHARED_EPOCHS = 4
+N_PYTHON_EPOCHS = 12
 BATCH = 4096
 WINDOW = 16_000_000
 MAX_LENGTH = 2048
@@ -203,6 +205,35 @@ def var_names(store: Path) -> np.ndarray:
     _, first = next(zarr.open_group(store, mode="r").groups())
     names: np.ndarray = ad.io.read_elem(first["var"]).index.to_numpy()
     return names
+
+
+def python(args: argparse.Namespace) -> None:
+    """Time what is left of epochs of CSR where compiled code that reads, decodes and copies does nothing.
+
+    Its calls stay, as all of Python around them. What plans the reads in compiled code, without the lock, is counted.
+    """
+    import numba
+
+    from annbatch_dask import DatasetCollection, Loader
+    from annbatch_dask.chunks import native
+    from annbatch_dask.kernels import assemble
+    from annbatch_dask.loader import loader as module
+
+    module.count_threads = lambda: args.threads
+    sizes = {"batch_size": BATCH, "chunk_size": 512, "preload_nchunks": 32, "shuffle": True, "preload_to_gpu": False}
+    loader: Loader[Any, Any] = Loader(**sizes, obs_columns=["cell_type"], layers=(), obsm=(), seed=0)
+    loader.use_collection(DatasetCollection(args.store, mode="r"))
+    n_windows = sum(batch["X"].shape[0] for batch in loader) / (512 * 32)
+    native.fill = numba.njit(nogil=True)(lambda _1, _2, _3, _4, _5, _6, _7, _8, _9, _10: 0)
+    copy: Any = numba.njit(nogil=True)(lambda _1, _2, _3, _4, _5: None)
+    assemble._copy = assemble.copy_past = copy
+    for epoch in range(N_PYTHON_EPOCHS + 1):
+        start, cpu_start = time.perf_counter(), time.process_time()
+        for _ in loader:
+            pass
+        cpu_s = time.process_time() - cpu_start
+        if epoch:  # the first one compiles
+            report("python", time.perf_counter() - start, cpu_ms_per_window=round(cpu_s / n_windows * 1e3, 2))
 
 
 def order(args: argparse.Namespace) -> None:
@@ -454,6 +485,10 @@ def main() -> int:
     job.add_argument("--threads", type=int, default=2)
     job.add_argument("--output", choices=("csr", "dense", "genes"), default="csr")
     job.set_defaults(run=ranks)
+    job = jobs.add_parser("python")
+    job.add_argument("store", type=Path)
+    job.add_argument("--threads", type=int, default=2)
+    job.set_defaults(run=python)
     job = jobs.add_parser("order")
     job.add_argument("name")
     job.add_argument("--rows", type=int, default=100_000_000)

@@ -58,7 +58,8 @@ def test_a_csr_matrix_is_what_scipy_makes_of_its_parts(shape, dtype):
         assert vars(made).keys() == vars(plain).keys()
         for name, value in vars(plain).items():
             found = vars(made)[name]
-            assert found is value if isinstance(value, np.ndarray) else found == value
+            np.testing.assert_array_equal(found, value)
+            assert getattr(found, "dtype", None) == getattr(value, "dtype", None)
         made.check_format(full_check=True)
         assert made.has_sorted_indices
         np.testing.assert_array_equal((made * 2 + made[::-1][::-1]).toarray(), matrix.toarray() * 3)
