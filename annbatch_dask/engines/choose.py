@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from annbatch_dask.engines.base import Engine, EngineChoice
 from annbatch_dask.engines.dask import ClusterEngine, LocalEngine
 from annbatch_dask.engines.local_cluster import local_client, workers_process
 from annbatch_dask.engines.needs import Needs
+from annbatch_dask.engines.waiting import NO_WORKER_S
 from annbatch_dask.errors import SchedulerError
 from annbatch_dask.formatting import format_bytes
 from annbatch_dask.plan.memory import Budget
@@ -130,16 +132,22 @@ def _wait_for_a_worker(client: Client) -> None:
     SchedulerError
         If no worker came.
     """
-    address = client.scheduler_info(n_workers=-1)["address"]
-    logger.warning("no worker has joined %s yet: waiting for the first, %d s at most", address, WORKER_TIMEOUT_S)
+    address, since = client.scheduler_info(n_workers=-1)["address"], time.monotonic()
     first = client.submit(int, pure=False)
     try:
-        first.result(timeout=WORKER_TIMEOUT_S)
-    except TimeoutError as e:
-        msg = f"no worker has joined {address} within {WORKER_TIMEOUT_S} s; start some, as with `dask worker {address}`"
-        raise SchedulerError(msg) from e
+        while (waited := time.monotonic() - since) < WORKER_TIMEOUT_S:
+            left = WORKER_TIMEOUT_S - waited
+            logger.warning("no worker has joined %s yet: waiting for the first, %.0f s at most", address, left)
+            with contextlib.suppress(TimeoutError):
+                first.result(timeout=min(NO_WORKER_S, left))
+                return
     finally:
         first.cancel()
+    msg = (
+        f"no worker has joined {address} within {WORKER_TIMEOUT_S} s; start some, as with `dask worker {address}`, and "
+        "call again"
+    )
+    raise SchedulerError(msg)
 
 
 def _worker_limits(client: Client, workers: Mapping[str, Mapping[str, Any]]) -> list[int]:

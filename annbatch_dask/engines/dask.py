@@ -8,7 +8,6 @@ import importlib.util
 import itertools
 import logging
 import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,11 +20,12 @@ from dask.callbacks import Callback as DaskCallback
 from dask.delayed import delayed
 from distributed import CancelledError, Client, as_completed, span
 from distributed.comm.core import CommClosedError
-from distributed.scheduler import KilledWorker
+from distributed.scheduler import KilledWorker, NoValidWorkerError, NoWorkerError
 
 from annbatch_dask.engines.attempt import Failed, Unfit, attempt
 from annbatch_dask.engines.base import Describe, OnResult, OnRetry
 from annbatch_dask.engines.needs import NFS_PAUSES_S, Needs, workers_lacking
+from annbatch_dask.engines.waiting import Left, missing_workers_said
 from annbatch_dask.errors import (
     MissingPackageError,
     SchedulerError,
@@ -48,8 +48,6 @@ DEATHS = 8
 """So many workers may die on a task that had the cluster to itself, until they are taken to die of it."""
 UNFIT = 8
 """So many workers may turn out to be unfit while no task is done, until it is taken that no other kind will come."""
-NO_WORKER_S = 60.0
-"""How often a stage looks whether any worker is there, to say so where none is."""
 
 
 def _ignored(*_: Any) -> None:
@@ -156,8 +154,13 @@ class ClusterEngine:
 
     def count_workers(self) -> int | None:
         """Workers that are there now; None where the scheduler does not answer."""
+        states = self.states_of_workers()
+        return None if states is None else states.total()
+
+    def states_of_workers(self) -> Counter[str] | None:
+        """How many are "running", "paused" and so on, as Dask says; None where the scheduler does not answer."""
         try:
-            return len(self.client.scheduler_info(n_workers=-1)["workers"])
+            return Counter(w["status"] for w in self.client.scheduler_info(n_workers=-1)["workers"].values())
         except Exception:  # noqa: BLE001 - who waits for tasks has to say what happened
             return None
 
@@ -195,12 +198,19 @@ class ClusterEngine:
         """Run the tasks on the cluster; on any error, cancel what is left."""
         run = _ClusterRun(self.client, name, fn, tasks, on_result, describe, on_retry, self.needs)
         try:
-            with _missing_workers_said(self, name):
+            with missing_workers_said(name, self.states_of_workers, run.left):
                 run.all()
         except (CancelledError, CommClosedError) as e:
             msg = (
                 f"the scheduler was lost in {name} ({type(e).__name__}); finished "
                 "tasks are kept: start it anew and call again to go on"
+            )
+            raise SchedulerError(msg) from e
+        except (NoWorkerError, NoValidWorkerError) as e:
+            msg = (
+                f"{name}: no worker took a task for {e.timeout:.0f} s, after which this scheduler's "
+                "distributed.scheduler.no-workers-timeout gives it up; set that to null where workers may be away "
+                "longer. Finished tasks are kept: call again to go on"
             )
             raise SchedulerError(msg) from e
         if run.lost:
@@ -241,39 +251,6 @@ def _check_workers(client: Client, needs: Needs) -> None:
         transient.sleep(pause)
 
 
-@contextlib.contextmanager
-def _missing_workers_said(engine: ClusterEngine, name: str) -> Iterator[None]:
-    """Meanwhile, warn again and again while no worker is there, for which Dask waits without a word.
-
-    A LocalCluster of Dask's, for one, may give up workers that died, and starts no others.
-    """
-    is_over = threading.Event()
-
-    def look() -> None:
-        since = time.monotonic()
-        while not is_over.wait(NO_WORKER_S):
-            n_workers = engine.count_workers()
-            if n_workers is None:
-                return
-            if n_workers:
-                since = time.monotonic()
-                continue
-            logger.warning(
-                "%s: no worker has been there for up to %.0f s, and the build waits for one; start workers, or "
-                "interrupt the build: finished tasks are kept, and the same call goes on",
-                name,
-                time.monotonic() - since,
-            )
-
-    watcher = threading.Thread(target=look, name="annbatch-dask-workers", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        watcher.join()
-
-
 @dataclass
 class _ClusterRun:
     """The tasks of a stage on a cluster whose workers may die.
@@ -295,11 +272,17 @@ class _ClusterRun:
     deaths: Counter[int] = field(default_factory=Counter)
     lost: list[int] = field(default_factory=list)
     sent_away: set[str] = field(default_factory=set)
+    n_done: int = 0
     n_unfit: int = 0
     """Workers that were sent away since the last task that was done."""
 
     def __post_init__(self) -> None:
         self.results = [None] * len(self.tasks)
+
+    def left(self) -> Left:
+        """What is not done yet."""
+        peak = 0 if self.needs is None else self.needs.peaks.get(self.name, 0)
+        return Left(len(self.tasks) - self.n_done, len(self.tasks), peak)
 
     def all(self) -> None:
         """Run all tasks but those that are ``lost``: all their workers died."""
@@ -354,6 +337,7 @@ class _ClusterRun:
                     left.pop(future.key).release()
                 if not isinstance(result, Failed | Unfit):
                     self.n_unfit = 0
+                    self.n_done += 1
                     self.results[i] = result
                     self.on_result(i, result)
                     continue

@@ -15,12 +15,14 @@ import psutil
 import pytest
 from dask import config
 from distributed import Client, LocalCluster
+from distributed.core import Status
 
 from annbatch_dask import DatasetCollection
-from annbatch_dask.engines import choose, dask
+from annbatch_dask.engines import choose, dask, waiting
 from annbatch_dask.engines.choose import choose_engine
 from annbatch_dask.engines.dask import ClusterEngine, LocalEngine
 from annbatch_dask.engines.local_cluster import local_client, workers_process
+from annbatch_dask.engines.needs import Needs
 from annbatch_dask.errors import MissingPackageError, SchedulerError, SourceError, StorageError
 from annbatch_dask.etl import start
 from annbatch_dask.events import Callback
@@ -59,6 +61,24 @@ def test_the_first_worker_is_waited_for(caplog):
     assert "no worker has joined" in caplog.text
 
 
+def test_it_is_said_again_that_the_first_worker_is_waited_for(monkeypatch):
+    monkeypatch.setattr(choose, "NO_WORKER_S", 0.05)
+    messages, said_twice = [], threading.Event()
+
+    def warn(message, *arguments):
+        messages.append(message % arguments)
+        if len(messages) == 2:
+            said_twice.set()
+
+    monkeypatch.setattr(choose.logger, "warning", warn)
+    with cluster(n_workers=0, memory_limit="600MiB") as (started, client), ThreadPoolExecutor(1) as pool:
+        choosing = pool.submit(choose_engine, client, None)
+        assert said_twice.wait(60)
+        started.scale(1)
+        assert choosing.result(60).budget == Budget(600 * MIB, 2)
+    assert all("waiting for the first" in message for message in messages)
+
+
 def test_a_worker_that_does_not_come_is_an_error(monkeypatch):
     monkeypatch.setattr(choose, "WORKER_TIMEOUT_S", 0.1)
     with (
@@ -68,27 +88,61 @@ def test_a_worker_that_does_not_come_is_an_error(monkeypatch):
         choose_engine(client, None)
 
 
-def test_it_is_said_that_no_worker_is_there(monkeypatch):
-    monkeypatch.setattr(dask, "NO_WORKER_S", 0.05)
-    said = threading.Event()
-    messages = []
+class Said:
+    """What is warned of, of which the first can be waited for."""
 
-    def warn(message, *arguments):
-        messages.append(message % arguments)
-        said.set()
+    def __init__(self, monkeypatch):
+        self.messages, self.is_said = [], threading.Event()
+        monkeypatch.setattr(waiting, "NO_WORKER_S", 0.05)
+        monkeypatch.setattr(waiting.logger, "warning", self.warn)
 
-    monkeypatch.setattr(dask.logger, "warning", warn)
+    def warn(self, message, *arguments):
+        self.messages.append(message % arguments)
+        self.is_said.set()
+
+
+def test_it_is_said_that_no_worker_is_there_and_which_is_waited_for(monkeypatch):
+    said = Said(monkeypatch)
     with cluster(n_workers=1) as (started, client), ThreadPoolExecutor(1) as pool:
         started.scale(0)
         while client.scheduler_info(n_workers=-1)["workers"]:
             client.sync(asyncio.sleep, 0.01)
-        engine = ClusterEngine(client, BUDGET)
+        engine = ClusterEngine(client, BUDGET).needing(Needs(peaks={"scatter": 100 * MIB}))
         doing = pool.submit(engine.run, "scatter", abs, [(-3,)], lambda *_: None, str)
-        assert said.wait(60)
+        assert said.is_said.wait(60)
         started.scale(1)
         assert doing.result(60) == [3]
-    assert "scatter: no worker has been there for up to" in messages[0]
-    assert "start workers, or interrupt the build" in messages[0]
+    assert "scatter: no worker has been there for up to" in said.messages[0]
+    assert "1 of 1 task waits for one with 545 MB a thread; start workers, or interrupt the build" in said.messages[0]
+
+
+async def pause(dask_worker):
+    dask_worker.status = Status.paused
+
+
+async def unpause(dask_worker):
+    dask_worker.status = Status.running
+
+
+def test_it_is_said_that_all_workers_are_paused(monkeypatch):
+    """As they are where their memory is full: Dask then waits without a word, too."""
+    said = Said(monkeypatch)
+    with cluster(n_workers=1) as (_, client), ThreadPoolExecutor(1) as pool:
+        client.run(pause)
+        doing = pool.submit(ClusterEngine(client, BUDGET).run, "gather", abs, [(-3,)], lambda *_: None, str)
+        assert said.is_said.wait(60)
+        client.run(unpause)
+        assert doing.result(60) == [3]
+    assert "gather: no worker has taken tasks (1 paused) for up to" in said.messages[0]
+
+
+def test_a_scheduler_that_gives_up_waiting_is_named():
+    with config.set({"distributed.scheduler.no-workers-timeout": "100ms"}), cluster(n_workers=1) as (started, client):
+        started.scale(0)
+        while client.scheduler_info(n_workers=-1)["workers"]:
+            client.sync(asyncio.sleep, 0.01)
+        with pytest.raises(SchedulerError, match=r"no worker took a task for 0 s.*no-workers-timeout gives it up; set that"):
+            ClusterEngine(client, BUDGET).run("scatter", abs, [(-3,)], lambda *_: None, str)
 
 
 def test_workers_without_a_limit_share_their_host(caplog, monkeypatch):
