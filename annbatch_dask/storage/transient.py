@@ -35,8 +35,14 @@ _PASSING_STATUS = (408, 425, 429)
 _SERVER_ERROR = 500
 _NUMBER = re.compile(r"(?:\berrno = |\bos error )(\d+)")
 """How HDF5 and Rust say an errno in the text of an error."""
-_CLIENTS = ("aiohttp.ClientConnectionError", "aiohttp.ClientPayloadError", "botocore.exceptions.HTTPClientError")
-"""Errors of connections that are no OSError."""
+_CLIENTS = (
+    *("aiohttp.ClientConnectionError", "aiohttp.ClientPayloadError"),
+    *("botocore.exceptions.ConnectionError", "botocore.exceptions.HTTPClientError"),
+    *("requests.exceptions.ConnectionError", "requests.exceptions.Timeout", "httpx.TransportError"),
+    *("azure.core.exceptions.ServiceRequestError", "azure.core.exceptions.ServiceResponseError"),
+    "google.auth.exceptions.TransportError",
+)
+"""Errors of connections that are none of Python's, or have no errno."""
 
 
 def is_transient(error: BaseException) -> bool:

@@ -5,7 +5,8 @@ import os
 
 import aiohttp
 import pytest
-from botocore.exceptions import ClientError
+import requests
+from botocore.exceptions import ClientError, ConnectTimeoutError, EndpointConnectionError, ReadTimeoutError
 from s3fs.errors import translate_boto_error
 from yarl import URL
 
@@ -48,6 +49,10 @@ def caused(error, by):
         of_http(429),
         aiohttp.ServerDisconnectedError(),
         aiohttp.ClientPayloadError(),
+        *(error(endpoint_url="http://here/a", error="") for error in (EndpointConnectionError, ConnectTimeoutError)),
+        ReadTimeoutError(endpoint_url="http://here/a", error=""),
+        requests.exceptions.ConnectionError("refused"),
+        requests.exceptions.ReadTimeout("late"),
         caused(SourceError("a.h5ad is not a whole HDF5 file"), os_error(errno.ESTALE)),
         caused(IntegrityError("entries 0 to 9 are damaged"), RuntimeError("Stale file handle (os error 116)")),
         caused(FileNotFoundError("http://here/a.h5ad"), of_http(500)),
