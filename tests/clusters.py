@@ -61,5 +61,6 @@ def cluster(folder, *options, n_workers=2, allowed_failures=3):
         started += [stack.enter_context(worker(folder, *options)) for _ in range(n_workers)]
         contact = str(folder / "scheduler.json")
         with Client(scheduler_file=contact, timeout=TIMEOUT_S, set_as_default=False) as client:
-            client.wait_for_workers(n_workers, timeout=TIMEOUT_S)
+            if n_workers:
+                client.wait_for_workers(n_workers, timeout=TIMEOUT_S)
             yield client, started
