@@ -1,4 +1,7 @@
-"""Two machines, with a scheduler and a worker on one and a worker on the other, and a cut between them in a build."""
+"""Two machines, with a scheduler and a worker on one and a worker on the other, and a cut between them in a build.
+
+What they share is a folder, or an object store on a third machine.
+"""
 
 import contextlib
 import json
@@ -12,7 +15,8 @@ import pytest
 
 from annbatch_dask import DatasetCollection
 from tests.chaos import nodes
-from tests.clusters import kill, scheduler, worker
+from tests.chaos.store import BUCKET, serve
+from tests.clusters import kill, process, scheduler, worker
 from tests.tools import tree_digest
 
 pytestmark = [
@@ -30,6 +34,8 @@ TIMEOUTS = {
     "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "12s",
 }
 """After a cut of more than twelve seconds, scheduler and worker give each other up."""
+PATIENCE = {"connect_timeout": 5, "read_timeout": 5, "retries": {"max_attempts": 1}}
+"""So long a client waits for a store that does not answer; then it is ours to try again."""
 CLIENT = """
 import json, sys
 from pathlib import Path
@@ -39,14 +45,27 @@ from annbatch_dask import DatasetCollection
 from tests.chaos.victim import Killer
 contact, out, reports, store, options, *paths = sys.argv[1:]
 with dask.config.set(annbatch_dask={"block_size": 20_000}), Client(scheduler_file=contact):
-    collection = DatasetCollection(out, storage_options=json.loads(store))
-    collection.add_adatas(paths, callbacks=[Killer(None, Path(reports))], progress=False, **json.loads(options))
+    store, options = json.loads(store), json.loads(options)
+    collection = DatasetCollection(out, storage_options=store)
+    collection.add_adatas(paths, storage_options=store, callbacks=[Killer(None, Path(reports))], progress=False, **options)
+"""
+COPY = """
+import json, sys
+import fsspec
+out, folder, store = sys.argv[1:]
+fsspec.filesystem("s3", **json.loads(store)).get(out, folder, recursive=True)
 """
 
 
 @pytest.fixture
 def two():
     with nodes.nodes(2) as found:
+        yield found
+
+
+@pytest.fixture
+def three():
+    with nodes.nodes(3) as found:
         yield found
 
 
@@ -66,20 +85,20 @@ class Build:
 
     def __init__(self, folder, two, stack):
         self.folder, (self.here, self.there) = folder, two
-        self.reports, self.starts, self.log = (folder / name for name in ("reports", "starts", "scheduler.log"))
+        self.reports, self.starts, self.log = (folder / name for name in ("reports", "starts", "log"))
         self.stack = stack
         stack.enter_context(scheduler(folder, host=self.here.address, before=self.before(self.here), **TIMEOUTS))
         for node in two:
             self.add_worker(node)
 
     def before(self, node):
-        """Start on a machine; what a scheduler says goes to a file."""
+        """Start on a machine; what the processes say goes to a file."""
         return (*node.before, "sh", "-c", f'exec "$@" 2>> {self.log}', "sh")
 
     def add_worker(self, node):
         environment = {"TEST_STARTS": str(self.starts), "TEST_SECONDS": TASK_S, "TEST_NODE": node.name}
         options = ("--host", node.address, "--preload", "tests.chaos.starts")
-        process = worker(self.folder, *options, before=node.before, **environment, **TIMEOUTS)
+        process = worker(self.folder, *options, before=self.before(node), **environment, **TIMEOUTS)
         return self.stack.enter_context(process)
 
     def n_workers(self):
@@ -92,16 +111,28 @@ class Build:
         self.client = subprocess.Popen(command)
         self.stack.callback(kill, self.client)
 
+    def add_store(self, node, paths):
+        """An object store that holds some files; how to reach it."""
+        command = ("tests.chaos.store", node.address, str(self.folder), *map(str, paths))
+        self.stack.enter_context(process(*command, before=node.before))
+        contact = self.folder / "store.json"
+        wait_for(contact.exists)
+        return json.loads(contact.read_text()) | {"config_kwargs": PATIENCE}
+
     def begun(self, stage, node):
         return sum((line["task"], line["node"]) == (stage, node.name) for line in lines_of(self.starts))
 
     def done(self, stage):
         return sum(line["stage"] == stage for line in lines_of(self.reports))
 
-    def cut(self, stage, *, is_long):
-        """Cut the other machine off while it has a task of a stage, which this one goes on with; then heal."""
+    def wait_for_middle(self, stage):
+        """Until the other machine has a task of a stage, and one is done."""
         wait_for(lambda: self.begun(stage, self.there) and self.done(stage) >= 1 or self.client.poll() is not None)
         assert self.client.poll() is None
+
+    def cut(self, stage, *, is_long):
+        """Cut the other machine off while it has a task of a stage, which this one goes on with; then heal."""
+        self.wait_for_middle(stage)
         self.there.cut()
         was = self.done(stage)
         if is_long:
@@ -139,3 +170,48 @@ def test_a_cut_costs_no_more_than_time(tmp_path, two, h5ad_pair, undisturbed, st
         running.cut(stage, is_long=is_long)
         assert running.client.wait(UNTIL_S) == 0
     assert tree_digest(out) == tree_digest(undisturbed)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_from_store(tmp_path_factory, h5ad_pair):
+    """The same build in one process, of files in a store."""
+    server, path = serve("127.0.0.1", h5ad_pair), tmp_path_factory.mktemp("from_store") / "o.zarr"
+    try:
+        with pytest.MonkeyPatch.context() as patch, dask.config.set(scheduler="synchronous"):
+            patch.setitem(dask.config.config, "annbatch_dask", {"block_size": BLOCK})
+            DatasetCollection(path).add_adatas(urls(h5ad_pair), storage_options=server.options, **OPTIONS)
+    finally:
+        server.stop()
+    return path
+
+
+def urls(paths):
+    return [f"s3://{BUCKET}/in/{path.name}" for path in paths]
+
+
+def copied(node, out, folder, store):
+    """A folder of a store, as a machine that reaches it sees it, on this one's disk."""
+    command = [*node.before, sys.executable, "-c", COPY, out, str(folder), json.dumps(store)]
+    subprocess.run(command, check=True, timeout=UNTIL_S)
+    return folder
+
+
+@pytest.mark.parametrize("how", ["short", "long", "store"])
+@pytest.mark.parametrize("stage", ["scatter", "gather"])
+def test_a_cut_from_a_store_costs_no_more_than_time(tmp_path, three, h5ad_pair, undisturbed_from_store, stage, how):
+    """Of a machine from scheduler and store, or of the store from all."""
+    *two, far = three
+    out = f"s3://{BUCKET}/o.zarr"
+    with build(tmp_path, two) as running:
+        store = running.add_store(far, h5ad_pair)
+        running.start(out, urls(h5ad_pair), store, **OPTIONS)
+        if how == "store":
+            running.wait_for_middle(stage)
+            far.cut()
+            wait_for(lambda: "tried again in" in running.log.read_text())
+            far.heal()
+        else:
+            running.cut(stage, is_long=how == "long")
+        assert running.client.wait(UNTIL_S) == 0
+        found = copied(far, out, tmp_path / "o.zarr", store)
+    assert tree_digest(found) == tree_digest(undisturbed_from_store)

@@ -52,11 +52,11 @@ class QuietHandler(WSGIRequestHandler):
 
 
 class S3Server:
-    """moto behind a log and a source of faults, on a free port."""
+    """moto behind a log and a source of faults, on a free port of one of this machine's addresses."""
 
-    def __init__(self):
+    def __init__(self, host="127.0.0.1"):
         self._app = create_backend_app("s3")  # finding the service of each request takes longer than answering it
-        self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=QuietHandler)
+        self._server = make_server(host, 0, self, threaded=True, request_handler=QuietHandler)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._lock = threading.Lock()
         self._fault = lambda _: None
@@ -70,7 +70,7 @@ class S3Server:
 
     @property
     def url(self):
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return f"http://{self._server.host}:{self._server.server_port}"
 
     @property
     def options(self):
