@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numba
@@ -37,21 +38,34 @@ _PATCH_COST = 4
 
 _QUARTER = BLOCK_VALUES // 4
 _ROW_NBITS, _COUNT_NBITS = 1024, 512
+_NUMBER = ir.IntType(64)
+
+
+def _masks_longer(context: Any, builder: Any, values: Any, args: Any, n: int) -> Iterator[tuple[int, Any]]:
+    """First place and mask, a bit a lane, of each vector of ``n`` values: which are greater than the limit.
+
+    ``args``: the values, the first one, and the limit.
+    """
+    lane = ir.IntType(values.dtype.bitwidth)
+    vector = ir.VectorType(lane, _COUNT_NBITS // lane.width)
+    most = spread(builder, args[2], vector)
+    for k in range(0, n, vector.count):
+        at = builder.add(args[1], _NUMBER(k))
+        found = builder.load(pointer_to(builder, context, values, args[0], at, vector), align=lane.width // 8)
+        yield k, builder.bitcast(builder.icmp_unsigned(">", found, most), ir.IntType(vector.count))
+
+
+def _as_number(builder: Any, value: Any) -> Any:
+    return value if value.type.width == _NUMBER.width else builder.zext(value, _NUMBER)
 
 
 def _count_longer(_typing: Any, values: Any, first: Any, limit: Any) -> Any:
     """How many values of a quarter, from ``first`` on, are greater than ``limit``."""
-    lane = ir.IntType(values.dtype.bitwidth)
-    vector = ir.VectorType(lane, _COUNT_NBITS // lane.width)
-    mask, number = ir.IntType(vector.count), ir.IntType(64)
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        total, most = number(0), spread(builder, args[2], vector)
-        for k in range(0, _QUARTER, vector.count):
-            at = builder.add(args[1], number(k))
-            found = builder.load(pointer_to(builder, context, values, args[0], at, vector), align=lane.width // 8)
-            n = builder.ctpop(builder.bitcast(builder.icmp_unsigned(">", found, most), mask))
-            total = builder.add(total, n if mask.width == number.width else builder.zext(n, number))
+        total = _NUMBER(0)
+        for _, mask in _masks_longer(context, builder, values, args, _QUARTER):
+            total = builder.add(total, _as_number(builder, builder.ctpop(mask)))
         return total
 
     return numba.uint64(values, first, limit), generate
@@ -59,18 +73,11 @@ def _count_longer(_typing: Any, values: Any, first: Any, limit: Any) -> Any:
 
 def _longer_bits(_typing: Any, values: Any, first: Any, limit: Any) -> Any:
     """A bit for each of 64 values, from ``first`` on and the lowest first: whether it is greater than ``limit``."""
-    lane = ir.IntType(values.dtype.bitwidth)
-    vector = ir.VectorType(lane, _COUNT_NBITS // lane.width)
-    mask, number = ir.IntType(vector.count), ir.IntType(64)
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        bits, most = number(0), spread(builder, args[2], vector)
-        for k in range(0, number.width, vector.count):
-            at = builder.add(args[1], number(k))
-            found = builder.load(pointer_to(builder, context, values, args[0], at, vector), align=lane.width // 8)
-            some = builder.bitcast(builder.icmp_unsigned(">", found, most), mask)
-            some = some if mask.width == number.width else builder.zext(some, number)
-            bits = builder.or_(bits, builder.shl(some, number(k)))
+        bits = _NUMBER(0)
+        for k, mask in _masks_longer(context, builder, values, args, _NUMBER.width):
+            bits = builder.or_(bits, builder.shl(_as_number(builder, mask), _NUMBER(k)))
         return bits
 
     return numba.uint64(values, first, limit), generate
