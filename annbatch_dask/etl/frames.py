@@ -22,7 +22,7 @@ from annbatch_dask.sources.columns import check_text, to_pandas
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["annotation_frames", "is_plain", "make_frames", "try_frames", "write_frames"]
+__all__ = ["annotation_frames", "is_plain", "make_frames", "try_frames", "write_elements", "write_frames"]
 
 Rows = tuple[NDArray, NDArray[np.bool_] | None]
 _settings_lock = threading.Lock()
@@ -59,10 +59,10 @@ def annotation_frames(plan: Plan, found: AnnData | None) -> dict[str, Any]:
 def write_frames(group: zarr.Group, elements: Mapping[str, Any]) -> None:
     """Write what is not sharded, and the mappings that hold nothing."""
     names = ("layers", "obsm", "obsp", "varm", "varp", "uns")
-    _write(group, {name: {} for name in names if name not in group} | dict(elements))
+    write_elements(group, {name: {} for name in names if name not in group} | dict(elements))
 
 
-def _write(group: zarr.Group, elements: Mapping[str, Any]) -> None:
+def write_elements(group: zarr.Group, elements: Mapping[str, Any]) -> None:
     """Write elements by name.
 
     anndata's settings are the process's, so threads take turns: two that overlap would undo each other's.
@@ -89,7 +89,7 @@ def try_frames(plan: Plan, annotations: AnnData | None) -> None:
         if is_plain(value):
             continue
         try:
-            _write(zarr.create_group(zarr.storage.MemoryStore()), {name.partition("/")[2] or name: value})
+            write_elements(zarr.create_group(zarr.storage.MemoryStore()), {name.partition("/")[2] or name: value})
         except Exception as e:  # anndata's and zarr's, of any kind
             msg = (
                 f"{name} cannot be stored: {' '.join(str(e).split())[:300]}; convert or rename it in load_adata, or "

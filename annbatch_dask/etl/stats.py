@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from annbatch_dask.etl.frames import write_frames
+from annbatch_dask.etl.frames import write_elements
 from annbatch_dask.etl.rows import FixedArrays, RaggedArrays, array_name
 from annbatch_dask.kernels.gene_sums import SUMS, add_csr, add_dense, new_sums
 from annbatch_dask.manifest import STATS, TARGET_SUM
@@ -96,9 +96,10 @@ class DatasetSums:
         """Write them into a dataset's group, whose uns is there; array by array, as they may be large."""
         by = "" if self._column is None else self._column.name
         found = GeneSums(by, self._groups, self._n_cells, self._sums)
-        write_frames(group, {f"uns/{STATS}": {}})
+        write_elements(group, {f"uns/{STATS}": {}})
+        inside: Any = group[f"uns/{STATS}"]
         for name, value in _elements(found):
-            write_frames(group, {f"uns/{STATS}/{name}": value})
+            write_elements(inside, {name: value})
 
 
 def add_rows(sums: NDArray[np.float64], n_cells: NDArray[np.int64], codes: NDArray, rows: Any) -> None:

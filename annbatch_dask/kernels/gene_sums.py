@@ -30,6 +30,8 @@ _COUNT_NBYTES = 4
 """Counts of so many bytes add up to a row's sum in 64 bits."""
 _TABLE = 64
 """Counts below this are worked out once a row, most of whose values are the same few."""
+_RUN = 64
+"""Counts that are looked at together for one that is not in the table."""
 
 
 def new_sums(n_groups: int, n_vars: int) -> NDArray[np.float64]:
@@ -64,26 +66,44 @@ add_line: Any = intrinsic(_add_line)
 
 
 @compiled
+def _scan(values, large):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """The sum of a row's counts, the bits that any has, and how many are not in the table: ``large`` says where."""
+    total, seen, n_large = U64(0), U64(0), 0
+    for start in range(0, values.shape[0], _RUN):
+        some, bits = values[start : start + _RUN], U64(0)
+        for k in range(some.shape[0]):
+            total += U64(some[k])
+            bits |= U64(some[k])
+        seen |= bits
+        if bits >= _TABLE:
+            for k in range(some.shape[0]):
+                large[n_large] = start + k
+                n_large += some[k] >= _TABLE
+    return total, seen, n_large
+
+
+@compiled
 def _add_counts(sums, n_vars, order, groups, offsets, indices, values, target_sum):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913, PLR0917
-    """Whole numbers of 0 and more."""
-    lines = np.zeros((_TABLE + 1, N_SUMS))
+    """Whole numbers of 0 and more. Those not in the table are added last, so that the loop has no branch."""
+    longest = 0
+    for row in order:
+        longest = max(longest, offsets[row + 1] - offsets[row])
+    large, lines = np.empty(longest + 1, np.int64), np.zeros((_TABLE + 2, N_SUMS))
     flat = lines.reshape(lines.size)
     for row in order:
         start, stop = offsets[row], offsets[row + 1]
         row_indices, row_values, first = indices[start:stop], values[start:stop], U64(groups[row] * n_vars)
-        total, most = U64(0), U64(0)
-        for k in range(row_values.shape[0]):
-            total += U64(row_values[k])
-            most = max(most, U64(row_values[k]))
+        total, seen, n_large = _scan(row_values, large)
         scale = target_sum / max(float(total), 1.0)
-        for small in range(1, min(int(most) + 1, _TABLE)):
+        for small in range(1, min(int(seen) + 1, _TABLE)):
             _fill(lines[small], float(small), scale)
         for k in range(row_values.shape[0]):
-            count = U64(row_values[k])
-            if count >= _TABLE:
-                _fill(lines[_TABLE], float(count), scale)
-            line = min(count, U64(_TABLE))
+            line = min(U64(row_values[k]), U64(_TABLE))  # whose line is empty
             add_line(flat, line * U64(N_SUMS), sums, (first + U64(row_indices[k])) * U64(N_SUMS))
+        for j in range(n_large):
+            k = large[j]
+            _fill(lines[_TABLE + 1], float(row_values[k]), scale)
+            add_line(flat, U64(_TABLE + 1) * U64(N_SUMS), sums, (first + U64(row_indices[k])) * U64(N_SUMS))
 
 
 @compiled
