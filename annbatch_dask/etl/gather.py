@@ -21,7 +21,7 @@ from annbatch_dask.errors import IntegrityError
 from annbatch_dask.etl.compare import left_out_of, repair
 from annbatch_dask.etl.frames import annotation_frames, write_frames
 from annbatch_dask.etl.job import GatherTask, Job, JobFile, forget_inputs, load_job
-from annbatch_dask.etl.ours import ATTEMPT_NAME, dataset_attributes, first_document
+from annbatch_dask.etl.ours import ATTEMPT_NAME, dataset_attributes, first_document, write_first_document
 from annbatch_dask.etl.receipts import GatherReceipt
 from annbatch_dask.etl.rows import (
     GROUP,
@@ -125,16 +125,16 @@ def _new_dataset(job: Job, dataset: str) -> Iterator[Folder]:
     whose worker died, which its lock tells, by the next attempt. An object store cannot rename: all attempts at a
     dataset write the same bytes under the same names, which no other build writes.
     """
-    document = first_document(dataset_attributes(job.plan.fingerprint, job.collection_id))
+    about = dataset_attributes(job.plan.fingerprint, job.collection_id)
     if not job.target.is_local:
         folder = job.target / dataset
-        folder.write(METADATA, document)
+        write_first_document(folder, about)
         yield folder
         return
     _remove_dead_attempts(job, dataset)
     folder = job.target / f".attempt-{uuid4().hex[:8]}-{dataset}"
     try:
-        with _locked(folder, document):
+        with _locked(folder, first_document(about)):
             yield folder
     except BaseException:
         folder.remove(last=METADATA)

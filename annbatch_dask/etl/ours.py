@@ -42,6 +42,7 @@ __all__ = [
     "is_blank",
     "is_dataset_of",
     "remove_dataset",
+    "write_first_document",
 ]
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,32 @@ def dataset_attributes(plan: str, collection: str) -> dict[str, Any]:
 def first_document(attributes: dict[str, Any]) -> bytes:
     """The first document of a dataset's folder."""
     return group_document(attributes, {})
+
+
+def write_first_document(folder: Folder, attributes: dict[str, Any]) -> None:
+    """Say in a dataset's folder whose it is, unless its document says so already.
+
+    All attempts at a dataset of a store write the same files there. One that comes late, of a worker that was cut off,
+    may end before it has written them, so it must not undo the document of an attempt that wrote the whole dataset.
+
+    Raises
+    ------
+    CollectionBusyError
+        If another build wrote there meanwhile.
+    """
+    version = folder.version(METADATA)
+    if _is_of(folder.find(METADATA), attributes):
+        return
+    try:
+        folder.replace(METADATA, first_document(attributes), version=version)
+    except CollectionBusyError:
+        if not _is_of(folder.find(METADATA), attributes):
+            raise
+
+
+def _is_of(document: bytes | None, attributes: dict[str, Any]) -> bool:
+    """True if a dataset's document has these :func:`dataset_attributes`."""
+    return bool(attributes_of(document).get(MANIFEST_KEY) == attributes[MANIFEST_KEY])
 
 
 def is_dataset_of(document: bytes | None, plans: Iterable[str], ids: Iterable[str]) -> bool:

@@ -20,7 +20,7 @@ from annbatch_dask.etl.edits import refuse_edited
 from annbatch_dask.etl.files import recorded_files
 from annbatch_dask.etl.genes import copy_gene_maps
 from annbatch_dask.etl.inputs import known_inputs
-from annbatch_dask.etl.ours import dataset_attributes, first_document, is_dataset_of
+from annbatch_dask.etl.ours import dataset_attributes, is_dataset_of, write_first_document
 from annbatch_dask.etl.request import MatrixLayout
 from annbatch_dask.etl.verify import check_dataset
 from annbatch_dask.etl.write import packing_of, publish_dataset
@@ -131,7 +131,7 @@ def _finished(folder: Folder, about: dict[str, Any]) -> Sums | None:
 
 def _write(source: Folder, folder: Folder, files: FileSums, about: dict[str, Any], manifest: Manifest) -> Sums:
     """Write a dataset: matrices packed or not, all else as it is."""
-    folder.write(METADATA, first_document(about))
+    write_first_document(folder, about)
     small = {name: _checked(source, name, files) for name in files if is_metadata(name)}
     small[METADATA] = group_document(nodes_of({METADATA: small[METADATA]})[""]["attributes"] | about, None)
     store, sums, left = zarr.storage.MemoryStore(), Sums(), dict(files)

@@ -141,7 +141,9 @@ def test_a_scheduler_that_gives_up_waiting_is_named():
         started.scale(0)
         while client.scheduler_info(n_workers=-1)["workers"]:
             client.sync(asyncio.sleep, 0.01)
-        with pytest.raises(SchedulerError, match=r"no worker took a task for 0 s.*no-workers-timeout gives it up; set that"):
+        with pytest.raises(
+            SchedulerError, match=r"no worker took a task for 0 s.*no-workers-timeout gives it up; set that"
+        ):
             ClusterEngine(client, BUDGET).run("scatter", abs, [(-3,)], lambda *_: None, str)
 
 
