@@ -12,7 +12,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -24,6 +23,7 @@ from annbatch_dask.chunks.cache import RangeCache, RemoteFile
 from annbatch_dask.errors import CollectionError, IntegrityError
 from annbatch_dask.storage.filesystems import RemoteRanges
 from annbatch_dask.storage.folder import Folder, folder_of
+from annbatch_dask.storage.threads import unlocked_property
 from annbatch_dask.storage.versions import Listing, Version, changed, list_files, version_on_disk
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ class _RemoteFiles:
     def is_cached(self) -> bool:
         return self.cache is not None
 
-    @cached_property
+    @unlocked_property
     def _path(self) -> str:
         return self.folder.path
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +38,7 @@ from annbatch_dask.chunks.files import ChunkFiles, Held, chunk_files
 from annbatch_dask.chunks.layout import Array, GridColumn, Ints, ShardIndex, find_layout
 from annbatch_dask.chunks.placing import ColumnPlan, Way, fill_missing, opened, place_read
 from annbatch_dask.kernels.chunk_plan import count_rows
+from annbatch_dask.storage.threads import unlocked_property
 from annbatch_dask.storage.versions import Listing
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class RangeReader:
         kept = {name: value for name, value in self.__dict__.items() if name != "_ways"}  # they have addresses
         return kept | {"_index": None if self._layout is None else ShardIndex(self._layout)}
 
-    @cached_property
+    @unlocked_property
     def _ways(self) -> tuple[Way | None, ...]:
         """Of each column, how many of its chunks are decoded in one call."""
         return () if self._index is None else tuple(Way.of(self._index.layout, c) for c in self._index.columns)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.kernels.row_runs import deal_batches, pick_rows, place_rows
+from annbatch_dask.storage.threads import unlocked_property
 
 __all__ = ["BatchRows", "Block", "DealtRows", "DenseBlock", "Loaded", "PickedBlock", "SparseBlock", "SparseRun"]
 
@@ -223,13 +223,13 @@ class Loaded:
     rows: Ints
     dealt: DealtRows | None = None
 
-    @cached_property
+    @unlocked_property
     def sparse_rows(self) -> SparseBatches:
         """Locations of the rows of all batches in sparse blocks. To be asked for once they were read."""
         assert self.dealt is not None  # noqa: S101
         return SparseBatches.of(self.dealt, [block for block in self.blocks if isinstance(block, SparseBlock)])
 
-    @cached_property
+    @unlocked_property
     def totals(self) -> Floats | None:
         """The sum of all values of each row of all sparse blocks, also where entries were left out of them.
 
@@ -242,12 +242,12 @@ class Loaded:
         pairs = zip(blocks, found, strict=True)
         return np.concatenate([np.zeros(len(b.starts)) if totals is None else totals for b, totals in pairs])
 
-    @cached_property
+    @unlocked_property
     def dense_rows(self) -> Ints:
         """The position of each row of all dense blocks, one behind the other, in its own."""
         return _joined([block.positions for block in self.blocks if isinstance(block, DenseBlock)])
 
-    @cached_property
+    @unlocked_property
     def numbers(self) -> Ints:
         """The position among all of each row of all blocks, one behind the other."""
         n_each = np.bincount(self.block, minlength=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from annbatch_dask.loader.output import Framework, check_framework, make_deliver
 from annbatch_dask.loader.requests import Window
 from annbatch_dask.loader.steps import Transform, split_transform
 from annbatch_dask.loader.tokens import TokenForm, check_counts, deliver_each
+from annbatch_dask.storage.threads import unlocked_property
 from annbatch_dask.transforms import BinnedExpression, NormalizeLog1p, RankTokens
 
 __all__ = ["BatchSpec", "Casting", "Contents", "Dense", "Key", "Matrix", "Transform"]
@@ -62,7 +63,7 @@ class Matrix:
         """Shape of the first dataset; all are equal except for their rows."""
         return self.sources[0].shape
 
-    @cached_property
+    @unlocked_property
     def dtype(self) -> np.dtype[Any]:
         """Dtype that holds the values of all datasets, so that it is the same for all batches."""
         return np.result_type(*(source.dtype for source in self.sources))

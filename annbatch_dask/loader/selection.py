@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from annbatch_dask.errors import SelectionError
 from annbatch_dask.loader.obs import ObsTable
 from annbatch_dask.loader.requests import resolve_rows
+from annbatch_dask.storage.threads import unlocked_property
 from annbatch_dask.types import LoadRequest
 from annbatch_dask.where import Condition
 
@@ -35,7 +36,7 @@ class Selected:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @cached_property
+    @unlocked_property
     def digest(self) -> str:
         """Differs where the rows do."""
         return blake2b(self.rows.tobytes(), digest_size=8).hexdigest()

@@ -6,15 +6,17 @@ is left to the garbage collector would wait in whatever thread that runs in, per
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from functools import cached_property
+from typing import Any, TypeVar
 
 from dask.system import cpu_count
 
-__all__ = ["MAX_THREADS", "codec_pool", "map_ordered", "one_ahead"]
+__all__ = ["MAX_THREADS", "codec_pool", "map_ordered", "one_ahead", "unlocked_property"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -64,3 +66,15 @@ def one_ahead(items: Iterator[T]) -> Generator[T]:
         while (item := future.result()) is not done:
             future = ahead.submit(next, items, done)
             yield item  # type: ignore[misc]
+
+
+class unlocked_property(cached_property[T]):  # noqa: N801 - named as functools' own
+    """A ``functools.cached_property`` without the lock that it has in Python 3.11, one for all objects.
+
+    A process that is forked while a thread computes the value, or waits there for a compiler, would inherit the lock in
+    a locked state. Two threads may both compute the value; one of the two stays.
+    """
+
+    def __init__(self, func: Callable[[Any], T]) -> None:
+        super().__init__(func)
+        self.lock = contextlib.nullcontext()
