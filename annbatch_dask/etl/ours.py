@@ -73,9 +73,11 @@ def write_first_document(folder: Folder, attributes: dict[str, Any]) -> None:
     CollectionBusyError
         If another build wrote there meanwhile.
     """
-    version = folder.version(METADATA)
-    if _is_of(folder.find(METADATA), attributes):
-        return
+    version = None
+    if folder.find(METADATA) is not None:
+        version = folder.version(METADATA)  # before the content that is looked at, which may be a later one
+        if _is_of(folder.find(METADATA), attributes):
+            return
     try:
         folder.replace(METADATA, first_document(attributes), version=version)
     except CollectionBusyError:

@@ -57,7 +57,7 @@ def test_few_requests_and_no_listing_of_the_bucket(bucket, atlas, server):
     # by hand: what a task asks for, times the tasks; nothing depends on the number of files
     assert found["GET"] <= 4 * n_inputs + 3 * n_blocks + 8 * n_blocks * n_datasets + 3 * n_datasets + 4
     assert found["LIST"] <= 6 + 2 * n_inputs + 2 * n_blocks + 4 * n_datasets + 4
-    assert found["HEAD"] <= 10 + 3 * n_inputs + 5 * n_blocks + 4 * n_datasets
+    assert found["HEAD"] <= 10 + 3 * n_inputs + 5 * n_blocks + 3 * n_datasets
     assert found["POST"] == 3  # removals: the scratch folder, what says whose it was, and the claim
 
     opened = DatasetCollection(f"{bucket}/o.zarr", mode="r", storage_options=server.options)
