@@ -22,6 +22,7 @@ BENCH_ARGS ?=
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEMO   := $(VENV)/.installed-demo
+STORES := $(VENV)/.installed-stores
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo lint types docs notebooks test chaos bench rehearsal clean
@@ -74,8 +75,14 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(shell $(PYTHON) -c "import os;
 test: $(if $(filter .venv,$(VENV)),lint,$(STAMP))
 	$(PYTEST) $(TESTS)
 
-chaos: $(STAMP)
+chaos: $(STAMP) $(STORES)
 	$(PYTEST) -m chaos $(TESTS)
+
+# Emulators of stores. Without npm, Azure's tests are skipped, and say so.
+$(STORES): pyproject.toml | $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-compile --group stores
+	if command -v npm >/dev/null; then npm install --silent --no-save --prefix $(VENV)/azurite azurite@3; fi
+	@touch $@
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py --shared "$(SHARED)" --atlas "$(ATLAS)" --atlas-small "$(ATLAS_SMALL)" \

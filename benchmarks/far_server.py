@@ -266,7 +266,8 @@ class Server:
         body = answer.body
         if answer.status in CODES:
             code = CODES[answer.status]
-            body = _xml("Error", f"<Code>{code}</Code><Message>{code}</Message>") if request.method != "HEAD" else b""
+            error = f"<Error><Code>{code}</Code><Message>{code}</Message></Error>"  # of no namespace, as S3's
+            body = error.encode() if request.method != "HEAD" else b""
         headers = {"Content-Length": str(len(body)), "Server": "far"} | answer.headers
         said = "".join(f"{k}: {v}\r\n" for k, v in headers.items())
         self._counted["n_bytes"] += len(body)

@@ -15,7 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from annbatch_dask.errors import IntegrityError, LayoutError
+from annbatch_dask.errors import IntegrityError, LayoutError, MissingPackageError
 from annbatch_dask.sources.hdf5 import read_h5_rows, visit_h5
 from annbatch_dask.storage import spill
 from annbatch_dask.storage.folder import Folder
@@ -296,3 +296,15 @@ def test_a_missing_file_is_none_whatever_the_client_says_of_it(monkeypatch):
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
     assert Folder("memory://nowhere").find("zarr.json") is None
+
+
+@pytest.mark.parametrize(
+    ("url", "extra"), [("abfs://c@account/o.zarr", "az"), ("gs://b/o.zarr", "gs"), ("s3://b/o", "s3")]
+)
+def test_a_store_whose_package_is_missing_says_which_extra_has_it(monkeypatch, url, extra):
+    def missing(url, **options):
+        raise ImportError("Install something")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
+    with pytest.raises(MissingPackageError, match=rf'pip install "annbatch-dask\[{extra}\]"'):
+        _ = Folder(url).fs
