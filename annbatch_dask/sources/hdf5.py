@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.activities import activity
+from annbatch_dask.storage.ahead import AheadFile, ahead_file
 from annbatch_dask.storage.threads import MAX_THREADS, map_ordered
 
 __all__ = ["SLAB_NBYTES", "in_flight_nbytes", "read_h5_rows", "visit_h5"]
@@ -28,6 +29,10 @@ SLAB_NBYTES = 2**22
 _GROUP_NBYTES = 2**20
 _WAITING_NBYTES = 2**24
 """Of chunks that wait for a thread, or are at work in one, about; one chunk always is."""
+_SPREAD = 2
+"""Chunks that are further apart in their file, by their bytes when inflated, are not in its order."""
+_SMALL = 8
+"""Datasets of so many chunks or groups are asked how many bytes they take: that looks at the place of each chunk."""
 _SHUFFLE, _DEFLATE = h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE
 
 
@@ -47,6 +52,7 @@ def visit_h5(dataset: h5py.Dataset, start: int, stop: int, visit: Visitor) -> No
     """
     if start >= stop:
         return
+    _read_ahead(dataset, start, stop)
     if _fast_filters(dataset) is None:
         _visit_plain(dataset, start, stop, visit)
         return
@@ -65,6 +71,7 @@ def visit_h5(dataset: h5py.Dataset, start: int, stop: int, visit: Visitor) -> No
 def read_h5_rows(dataset: h5py.Dataset, start: int, stop: int) -> NDArray:
     """Rows [start, stop) of a dataset of any number of dimensions, as h5py would give them."""
     out = np.empty((stop - start, *dataset.shape[1:]), dataset.dtype)
+    _read_ahead(dataset, start, stop)
     if dataset.dtype.hasobject or start >= stop or _fast_filters(dataset) is None:
         return np.asarray(dataset[start:stop])
     dtype, chunks, shuffled = dataset.dtype, dataset.chunks, bool(_fast_filters(dataset))
@@ -82,6 +89,44 @@ def read_h5_rows(dataset: h5py.Dataset, start: int, stop: int) -> NDArray:
 
     _for_each_group(work, dataset, start, stop)
     return out
+
+
+def _read_ahead(dataset: h5py.Dataset, start: int, stop: int) -> None:
+    """Have the bytes of rows [start, stop) of a remote file read before HDF5 asks for them, one after another."""
+    if start >= stop or (file := ahead_file(dataset.file.filename)) is None:
+        return
+    if dataset.chunks is None:
+        row_nbytes = prod(dataset.shape[1:]) * dataset.dtype.itemsize
+        if (first := dataset.id.get_offset()) is not None:
+            file.expect(first + start * row_nbytes, first + stop * row_nbytes)
+        return
+    ends = (start, *(0 for _ in dataset.shape[1:])), (stop - 1, *(n - 1 for n in dataset.shape[1:]))
+    if min(ends[1]) < 0:  # of no columns
+        return
+    places = [_place(dataset, file, tuple(at // c * c for at, c in zip(e, dataset.chunks, strict=True))) for e in ends]
+    if places[0] is None or places[1] is None:
+        return
+    (first, _), (_, last) = places
+    if 0 < last - first <= _SPREAD * _n_chunks(dataset, start, stop) * prod(dataset.chunks) * dataset.dtype.itemsize:
+        file.expect(first, last)
+
+
+def _place(dataset: h5py.Dataset, file: AheadFile, origin: tuple[int, ...]) -> tuple[int, int] | None:
+    """Where a chunk begins and ends in its file; None if it was never written.
+
+    HDF5 can be asked for that, and then looks at every chunk until it comes to it, which would read the file.
+    """
+    try:
+        _, stored = dataset.id.read_direct_chunk(origin)
+    except (OSError, RuntimeError):
+        return None
+    return file.tell() - len(stored), file.tell()
+
+
+def _n_chunks(dataset: h5py.Dataset, start: int, stop: int) -> int:
+    """Chunks that hold a row of [start, stop)."""
+    rows = -(-stop // dataset.chunks[0]) - start // dataset.chunks[0]
+    return rows * prod(-(-n // c) for n, c in zip(dataset.shape[1:], dataset.chunks[1:], strict=True))
 
 
 def _for_each_group(work: Callable[[list[RawChunk]], None], dataset: h5py.Dataset, start: int, stop: int) -> None:
@@ -104,7 +149,9 @@ def in_flight_nbytes(dataset: h5py.Dataset) -> int:
     if dataset.chunks is None:
         return SLAB_NBYTES
     n = prod(dataset.chunks) * dataset.dtype.itemsize
-    stored = min(max(n, _GROUP_NBYTES), dataset.id.get_storage_size())
+    stored = max(n, _GROUP_NBYTES)
+    if _n_chunks(dataset, 0, dataset.shape[0]) * n <= _SMALL * stored:  # of a large one the whole file would be read
+        stored = min(stored, dataset.id.get_storage_size())
     if (shuffled := _fast_filters(dataset)) is None:
         return int(stored + n + SLAB_NBYTES)
     waiting = _in_flight(n)

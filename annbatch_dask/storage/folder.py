@@ -24,6 +24,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 
 from annbatch_dask.errors import CollectionBusyError, CollectionError, MissingPackageError
+from annbatch_dask.storage.ahead import AheadFile
 from annbatch_dask.storage.conditions import put_if, warn_plain
 from annbatch_dask.storage.filesystems import (
     LocalRanges,
@@ -32,6 +33,7 @@ from annbatch_dask.storage.filesystems import (
     cat_range,
     is_refused,
     name_errors,
+    protocols,
     version_of,
 )
 from annbatch_dask.storage.secrets import shown
@@ -50,6 +52,8 @@ _PART_NBYTES = 8 * 2**20
 _BLOCK_NBYTES = 4 * 2**20
 _N_BLOCKS = 8
 """A remote file read here and there keeps this many blocks, read whole and once as long as they stay."""
+_OBJECT_STORES = {"s3", "gs", "abfs"}
+"""Their clients take requests of many threads."""
 _N_REMOVALS = 10
 """How often a folder is removed into which somebody still writes."""
 _N_REQUESTS = 16
@@ -156,8 +160,12 @@ class Folder:
         """The first ``n`` bytes of the file at this path, or as many as it has."""
         return cat_range(self.fs, self.path, 0, n)
 
-    def open(self) -> IO[bytes]:
+    def open(self) -> IO[bytes] | AheadFile:
         """The file at this path, for reads anywhere in it; a remote one is read in blocks."""
+        if not _OBJECT_STORES.isdisjoint(protocols(self.fs)):
+            if (version := (ranges := RemoteRanges(self.fs, self.path)).identity()) is None:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.url)
+            return AheadFile(ranges, version)
         if isinstance(self.fs, MemoryFileSystem):  # what it hands out is one object, with one position, for everybody
             return io.BytesIO(self.fs.cat_file(self.path))
         file: IO[bytes] = self.fs.open(
