@@ -177,20 +177,23 @@ def _check_root(target: Folder, manifest: Manifest, document: str) -> list[Probl
         if one != two:
             what = f"rows of the datasets have fingerprint {one:016x} and rows of the sources {two:016x}"
             problems.append(Problem(document, what))
-    copied = nodes_below(target, document)
-    for record in manifest.datasets if manifest.metadata else ():
-        try:
-            nodes = metadata_below(target / record.name, record.name)
-        except ValueError:
-            continue  # its checksum tells which of them is damaged
-        copy = {k: v for k, v in copied.items() if k.split("/")[0] == record.name}
-        different = sorted(k for k in nodes.keys() | copy.keys() if nodes.get(k) != copy.get(k))
-        if different and look_at_files(target, record, is_metadata).edits:
-            what = f"its copy of the metadata of {record.name} is older than the edits; {_RENEW}"
-            problems.append(Problem(document, what, is_edit=True))
-        else:
-            problems += [Problem(document, f"its copy of the metadata of {name} differs") for name in different]
-    return problems
+    copied, records = nodes_below(target, document), manifest.datasets if manifest.metadata else ()
+    with ThreadPoolExecutor(_N_THREADS, thread_name_prefix="check") as pool:
+        return sum(pool.map(lambda record: _check_copy(target, record, copied, document), records), problems)
+
+
+def _check_copy(target: Folder, record: DatasetRecord, copied: dict[str, Any], document: str) -> list[Problem]:
+    """Compare the metadata of a dataset with the copy of them beside the manifest."""
+    try:
+        nodes = metadata_below(target / record.name, record.name)
+    except ValueError:
+        return []  # its checksum tells which of them is damaged
+    copy = {k: v for k, v in copied.items() if k.split("/")[0] == record.name}
+    different = sorted(k for k in nodes.keys() | copy.keys() if nodes.get(k) != copy.get(k))
+    if different and look_at_files(target, record, is_metadata).edits:
+        what = f"its copy of the metadata of {record.name} is older than the edits; {_RENEW}"
+        return [Problem(document, what, is_edit=True)]
+    return [Problem(document, f"its copy of the metadata of {name} differs") for name in different]
 
 
 def _recorded(manifest: Manifest) -> bool:

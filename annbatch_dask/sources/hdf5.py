@@ -103,10 +103,11 @@ def _read_ahead(dataset: h5py.Dataset, start: int, stop: int) -> None:
     ends = (start, *(0 for _ in dataset.shape[1:])), (stop - 1, *(n - 1 for n in dataset.shape[1:]))
     if min(ends[1]) < 0:  # of no columns
         return
-    places = [_place(dataset, file, tuple(at // c * c for at, c in zip(e, dataset.chunks, strict=True))) for e in ends]
-    if places[0] is None or places[1] is None:
+    origins = (tuple(at // c * c for at, c in zip(end, dataset.chunks, strict=True)) for end in ends)
+    front, back = (_place(dataset, file, origin) for origin in origins)
+    if front is None or back is None:
         return
-    (first, _), (_, last) = places
+    first, last = front[0], back[1]
     if 0 < last - first <= _SPREAD * _n_chunks(dataset, start, stop) * prod(dataset.chunks) * dataset.dtype.itemsize:
         file.expect(first, last)
 
@@ -126,7 +127,7 @@ def _place(dataset: h5py.Dataset, file: AheadFile, origin: tuple[int, ...]) -> t
 def _n_chunks(dataset: h5py.Dataset, start: int, stop: int) -> int:
     """Chunks that hold a row of [start, stop)."""
     rows = -(-stop // dataset.chunks[0]) - start // dataset.chunks[0]
-    return rows * prod(-(-n // c) for n, c in zip(dataset.shape[1:], dataset.chunks[1:], strict=True))
+    return int(rows * prod(-(-n // c) for n, c in zip(dataset.shape[1:], dataset.chunks[1:], strict=True)))
 
 
 def _for_each_group(work: Callable[[list[RawChunk]], None], dataset: h5py.Dataset, start: int, stop: int) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+from dataclasses import replace
 
 import anndata as ad
 import dask
@@ -11,6 +13,7 @@ import pytest
 from annbatch_dask import DatasetCollection
 from annbatch_dask.cli import main
 from annbatch_dask.errors import CollectionError, IntegrityError
+from annbatch_dask.etl import verify as verify_module
 from annbatch_dask.manifest import _checksum
 from annbatch_dask.testing import make_adata
 
@@ -178,3 +181,18 @@ def test_a_check_reads_what_a_loader_of_some_columns_does(copy, name, columns, i
     path.unlink()
     with pytest.raises(IntegrityError, match=f"dataset_1/{name}: is missing"):
         collection.check(columns)
+
+
+def test_metadata_of_several_datasets_are_asked_for_at_once(built, monkeypatch):
+    """A store is waited for once, and not once a dataset."""
+    together, read = threading.Barrier(3), verify_module.metadata_below
+
+    def below(folder, prefix=""):
+        together.wait(20)
+        return read(folder, prefix)
+
+    collection = DatasetCollection(built[0], mode="r")
+    manifest = replace(collection.manifest, datasets=collection.manifest.datasets[:3])
+    monkeypatch.setattr(verify_module, "metadata_below", below)
+    verify_module._check_root(collection._root.target, manifest, "zarr.json")
+    assert not together.broken
