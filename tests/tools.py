@@ -45,6 +45,18 @@ class Counter(Callback):
         self.reused += event.reused
 
 
+class At(Callback):
+    """Does something when so many tasks of a stage are done."""
+
+    def __init__(self, stage, n, then):
+        self.stage, self.left, self.then = stage, n, then
+
+    def on_task_end(self, event):
+        self.left -= event.stage == self.stage
+        if event.stage == self.stage and self.left == 0:
+            self.then()
+
+
 class RangeHandler(SimpleHTTPRequestHandler):
     """A folder over HTTP, with ranges; what does not carry ``?token=`` is refused."""
 

@@ -24,6 +24,7 @@ from annbatch_dask.etl.measure import measure_rows, measured_blocks, with_verdic
 from annbatch_dask.etl.receipts import GatherReceipt, ScatterReceipt
 from annbatch_dask.etl.scatter import forget_task, scatter
 from annbatch_dask.etl.sweep import clean_up, withdraw
+from annbatch_dask.etl.transpose import transpose
 from annbatch_dask.events import BuildEnd, BuildStart, Callback
 from annbatch_dask.manifest import DATASET_PREFIX, Manifest
 from annbatch_dask.plan.dtypes import index_dtype, smallest_dtype
@@ -122,7 +123,8 @@ def _needs(job: Job, file: JobFile) -> Needs:
     files = [SharedFile(file.scratch, file.name)]
     if job.claim is not None:
         files.append(SharedFile(job.target, job.claim.name, job.claim.nonce))
-    return Needs(files=tuple(files), peaks=dict(zip(("scatter", "gather"), job.plan.peak_nbytes, strict=True)))
+    scatter, gather = job.plan.peak_nbytes
+    return Needs(files=tuple(files), peaks={"transpose": scatter, "scatter": scatter, "gather": gather})
 
 
 def _end(job: Job) -> None:
@@ -136,11 +138,31 @@ def _end(job: Job) -> None:
 
 def _look_first(job: Job, engine: Engine, callback: Callback) -> Job:
     """The job whose rows and parts are decided, by the stages that the plan needs for it."""
-    if job.plan.is_survey or job.plan.options.groupby:
+    if job.plan.transposed or job.plan.is_survey or job.plan.options.groupby:
         own_scratch(job)  # each of these stages has a folder in it
+    if job.plan.transposed:
+        job = put_by_rows(job, engine, callback)
     if job.plan.is_survey:
         job = measure(job, engine, callback)
     return group(job, engine, callback) if job.plan.options.groupby else job
+
+
+def put_by_rows(job: Job, engine: Engine, callback: Callback) -> Job:
+    """Put inputs that are stored by columns in the order of their rows, and make a job of them."""
+    plan, first = job.plan, replace(job, scratch=job.scratch / "transpose")
+    file = save_job(first)
+    strips = plan.strips
+    run_stage(
+        engine.needing(_needs(job, file)),
+        "transpose",
+        transpose,
+        [(file, k) for k in range(len(strips))],
+        callback,
+        size=(0, sum(s.n_bytes for s in strips)),
+        measure=lambda _, r: (0, r.n_bytes),
+        describe=lambda k: f"{plan.sources[strips[k].source].path}, {strips[k].matrix} {strips[k].number}",
+    )
+    return replace(job, transposed=first.scratch)
 
 
 def measure(job: Job, engine: Engine, callback: Callback) -> Job:

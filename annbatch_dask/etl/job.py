@@ -30,7 +30,8 @@ from annbatch_dask.manifest import Manifest
 from annbatch_dask.plan.layout import Block
 from annbatch_dask.plan.plan import WORK_DIGITS, Plan
 from annbatch_dask.sources.chosen import choose_rows
-from annbatch_dask.sources.open import Source, SourceRef, WholeSource, open_source
+from annbatch_dask.sources.open import PickedSource, Source, SourceRef, WholeSource, open_source
+from annbatch_dask.sources.transposed import TransposedSource
 from annbatch_dask.storage.claims import Claim
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.private import check_private
@@ -97,6 +98,8 @@ class Job:
         Attributes of the root document that others wrote; they are kept.
     measured
         Where it stands what was measured of the cells that are kept.
+    transposed
+        Where the inputs are by rows that are stored by columns, as far as the plan says so.
     """
 
     plan: Plan
@@ -116,6 +119,7 @@ class Job:
     kept: tuple[int, ...] = ()
     attributes: Mapping[str, Any] = field(default_factory=dict)
     measured: Folder | None = None
+    transposed: Folder | None = None
 
     @property
     def collection_id(self) -> str:
@@ -132,13 +136,25 @@ class Job:
         ref, schema, qc = self.refs[block.source], self.plan.sources[block.source], self.plan.options.qc
         with ExitStack() as files:
             with seen_before(ref.label):  # by the scan
-                source = choose_rows(self._open(block.source, files), schema.kept)
+                source = choose_rows(self._by_rows(block.source, self.open_whole(block.source, files)), schema.kept)
             if qc is not None and qc.annotate and not (schema.is_dataset or self.plan.is_survey):
                 found = None if self.measured is None else read_metrics(self.measured, block.measured, qc)
                 source = with_metrics(source, qc, schema, block, found)
             yield source
 
-    def _open(self, index: int, files: ExitStack) -> WholeSource:
+    def _by_rows(self, index: int, source: WholeSource) -> PickedSource:
+        found = next((t for t in self.plan.transposed if t.source == index), None)
+        if found is None or self.transposed is None:
+            return source
+        numbers: dict[str, list[int]] = {}
+        for k, strip in enumerate(self.plan.strips):
+            if strip.source == index:
+                numbers.setdefault(strip.matrix, []).append(k)
+        strips = {name: range(some[0], some[-1] + 1) for name, some in numbers.items()}
+        return TransposedSource(source, found, self.transposed, strips)
+
+    def open_whole(self, index: int, files: ExitStack) -> WholeSource:
+        """Open an input, as it is, until ``files`` are closed; one that is read whole is kept longer."""
         ref = self.refs[index]
         if ref.load_adata is None and not self.plan.sources[index].resident_nbytes:
             return files.enter_context(open_source(ref))

@@ -33,8 +33,8 @@ class StageLog:
     Attributes
     ----------
     name
-        ``"measure"``, ``"group"``, ``"scatter"``, ``"find"``, ``"collect"``, ``"compare"``, ``"gather"`` or
-        ``"commit"``.
+        ``"transpose"``, ``"measure"``, ``"group"``, ``"scatter"``, ``"find"``, ``"collect"``, ``"compare"``,
+        ``"gather"`` or ``"commit"``.
     n_tasks, n_reused
         Tasks, and how many of them an earlier, interrupted run had done.
     n_obs, n_bytes

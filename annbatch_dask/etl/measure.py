@@ -9,17 +9,18 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
 
 from annbatch_dask.etl.job import KEPT_NBYTES, Job, JobFile, load_job, trim_memory
 from annbatch_dask.etl.metrics import judge_rows, read_metrics, with_metrics, write_metrics
+from annbatch_dask.etl.transpose import read_rows
 from annbatch_dask.plan.layout import Block
 from annbatch_dask.plan.narrow import Verdict, narrow_plan
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.sources.chosen import choose_rows
-from annbatch_dask.sources.identity import unchanged
 from annbatch_dask.sources.open import Source, WholeSource
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.scratch import find_receipt, write_receipt
@@ -83,8 +84,7 @@ def measure_rows(file: JobFile, index: int) -> MeasureReceipt:
         return MeasureReceipt(**found, reused=True)
     source = plan.sources[block.source]
     try:
-        with unchanged(job.refs[block.source], source.identity), job.open_block(block) as opened:
-            metrics, verdict = judge_rows(plan.options.qc, source, block, opened)
+        metrics, verdict = read_rows(job, block, partial(judge_rows, plan.options.qc, source, block))
     except Exception as e:
         e.add_note(f"while measuring {source.path}, rows {block.start:,} to {block.stop:,}")
         raise

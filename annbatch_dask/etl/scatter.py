@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -13,9 +14,9 @@ from annbatch_dask.etl.cells import hash_cells, n_bins, write_hashes
 from annbatch_dask.etl.job import KEPT_NBYTES, JobFile, load_job, trim_memory
 from annbatch_dask.etl.receipts import ScatterReceipt
 from annbatch_dask.etl.rows import GROUP, PLACE, RaggedArrays, array_name, group_keys, sum_hashes
+from annbatch_dask.etl.transpose import read_rows
 from annbatch_dask.plan.layout import Block
 from annbatch_dask.plan.plan import Plan
-from annbatch_dask.sources.identity import unchanged
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.packed import packs
 from annbatch_dask.storage.scratch import find_receipt, forget_receipt, write_receipt
@@ -38,12 +39,7 @@ def scatter(file: JobFile, index: int) -> ScatterReceipt:
     plan, block = job.plan, job.plan.blocks[index]
     source = plan.sources[block.source]
     try:
-        with (
-            activity("read"),
-            unchanged(job.refs[block.source], source.identity),
-            job.open_block(block) as opened,
-        ):
-            rows = read_block(plan, block, source, opened)
+        rows = read_rows(job, block, partial(read_block, plan, block, source))
     except Exception as e:
         e.add_note(f"while reading {source.path}, rows {block.start:,} to {block.stop:,}")
         raise

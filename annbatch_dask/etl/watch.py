@@ -38,8 +38,8 @@ class StageProgress:
     Attributes
     ----------
     name
-        ``"measure"``, ``"group"``, ``"scatter"``, ``"find"``, ``"collect"``, ``"compare"``, ``"gather"`` or
-        ``"commit"``.
+        ``"transpose"``, ``"measure"``, ``"group"``, ``"scatter"``, ``"find"``, ``"collect"``, ``"compare"``,
+        ``"gather"`` or ``"commit"``.
     n_tasks, n_done, n_reused, n_retries
         Tasks; how many are done; how many of these an earlier, interrupted run had done; and how often one was handed
         out again, because it failed or its worker died.

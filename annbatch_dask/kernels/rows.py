@@ -9,11 +9,13 @@ from annbatch_dask.kernels.compiled import compiled
 
 __all__ = [
     "copy_runs",
+    "count_bands",
     "find_rows",
     "map_indices",
     "offsets_of",
     "order_row",
     "place_columns",
+    "put_in_bands",
     "slabs",
     "sort_entries",
     "sort_rows",
@@ -196,3 +198,52 @@ def place_columns(
     """
     raw = np.dtype(f"u{entries[1].dtype.itemsize}")  # one compiled kernel serves each item size
     _place(column, offsets, entries[0], entries[1].view(raw), at, out[0], out[1].view(raw))
+
+
+@compiled
+def count_bands(rows, band_of, counts):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """Add to ``counts`` how many entries are in rows of each band; those of band -1 are in none."""
+    for k in range(rows.shape[0]):
+        band = band_of[rows[k]]
+        if band >= 0:
+            counts[band] += 1
+
+
+@compiled
+def _put(columns, entries, band_of, first, at, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    (rows, values), (out_columns, out_rows, out_values) = entries, out
+    for c in range(columns.shape[0] - 1):
+        for k in range(columns[c], columns[c + 1]):
+            band = band_of[rows[k]]
+            if band >= 0:
+                place = at[band]
+                out_columns[place] = c
+                out_rows[place] = rows[k] - first[band]
+                out_values[place] = values[k]
+                at[band] = place + 1
+
+
+def put_in_bands(
+    columns: NDArray[np.int64],
+    entries: tuple[NDArray, NDArray],
+    bands: tuple[NDArray[np.int32], NDArray[np.int64]],
+    at: NDArray[np.int64],
+    out: tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray],
+) -> None:
+    """Put the entries of some columns in the order of bands of rows, and in each as they come.
+
+    Parameters
+    ----------
+    columns
+        (n_columns + 1,) offsets of the entries of each column.
+    entries
+        Rows and values.
+    bands
+        (n_rows,) the band of each row, -1 for none; and the first row of each band.
+    at
+        (n_bands,) the next free place of each band; moved on.
+    out
+        Columns, from 0; rows, counted in their band; and values, in the dtype of those of ``entries``.
+    """
+    raw = np.dtype(f"u{entries[1].dtype.itemsize}")  # see place_columns
+    _put(columns, (entries[0], entries[1].view(raw)), *bands, at, (out[0], out[1], out[2].view(raw)))

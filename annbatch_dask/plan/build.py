@@ -95,7 +95,8 @@ def build_plan(
     check_chunk(options.n_obs_per_chunk, costs.row_nbytes)
     blocks = costs.cut()
     layout = costs.lay_out(placement)
-    peak = costs.peaks(blocks, layout)
+    transposed = costs.transposed(blocks)
+    peak = costs.peaks(blocks, layout, transposed)
     budget.check(costs.name_largest(blocks), peak[0], costs.remedy(blocks))
     budget.check(
         f"gathering a dataset of {max(layout.sizes):,} cells",
@@ -120,6 +121,7 @@ def build_plan(
         budget=budget,
         extension=extension,
         naming=naming,
+        transposed=transposed,
     )
 
 

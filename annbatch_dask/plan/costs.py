@@ -88,8 +88,7 @@ def read_weight(source: SourceSchema, *, obs_nbytes: float) -> Weight:
 
 def csc_nbytes(source: SourceSchema) -> int:
     """Bytes of its column-compressed matrices, uncompressed: what each of its blocks reads."""
-    found = (m for m in source.matrices if m.kind == "csc")
-    return sum(int(m.nnz[-1]) * (_item(m.dtype) + _item(m.index_dtype)) for m in found)
+    return sum(m.n_stored * (_item(m.dtype) + _item(m.index_dtype)) for m in source.matrices)
 
 
 def held_weight(

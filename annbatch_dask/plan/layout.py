@@ -17,7 +17,10 @@ from annbatch_dask.plan.schema import SourceSchema
 _PASSED = 4
 """Times the size of a block that the rows may have which it is picked from."""
 
-__all__ = ["Block", "Layout", "Room", "cut_blocks"]
+__all__ = ["MAX_READS", "Block", "Layout", "Room", "cut_blocks"]
+
+MAX_READS = 2
+"""Blocks for each of which a matrix of columns is read; one of more is put in the order of its rows first."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +157,10 @@ def cut_blocks(
 
     A block holds at least one step; an empty source has none. A source that names its ``cuts`` is cut there alone.
     A source with a CSC matrix is read whole for each of its blocks, so it is cut into blocks of ``csc_nbytes``, as few
-    as memory allows. The first ``skip`` sources have none: their rows stay where they are. With ``room``, what counts
-    is what a task holds of the rows, and blocks are no larger than that allows. Where few rows are kept, a block spans
+    as memory allows; in a build (``room``), where they would be more than ``MAX_READS``, it is put in the order of its
+    rows before (:mod:`annbatch_dask.plan.transposing`), and cut as any other. The first ``skip`` sources have none:
+    their rows stay where they are. With ``room``, what counts is what a task holds of the rows, and blocks are no
+    larger than that allows. Where few rows are kept, a block spans
     at most a few times as many bytes as it may have, so that many tasks share in reading what lies between.
     """
     blocks: list[Block] = []
@@ -170,15 +175,25 @@ def cut_blocks(
             held, fixed = room.held[s].before(source, edges), room.fixed[s]
             size = min(size, max(1, (room.nbytes - scatter_peak_nbytes(0, fixed)) // 2))
         passed = held if is_csc or source.kept is None else _passed(source, edges, float(held[-1]))
-        at = 0
-        while at < len(edges) - 1:
-            end = max(min(_last(held, at, size), _last(passed, at, _PASSED * size)), at + 1)
+        cuts = _cuts(held, passed, size)
+        if room is not None and len(cuts) > MAX_READS and any(m.is_by_columns for m in source.matrices):
+            cuts = _cuts(held, passed, min(size, block_nbytes))
+        for at, end in cuts:
             start, stop = int(edges[at]), int(edges[end])
             peak = scatter_peak_nbytes(held[end] - held[at], fixed)
             blocks.append(Block(s, start, stop, first + start, int(read[end] - read[at]), peak))
-            at = end
         first += source.n_obs
     return tuple(blocks)
+
+
+def _cuts(held: NDArray[np.float64], passed: NDArray[np.float64], size: float) -> list[tuple[int, int]]:
+    """Edges between which there are about so many bytes, one step at least."""
+    out, at = [], 0
+    while at < len(held) - 1:
+        end = max(min(_last(held, at, size), _last(passed, at, _PASSED * size)), at + 1)
+        out.append((at, end))
+        at = end
+    return out
 
 
 def _last(before: NDArray[np.float64], at: int, size: float) -> int:

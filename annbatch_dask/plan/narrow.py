@@ -78,7 +78,7 @@ def narrow_plan(plan: Plan, verdicts: Mapping[int, Verdict]) -> Plan:
     blocks, layout = _narrow_blocks(plan, verdicts), costs.lay_out(placement)
     if layout.n_datasets > plan.n_datasets:  # of a few rows each, by rounding: so many names are claimed
         layout = Layout.even(layout.n_obs, -(-layout.n_obs // plan.n_datasets), layout.part_rows)
-    peak = costs.peaks(blocks, layout)
+    peak = costs.peaks(blocks, layout, plan.transposed)
     plan.budget.check(
         f"gathering a dataset of {max(layout.sizes):,} cells",
         peak[1],

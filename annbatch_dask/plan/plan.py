@@ -22,6 +22,7 @@ from annbatch_dask.plan.options import Extension, Options
 from annbatch_dask.plan.permutation import Permutation
 from annbatch_dask.plan.placement import ExtendPermutation
 from annbatch_dask.plan.schema import OBS, ColumnSpec, MatrixSchema, MatrixSpec, SourceSchema
+from annbatch_dask.plan.transposing import Strip, Transposed, strips_of
 
 __all__ = ["WORK_DIGITS", "Plan"]
 
@@ -63,6 +64,8 @@ class Plan:
         Fingerprint of the plan that this was until rows were measured, which keeps it; "" where it was none.
     naming
         What the manifest will say of how genes were named; None where by the inputs' indices.
+    transposed
+        Sources stored by columns that are put in the order of their rows first: one transpose task a strip.
     """
 
     options: Options
@@ -84,6 +87,7 @@ class Plan:
     groups: Groups | None = field(default=None, repr=False)
     survey: str = ""
     naming: NamingRecord | None = field(default=None, repr=False)
+    transposed: tuple[Transposed, ...] = field(default=(), repr=False)
 
     @property
     def x(self) -> MatrixSpec:
@@ -127,6 +131,11 @@ class Plan:
         """Datasets of the output, which is the number of gather tasks."""
         return self.layout.n_datasets
 
+    @cached_property
+    def strips(self) -> tuple[Strip, ...]:
+        """The transpose tasks."""
+        return strips_of(self.sources, self.transposed)
+
     @property
     def seed(self) -> int:
         """Seed of the permutation."""
@@ -167,6 +176,7 @@ class Plan:
         """
         what = [_WORK_VERSION, self.fingerprint, [s.identity for s in self.sources]]
         cut = [what, canonical(self.layout), canonical(self.blocks)]
+        cut += [canonical(self.transposed)] if self.transposed else []
         return "".join(digest(json.dumps(payload).encode())[:WORK_DIGITS] for payload in (what, cut))
 
     def gene_map(self, source: int, matrix: MatrixSchema, spec: MatrixSpec) -> NDArray[np.int32] | None:

@@ -132,6 +132,8 @@ class MatrixSchema:
         What reading any rows holds beside these: chunks, which are decoded whole.
     row_shape
         Shape of a row that is no vector, such as an image; its product is ``n_cols``. Empty for a vector.
+    n_stored
+        Entries in the file, those of rows that are not kept among them; 0 where that is not column-compressed.
     """
 
     name: str
@@ -149,11 +151,17 @@ class MatrixSchema:
     heaviest: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), compare=False, repr=False)
     in_flight_nbytes: int = field(default=0, compare=False, repr=False)
     row_shape: tuple[int, ...] = ()
+    n_stored: int = field(default=0, compare=False, repr=False)
 
     @property
     def source_name(self) -> str:
         """Name of the element in the source."""
         return self.stored or self.name
+
+    @property
+    def is_by_columns(self) -> bool:
+        """True if all of it is read for any of its rows."""
+        return self.n_stored > 0
 
 
 def heaviest_at(n: int) -> np.ndarray:

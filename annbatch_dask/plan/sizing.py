@@ -30,6 +30,7 @@ from annbatch_dask.plan.options import Options
 from annbatch_dask.plan.permutation import Permutation
 from annbatch_dask.plan.placement import ExtendPermutation
 from annbatch_dask.plan.schema import OBS, ColumnSpec, MatrixSpec, SourceSchema
+from annbatch_dask.plan.transposing import Transposed, find_transposed, strips_of
 
 __all__ = ["Sizing", "check_chunk"]
 
@@ -110,6 +111,11 @@ class Sizing:
             ),
         )
 
+    def transposed(self, blocks: Sequence[Block]) -> tuple[Transposed, ...]:
+        """The sources that are put in the order of their rows before their blocks are read."""
+        room = self.budget.task_nbytes - self.shared_nbytes
+        return find_transposed(self.sources, blocks, strip_nbytes=self._piece, task_nbytes=room)
+
     @cached_property
     def row_nbytes(self) -> float:
         """Bytes of an output row on average."""
@@ -128,8 +134,8 @@ class Sizing:
             rows = int(np.interp(self._piece, self._heaviest[1], self._heaviest[0]))
         return _lay_out(self.options, placement, row_nbytes=self.row_nbytes, part_rows=max(1, rows))
 
-    def peaks(self, blocks: Sequence[Block], layout: Layout) -> tuple[int, int]:
-        """Peak bytes of a scatter task and of a gather task."""
+    def peaks(self, blocks: Sequence[Block], layout: Layout, transposed: Sequence[Transposed] = ()) -> tuple[int, int]:
+        """Peak bytes of a scatter task, or one that comes before these, and of a gather task."""
         part = layout.part_rows * self.row_nbytes
         if self._heaviest is not None:
             part = float(np.interp(layout.part_rows, *self._heaviest))
@@ -143,7 +149,9 @@ class Sizing:
             chunk_nbytes=int(self._chunks(n_rows)),
             stats_nbytes=self._stats_nbytes,
         )
-        return max(b.peak_nbytes for b in blocks) + self.shared_nbytes, gather + self.shared_nbytes
+        strips = strips_of(self.sources, transposed)
+        scatter = max(*(b.peak_nbytes for b in blocks), *(s.peak_nbytes for s in strips), 0)
+        return scatter + self.shared_nbytes, gather + self.shared_nbytes
 
     @cached_property
     def _stats_nbytes(self) -> int:

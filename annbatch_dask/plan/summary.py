@@ -10,6 +10,7 @@ from annbatch_dask.formatting import format_bytes, plural
 from annbatch_dask.html import overlap_rows, render
 from annbatch_dask.plan.costs import bounds_of, csc_nbytes
 from annbatch_dask.plan.dtypes import smallest_dtype
+from annbatch_dask.plan.layout import MAX_READS
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.reads import MAX_OPEN, expected_reads
 
@@ -20,6 +21,11 @@ _DUPLICATES = {
     "drop": "cells with the X of an earlier cell are looked for, and left out: datasets become a little uneven",
     "error": "cells with the X of an earlier cell are looked for, and refused before datasets are written",
 }
+
+_TRANSPOSED = (
+    "once: {} that are put in the order of rows first, in the scratch folder, and are read from there; written by rows "
+    "(adata.X.tocsr()) they need not be"
+)
 
 
 def title(plan: Plan) -> str:
@@ -38,7 +44,9 @@ def figures(plan: Plan) -> list[tuple[str, str]]:
     exact = all(m.exact for s in plan.sources for m in s.matrices)
     about = "" if exact else "about "
     n_measured = sum(not plan.sources[b.source].is_dataset for b in plan.blocks) if plan.is_survey else 0
-    n, measured = len(plan.blocks) + plan.n_datasets + n_measured, f"{n_measured:,} measure + " if n_measured else ""
+    n = len(plan.blocks) + plan.n_datasets + n_measured + len(plan.strips)
+    first = f"{len(plan.strips):,} transpose + " if plan.strips else ""
+    first += f"{n_measured:,} measure + " if n_measured else ""
     groupby = f", each dataset sorted by {', '.join(plan.options.groupby)}" if plan.options.groupby else ""
     texts = _texts(plan)
     missing = [f"{name} ({plural(len(paths), 'source')})" for name, paths in plan.left_out.items()]
@@ -51,7 +59,7 @@ def figures(plan: Plan) -> list[tuple[str, str]]:
         *([("genes", plan.naming.rules), *plan.naming.effects] if plan.naming is not None else []),
         *([("left out", ", ".join(missing))] if missing else []),
         *([("strings", f"{', '.join(texts)}: categories in the inputs, nearly one a cell")] if texts else []),
-        ("tasks", f"{n:,}: {measured}{len(plan.blocks):,} scatter + {plan.n_datasets:,} gather"),
+        ("tasks", f"{n:,}: {first}{len(plan.blocks):,} scatter + {plan.n_datasets:,} gather"),
         (
             "bytes",
             f"{about}{format_bytes(plan.n_bytes_read)} to read (uncompressed); "
@@ -155,23 +163,16 @@ def _spilled(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _columnwise(plan: Plan) -> list[tuple[str, str]]:
-    """Describe what is read again and again, if inputs are stored by columns and larger than a task."""
+    """Describe how often inputs are read that are stored by columns, and larger than a task."""
     n_blocks = Counter(b.source for b in plan.blocks)
-    again = [
-        (s, n_blocks[k])
-        for k, s in enumerate(plan.sources)
-        if n_blocks[k] > 1 and csc_nbytes(s) and not s.resident_nbytes
-    ]
-    if not again:
-        return []
-    most, n = max(again, key=lambda found: found[1])
-    nbytes = sum((n - 1) * csc_nbytes(s) for s, n in again)
+    twice = [s for k, s in enumerate(plan.sources) if 1 < n_blocks[k] <= MAX_READS and csc_nbytes(s)]
+    once = [plan.sources[t.source] for t in plan.transposed]
+    words = "stored by columns (CSC), and read"
     return [
-        (
-            "columns",
-            f"{plural(len(again), 'input')} stored by columns (CSC), and read whole for each block, {most.path} {n:,} "
-            f"times: {format_bytes(nbytes)} more to read; write them by rows (adata.X.tocsr()), or start workers with "
-            "more memory",
+        *(
+            ("columns", f"{plural(len(some), 'input')} {words} {how.format(format_bytes(sum(map(csc_nbytes, some))))}")
+            for some, how in ((twice, f"{MAX_READS} times: {{}} more to read"), (once, _TRANSPOSED))
+            if some
         )
     ]
 

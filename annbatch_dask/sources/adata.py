@@ -165,6 +165,10 @@ class AnnDataSource:
             return matrix_rows(values, matrix, start, stop)
         return matrix_rows(self._blocks_of(matrix, values).rows(start, stop), matrix, 0, stop - start)
 
+    def stored(self, matrix: MatrixSchema) -> Any:
+        """A matrix as it is stored, the group of a sparse one, or as it is in memory."""
+        return self._values(matrix)
+
     def picked(self, matrix: MatrixSchema, rows: NDArray[np.int64]) -> CsrRows | NDArray:
         """Rows of a matrix by their numbers, ascending."""
         values = self._values(matrix)

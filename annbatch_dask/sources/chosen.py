@@ -14,7 +14,7 @@ from annbatch_dask.plan.kept import KeptRows
 from annbatch_dask.plan.schema import ColumnSchema, MatrixSchema, SourceSchema
 from annbatch_dask.sources.columns import ColumnRows
 from annbatch_dask.sources.matrices import CsrRows
-from annbatch_dask.sources.open import Source, SourceRef, WholeSource, open_source
+from annbatch_dask.sources.open import PickedSource, Source, SourceRef, WholeSource, open_source
 from annbatch_dask.sources.picked import windows
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def open_chosen(ref: SourceRef, kept: KeptRows | None) -> Iterator[Source]:
         yield choose_rows(source, kept)
 
 
-def choose_rows(source: WholeSource, kept: KeptRows | None) -> Source:
+def choose_rows(source: PickedSource, kept: KeptRows | None) -> Source:
     """A source with these of its rows; all where None."""
     return source if kept is None or kept.is_all else _ChosenSource(source, kept)
 
@@ -48,7 +48,7 @@ def chosen_schema(source: WholeSource, kept: KeptRows | None, *, metadata_only: 
 
 
 class _ChosenSource:
-    def __init__(self, source: WholeSource, kept: KeptRows) -> None:
+    def __init__(self, source: PickedSource, kept: KeptRows) -> None:
         self._source, self._kept = source, kept
 
     def annotations(self) -> AnnData:

@@ -186,6 +186,10 @@ class GroupSource:
         """Rows [start, stop) of a matrix: dense ones as an array."""
         return matrix_rows(self._element(matrix.source_name), matrix, start, stop)
 
+    def stored(self, matrix: MatrixSchema) -> Any:
+        """A matrix as it is stored: an array, or the group of a sparse one."""
+        return self._element(matrix.source_name)
+
     def picked(self, matrix: MatrixSchema, rows: NDArray[np.int64]) -> CsrRows | NDArray:
         """Rows of a matrix by their numbers, ascending."""
         return pick_rows(self._element(matrix.source_name), matrix, rows)

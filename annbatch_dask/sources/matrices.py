@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -23,10 +23,13 @@ from annbatch_dask.storage.transient import is_transient
 
 __all__ = [
     "ROW_STEP",
+    "CscSlab",
     "CsrRows",
     "Visitor",
     "are_whole",
+    "check_row_indices",
     "check_rows",
+    "column_pointers",
     "counted",
     "csc_rows",
     "describe_matrix",
@@ -34,9 +37,12 @@ __all__ = [
     "is_matrix",
     "matrix_rows",
     "n_rows_of",
+    "places_of",
     "read_dense",
+    "read_flat",
     "read_pointers",
     "row_of",
+    "rows_of_slabs",
     "visit_entries",
     "whole_chunks",
 ]
@@ -185,7 +191,9 @@ def _describe_stored_sparse(
     n_rows, n_cols = (int(n) for n in group.attrs["shape"])
     dtypes = (_source_dtype(group, group["data"].dtype), group["indices"].dtype.name)
     ends = _even_ends(group, n_rows) if metadata_only else _row_ends(group, kind, n_rows)
-    schema = MatrixSchema(name, kind, *dtypes, n_cols, in_flight_nbytes=_in_flight(group["data"], group["indices"]))
+    n_stored = int(group["data"].shape[0]) if kind == "csc" else 0
+    in_flight = _in_flight(group["data"], group["indices"])
+    schema = MatrixSchema(name, kind, *dtypes, n_cols, in_flight_nbytes=in_flight, n_stored=n_stored)
     return counted(schema, ends, exact=not metadata_only, rows=rows)
 
 
@@ -201,12 +209,12 @@ def _row_ends(group: Any, kind: MatrixKind, n_rows: int) -> NDArray[np.integer]:
     counts, n = np.zeros(n_rows, np.int64), group["indices"].shape[0]
     for a in range(0, n, SLAB_NBYTES):
         rows = group["indices"][a : min(a + SLAB_NBYTES, n)]
-        _check_row_indices(rows, n_rows)
+        check_row_indices(rows, n_rows)
         counts += np.bincount(rows, minlength=n_rows)
     return np.cumsum(counts)
 
 
-def _check_row_indices(rows: NDArray, n_rows: int) -> None:
+def check_row_indices(rows: NDArray, n_rows: int) -> None:
     """Refuse a column-compressed matrix that names rows it has not: their values would be lost."""
     if len(rows) and (rows.min() < 0 or rows.max() >= n_rows):
         msg = f"row indices run from {rows.min():,} to {rows.max():,} in a matrix of {n_rows:,} rows; write it anew"
@@ -354,29 +362,30 @@ def csc_rows(group: Any, start: int, stop: int, rows: NDArray[np.int64] | None =
     SchemaError
         For a row index outside the matrix.
     """
+    indptr = column_pointers(group)
+    n_rows, place = places_of(start, stop, rows)
+    slabs = _csc_slabs(group, indptr, start, stop, place)
+    return rows_of_slabs(slabs, n_rows, group["data"].dtype.newbyteorder("="))
+
+
+def column_pointers(group: Any) -> NDArray[np.int64]:
+    """(n_cols + 1,) first entries of the columns of a stored matrix, and the end of the last."""
     indptr = np.asarray(group["indptr"][:]).astype(np.int64)
     _check_pointers(indptr, group["indices"], group["data"])
-    place = None
-    if rows is not None:
-        place = np.full(stop - start, -1, np.int64)
-        place[rows - start] = np.arange(len(rows))
-    n_rows = stop - start if rows is None else len(rows)
-    kept, counts = [], np.zeros(n_rows, np.int64)
-    for slab in _csc_slabs(group, indptr, start, stop, place):
-        counts += np.bincount(slab.rows, minlength=n_rows)
-        kept.append(slab)
-    offsets = offsets_of(counts)
-    at, cols = offsets[:-1].copy(), [np.empty(int(offsets[-1]), np.int32)]
-    values = np.empty(int(offsets[-1]), group["data"].dtype.newbyteorder("="))
-    kept.reverse()
-    while kept:  # each slab is let go of as it is put into its rows
-        slab = kept.pop()
-        place_columns(slab.column, slab.offsets, (slab.rows, slab.values), at, (cols[0], values))
-    return CsrRows(offsets, lambda visit: visit(0, cols.pop()), lambda visit: visit(0, values))
+    return indptr
+
+
+def places_of(start: int, stop: int, rows: NDArray[np.int64] | None) -> tuple[int, NDArray[np.int64] | None]:
+    """How many of rows [start, stop) are wanted, and the place of each among them, -1 for none; None for all."""
+    if rows is None:
+        return stop - start, None
+    place = np.full(stop - start, -1, np.int64)
+    place[rows - start] = np.arange(len(rows))
+    return len(rows), place
 
 
 @dataclass(frozen=True)
-class _CscSlab:
+class CscSlab:
     """Entries of some columns of a matrix that are in some rows, which are counted from 0."""
 
     column: int
@@ -385,16 +394,33 @@ class _CscSlab:
     values: NDArray
 
 
+def rows_of_slabs(slabs: Iterable[CscSlab], n_rows: int, dtype: np.dtype) -> CsrRows:
+    """Rows of a matrix from slabs of its columns, the first ones first."""
+    kept, counts = [], np.zeros(n_rows, np.int64)
+    for slab in slabs:
+        counts += np.bincount(slab.rows, minlength=n_rows)
+        kept.append(slab)
+    offsets = offsets_of(counts)
+    at, cols = offsets[:-1].copy(), [np.empty(int(offsets[-1]), np.int32)]
+    values = np.empty(int(offsets[-1]), dtype)
+    kept.reverse()
+    while kept:  # each slab is let go of as it is put into its rows
+        slab = kept.pop()
+        entries = slab.rows, slab.values.astype(dtype, copy=False)
+        place_columns(slab.column, slab.offsets, entries, at, (cols[0], values))
+    return CsrRows(offsets, lambda visit: visit(0, cols.pop()), lambda visit: visit(0, values))
+
+
 def _csc_slabs(
     group: Any, indptr: NDArray[np.int64], start: int, stop: int, place: NDArray[np.int64] | None
-) -> Iterator[_CscSlab]:
+) -> Iterator[CscSlab]:
     indices, data, n_rows = group["indices"], group["data"], n_rows_of(group)
     step = max(whole_chunks(indices, _CSC_SLAB), whole_chunks(data, _CSC_SLAB))
     for a in range(0, int(indptr[-1]), step):
         b = min(a + step, int(indptr[-1]))
-        rows = _read_flat(indices, a, b)
+        rows = read_flat(indices, a, b)
         at = np.empty(b - a + 1, np.int64)
-        _check_row_indices(rows, n_rows)
+        check_row_indices(rows, n_rows)
         at = at[: find_rows(rows, start, stop, at)]
         numbers = (rows[at] - start).astype(np.uint32)
         if place is not None:
@@ -402,7 +428,7 @@ def _csc_slabs(
             at, numbers = at[wanted >= 0], wanted[wanted >= 0].astype(np.uint32)
         first, last = np.searchsorted(indptr, [a, b - 1], side="right").tolist()
         offsets = np.searchsorted(at + a, indptr[first - 1 : last + 1])
-        yield _CscSlab(first - 1, offsets, numbers, _read_flat(data, a, b)[at])
+        yield CscSlab(first - 1, offsets, numbers, read_flat(data, a, b)[at])
 
 
 def whole_chunks(array: Any, size: int) -> int:
@@ -411,6 +437,7 @@ def whole_chunks(array: Any, size: int) -> int:
     return max(1, size // chunk) * chunk
 
 
-def _read_flat(array: Any, start: int, stop: int) -> NDArray:
+def read_flat(array: Any, start: int, stop: int) -> NDArray:
+    """Entries [start, stop) of a stored array, in this machine's byte order."""
     rows = read_h5_rows(array, start, stop) if isinstance(array, h5py.Dataset) else _zarr_rows(array, start, stop)
     return _native(rows)

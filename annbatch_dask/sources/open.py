@@ -29,7 +29,7 @@ from annbatch_dask.storage.transient import is_transient
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["Source", "SourceRef", "WholeSource", "hiding_secrets_of", "is_hdf5", "open_source"]
+__all__ = ["PickedSource", "Source", "SourceRef", "WholeSource", "hiding_secrets_of", "is_hdf5", "open_source"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,14 @@ class Source(Protocol):
         """Obs names of rows [start, stop)."""
 
 
-class WholeSource(Source, Protocol):
+class PickedSource(Source, Protocol):
+    """Rows of an open input, all of them, of which any can be picked."""
+
+    def picked(self, matrix: MatrixSchema, rows: NDArray[np.int64]) -> CsrRows | NDArray:
+        """Rows of a matrix by their numbers, (n_picked,) int64, ascending, one at least."""
+
+
+class WholeSource(PickedSource, Protocol):
     """An open input, with all of its rows."""
 
     @property
@@ -99,8 +106,8 @@ class WholeSource(Source, Protocol):
     def gene_values(self, frame: str, name: str) -> NDArray | None:
         """Values of a column of ``"var"`` or ``"raw/var"`` as they are; None if there is none."""
 
-    def picked(self, matrix: MatrixSchema, rows: NDArray[np.int64]) -> CsrRows | NDArray:
-        """Rows of a matrix by their numbers, (n_picked,) int64, ascending, one at least."""
+    def stored(self, matrix: MatrixSchema) -> Any:
+        """A matrix as it is stored: an array, or the group of a sparse one; or as it is in memory."""
 
 
 @contextlib.contextmanager

@@ -82,9 +82,9 @@ def _body(block: int, kind: str = SPILL) -> str:
     return f"{kind}-{block:06d}.bin"
 
 
-def is_spilled(folder: Folder, block: int, n_bytes: int) -> bool:
+def is_spilled(folder: Folder, block: int, n_bytes: int, *, kind: str = SPILL) -> bool:
     """True if a block's spill file is there, with the size it was written with."""
-    return folder.size(_body(block)) == n_bytes
+    return folder.size(_body(block, kind)) == n_bytes
 
 
 def write_spill(  # noqa: PLR0913 - a block
