@@ -35,6 +35,8 @@ DEPLOYERS = {
     "slurm": ("dask_jobqueue", "SLURMCluster"),
     "kubernetes": ("dask_kubernetes.operator", "KubeCluster"),
 }
+NEEDED = {"ssh": "asyncssh"}
+"""Packages that a class imports only when it connects."""
 
 
 def deployer(kind: str) -> Any:
@@ -43,9 +45,11 @@ def deployer(kind: str) -> Any:
         sys.exit(f"preprocess: cluster kind {kind!r} is none of local, scheduler, {', '.join(DEPLOYERS)}")
     module, name = DEPLOYERS[kind]
     try:
+        if kind in NEEDED:
+            importlib.import_module(NEEDED[kind])
         return getattr(importlib.import_module(module), name)
     except ImportError as error:
-        package = module.split(".")[0].replace("_", "-")
+        package = NEEDED.get(kind, module.split(".")[0].replace("_", "-"))
         sys.exit(f"preprocess: a {kind} cluster needs {package} ({error}): pip install {package}")
 
 

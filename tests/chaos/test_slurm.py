@@ -15,7 +15,6 @@ import pytest
 from distributed import Client
 
 from annbatch_dask import DatasetCollection
-from annbatch_dask.testing import make_adata
 from tests.chaos import slurm
 from tests.tools import Counter, tree_digest
 
@@ -38,12 +37,8 @@ def queue(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    paths = [folder / f"{i:03}.h5ad" for i in range(N_FILES)]
-    for i, path in enumerate(paths):
-        make_adata(N_ROWS, [f"g{k}" for k in range(30)], seed=i).write_h5ad(path)
-    return paths
+def inputs(many_inputs):
+    return many_inputs(N_FILES)
 
 
 class Killer(threading.Thread):

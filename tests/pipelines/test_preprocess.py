@@ -70,6 +70,7 @@ def test_rules_for_names_of_genes_stand_in_the_file(tmp_path, h5ad_pair, monkeyp
     [
         ({"cluster": {"kind": "abacus"}}, "cluster kind 'abacus' is none of local, scheduler, ssh, slurm, kubernetes"),
         ({"cluster": {"kind": "kubernetes"}}, "a kubernetes cluster needs dask-kubernetes"),
+        ({"cluster": {"kind": "ssh"}}, "a ssh cluster needs asyncssh"),
         ({"files": ["none/*.h5ad"]}, "none/*.h5ad matches no file"),
         ({"cluster": {"kind": "fake", "workers": [4, 2]}}, "workers is [4, 2]; it must be a number such as 8, or two"),
         ({"cluster": {"kind": "fake", "workers": 0}}, "workers is 0; it must be"),
@@ -77,6 +78,7 @@ def test_rules_for_names_of_genes_stand_in_the_file(tmp_path, h5ad_pair, monkeyp
 )
 def test_what_is_wrong_is_said_in_a_line(tmp_path, h5ad_pair, more, words, monkeypatch):
     monkeypatch.setitem(preprocess.DEPLOYERS, "fake", ("distributed", "LocalCluster"))
+    monkeypatch.setitem(sys.modules, "asyncssh", None)  # as if it were not there
     if (cluster := more.get("cluster", {})).get("kind") == "fake":
         cluster["options"] = THREADS
         words = words.replace("ssh, slurm, kubernetes", "ssh, slurm, kubernetes, fake")
