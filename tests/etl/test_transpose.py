@@ -166,9 +166,9 @@ def test_other_matrices(tmp_path, small, monkeypatch, how, dtype):
     for module in (layout, transposing):  # a bool takes few bytes
         monkeypatch.setattr(module, "MAX_READS", 1)
     x = matrix(dtype, whole=how != "h5ad")
-    more = {"layers": {"b": x.tocsc()}} if how == "layer" else {}
     suffix = "zarr" if how == "zarr" else "h5ad"
-    paths = [written(tmp_path / kind, kind, x, suffix=suffix, **more) for kind in ("csc", "csr")]
+    layers = {"b": x.tocsc()} if how == "layer" else {}
+    paths = [written(tmp_path / kind, kind, x, suffix=suffix, layers=dict(layers)) for kind in ("csc", "csr")]
     options = {"load_adata": backed} if how == "backed" else {}
     seen = Counter()
     for path in paths:
