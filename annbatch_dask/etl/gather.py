@@ -6,54 +6,39 @@ import contextlib
 import fcntl
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import cycle
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import zarr
-from numpy.typing import NDArray
 
 from annbatch_dask.activities import activity, during
 from annbatch_dask.errors import IntegrityError
-from annbatch_dask.etl.compare import left_out_of, repair
+from annbatch_dask.etl.compare import repair
 from annbatch_dask.etl.frames import annotation_frames, write_frames
 from annbatch_dask.etl.job import GatherTask, Job, JobFile, forget_inputs, load_job
 from annbatch_dask.etl.ours import ATTEMPT_NAME, dataset_attributes, first_document, write_first_document
 from annbatch_dask.etl.receipts import GatherReceipt
-from annbatch_dask.etl.rows import (
-    GROUP,
-    PLACE,
-    FixedArrays,
-    RaggedArrays,
-    all_columns,
-    array_name,
-    ragged_arrays,
-    row_hashes,
-    sum_hashes,
-)
+from annbatch_dask.etl.rows import HASH, PLACE, FixedArrays, RaggedArrays, all_columns, row_hashes, sum_hashes
+from annbatch_dask.etl.slices import each_slice
 from annbatch_dask.etl.spilled import Spilled
 from annbatch_dask.etl.stats import DatasetSums
 from annbatch_dask.etl.write import ObsColumns, matrix_writer, publish_dataset
-from annbatch_dask.kernels.rows import copy_runs, offsets_of, slabs
 from annbatch_dask.manifest import DATASET_PREFIX
-from annbatch_dask.plan.plan import Plan
 from annbatch_dask.storage.checksums import FileSums, checksum
 from annbatch_dask.storage.filesystems import name_errors
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.lock import is_held
 from annbatch_dask.storage.metadata import METADATA
 from annbatch_dask.storage.scratch import ScratchGoneError, check_scratch, find_receipt, write_receipt
-from annbatch_dask.storage.spill import SPILL, SpillError, SpillReader
+from annbatch_dask.storage.spill import SPILL, SpillError
 from annbatch_dask.storage.threads import one_ahead
 
 __all__ = ["gather"]
 
 logger = logging.getLogger(__name__)
-_SLAB = 2**18
-"""Entries that are unpacked at a time: they stay in the second-level cache."""
 
 
 def gather(file: JobFile, task: GatherTask) -> GatherReceipt:
@@ -199,13 +184,15 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
         ]
         for w in writers:
             open_shards.enter_context(w)
-        parts = open_shards.enter_context(contextlib.closing(one_ahead(_summed(_parts(job, task, spilled), stats))))
-        for fixed, ragged in during("wait", parts):
+        slices = open_shards.enter_context(
+            contextlib.closing(one_ahead(_summed(each_slice(job, task, spilled), stats)))
+        )
+        for fixed, ragged in during("wait", slices):
             if not folder.is_local:  # where nothing else tells a worker that its build is over
                 check_scratch(job.scratch)
             with activity("hash"):
-                hashes = row_hashes(len(fixed[PLACE]), plan.matrices, all_columns(plan), fixed, ragged)
-                total = (total + sum_hashes(hashes)) % 2**64
+                hashes = row_hashes(len(fixed[PLACE]), plan.matrices, (), fixed, ragged)
+                total = (total + sum_hashes(hashes + fixed[HASH])) % 2**64
             with activity("encode"):
                 for w in writers:
                     n_bytes += w.append(fixed, ragged)
@@ -238,154 +225,10 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
 
 
 def _summed(
-    parts: Iterator[tuple[FixedArrays, RaggedArrays]], stats: DatasetSums | None
+    slices: Iterator[tuple[FixedArrays, RaggedArrays]], stats: DatasetSums | None
 ) -> Iterator[tuple[FixedArrays, RaggedArrays]]:
-    """Add each part up where it was read, in the thread that is ahead: it waits for the one that hashes and encodes."""
-    for fixed, ragged in parts:
+    """Add each slice up where it was read: the thread that is ahead waits for the one that hashes and encodes."""
+    for fixed, ragged in slices:
         if stats is not None:
             stats.append(fixed, ragged)
         yield fixed, ragged
-
-
-def _parts(job: Job, task: GatherTask, spilled: Spilled) -> Iterator[tuple[FixedArrays, RaggedArrays]]:
-    """The dataset's rows in their final order, part by part; the arrays are reused for the part after the next."""
-    plan = job.plan
-    buffer_sets: Iterator[dict[str, NDArray]] = cycle(({}, {}))  # one is written while the other fills
-    raw: dict[str, NDArray] = {}
-    left_out = left_out_of(job, task.dataset) if task.n_left_out else None
-    for part in spilled.each_part():
-        segments = [_Segment.read(r, part) for r in spilled.readers if r.n_rows(part)]
-        if plan.groups is None:
-            n_rows = int(plan.layout.part_starts[part + 1] - plan.layout.part_starts[part])
-            if left_out is not None:
-                n_rows = _leave_out(segments, left_out[_places(plan, task.dataset, part)], is_place=True)
-        else:
-            if left_out is not None:
-                _leave_out(segments, left_out, is_place=False)
-            n_rows = _place_by_group([s.fixed for s in segments])
-        if not n_rows:  # a piece of a large group may have none, and all rows may be left out
-            continue
-        _check_places(segments, n_rows)
-        ragged = _gather_ragged(segments, n_rows, part, plan, task, next(buffer_sets), raw)
-        fixed = _gather_fixed(segments, n_rows)
-        del segments  # and with them what is held of the files
-        for m in plan.matrices:
-            if m.kind == "dense":
-                fixed[array_name(m.name, "dense")] = ragged.pop(array_name(m.name, "dense"))[0].reshape(
-                    n_rows, m.n_cols
-                )
-        yield fixed, ragged
-
-
-@dataclass
-class _Segment:
-    """Rows of one block in a part: all of them as they are in the file, and those that stay, which ``kept`` says."""
-
-    reader: SpillReader
-    whole: FixedArrays
-    fixed: FixedArrays
-    kept: NDArray[np.bool_] | None = None
-
-    @classmethod
-    def read(cls, reader: SpillReader, part: int) -> _Segment:
-        whole = reader.read_fixed(part)
-        return cls(reader, whole, dict(whole))
-
-    def lengths(self, length: str | int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where the entries of the rows that stay begin in the file, and how many each has, of a ragged array."""
-        n = len(self.whole[PLACE])
-        lengths = self.whole[length].astype(np.int64) if isinstance(length, str) else np.full(n, length, np.int64)
-        starts = offsets_of(lengths)[:-1]
-        return (starts, lengths) if self.kept is None else (starts[self.kept], lengths[self.kept])
-
-
-def _places(plan: Plan, dataset: int, part: int) -> slice:
-    """Places in a dataset of the rows of one of its parts."""
-    start, _ = plan.layout.dataset_bounds(dataset)
-    first, last = plan.layout.part_starts[part : part + 2].tolist()
-    return slice(first - start, last - start)
-
-
-def _leave_out(segments: Sequence[_Segment], left_out: NDArray[np.bool_], *, is_place: bool) -> int:
-    """Take rows out, and move the others together, which stay in their order; returns how many places are left.
-
-    ``left_out``: by the place that each row has; ``is_place``: that place is the one in the part.
-    """
-    place = (np.cumsum(~left_out) - 1).astype(np.uint32)
-    for s in segments:
-        s.kept = ~left_out[s.whole[PLACE]]
-        s.fixed = {name: values[s.kept] for name, values in s.whole.items()}
-        if is_place:
-            s.fixed[PLACE] = place[s.fixed[PLACE]]
-    return int(place[-1]) + 1 if not left_out.all() else 0
-
-
-def _place_by_group(fixed: Sequence[FixedArrays]) -> int:
-    """Give each row its place in the part, by group and then by its position in the dataset; returns their number."""
-    if not fixed:
-        return 0
-    counts = [len(h[PLACE]) for h in fixed]
-    keys = [np.concatenate([h.pop(name) for h in fixed]) for name in (PLACE, GROUP)]
-    place = np.empty(sum(counts), np.uint32)
-    place[np.lexsort(keys)] = np.arange(len(place))
-    for h, rows in zip(fixed, np.split(place, np.cumsum(counts)[:-1]), strict=True):
-        h[PLACE] = rows
-    return len(place)
-
-
-def _check_places(segments: Sequence[_Segment], n_rows: int) -> None:
-    """Every row of the part must be there exactly once."""
-    seen = np.zeros(n_rows, np.uint8)
-    for s in segments:
-        np.add.at(seen, s.fixed[PLACE], 1)
-    if not (seen == 1).all():
-        missing, twice = int((seen == 0).sum()), int((seen > 1).sum())
-        msg = f"{missing:,} of {n_rows:,} rows are missing from the spill files, {twice:,} are there twice"
-        raise IntegrityError(msg)
-
-
-def _gather_fixed(segments: Sequence[_Segment], n_rows: int) -> FixedArrays:
-    out: FixedArrays = {}
-    for name, like in segments[0].fixed.items():
-        values = np.empty((n_rows, *like.shape[1:]), like.dtype)
-        for s in segments:
-            values[s.fixed[PLACE]] = s.fixed[name]
-        out[name] = values
-    return out
-
-
-def _gather_ragged(  # noqa: PLR0913 - buffers
-    segments: Sequence[_Segment],
-    n_rows: int,
-    part: int,
-    plan: Plan,
-    task: GatherTask,
-    buffers: dict[str, NDArray],
-    raw_buffers: dict[str, NDArray],
-) -> RaggedArrays:
-    arrays = list(ragged_arrays(plan, task.dtypes))
-    out: RaggedArrays = {}
-    for name, dtype, length in arrays:
-        counts = np.empty(n_rows, np.int64)
-        for s in segments:
-            counts[s.fixed[PLACE]] = s.fixed[length] if isinstance(length, str) else length
-        offsets = offsets_of(counts)
-        out[name] = _buffer(buffers, name, int(offsets[-1]), dtype), offsets
-    raw = _buffer(raw_buffers, "raw", max(s.reader.ragged_nbytes(part) for s in segments), np.dtype(np.uint8))
-    for s in segments:
-        found = s.reader.read_ragged(part, raw)
-        for name, dtype, length in arrays:
-            values, offsets = out[name]
-            starts, lengths = s.lengths(length)
-            places, edges = offsets[s.fixed[PLACE]], np.append(starts, starts[-1:] + lengths[-1:])
-            for a, b in slabs(edges, _SLAB) if len(starts) else ():
-                source = found[name][edges[a] : edges[b]].astype(dtype, copy=False)
-                copy_runs(source, starts[a:b] - starts[a], values, places[a:b], lengths[a:b])
-    return out
-
-
-def _buffer(buffers: dict[str, NDArray], name: str, size: int, dtype: np.dtype) -> NDArray:
-    """A reused buffer: fresh pages for every part would cost as much as filling them."""
-    if name not in buffers or len(buffers[name]) < size:
-        buffers[name] = np.empty(size + size // 16, dtype)
-    return buffers[name][:size]

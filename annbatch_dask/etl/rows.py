@@ -27,6 +27,7 @@ from annbatch_dask.sources.columns import ColumnRows
 
 __all__ = [
     "GROUP",
+    "HASH",
     "NAMES",
     "PLACE",
     "FixedArrays",
@@ -48,6 +49,8 @@ PLACE = "#place"
 """Fixed-size array: a row's position within its part; with groupby, within its dataset."""
 GROUP = "#group"
 """Fixed-size array: number of a row's group, with groupby."""
+HASH = "#hash"
+"""Fixed-size array: what a row's columns add to its hash, of rows that are gathered."""
 FixedArrays = dict[str, NDArray]
 RaggedArrays = dict[str, tuple[NDArray, NDArray[np.int64]]]
 

@@ -70,7 +70,7 @@ def _spill(plan: Plan, block: Block, index: int, rows: BlockRows, scratch: Folde
     dest = plan.placement.forward(np.arange(block.first, block.first + block.n_rows))
     groups = None if plan.groups is None else plan.groups.codes(group_keys(plan, rows.fixed, rows.ragged))
     part, place = layout.locate(dest, groups)
-    order = np.argsort(part, kind="stable")
+    order = np.lexsort((place, part) if groups is None else (place, groups, part))  # of what gather writes
     part_rows = np.searchsorted(part[order], np.arange(layout.n_parts + 1))
     with activity("hash"):
         hashes, repeats = _hash(plan, block, index, rows, order, scratch)

@@ -41,6 +41,7 @@ __all__ = [
     "spread",
     "table_entry_nbytes",
     "unpack",
+    "unpack_runs",
     "unpacker",
     "write_number",
 ]
@@ -260,6 +261,43 @@ def _finish(values, base, differences, out, to):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def _check_chunk(raw, n_values, n_bits):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """0 if this may be a packed chunk of so many integers of so many bits, or a key of ``DAMAGED``."""
+    nbytes = U64(raw.shape[0])
+    n_blocks = (U64(n_values) + U64(BLOCK_VALUES - 1)) // U64(BLOCK_VALUES)
+    if nbytes < U64(HEADER_NBYTES + TAIL_NBYTES):
+        return 1
+    if _read(raw, U64(0), 4) != U64(magic_number) or raw[U64(4)] != VERSION or raw[U64(6)] > 1 or raw[U64(7)] != 0:
+        return 2
+    if U64(raw[U64(5)]) != n_bits:
+        return 3
+    if _read(raw, U64(8), 8) != U64(n_values):
+        return 4
+    return 1 if (nbytes - U64(HEADER_NBYTES)) // table_entry_nbytes(n_bits) < n_blocks else 0
+
+
+@compiled
+def _look_up(raw, block, n_bits):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """What the table of a chunk says of a block: 0 or a key of ``DAMAGED``, and where and how it is packed."""
+    nbytes, entry_nbytes = U64(raw.shape[0]), table_entry_nbytes(n_bits)
+    entry = U64(HEADER_NBYTES) + block * entry_nbytes
+    place = _read(raw, entry, 4) * U64(4)
+    counts = _read(raw, entry + U64(4), 4)
+    width, high = U64(raw[entry + U64(8)]), U64(raw[entry + U64(9)])
+    base = _read(raw, entry + entry_nbytes - n_bits // U64(8), n_bits // U64(8))
+    n_patches = (
+        (counts & U64(255)) + (counts >> U64(8) & U64(255)) + (counts >> U64(16) & U64(255)) + (counts >> U64(24))
+    )
+    used = U64(128) * width + n_patches + (n_patches * high + U64(7)) // U64(8)
+    status = 0
+    if width + high > n_bits or U64(56) < high < U64(64) or (n_patches > U64(0) and high == U64(0)):
+        status = 6
+    elif place + (used + U64(3) & ~U64(3)) + U64(TAIL_NBYTES) > nbytes:
+        status = 5
+    return status, place, counts, width, high, base
+
+
+@compiled
 def unpack(raw, n_values, start, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """Decode values [start, start + len(out)) of a packed chunk into ``out``; returns 0, or a key of ``DAMAGED``.
 
@@ -277,43 +315,24 @@ def unpack(raw, n_values, start, out):  # type: ignore[no-untyped-def]  # noqa: 
     out
         1-D contiguous, of the unsigned dtype that is as large as that of the values.
     """
-    n_bits = bits_of(out)
-    nbytes = U64(raw.shape[0])
-    n_blocks = (U64(n_values) + U64(BLOCK_VALUES - 1)) // U64(BLOCK_VALUES)
-    entry_nbytes = table_entry_nbytes(n_bits)
-    if nbytes < U64(HEADER_NBYTES + TAIL_NBYTES):
-        return 1
-    if _read(raw, U64(0), 4) != U64(magic_number) or raw[U64(4)] != VERSION or raw[U64(6)] > 1 or raw[U64(7)] != 0:
-        return 2
-    if U64(raw[U64(5)]) != n_bits:
-        return 3
-    if _read(raw, U64(8), 8) != U64(n_values) or start < 0 or start > n_values or out.shape[0] > n_values - start:
+    status = _check_chunk(raw, n_values, bits_of(out))
+    if status != 0:
+        return status
+    if start < 0 or start > n_values or out.shape[0] > n_values - start:
         return 4
-    if (nbytes - U64(HEADER_NBYTES)) // entry_nbytes < n_blocks:
-        return 1
     differences = raw[U64(6)] == 1
     first, stop = U64(start), U64(start + out.shape[0])
     values, spare = np.empty(BLOCK_VALUES, out.dtype), np.empty(BLOCK_VALUES, out.dtype)
     at = first
     while at < stop:
         block = at // U64(BLOCK_VALUES)
-        entry = U64(HEADER_NBYTES) + block * entry_nbytes
-        place = _read(raw, entry, 4) * U64(4)
-        counts = _read(raw, entry + U64(4), 4)
-        width, high = U64(raw[entry + U64(8)]), U64(raw[entry + U64(9)])
-        base = out.dtype.type(_read(raw, entry + entry_nbytes - n_bits // U64(8), bits_of(out) // U64(8)))
-        n_patches = (
-            (counts & U64(255)) + (counts >> U64(8) & U64(255)) + (counts >> U64(16) & U64(255)) + (counts >> U64(24))
-        )
-        if width + high > n_bits or U64(56) < high < U64(64) or (n_patches > U64(0) and high == U64(0)):
-            return 6
-        used = U64(128) * width + n_patches + (n_patches * high + U64(7)) // U64(8)
-        if place + (used + U64(3) & ~U64(3)) + U64(TAIL_NBYTES) > nbytes:
-            return 5
+        status, place, counts, width, high, low = _look_up(raw, block, bits_of(out))
+        if status != 0:
+            return status
         _unpack_words(raw, place, width, values)
-        if n_patches > U64(0):
+        if counts > U64(0):
             _patch(raw, place + U64(128) * width, counts, width, high, values)
-        block_start = block * U64(BLOCK_VALUES)
+        base, block_start = out.dtype.type(low), block * U64(BLOCK_VALUES)
         end = min(block_start + U64(BLOCK_VALUES), stop)
         if end - at == U64(BLOCK_VALUES):
             _finish(values, base, differences, out, at - first)
@@ -322,6 +341,62 @@ def unpack(raw, n_values, start, out):  # type: ignore[no-untyped-def]  # noqa: 
             for k in range(end - at):
                 out[at - first + U64(k)] = spare[at - block_start + U64(k)]
         at = end
+    return 0
+
+
+@compiled
+def unpack_runs(raw, chunks, starts, lengths, out, out_starts):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, PLR0913, PLR0917
+    """Decode runs of values of packed chunks, each to its place; returns 0, or a key of ``DAMAGED``.
+
+    A block is decoded once for all runs of it that follow each other. Nothing is read or written outside the arrays;
+    where the status is not 0, ``out`` holds anything.
+
+    Parameters
+    ----------
+    raw
+        1-D contiguous uint8: all chunks, with anything between them.
+    chunks
+        (n_chunks, 4) int64, ascending: number of values before each, its values, its first byte and its bytes.
+    starts, lengths
+        (n_runs,) int64: values of all chunks, each run within one.
+    out
+        1-D contiguous, of the unsigned dtype that is as large as that of the values.
+    out_starts
+        (n_runs,) int64.
+    """
+    values, found = np.empty(BLOCK_VALUES, out.dtype), np.empty(BLOCK_VALUES, out.dtype)
+    chunk, before, n_values, last = raw[:0], 0, 0, -1
+    for i in range(starts.shape[0]):
+        start, n = starts[i], lengths[i]
+        if n <= 0:
+            continue
+        if not before <= start < before + n_values:
+            k = np.searchsorted(chunks[:, 0], start, side="right") - 1
+            if k < 0 or chunks[k, 2] < 0 or chunks[k, 3] < 0 or chunks[k, 2] + chunks[k, 3] > raw.shape[0]:
+                return 5
+            before, n_values, last = chunks[k, 0], chunks[k, 1], -1
+            chunk = raw[chunks[k, 2] : chunks[k, 2] + chunks[k, 3]]
+            status = _check_chunk(chunk, n_values, bits_of(out))
+            if status != 0:
+                return status
+        if start + n > before + n_values or out_starts[i] < 0 or out_starts[i] + n > out.shape[0]:
+            return 4
+        at, stop, shift = U64(start - before), U64(start - before + n), U64(out_starts[i]) - U64(start - before)
+        while at < stop:
+            block = at // U64(BLOCK_VALUES)
+            if int(block) != last:
+                status, place, counts, width, high, low = _look_up(chunk, block, bits_of(out))
+                if status != 0:
+                    return status
+                _unpack_words(chunk, place, width, values)
+                if counts > U64(0):
+                    _patch(chunk, place + U64(128) * width, counts, width, high, values)
+                _finish(values, out.dtype.type(low), chunk[U64(6)] == 1, found, U64(0))
+                last = int(block)
+            end = min((block + U64(1)) * U64(BLOCK_VALUES), stop)
+            for k in range(at, end):
+                out[k + shift] = found[k % U64(BLOCK_VALUES)]
+            at = end
     return 0
 
 

@@ -100,7 +100,8 @@ def gather_peak_nbytes(
     Parameters
     ----------
     part_nbytes
-        Matrices of a part; one is encoded while the next is put in order.
+        A part, which is held as it was read; of its matrices a slice is encoded while the next is put in order, and its
+        strings are put in order at once.
     segment_nbytes
         The largest piece of a spill file read at once.
     obs_nbytes

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from zarr.abc.codec import ArrayBytesCodec
 
 from annbatch_dask.errors import IntegrityError, LayoutError
-from annbatch_dask.kernels.packed import DAMAGED, unpack
+from annbatch_dask.kernels.packed import DAMAGED, unpack, unpack_runs
 from annbatch_dask.kernels.packing import pack
 
 if TYPE_CHECKING:
     from zarr.core.array_spec import ArraySpec
     from zarr.core.buffer import Buffer, NDBuffer
 
-__all__ = ["PACKED", "PackedCodec", "packs", "unpack_chunk"]
+__all__ = ["PACKED", "PackedCodec", "packs", "unpack_chunk", "unpack_chunk_runs"]
 
 PACKED = "annbatch_dask.packed"
 """The codec's name in the metadata of an array. zarr's message names it where this package is not installed."""
@@ -192,6 +192,27 @@ def unpack_chunk(raw: Any, out: NDArray, *, n_values: int | None = None, start: 
     status = unpack(np.frombuffer(raw, np.uint8), n, start, out.view(f"u{out.itemsize}"))
     if status:
         msg = f"a packed chunk of {len(raw):,} bytes and {n:,} values of {out.dtype} is damaged: {DAMAGED[status]}"
+        raise IntegrityError(msg)
+
+
+def unpack_chunk_runs(  # noqa: PLR0913, PLR0917 - runs
+    raw: NDArray[np.uint8],
+    chunks: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    out: NDArray,
+    out_starts: NDArray[np.int64],
+) -> None:
+    """Decode runs of values of packed chunks; the arguments are those of :func:`annbatch_dask.kernels.packed.unpack_runs`.
+
+    Raises
+    ------
+    IntegrityError
+        If there are no such chunks.
+    """  # noqa: E501
+    status = unpack_runs(raw, chunks, starts, lengths, out.view(f"u{out.itemsize}"), out_starts)
+    if status:
+        msg = f"one of {len(chunks):,} packed chunks of {out.dtype} is damaged: {DAMAGED[status]}"
         raise IntegrityError(msg)
 
 

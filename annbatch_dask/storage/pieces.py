@@ -70,12 +70,15 @@ class PackedEntries:
 
     Attributes
     ----------
+    raw
+        All its bytes.
     pieces
-        First entry, number of entries and packed bytes of each.
+        First entry, number of entries, first byte and packed bytes of each.
     """
 
     dtype: np.dtype
-    pieces: Sequence[tuple[int, int, NDArray[np.uint8]]]
+    raw: NDArray[np.uint8]
+    pieces: Sequence[tuple[int, int, int, int]]
 
     @classmethod
     def of(cls, dtype: np.dtype, raw: NDArray[np.uint8]) -> PackedEntries:
@@ -84,24 +87,24 @@ class PackedEntries:
         while at < len(raw):
             n, size = raw[at : at + _FRAME_NBYTES].view(np.int64).tolist()
             if min(n, size) < 0:  # no piece, and no way to the next
-                return cls(dtype, ())
+                return cls(dtype, raw, ())
             at += _FRAME_NBYTES
-            pieces.append((first, n, raw[at : at + size]))
+            pieces.append((first, n, at, size))
             first, at = first + n, at + size + -size % ALIGN
-        return cls(dtype, pieces)
+        return cls(dtype, raw, pieces)
 
     def __len__(self) -> int:
         """Number of entries."""
-        return sum(n for _, n, _ in self.pieces)
+        return sum(n for _, n, _, _ in self.pieces)
 
     def __getitem__(self, wanted: slice) -> NDArray:
         """Unpack some, without a step."""
         start, stop, _ = wanted.indices(len(self))
         out = np.empty(max(0, stop - start), self.dtype)
-        for first, n, raw in self.pieces:
+        for first, n, at, size in self.pieces:
             a, b = max(start, first), min(stop, first + n)
             if a < b:
-                unpack_chunk(raw, out[a - start : b - start], n_values=n, start=a - first)
+                unpack_chunk(self.raw[at : at + size], out[a - start : b - start], n_values=n, start=a - first)
         return out
 
 

@@ -385,12 +385,15 @@ class SpillReader(AbstractContextManager["SpillReader"]):
         return out
 
     def read_ragged(self, part: int, buffer: NDArray[np.uint8]) -> dict[str, Entries]:
-        """Entries of each ragged array, from one read into the front of ``buffer``, which holds ``ragged_nbytes``.
+        """Entries of each ragged array, which lie in the front of ``buffer``; it has to hold ``ragged_nbytes``.
 
         A slice of them is an array; those that are packed are unpacked then.
         """
         line, sizes, n_ragged = self._line(part), self._sizes(part), len(self._arrays) - self._n_fixed
-        raw = self._read(int(line[0] + sizes[: self._n_fixed].sum()), buffer[: self.ragged_nbytes(part)])
+        raw = buffer[: self.ragged_nbytes(part)]
+        found = self._read(int(line[0] + sizes[: self._n_fixed].sum()), raw)
+        if found is not raw:  # of what is held
+            raw[:] = found
         self._checked(raw, int(line[-2]))
         out: dict[str, Entries] = {}
         at = 0
@@ -401,6 +404,11 @@ class SpillReader(AbstractContextManager["SpillReader"]):
             out[a.name] = self._unframed(a.dtype, n, found) if a.is_packed else found[: a.nbytes(n)].view(a.dtype)
             at += size
         return out
+
+    def ragged_starts(self, part: int) -> dict[str, int]:
+        """Where each ragged array of a part begins in the buffer that :meth:`read_ragged` fills."""
+        starts = offsets_of(self._sizes(part)[self._n_fixed :]).tolist()
+        return {a.name: start for a, start in zip(self._arrays[self._n_fixed :], starts, strict=False)}
 
     def _unframed(self, dtype: np.dtype, n_entries: int, raw: NDArray[np.uint8]) -> PackedEntries:
         found = PackedEntries.of(dtype, raw)

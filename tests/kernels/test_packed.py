@@ -1,11 +1,13 @@
 """Packed integers: against the format's description, step by step, and with every kind of damage."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from annbatch_dask.kernels.packed import DAMAGED, bound_nbytes, unpack
+from annbatch_dask.kernels.packed import DAMAGED, bound_nbytes, unpack, unpack_runs
 from annbatch_dask.kernels.packing import pack
 
 DTYPES = [f"{kind}int{n}" for kind in ("u", "") for n in (8, 16, 32, 64)]
@@ -215,3 +217,80 @@ def test_random_bytes_behind_a_true_header_touch_nothing():
             raw[16:96].reshape(5, 16)[:, 1:4] = 0
         found.add(decode_damaged(raw, 5000, np.dtype(np.uint32), 0, 5000))
     assert {1, 5, 6} <= found
+
+
+# ------------------------------------------------------------------------------------------ runs of several chunks
+
+
+def chunks_of(values, edges, differences):
+    """Packed chunks of some values, with bytes between them; and their table."""
+    raw, table = [], []
+    for a, b in pairwise(edges):
+        packed = pack(values[a:b], differences=differences)
+        table.append((a, b - a, sum(map(len, raw)) + 3, len(packed)))
+        raw += [np.full(3, CANARY, np.uint8), packed]
+    return np.concatenate([*raw, np.full(5, CANARY, np.uint8)]), np.array(table, np.int64).reshape(-1, 4)
+
+
+@given(arrays(), st.booleans(), st.data())
+@settings(max_examples=150)
+def test_runs_go_to_their_places(values, differences, data):
+    n = len(values)
+    edges = sorted({0, n, *data.draw(st.lists(st.integers(0, n), max_size=4))})
+    cuts = np.array(sorted([*edges, *data.draw(st.lists(st.integers(0, n), max_size=20))]), np.int64)
+    starts, lengths = cuts[:-1], np.diff(cuts)
+    order = np.array(data.draw(st.permutations(range(len(starts)))), np.int64)
+    if data.draw(st.booleans()):  # as they lie, and each block is decoded once
+        order.sort()
+    places = np.concatenate([[0], np.cumsum(lengths[order])]).astype(np.int64)
+    raw, table = chunks_of(values, edges, differences)
+    out = np.full(n + 2, 7, unsigned(values).dtype)
+    assert unpack_runs(raw, table, starts[order], lengths[order], out[1:-1], places[:-1]) == 0
+    want = [unsigned(values)[a : a + m] for a, m in zip(starts[order], lengths[order], strict=True)]
+    np.testing.assert_array_equal(out[1:-1], np.concatenate([*want, out[:0]]))
+    assert out[[0, -1]].tolist() == [7, 7]
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "place", "status"),
+    [
+        *((0, 2001, 0, 4), (1999, 2, 0, 4), (3999, 2, 0, 4), (4000, 1, 0, 4), (-1, 2, 0, 5), (0, 1, -1, 4)),
+        *((0, 2000, 1001, 4), (10, 5, 2996, 4), (10, 5, 2**62, 4), (2**62, 5, 0, 4), (10, 2**62, 0, 4)),
+        *((1500, 0, -9, 0), (1500, -3, 0, 0), (10, 5, 2995, 0)),
+    ],
+)
+def test_runs_outside_of_a_chunk_or_of_the_room_for_them_are_refused(start, length, place, status):
+    values = np.arange(4000, dtype=np.uint16)
+    raw, table = chunks_of(values, [0, 2000, 4000], differences=True)
+    whole = np.full(5000, 7, np.uint16)
+    found = unpack_runs(raw, table, *(np.array([x]) for x in (start, length)), whole[1000:4000], np.array([place]))
+    assert found == status
+    assert (whole[:1000] == 7).all()
+    assert (whole[4000:] == 7).all()
+
+
+@pytest.mark.parametrize("column", [1, 2, 3])
+@pytest.mark.parametrize("value", [-1, 0, 5, 2**40, 2**62])
+def test_a_table_that_leads_astray_is_refused(column, value):
+    values = np.arange(4000, dtype=np.uint16)
+    raw, table = chunks_of(values, [0, 2000, 4000], differences=True)
+    table[1, column] = value
+    assert unpack_runs(raw, table, np.array([2000]), np.array([2000]), np.zeros(2000, np.uint16), np.array([0])) > 0
+
+
+def test_damaged_chunks_of_runs_touch_nothing_else():
+    rng = np.random.default_rng(2)
+    values = rng.integers(0, 50, 6000).astype(np.uint16)
+    values[rng.choice(6000, 200)] = 2**16 - 1
+    whole, table = chunks_of(values, [0, 3000, 6000], differences=False)
+    starts = np.arange(0, 6000, 500)
+    lengths, found = np.full(12, 500), set()
+    for _ in range(3000):
+        raw = whole.copy()
+        for _ in range(rng.integers(1, 4)):
+            at = table[rng.integers(0, 2), 2] + rng.integers(0, 70 if rng.random() < 0.8 else 3000)
+            raw[min(at, len(raw) - 1)] = rng.integers(0, 256)
+        out = np.full(6002, 7, np.uint16)
+        found.add(unpack_runs(raw, table, starts, lengths, out[1:-1], starts))
+        assert out[[0, -1]].tolist() == [7, 7]
+    assert found == {0, 2, 3, 4, 5, 6}
