@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -25,6 +26,7 @@ from annbatch_dask.etl.scratches import default_scratch
 from annbatch_dask.etl.start import Means, plan_and_run, run_prepared
 from annbatch_dask.events import Callback, Callbacks
 from annbatch_dask.maintained import MaintainedCollection
+from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.qc import QC
 from annbatch_dask.planned import RunnablePlan
 from annbatch_dask.progress import default_callbacks
@@ -145,7 +147,7 @@ class DatasetCollection(MaintainedCollection):
         root.refresh()  # the copy alone: what was opened stays so until a build
         warn_of_duplicates(root, request.refs, on_duplicate_source)
         prepared = prepare(root, request, room, read_values=read_values)
-        return RunnablePlan(prepared.plan, functools.partial(self._run, prepared, room, h5ad_compressor))
+        return RunnablePlan.of(prepared.plan, functools.partial(self._run, prepared, room, h5ad_compressor))
 
     def add_adatas(  # noqa: PLR0913 - annbatch's arguments
         self,
@@ -361,12 +363,14 @@ class DatasetCollection(MaintainedCollection):
         self._root.folder  # noqa: B018 - raises for stores that workers cannot open
         return make_request(given)
 
-    def _run(self, prepared: Prepared, room: EngineChoice, compressor: str | None, given: Mapping[str, Any]) -> Self:
+    def _run(
+        self, prepared: Prepared, room: EngineChoice, compressor: str | None, plan: Plan, given: Mapping[str, Any]
+    ) -> Self:
         """Run a plan of this collection, by the arguments of its own method."""
         if given["client"] is not None:
             room = choose_engine(given["client"], None)
         with self._building(compressor) as root:
-            run_prepared(root, prepared, _means(root, room, given))
+            run_prepared(root, replace(prepared, plan=plan), _means(root, room, given))
         return self
 
     def _building(self, h5ad_compressor: str | None) -> AbstractContextManager[Root]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from annbatch_dask.events import Callback
@@ -20,18 +21,12 @@ C = TypeVar("C")
 """Type of the collection."""
 
 
+@dataclass(frozen=True, repr=False)
 class RunnablePlan(Plan, Generic[C]):
     """A plan of :meth:`annbatch_dask.DatasetCollection.plan_adatas`: look at it, then run it.
 
     Its repr says tasks, bytes and peak memory. All attributes of :class:`annbatch_dask.plan.plan.Plan`, which opens
     nothing and is the same for the same inputs and options, are its own.
-
-    Parameters
-    ----------
-    plan
-        What was decided.
-    run
-        Builds it, from the arguments of the method.
 
     Examples
     --------
@@ -42,10 +37,12 @@ class RunnablePlan(Plan, Generic[C]):
     DatasetCollection('planned.zarr', 2 datasets, 500 cells x 40 genes)
     """
 
-    _run: Callable[[Mapping[str, Any]], C]
+    _run: Callable[[Plan, Mapping[str, Any]], C] = field(kw_only=True, compare=False)
 
-    def __init__(self, plan: Plan, run: Callable[[Mapping[str, Any]], C]) -> None:
-        vars(self).update(vars(plan), _run=run)  # a frozen value's, and one thing more
+    @classmethod
+    def of(cls, plan: Plan, run: Callable[[Plan, Mapping[str, Any]], C]) -> RunnablePlan[C]:
+        """A plan, and what builds it from the arguments of its method."""
+        return cls(**_values(plan), _run=run)
 
     def run(
         self,
@@ -81,6 +78,7 @@ class RunnablePlan(Plan, Generic[C]):
             If a task does not fit the client's workers.
         """
         return self._run(
+            Plan(**_values(self)),
             {
                 "client": client,
                 "scratch": scratch,
@@ -88,7 +86,7 @@ class RunnablePlan(Plan, Generic[C]):
                 "callbacks": callbacks,
                 "progress": progress,
                 "performance_report": performance_report,
-            }
+            },
         )
 
     @property
@@ -109,3 +107,8 @@ class RunnablePlan(Plan, Generic[C]):
     def _repr_html_(self) -> str:
         """The plan for a notebook, with the genes that inputs share."""
         return words.as_html(self)
+
+
+def _values(plan: Plan) -> dict[str, Any]:
+    """What makes up a plan, without what was derived of it."""
+    return {f.name: getattr(plan, f.name) for f in fields(Plan)}

@@ -1,5 +1,7 @@
 """A plan that was looked at is run: without another scan, and on nothing else than was planned."""
 
+from dataclasses import replace
+
 import dask
 import numpy as np
 import pytest
@@ -40,6 +42,15 @@ def test_it_builds_what_add_adatas_builds_and_scans_once(tmp_path, paths, monkey
     assert tree_digest(tmp_path / "a.zarr") == tree_digest(tmp_path / "b.zarr")
     assert collection.manifest == direct.manifest
     assert collection.verify(against=paths).ok
+
+
+def test_a_copy_of_a_plan_runs_too(tmp_path, paths):
+    plan = DatasetCollection(tmp_path / "a.zarr").plan_adatas(paths, seed=3)
+    copy = replace(plan, left_out={})
+    assert type(copy) is type(plan)
+    assert copy.summary() == plan.summary()
+    assert copy.fingerprint == plan.fingerprint
+    assert copy.run().n_obs == 600
 
 
 def test_run_again_it_does_nothing(tmp_path, paths):
