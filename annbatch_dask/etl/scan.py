@@ -22,10 +22,11 @@ from annbatch_dask.plan.layout import cut_blocks
 from annbatch_dask.plan.naming import INPUT_VAR_NAMES
 from annbatch_dask.plan.qc import QC, find_genes
 from annbatch_dask.plan.schema import MatrixSchema, SourceSchema, shared_names
-from annbatch_dask.sources.chosen import choose_rows, chosen_schema, open_chosen
+from annbatch_dask.sources.chosen import choose_rows, chosen_schema
 from annbatch_dask.sources.identity import identity_of, unique_identity
 from annbatch_dask.sources.matrices import CsrRows
 from annbatch_dask.sources.open import Source, SourceRef, WholeSource, open_source
+from annbatch_dask.sources.transposed import visit_values
 
 __all__ = ["Scanned", "look", "merge_annotations", "scan", "with_ranges"]
 
@@ -74,7 +75,7 @@ def scan(  # a task's arguments are positional
             schema = _without_stats(schema)
             schema = choose_counts(replace(schema, is_dataset=ref.is_dataset), ref.counts)
             if read_values:
-                found = tuple(replace(m, values=_range_of_matrix(source, schema, m)) for m in schema.matrices)
+                found = tuple(replace(m, values=_range_of_matrix(whole, schema, m)) for m in schema.matrices)
                 schema = replace(schema, matrices=found)
             if sample_genes:
                 schema = replace(schema, abundance=_abundance(source, schema))
@@ -163,14 +164,18 @@ def _annotations(source: Source, counts: str) -> ad.AnnData:
     return ad.AnnData(obs=found.obs, var=found.raw.var, uns=found.uns)
 
 
-def _range_of_matrix(source: Source, schema: SourceSchema, matrix: MatrixSchema) -> ValueRange:
+def _range_of_matrix(whole: WholeSource, schema: SourceSchema, matrix: MatrixSchema) -> ValueRange:
     """Range of all values of a matrix, read in blocks."""
     ranges: list[ValueRange] = []
 
     def visit(_: int, piece: NDArray) -> None:
         ranges.append(ValueRange(*range_of(np.ascontiguousarray(piece))))
 
+    if matrix.is_by_columns:
+        visit_values(whole.stored(matrix), None if schema.kept is None else schema.kept.mask(), visit)
+        return merge_ranges(ranges)
     only = replace(schema, matrices=(matrix,))
+    source = choose_rows(whole, schema.kept)
     for block in cut_blocks([only], block_nbytes=_READ_NBYTES, csc_nbytes=8 * _READ_NBYTES, obs_nbytes=1):
         rows = source.matrix(matrix, block.start, block.stop)
         if isinstance(rows, CsrRows):
@@ -216,9 +221,10 @@ def look(ref: SourceRef, schema: SourceSchema, names: frozenset[str]) -> dict[st
     """Range of the values of some matrices and columns of an input, by name; missing ones do not count."""
     found: dict[str, ValueRange] = {}
     try:
-        with open_chosen(ref, schema.kept) as source:
+        with open_source(ref) as whole:
             for matrix in (m for m in schema.matrices if m.name in names):
-                found[matrix.name] = _range_of_matrix(source, schema, matrix)
+                found[matrix.name] = _range_of_matrix(whole, schema, matrix)
+            source = choose_rows(whole, schema.kept)
             for column in (c for c in schema.columns if c.path in names):
                 rows = source.column(column, 0, schema.n_obs)
                 values = rows.values if rows.mask is None else rows.values[~rows.mask]

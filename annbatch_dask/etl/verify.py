@@ -355,7 +355,7 @@ def _fingerprint(
         schemas[-1] = qc.annotated(schemas[-1])
     extension = None if dataset is None else Extension("append", 1, 0)
     options = Options(seed=0, shuffle=False, elements=elements, allow_mixed_counts=True, naming=naming, qc=qc)
-    plan = build_plan(schemas, options, budget=_BUDGET, extension=extension)
+    plan = build_plan(schemas, options, budget=_BUDGET, extension=extension, transposes=False)
     total, nnz = 0, 0
     x = array_name("X", "indices")
     with open_source(ref) as whole:

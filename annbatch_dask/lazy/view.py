@@ -161,6 +161,7 @@ class View:
             ),
             budget=Budget(2**62),  # the engine that will compute is unknown
             var=None if annotations is None else annotations.var,
+            transposes=False,
         )
         if plan.left_out:
             logger.info("not in the view, as not all files have it: %s", ", ".join(plan.left_out))

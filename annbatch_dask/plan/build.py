@@ -35,6 +35,7 @@ def build_plan(
     var: pd.DataFrame | None = None,
     annotated: frozenset[str] = frozenset(),
     extension: Extension | None = None,
+    transposes: bool = True,
 ) -> Plan:
     """Decide a build.
 
@@ -52,6 +53,8 @@ def build_plan(
         Gene-wise and other elements that the collection gets beside var, such as ``"varm/PCs"``.
     extension
         For a build on top of a collection, whose datasets are the first sources.
+    transposes
+        Whether inputs that are stored by columns may be put in the order of their rows before blocks are read.
 
     Returns
     -------
@@ -93,9 +96,9 @@ def build_plan(
     placement = place_rows(options, [s.n_obs for s in sources], extension)
     costs = Sizing.of(sources, matrices, (*columns, unite_tags(sources)), genes, options, budget, n_kept)
     check_chunk(options.n_obs_per_chunk, costs.row_nbytes)
-    blocks = costs.cut()
+    blocks = costs.cut(transposes=transposes)
     layout = costs.lay_out(placement)
-    transposed = costs.transposed(blocks)
+    transposed = costs.transposed(blocks) if transposes else ()
     peak = costs.peaks(blocks, layout, transposed)
     budget.check(costs.name_largest(blocks), peak[0], costs.remedy(blocks))
     budget.check(

@@ -152,13 +152,14 @@ def cut_blocks(
     obs_nbytes: int,
     skip: int = 0,
     room: Room | None = None,
+    max_reads: int | None = None,
 ) -> tuple[Block, ...]:
     """Cut every source into row blocks of about ``block_nbytes``, at the steps at which its bytes are known.
 
     A block holds at least one step; an empty source has none. A source that names its ``cuts`` is cut there alone.
     A source with a CSC matrix is read whole for each of its blocks, so it is cut into blocks of ``csc_nbytes``, as few
-    as memory allows; in a build (``room``), where they would be more than ``MAX_READS``, it is put in the order of its
-    rows before (:mod:`annbatch_dask.plan.transposing`), and cut as any other. The first ``skip`` sources have none:
+    as memory allows; where they would be more than ``max_reads``, it is put in the order of its rows before
+    (:mod:`annbatch_dask.plan.transposing`), and cut as any other. The first ``skip`` sources have none:
     their rows stay where they are. With ``room``, what counts is what a task holds of the rows, and blocks are no
     larger than that allows. Where few rows are kept, a block spans
     at most a few times as many bytes as it may have, so that many tasks share in reading what lies between.
@@ -176,7 +177,7 @@ def cut_blocks(
             size = min(size, max(1, (room.nbytes - scatter_peak_nbytes(0, fixed)) // 2))
         passed = held if is_csc or source.kept is None else _passed(source, edges, float(held[-1]))
         cuts = _cuts(held, passed, size)
-        if room is not None and len(cuts) > MAX_READS and any(m.is_by_columns for m in source.matrices):
+        if max_reads is not None and len(cuts) > max_reads and any(m.is_by_columns for m in source.matrices):
             cuts = _cuts(held, passed, min(size, block_nbytes))
         for at, end in cuts:
             start, stop = int(edges[at]), int(edges[end])

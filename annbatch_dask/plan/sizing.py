@@ -24,7 +24,7 @@ from annbatch_dask.plan.costs import (
 )
 from annbatch_dask.plan.dtypes import index_dtype
 from annbatch_dask.plan.genes import GeneSpace
-from annbatch_dask.plan.layout import Block, Layout, Room, cut_blocks
+from annbatch_dask.plan.layout import MAX_READS, Block, Layout, Room, cut_blocks
 from annbatch_dask.plan.memory import IN_FLIGHT_NBYTES, MIB, SMALL_NBYTES, Budget, gather_peak_nbytes
 from annbatch_dask.plan.options import Options
 from annbatch_dask.plan.permutation import Permutation
@@ -95,8 +95,8 @@ class Sizing:
         obs = self._obs_nbytes
         return [part_weight(s, self.matrices, self.columns, obs_nbytes=obs) for s in self._moved]
 
-    def cut(self) -> tuple[Block, ...]:
-        """The blocks of the scatter tasks."""
+    def cut(self, *, transposes: bool = True) -> tuple[Block, ...]:
+        """The blocks of the scatter tasks; ``transposes``: see :func:`annbatch_dask.plan.build.build_plan`."""
         obs, room = self._obs_nbytes, self.budget.task_nbytes - self.shared_nbytes
         return cut_blocks(
             self.sources,
@@ -109,6 +109,7 @@ class Sizing:
                 [held_weight(s, self.matrices, self.columns, obs_nbytes=obs) for s in self.sources],
                 [fixed_nbytes(s) for s in self.sources],
             ),
+            max_reads=MAX_READS if transposes else None,
         )
 
     def transposed(self, blocks: Sequence[Block]) -> tuple[Transposed, ...]:

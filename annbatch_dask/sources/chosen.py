@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,23 +12,16 @@ from annbatch_dask.plan.kept import KeptRows
 from annbatch_dask.plan.schema import ColumnSchema, MatrixSchema, SourceSchema
 from annbatch_dask.sources.columns import ColumnRows
 from annbatch_dask.sources.matrices import CsrRows
-from annbatch_dask.sources.open import PickedSource, Source, SourceRef, WholeSource, open_source
+from annbatch_dask.sources.open import PickedSource, Source, WholeSource
 from annbatch_dask.sources.picked import windows
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["choose_rows", "chosen_schema", "open_chosen"]
+__all__ = ["choose_rows", "chosen_schema"]
 
 _WINDOW = 2**16
 """Rows of a column that are read at a time."""
-
-
-@contextlib.contextmanager
-def open_chosen(ref: SourceRef, kept: KeptRows | None) -> Iterator[Source]:
-    """Open an input as a plan knows it: of its rows, those that are kept."""
-    with open_source(ref) as source:
-        yield choose_rows(source, kept)
 
 
 def choose_rows(source: PickedSource, kept: KeptRows | None) -> Source:

@@ -17,12 +17,14 @@ from annbatch_dask.sources.columns import ColumnRows
 from annbatch_dask.sources.matrices import (
     CscSlab,
     CsrRows,
+    Visitor,
     check_row_indices,
     column_pointers,
     n_rows_of,
     places_of,
     read_flat,
     rows_of_slabs,
+    whole_chunks,
 )
 from annbatch_dask.sources.open import PickedSource
 from annbatch_dask.storage.folder import Folder
@@ -31,11 +33,13 @@ from annbatch_dask.storage.spill import SpillReader, write_spill
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["STRIP", "TransposedSource", "write_strip"]
+__all__ = ["STRIP", "TransposedSource", "visit_values", "write_strip"]
 
 STRIP = "strip"
 """Kind of the files of strips: a part is a band of rows, of one ragged row each."""
 _COLUMN, _ROW, _VALUE = "column", "row", "value"
+_ENTRIES = 2**20
+"""That are visited at a time, about."""
 _CHUNKS = 4
 """A strip ends where a chunk does, if it holds so many of them."""
 
@@ -102,6 +106,19 @@ def _narrowed(values: NDArray) -> NDArray:
     out = np.empty(len(values), np.uint16)
     fits, _ = narrow_counts(values, values.view(f"u{values.dtype.itemsize}"), out)
     return out if fits else values
+
+
+def visit_values(group: Any, kept: NDArray[np.bool_] | None, visit: Visitor) -> None:
+    """Visit the values of a stored matrix in pieces; ``kept``, (n_rows,): those of the rows of which it is true."""
+    data, indices = group["data"], group["indices"]
+    for a in range(0, len(data), step := whole_chunks(data, _ENTRIES)):
+        b = min(a + step, len(data))
+        values = read_flat(data, a, b)
+        if kept is not None:
+            rows = read_flat(indices, a, b)
+            check_row_indices(rows, len(kept))
+            values = values[kept[rows]]
+        visit(a, values)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,13 @@ from annbatch_dask import QC, DatasetCollection
 from annbatch_dask.engines.base import EngineChoice
 from annbatch_dask.engines.dask import LocalEngine
 from annbatch_dask.errors import SchemaError
+from annbatch_dask.etl import scan
 from annbatch_dask.etl import transpose as stage
 from annbatch_dask.events import Callback
 from annbatch_dask.plan import layout, transposing
 from annbatch_dask.plan.memory import MIB, RESERVED_NBYTES, Budget
 from annbatch_dask.sources import matrices, transposed
+from tests.clusters import cluster, kill
 from tests.tools import At, Counter, tree_digest
 
 N_OBS, N_VARS, PER_ROW = 2500, 400, 150
@@ -218,6 +220,39 @@ def test_a_build_that_was_stopped_goes_on(tmp_path, counts, small, read, monkeyp
     assert name == "transpose" or read["data"] == before
     build(tmp_path / "csr.zarr", counts["csr"], monkeypatch)
     assert datasets(path) == datasets(tmp_path / "csr.zarr")
+
+
+def test_what_builds_nothing_reads_it_no_more_than_before(tmp_path, counts, small, read, monkeypatch):
+    """Verification and views have no scratch folder; values are looked at as they lie."""
+    with h5py.File(counts["csc"]) as file:
+        n = file["X/data"].shape[0]
+    build(tmp_path / "o.zarr", counts["csc"], monkeypatch)
+    read.clear()
+    assert DatasetCollection(tmp_path / "o.zarr").verify(against=["a.h5ad"]).ok
+    assert read == {"data": n, "indices": n}
+    read.clear()
+    monkeypatch.setattr(scan, "_READ_NBYTES", 10_000)
+    plan = DatasetCollection(tmp_path / "p.zarr").plan_adatas(["a.h5ad"], read_values=True, **OPTIONS)
+    assert read == {"data": n}
+    assert "X        stored as uint8" in plan.summary()
+    read.clear()
+    chosen = DatasetCollection(tmp_path / "p.zarr").plan_adatas(["a.h5ad"], read_values=True, where="n > 70", **OPTIONS)
+    assert read == {"data": n, "indices": n}
+    assert chosen.values == plan.values
+
+
+@pytest.mark.chaos
+def test_a_worker_dies_of_a_cluster(tmp_path, counts, monkeypatch):
+    monkeypatch.setitem(dask.config.config, "annbatch_dask", {"block_size": 300_000})
+    monkeypatch.setattr(transposing, "_LEAST", 2**10)
+    seen = Counter()
+    with cluster(tmp_path / "cluster") as (client, (_, *workers)):
+        harm = At("transpose", 3, lambda: kill(workers[0]))
+        options = {"client": client, "memory_limit": RESERVED_NBYTES + 50 * MIB, "callbacks": [seen, harm]}
+        build(tmp_path / "csc.zarr", counts["csc"], monkeypatch, **options)
+    assert seen.tasks["transpose"] > 4
+    build(tmp_path / "csr.zarr", counts["csr"], monkeypatch, memory_limit=RESERVED_NBYTES + 50 * MIB)
+    assert datasets(tmp_path / "csc.zarr") == datasets(tmp_path / "csr.zarr")
 
 
 def flip(path):
