@@ -363,16 +363,24 @@ def main() -> int:
 
 
 def print_far(setup: Setup) -> None:
-    """Print what a store with latency costs a loader, beside this disk."""
-    command = [sys.executable, str(HERE / "far.py"), "load", "slow", "--work", str(setup.work / "far")]
+    """Print what a store with latency costs a loader and a build, beside this disk."""
+    command = [sys.executable, str(HERE / "far.py"), "load", "slow", "build", "--work", str(setup.work / "far")]
     lines, _ = run(command)
-    print("\nan S3 server on loopback that answers late, 64 requests at a time")
+    print(
+        "\nan S3 server on loopback that answers late, 64 requests at a time; epochs by turns, the first does not count"
+    )
     print("| ms | epoch | cells/s | requests | most at once | processor |\n|---|---|---|---|---|---|")
     for line in (line for line in lines if line["what"] == "load"):
         ms, epoch, rate = line["ms"], line["epoch"], line["cells_per_s"]
         print(f"| {ms} | {epoch} | {rate:,} | {line['n_requests']} | {line['n_at_once']} | {line['cpu_s']} s |")
+    for line in (line for line in lines if line["what"] == "rate"):
+        print(f"{line['ms']} ms: {line['cells_per_s']:,} cells/s, {line['of_disk']:.0%} of the disk's {line['shares']}")
     for line in (line for line in lines if line["what"] == "slow"):
         print(f"{line['n_slow']} request of 5 s: epoch {line['s']} s, longest wait for a batch {line['longest_s']} s")
+    print("\n| files and collection there, ms | | s | requests | most at once |\n|---|---|---|---|---|")
+    for line in (line for line in lines if line["what"] in ("build", "verify")):
+        facts = [line[fact] for fact in ("ms", "what", "s", "n_requests", "n_at_once")]
+        print(f"| {' | '.join(map(str, facts))} |")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from annbatch_dask.events import Callback, Callbacks
 from annbatch_dask.manifest import DATASET_NAME, dataset_number
 from annbatch_dask.sources.identity import raise_if_changed
 from annbatch_dask.storage.claims import Work, claim_numbers
+from annbatch_dask.storage.conditions import check_takes_files
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.lock import check_unchanged, exclusive
 from annbatch_dask.storage.root import Root
@@ -56,7 +57,7 @@ class Means:
 
 def plan_and_run(root: Root, request: Request, means: Means) -> None:
     """Do what is asked for, unless it is done."""
-    with _locked(root) as found:
+    with _locked(root, means) as found:
         extension, options = resolve(root, request)
         if is_done(root, request.refs, request.identity(options), means.room):
             _nothing_to_do(root, means)
@@ -82,7 +83,7 @@ def run_prepared(root: Root, prepared: Prepared, means: Means) -> None:
         If a task does not fit these workers.
     """
     plan = prepared.plan
-    with _locked(root) as found:
+    with _locked(root, means) as found:
         if found.version != prepared.version:
             if _is_published(root, prepared):
                 _nothing_to_do(root, means)
@@ -99,8 +100,10 @@ def run_prepared(root: Root, prepared: Prepared, means: Means) -> None:
 
 
 @contextlib.contextmanager
-def _locked(root: Root) -> Iterator[FolderContents]:
+def _locked(root: Root, means: Means) -> Iterator[FolderContents]:
     """Hold the collection's lock, and see what is in its folder."""
+    if not means.scratch.is_local:
+        check_takes_files(means.scratch.fs, means.scratch.url)
     with exclusive(root.target):
         found = contents_of(root.target)
         found.check()

@@ -10,9 +10,11 @@ import logging
 from functools import lru_cache
 from typing import Any
 
+from annbatch_dask.errors import CollectionError
 from annbatch_dask.storage.filesystems import is_refused, knows_no_conditions, protocols
+from annbatch_dask.storage.secrets import shown
 
-__all__ = ["check_conditions", "put_if", "warn_plain"]
+__all__ = ["check_conditions", "check_takes_files", "put_if", "warn_plain"]
 
 logger = logging.getLogger(__name__)
 _MAX_PUT_NBYTES = 2**32
@@ -21,6 +23,25 @@ _NO_VERSION = f'"{"0" * 32}"'
 """An entity tag that no file has."""
 _plain: set[tuple[Any, str]] = set()
 """Buckets of S3 whose store refused or ignored a condition."""
+
+
+def check_takes_files(fs: Any, url: str) -> None:
+    """Refuse places that a build cannot work in.
+
+    Raises
+    ------
+    CollectionError
+        For Hugging Face's Hub, where each file would be a commit, and for web servers, which take nothing.
+    """
+    if "hf" in protocols(fs):
+        msg = (
+            f"{shown(url)} takes whole commits, and a build writes files one by one, none that another build wrote: "
+            "build on a disk or an object store, and publish the collection with huggingface_hub's upload_folder"
+        )
+        raise CollectionError(msg)
+    if not {"http", "https"}.isdisjoint(protocols(fs)):
+        msg = f"{shown(url)} is on a web server, which is read only: give a local path, or the URL of an object store"
+        raise CollectionError(msg)
 
 
 def put_if(fs: Any, path: str, payload: bytes, version: str | None) -> bool:

@@ -59,7 +59,7 @@ _N_REMOVALS = 10
 _N_REQUESTS = 16
 """Files whose sizes are asked for at the same time."""
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}
-_EXTRAS |= dict.fromkeys(("abfs", "abfss", "az", "adl"), "az")
+_EXTRAS |= dict.fromkeys(("abfs", "abfss", "az", "adl"), "az") | {"hf": "hf"}
 """Extra of ours that brings what fsspec needs for a protocol."""
 
 

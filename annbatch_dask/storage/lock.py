@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 
 from annbatch_dask.errors import CollectionBusyError, CollectionError
+from annbatch_dask.storage.conditions import check_takes_files
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.metadata import METADATA
 
@@ -46,9 +47,10 @@ def exclusive(folder: Folder) -> Iterator[None]:
     CollectionBusyError
         If another process, or another call in this one, holds it.
     CollectionError
-        If a file of that name is there that is no lock of ours: it stays as it is.
+        If a file of that name is there that is no lock of ours: it stays as it is. Or if no build can work there.
     """
     if not folder.is_local:
+        check_takes_files(folder.fs, folder.url)
         yield
         return
     path = folder.path.rstrip("/") + LOCK_SUFFIX

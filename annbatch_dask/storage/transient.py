@@ -38,7 +38,8 @@ _NUMBER = re.compile(r"(?:\berrno = |\bos error )(\d+)")
 _CLIENTS = (
     *("aiohttp.ClientConnectionError", "aiohttp.ClientPayloadError"),
     *("botocore.exceptions.ConnectionError", "botocore.exceptions.HTTPClientError"),
-    *("requests.exceptions.ConnectionError", "requests.exceptions.Timeout", "httpx.TransportError"),
+    *("requests.exceptions.ConnectionError", "requests.exceptions.Timeout"),
+    *("httpx.TransportError", "httpx2.TransportError"),
     *("azure.core.exceptions.ServiceRequestError", "azure.core.exceptions.ServiceResponseError"),
     "google.auth.exceptions.TransportError",
 )

@@ -83,6 +83,14 @@ def test_a_url_with_credentials_is_refused(url):
     assert "s3cr3t" not in str(caught.value)
 
 
+@pytest.mark.parametrize("what", ["collection", "scratch"])
+def test_nothing_is_built_on_a_web_server(web, h5ad_pair, tmp_path, what):
+    place, scratch = (f"{web}/o.zarr", None) if what == "collection" else (tmp_path / "o.zarr", f"{web}/scratch")
+    with pytest.raises(CollectionError, match="is on a web server, which is read only: give a local path"):
+        DatasetCollection(place).add_adatas(h5ad_pair, scratch=scratch)
+    assert not list(tmp_path.glob("o.zarr*"))
+
+
 class Pages(RangeHandler):
     """Files without a token; folders as pages of links, as web servers have them, where ``lists`` says so."""
 
