@@ -39,6 +39,8 @@ __all__ = ["each_slice"]
 
 _SLICE_NBYTES = 2**23
 """Of matrices in a slice, about; one row at least. Two are held, one is written while the other fills."""
+_GROUPED_NBYTES = 2**25
+"""The same where rows are added up by group: each group's sums, megabytes, are in the cache once a slice."""
 
 
 def each_slice(job: Job, task: GatherTask, spilled: Spilled) -> Iterator[tuple[FixedArrays, RaggedArrays]]:
@@ -69,6 +71,11 @@ def each_slice(job: Job, task: GatherTask, spilled: Spilled) -> Iterator[tuple[F
         yield from _slices(plan, task, _GatheredPart.read(plan, task, segments, part, n_rows, raw), buffer_sets)
 
 
+def _slice_nbytes(plan: Plan, part_nbytes: int) -> int:
+    """Bytes of a slice; the larger ones take no more of the planned memory than they may."""
+    return _SLICE_NBYTES if plan.stats_column is None else max(_SLICE_NBYTES, min(_GROUPED_NBYTES, part_nbytes // 4))
+
+
 def _slices(
     plan: Plan, task: GatherTask, part: _GatheredPart, buffer_sets: Iterator[dict[str, NDArray]]
 ) -> Iterator[tuple[FixedArrays, RaggedArrays]]:
@@ -85,7 +92,8 @@ def _slices(
     for name, dtype, length in arrays:
         if name in of_matrices:
             nbytes += part.lengths(length) * dtype.itemsize
-    for a, b in slabs(offsets_of(nbytes), _SLICE_NBYTES):
+    edges = offsets_of(nbytes)
+    for a, b in slabs(edges, _slice_nbytes(plan, int(edges[-1]))):
         buffers = next(buffer_sets)
         fixed: FixedArrays = {name: values[a:b] for name, values in part.fixed.items()} | {HASH: hashes[a:b]}
         ragged: RaggedArrays = {

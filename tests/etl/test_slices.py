@@ -39,7 +39,9 @@ def build(out, paths, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"groupby": "cell_type"}, {"duplicates": "drop"}, {"layout": "packed", "stats": True}], ids=str
+    "options",
+    [{}, {"groupby": "cell_type"}, {"duplicates": "drop"}, {"layout": "packed", "stats_by": "cell_type"}],
+    ids=str,
 )
 def test_slices_of_any_size_make_the_same_collection(tmp_path, paths, monkeypatch, options):
     if "duplicates" in options:
