@@ -38,6 +38,8 @@ _JOB_NBYTES = 16 * MIB
 """Of a job in a worker process, that the process itself is taken to hold."""
 _MAX_CHUNK_NBYTES = 2**31 - 1
 """What blosc takes at once."""
+_MAX_CSC_NBYTES = 2**30
+"""Of a matrix of columns that are held at once, whatever the memory: where a block's rows are read as they are."""
 _MAX_TASKS = 4096
 """Blocks grow, as far as memory allows, so that a stage stays below about so many tasks."""
 
@@ -102,7 +104,7 @@ class Sizing:
             self.sources,
             skip=self.n_kept,
             block_nbytes=self._piece,
-            csc_nbytes=max(self.budget.block_nbytes, (room - SMALL_NBYTES) // 2),
+            csc_nbytes=min(max(self.budget.block_nbytes, (room - SMALL_NBYTES) // 2), _MAX_CSC_NBYTES),
             obs_nbytes=obs,
             room=Room(
                 room,

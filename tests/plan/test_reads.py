@@ -134,3 +134,11 @@ def test_inputs_by_columns_that_are_larger_than_a_task_are_named(n_obs, words):
         assert t.rows == (*bounds, n_obs)
         assert [t.bands(a, a + 1) for a in bounds] == [range(k, k + 1) for k in range(len(bounds))]
         assert t.bands(0, n_obs) == range(len(bounds))
+
+
+def test_a_plan_that_puts_nothing_in_order_holds_a_gibibyte_of_columns_at_most():
+    large = [source(0, shared_names(["a", "b"]), kind="csc", n_obs=20 * 10**6)]
+    plan = build_plan(large, Options(seed=0, dataset_rows=10**6), budget=Budget(2**40), transposes=False)
+    assert not plan.transposed
+    assert 1 < len(plan.blocks)
+    assert max(b.n_bytes for b in plan.blocks) <= 2**30
