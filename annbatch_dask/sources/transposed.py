@@ -67,7 +67,7 @@ def write_strip(folder: Folder, index: int, strip: Strip, transposed: Transposed
     put_in_bands(np.clip(indptr[first : last + 1], a, b) - a, (rows, values), bands, offsets[:-1].copy(), out)
     del rows, values
     out[0][:] += np.uint32(first)
-    differences = {_COLUMN: True, _ROW: True, _VALUE: False}
+    differences = {_COLUMN: False, _ROW: True, _VALUE: False}  # a column comes again for each of its rows
     return write_spill(
         folder,
         index,
