@@ -225,8 +225,8 @@ def python(args: argparse.Namespace) -> None:
     loader.use_collection(DatasetCollection(args.store, mode="r"))
     n_windows = sum(batch["X"].shape[0] for batch in loader) / (512 * 32)
     native.fill = numba.njit(nogil=True)(lambda _1, _2, _3, _4, _5, _6, _7, _8, _9, _10: 0)
-    copy: Any = numba.njit(nogil=True)(lambda _1, _2, _3, _4, _5: None)
-    assemble._copy = assemble.copy_past = copy
+    copy: Any = numba.njit(nogil=True)(lambda _1, _2, _3, _4, _5, _6, _7: None)
+    assemble._copy_entries = assemble._copy_entries_past = copy
     for epoch in range(N_PYTHON_EPOCHS + 1):
         start, cpu_start = time.perf_counter(), time.process_time()
         for _ in loader:

@@ -13,14 +13,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 from numba.core.compiler_lock import global_compiler_lock
 from numpy.typing import NDArray
 
 from annbatch_dask.kernels.compiled import compiled
 from annbatch_dask.kernels.densify import Rows, scatter, scatter_past, scatter_selected
-from annbatch_dask.kernels.prefetch import copy_past
+from annbatch_dask.kernels.prefetch import copy_past, end_stream, put_past
 from annbatch_dask.kernels.rows import order_row
+from annbatch_dask.kernels.shared import add_to, pointer_to
 
 __all__ = [
     "Copier",
@@ -28,9 +30,10 @@ __all__ = [
     "SparseRows",
     "copy_rows",
     "count_selected",
+    "entry_copier",
     "half_bits",
+    "has_kernels",
     "normalize_rows",
-    "row_copier",
     "scatter_rows",
     "select_rows",
     "sum_dtype",
@@ -42,8 +45,8 @@ Array = NDArray[Any]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Places = NDArray[np.int32]
-Copier = Callable[[Ints, Ints, Ints], None]
-"""Copies stretches: where each begins, its length, where it goes."""
+Copier = Callable[[int, Ints, int], None]
+"""Copies some of so many parts of a batch: each the next one, by the number at a place of an array."""
 
 if hasattr(os, "register_at_fork"):
     # A worker that is forked while a thread compiles would inherit the compiler's lock in a locked state.
@@ -86,16 +89,29 @@ def copy_rows(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_star
     starts, lengths, dest_starts
         (n,) int64: stretch ``i`` goes from ``source[starts[i]:]`` to ``dest[dest_starts[i]:]``.
     """
-    row_copier(source, dest)(starts, lengths, dest_starts)
-
-
-def row_copier(source: Array, dest: Array) -> Copier:
-    """:func:`copy_rows` from one array to another; what is the same for all stretches is found out once."""
     source, dest = _as_unsigned(source, dest)
-    if not (_has_kernels(source.dtype) and _has_kernels(dest.dtype)):
-        return partial(_copy_plain, source, dest)
+    if not (has_kernels(source.dtype) and has_kernels(dest.dtype)):
+        _copy_plain(source, dest, starts, lengths, dest_starts)
+        return
     kernel = copy_past if _goes_past_cache(source, dest) else _copy
-    return lambda starts, lengths, dest_starts: kernel(source, starts, lengths, dest, dest_starts)
+    kernel(source, starts, lengths, dest, dest_starts)
+
+
+def entry_copier(sources: Ints, like: Array, pointers: Ints, dest: Array) -> Copier:
+    """What any number of threads call at a time to copy the entries of the rows of a batch, casting.
+
+    Parameters
+    ----------
+    sources
+        (n,) addresses of the entries of each row, which have the dtype of ``like``; :func:`has_kernels` of both dtypes.
+    pointers
+        (n + 1,) the entries of row ``i`` go to ``dest[pointers[i]:pointers[i + 1]]``.
+    dest
+        1-D, C-contiguous.
+    """
+    like, dest = _as_unsigned(like, dest)
+    kernel = _copy_entries_past if _goes_past_cache(like, dest) else _copy_entries
+    return partial(kernel, sources, like, pointers, dest)
 
 
 def _copy_plain(source: Array, dest: Array, starts: Ints, lengths: Ints, dest_starts: Ints) -> None:
@@ -130,7 +146,7 @@ def normalize_rows(
     totals
         (n,) the sum of each row, where stretches lack some of its values.
     """
-    if not _has_kernels(source.dtype):
+    if not has_kernels(source.dtype):
         copy_rows(source, starts, lengths, dest, dest_starts)
         source, starts = dest, dest_starts
     if totals is None:
@@ -144,7 +160,7 @@ def sum_dtype(dtype: np.dtype[Any]) -> Any:
 
     Whole numbers that cannot overflow it are added in any order, many at a time.
     """
-    if not _has_kernels(dtype) or dtype.kind == "c":
+    if not has_kernels(dtype) or dtype.kind == "c":
         return None
     return np.int64 if dtype.kind in "iu" and dtype.itemsize <= _MAX_SUMMED_NBYTES else np.float64
 
@@ -184,7 +200,7 @@ def scatter_rows(
     n_outside, n_repeated
         Entries left out because their column does not exist, 0 on sound data; entries added to another.
     """
-    if not (_has_kernels(sparse.values.dtype) and _has_kernels(dest.dtype)):
+    if not (has_kernels(sparse.values.dtype) and has_kernels(dest.dtype)):
         return _scatter_plain(sparse, starts, lengths, dest, dest_rows, places)
     rows = sparse.at(starts, lengths)
     if places is not None:
@@ -239,7 +255,7 @@ def select_rows(
 def take_columns(source: Array, starts: Ints, columns: Ints, dest: Array, dest_rows: Ints) -> None:
     """Copy chosen values of dense rows, casting: ``dest[dest_rows[i]] = source[starts[i] + columns]``."""
     source, dest = _as_unsigned(source, dest)
-    if _has_kernels(source.dtype) and _has_kernels(dest.dtype):
+    if has_kernels(source.dtype) and has_kernels(dest.dtype):
         _take(source, starts, columns, dest, dest_rows)
         return
     for start, row in zip(starts.tolist(), dest_rows.tolist(), strict=True):
@@ -254,7 +270,7 @@ def _as_unsigned(source: Array, dest: Array) -> tuple[Array, Array]:
     return source.view(unsigned), dest.view(unsigned)
 
 
-def _has_kernels(dtype: np.dtype[Any]) -> bool:
+def has_kernels(dtype: np.dtype[Any]) -> bool:
     """True if numba computes with it on a CPU."""
     return dtype.isnative and (dtype.kind in "biu" or dtype in (np.float32, np.float64, np.complex64, np.complex128))
 
@@ -281,6 +297,36 @@ def _copy(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_starts: 
         to = dest[dest_starts[i] : dest_starts[i] + n]
         for j in range(n):
             to[j] = row[j]
+
+
+@compiled
+def _copy_entries(  # noqa: PLR0913, PLR0917 - a kernel
+    sources: Ints, like: Array, pointers: Ints, dest: Array, n_parts: int, taken: Ints, which: int
+) -> None:
+    n = sources.shape[0]
+    part = add_to(taken, which, 1)
+    while part < n_parts:
+        for i in range(np.uint64(n * part // n_parts), np.uint64(n * (part + 1) // n_parts)):
+            to = dest[pointers[i] : pointers[i + np.uint64(1)]]
+            row = numba.carray(pointer_to(sources[i], like), (to.shape[0],))
+            for j in range(to.shape[0]):
+                to[j] = row[j]
+        part = add_to(taken, which, 1)
+
+
+@compiled
+def _copy_entries_past(  # noqa: PLR0913, PLR0917 - a kernel
+    sources: Ints, like: Array, pointers: Ints, dest: Array, n_parts: int, taken: Ints, which: int
+) -> None:
+    n = sources.shape[0]
+    part = add_to(taken, which, 1)
+    while part < n_parts:
+        for i in range(np.uint64(n * part // n_parts), np.uint64(n * (part + 1) // n_parts)):
+            first, stop = np.uint64(pointers[i]), np.uint64(pointers[i + np.uint64(1)])
+            row = numba.carray(pointer_to(sources[i], like), (stop - first,))
+            put_past(row, np.uint64(0), stop - first, dest, first)
+        part = add_to(taken, which, 1)
+    end_stream()
 
 
 @compiled

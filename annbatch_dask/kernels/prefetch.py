@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 
 from annbatch_dask.kernels.compiled import compiled
 
-__all__ = ["copy_past", "end_stream", "prefetch_row", "put_row", "shift_to"]
+__all__ = ["copy_past", "end_stream", "put_past", "prefetch_row", "put_row", "shift_to"]
 
 _LINE_NBYTES = 64
 
@@ -105,23 +105,31 @@ end_stream: Any = intrinsic(_end_stream)
 
 
 @compiled
-def copy_past(source: Any, starts: Any, lengths: Any, dest: Any, dest_starts: Any) -> None:
-    """Copy stretches as ``copy_rows`` of the assembly does, but cache lines as a whole, and past the cache."""
+def put_past(source: Any, start: Any, n: Any, dest: Any, to: Any) -> None:
+    """Copy ``dest[to:to + n] = source[start:start + n]``, cache lines as a whole, and past the cache.
+
+    Before another thread reads, :func:`end_stream`.
+    """
     step, one = np.uint64(STREAM_VALUES), np.uint64(1)
     before = np.uint64(dest.ctypes.data) // np.uint64(4)
+    first = min((step - (before + to) % step) % step, n)
+    j = np.uint64(0)
+    while j < first:
+        dest[to + j] = source[start + j]
+        j += one
+    while j + step <= n:
+        stream(source, start + j, dest, to + j)
+        j += step
+    while j < n:
+        dest[to + j] = source[start + j]
+        j += one
+
+
+@compiled
+def copy_past(source: Any, starts: Any, lengths: Any, dest: Any, dest_starts: Any) -> None:
+    """Copy stretches as ``copy_rows`` of the assembly does, but cache lines as a whole, and past the cache."""
     for i in range(starts.shape[0]):
-        start, n, to = np.uint64(starts[i]), np.uint64(lengths[i]), np.uint64(dest_starts[i])
-        first = min((step - (before + to) % step) % step, n)
-        j = np.uint64(0)
-        while j < first:
-            dest[to + j] = source[start + j]
-            j += one
-        while j + step <= n:
-            stream(source, start + j, dest, to + j)
-            j += step
-        while j < n:
-            dest[to + j] = source[start + j]
-            j += one
+        put_past(source, np.uint64(starts[i]), np.uint64(lengths[i]), dest, np.uint64(dest_starts[i]))
     end_stream()
 
 

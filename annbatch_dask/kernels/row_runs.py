@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numba
 import numpy as np
 
 from annbatch_dask.kernels.compiled import compiled
 from annbatch_dask.kernels.rows import order_row
+from annbatch_dask.kernels.shared import pointer_to
 
 __all__ = [
     "deal_batches",
+    "deal_entries",
     "deal_rows",
     "find_runs",
     "lay_out",
@@ -292,3 +295,45 @@ def place_rows(slots: Any, cuts: Any, lengths: Any) -> Any:
         for i in range(_U(start), _U(stop)):
             dest[i] = own[_U(slots[i])]
     return pointers, dest
+
+
+@compiled
+def deal_entries(dealt: Any, ends: Any, number: Any, position: Any, parts: Any) -> Any:
+    """Where in memory the entries of each row of all batches begin, and where they go.
+
+    Parameters
+    ----------
+    dealt, ends, number, position
+        See :func:`deal_batches`.
+    parts
+        (n_parts, 6) addresses of the starts and of the lengths of each part's rows, then, of its values and of its
+        columns, the address and the bytes of one.
+
+    Returns
+    -------
+    values, columns
+        (n,) addresses.
+    pointers
+        (n + n_batches,) for each batch 0, and where each of its rows ends.
+    """
+    found = np.empty((len(number), 3), np.int64)  # of each row of the window, in its order: one cache line, not four
+    for j in range(_U(len(number))):
+        its = _U(number[j])
+        starts = numba.carray(pointer_to(parts[its, 0], number), (1,))
+        lengths = numba.carray(pointer_to(parts[its, 1], number), (1,))
+        start = starts[_U(position[j])]
+        found[j, 0] = parts[its, 2] + start * parts[its, 3]
+        found[j, 1] = parts[its, 4] + start * parts[its, 5]
+        found[j, 2] = lengths[_U(position[j])]
+    values, columns = np.empty(len(dealt), np.int64), np.empty(len(dealt), np.int64)
+    pointers, start = np.empty(len(dealt) + len(ends), np.int64), 0
+    for batch in range(len(ends)):
+        at = pointers[start + batch :]
+        n_entries = at[0] = 0
+        for i in range(_U(ends[batch] - start)):
+            row = _U(dealt[_U(start) + i])
+            values[_U(start) + i], columns[_U(start) + i] = found[row, 0], found[row, 1]
+            n_entries += found[row, 2]
+            at[i + _U(1)] = n_entries
+        start = ends[batch]
+    return values, columns, pointers

@@ -20,14 +20,15 @@ from annbatch_dask.kernels.assemble import (
     SparseRows,
     copy_rows,
     count_selected,
+    entry_copier,
     half_bits,
+    has_kernels,
     normalize_rows,
-    row_copier,
     scatter_rows,
     select_rows,
     take_columns,
 )
-from annbatch_dask.loader.blocks import BatchRows, DenseBlock, Loaded, PickedBlock, SparseBlock
+from annbatch_dask.loader.blocks import BatchRows, DenseBlock, Entries, Loaded, PickedBlock, SparseBlock
 from annbatch_dask.loader.pool import BufferPool
 
 __all__ = [
@@ -171,9 +172,12 @@ class BatchBuilder:
         """Memory the batch will take at most."""
         itemsize = self.form.dtype_of(loaded).itemsize
         if self.is_sparse and not self.form.dense:
-            run = loaded.sparse_rows.run(rows)
-            is_all = self.form.selection is None
-            n_entries = run.pointers[-1] if is_all else np.minimum(run.lengths, self.width[0]).sum()
+            entries = self._entries(loaded, rows)
+            if entries is not None:
+                n_entries = entries.pointers[-1]
+            else:
+                run, is_all = loaded.sparse_rows.run(rows), self.form.selection is None
+                n_entries = run.pointers[-1] if is_all else np.minimum(run.lengths, self.width[0]).sum()
             return int(n_entries) * (itemsize + 4) + 4 * len(rows)
         return len(rows) * math.prod(self.width) * itemsize
 
@@ -187,14 +191,31 @@ class BatchBuilder:
         return out
 
     def _build_csr(self, loaded: Loaded, rows: BatchRows, dtype: np.dtype[Any], run: RunTasks) -> CsrParts:
-        pointers, dest = self._place(loaded, rows, run)
-        nnz = int(pointers[-1])
+        entries = self._entries(loaded, rows)
+        if entries is not None:
+            pointers = entries.pointers
+            values, columns = self._room_for(int(pointers[-1]), dtype)
+            n_tasks = count_parts(-(-self.n_parts // 4), values.nbytes + columns.nbytes)
+            run(_copy_tasks(loaded, entries, (values, columns), n_tasks))
+        else:
+            pointers, dest = self._place(loaded, rows, run)
+            values, columns = self._room_for(int(pointers[-1]), dtype)
+            n_parts = count_parts(-(-self.n_parts // 2), values.nbytes + columns.nbytes)  # all alike
+            parts = _sparse_parts(loaded, rows, n_parts)
+            run([partial(_gather, self.form, part, (values, columns), dest[piece]) for part, piece in parts])
+        return CsrParts(values, columns, pointers.astype(columns.dtype), (len(rows), self.width[0]))
+
+    def _room_for(self, nnz: int, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+        """Values and columns of so many entries."""
         index_dtype = np.int32 if max(nnz, *self.width) <= _MAX_INT32 else np.int64
-        values = self.pool.empty(nnz, dtype)
-        columns = self.pool.empty(nnz, index_dtype)
-        n_parts = count_parts(-(-self.n_parts // 2), nnz * (values.itemsize + columns.itemsize))  # all alike
-        run(list(self._gather_tasks(loaded, rows, (values, columns), dest, n_parts)))
-        return CsrParts(values, columns, pointers.astype(index_dtype), (len(rows), self.width[0]))
+        return self.pool.empty(nnz, dtype), self.pool.empty(nnz, index_dtype)
+
+    def _entries(self, loaded: Loaded, rows: BatchRows) -> Entries | None:
+        """The entries of a batch, where they are copied as they are or cast, from all blocks alike."""
+        is_plain = self.form.selection is None and not self.form.is_computed
+        if not is_plain or not has_kernels(self.form.dtype_of(loaded)):
+            return None
+        return None if loaded.entries is None else loaded.entries.of_batch(rows)
 
     def _place(self, loaded: Loaded, rows: BatchRows, run: RunTasks) -> tuple[Ints, Ints]:
         """0 and where each row of the batch ends, and where each of ``rows`` begins in it."""
@@ -207,22 +228,6 @@ class BatchBuilder:
         ends[1 + rows.slots] = counts
         np.cumsum(ends, out=ends)
         return ends, ends[rows.slots]
-
-    def _gather_tasks(
-        self, loaded: Loaded, rows: BatchRows, out: tuple[Array, Array], dest: Ints, n_parts: int
-    ) -> Iterator[Task]:
-        """What fills a CSR batch. Rows that are copied as they are need little beside."""
-        if self.form.selection is not None or self.form.is_computed:
-            for part, piece in _sparse_parts(loaded, rows, n_parts):
-                yield partial(_gather, self.form, part, out, dest[piece])
-            return
-        starts, lengths, *_ = loaded.sparse_rows.run(rows)
-        copiers: dict[int, tuple[Copier, Copier]] = {}
-        for k, piece in rows.pieces(n_parts):
-            if k not in copiers:
-                block = _sparse(loaded, k)
-                copiers[k] = row_copier(block.values, out[0]), row_copier(block.columns, out[1])
-            yield partial(_copy, copiers[k], starts[piece], lengths[piece], dest[piece])
 
     def _dense_tasks(self, loaded: Loaded, rows: BatchRows, out: Array) -> Iterator[Task]:
         n_parts = count_parts(self.n_parts, out.nbytes)
@@ -274,9 +279,17 @@ def _sparse(loaded: Loaded, number: int) -> SparseBlock:
 # ------------------------------------------------------------------------------- tasks over sparse blocks
 
 
-def _copy(copiers: tuple[Copier, Copier], starts: Ints, lengths: Ints, dest: Ints) -> None:
-    for copy in copiers:
-        copy(starts, lengths, dest)
+def _copy_tasks(loaded: Loaded, entries: Entries, out: tuple[Array, Array], n_tasks: int) -> list[Task]:
+    """So many equal tasks that fill a CSR batch: each takes parts of it until none is left."""
+    n_parts, taken, block = 4 * n_tasks, np.zeros(2, np.int64), _sparse(loaded, 0)
+    sources = zip((entries.values, entries.columns), (block.values, block.columns), out, strict=True)
+    copiers = [entry_copier(addresses, like, entries.pointers, dest) for addresses, like, dest in sources]
+    return [partial(_copy, copiers, n_parts, taken)] * n_tasks
+
+
+def _copy(copiers: list[Copier], n_parts: int, taken: Ints) -> None:
+    for number, copy in enumerate(copiers):
+        copy(n_parts, taken, number)
 
 
 def _count(selection: Selection, part: _Part, out: Ints) -> None:

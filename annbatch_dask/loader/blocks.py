@@ -10,10 +10,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from annbatch_dask.kernels.row_runs import deal_batches, pick_rows, place_rows
+from annbatch_dask.kernels.assemble import has_kernels
+from annbatch_dask.kernels.row_runs import deal_batches, deal_entries, pick_rows, place_rows
 from annbatch_dask.storage.threads import unlocked_property
 
-__all__ = ["BatchRows", "Block", "DealtRows", "DenseBlock", "Loaded", "PickedBlock", "SparseBlock", "SparseRun"]
+__all__ = [
+    "BatchRows",
+    "Block",
+    "DealtRows",
+    "DenseBlock",
+    "Entries",
+    "Loaded",
+    "PickedBlock",
+    "SparseBlock",
+    "SparseRun",
+]
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -78,28 +89,39 @@ Block = SparseBlock | DenseBlock
 
 @dataclass(frozen=True)
 class BatchRows:
-    """The rows of one batch, by the block that holds them.
+    """The rows of one batch.
 
     Attributes
     ----------
-    slots
-        Where each is in the batch.
-    rows
-        Where each is among the rows of all blocks, one behind the other.
-    cuts
-        Those in block ``k`` are ``cuts[k]:cuts[k + 1]`` of both.
-    number, start
-        Which batch of its window this is, and where its rows begin among those of all batches.
+    dealt
+        The rows of all batches of its window.
+    number, start, stop
+        Which batch this is, and the run of its rows among those of all batches.
     """
 
-    slots: Ints
-    rows: Ints
-    cuts: Sequence[int]
+    dealt: DealtRows
     number: int
     start: int
+    stop: int
 
     def __len__(self) -> int:
-        return len(self.slots)
+        return self.stop - self.start
+
+    @property
+    def slots(self) -> Ints:
+        """Where each row is in the batch, by the block that holds it."""
+        return self.dealt.slots[self.start : self.stop]
+
+    @property
+    def rows(self) -> Ints:
+        """Where each row is among the rows of all blocks, one behind the other; in the order of ``slots``."""
+        return self.dealt.rows[self.start : self.stop]
+
+    @property
+    def cuts(self) -> list[int]:
+        """The rows in block ``k`` are ``cuts[k]:cuts[k + 1]`` of both."""
+        cuts: list[int] = (self.dealt.cuts[self.number] - self.start).tolist()
+        return cuts
 
     def pieces(self, n_parts: int) -> Iterator[tuple[int, slice]]:
         """Runs of rows that are in one block, and its number: about ``n_parts`` of about equal length."""
@@ -111,23 +133,24 @@ class BatchRows:
 
 @dataclass(frozen=True)
 class DealtRows(Sequence[BatchRows]):
-    """The rows of all batches of a window, by batch and then by the block that holds them.
+    """The rows of all batches of a window.
 
     Attributes
     ----------
-    slots
-        Where each is in its batch.
-    rows
-        Where each is among the rows of all blocks, one behind the other.
-    cuts
-        (n_batches, n_blocks + 1) those of a batch that are in block ``k`` are ``cuts[batch, k]:cuts[batch, k + 1]``.
+    dealt
+        Which rows of the window all batches have, one behind the other.
+    ends
+        Where those of each batch end.
+    block, position
+        The block of each row of the window, and which row of the block it is.
     firsts
         Where the rows of each block begin among those of all.
     """
 
-    slots: Ints
-    rows: Ints
-    cuts: Ints
+    dealt: Ints
+    ends: Ints
+    block: Ints
+    position: Ints
     firsts: Ints
 
     @classmethod
@@ -139,18 +162,36 @@ class DealtRows(Sequence[BatchRows]):
         """
         ends = np.cumsum(sizes, dtype=np.int64)
         firsts = np.cumsum([0, *n_each[:-1]], dtype=np.int64)[: len(n_each)]
-        slots, rows, cuts = deal_batches(dealt, ends, *places, firsts)
-        return cls(slots, rows, cuts, firsts)
+        return cls(dealt, ends, *places, firsts)
+
+    @unlocked_property
+    def _by_block(self) -> tuple[Ints, Ints, Ints]:
+        slots, rows, cuts = deal_batches(self.dealt, self.ends, self.block, self.position, self.firsts)
+        return slots, rows, cuts
+
+    @property
+    def slots(self) -> Ints:
+        """Where each row is in its batch; by batch, and then by the block that holds it."""
+        return self._by_block[0]
+
+    @property
+    def rows(self) -> Ints:
+        """Where each row is among the rows of all blocks, one behind the other; in the order of ``slots``."""
+        return self._by_block[1]
+
+    @property
+    def cuts(self) -> Ints:
+        """(n_batches, n_blocks + 1) the rows of a batch in block ``k`` are ``cuts[batch, k]:cuts[batch, k + 1]``."""
+        return self._by_block[2]
 
     def __len__(self) -> int:
-        return len(self.cuts)
+        return len(self.ends)
 
     def __getitem__(self, number: Any) -> Any:
         """One batch."""
-        cuts = self.cuts[number].tolist()
-        start, stop = cuts[0], cuts[-1]
-        rows = self.slots[start:stop], self.rows[start:stop]
-        return BatchRows(*rows, [at - start for at in cuts], number, start)
+        number = range(len(self.ends))[number]
+        start = int(self.ends[number - 1]) if number else 0
+        return BatchRows(self, number, start, int(self.ends[number]))
 
 
 class SparseRun(NamedTuple):
@@ -191,10 +232,60 @@ class SparseBatches:
 
     def run(self, rows: BatchRows) -> SparseRun:
         """Those of one batch."""
-        start, stop = rows.start, rows.start + len(rows)
+        start, stop = rows.start, rows.stop
         pointers = self.pointers[start + rows.number : stop + rows.number + 1]
         starts, lengths = self.picked[:, start:stop]
         return SparseRun(starts, lengths, self.dest[start:stop], pointers)
+
+
+class Entries(NamedTuple):
+    """Entries of the rows of one batch, which have one dtype in all blocks.
+
+    Attributes
+    ----------
+    values, columns
+        (n,) addresses of those of each row.
+    pointers
+        0, and where each row of the batch ends.
+    """
+
+    values: Ints
+    columns: Ints
+    pointers: Ints
+
+
+@dataclass(frozen=True)
+class EntriesOfBatches:
+    """Entries of the rows of all batches, as :class:`Entries` has those of one; in memory as long as the blocks are."""
+
+    values: Ints
+    columns: Ints
+    pointers: Ints
+
+    @classmethod
+    def of(cls, dealt: DealtRows, blocks: Sequence[SparseBlock]) -> EntriesOfBatches:
+        """Find them."""
+        rows = [(np.ascontiguousarray(b.starts, np.int64), np.ascontiguousarray(b.lengths, np.int64)) for b in blocks]
+        parts = [
+            (_address(starts), _address(lengths), *_items(block.values), *_items(block.columns))
+            for block, (starts, lengths) in zip(blocks, rows, strict=True)
+        ]
+        return cls(*deal_entries(dealt.dealt, dealt.ends, dealt.block, dealt.position, np.array(parts, np.int64)))
+
+    def of_batch(self, rows: BatchRows) -> Entries:
+        """Those of one batch."""
+        own = slice(rows.start, rows.stop)
+        pointers = self.pointers[rows.start + rows.number : rows.stop + rows.number + 1]
+        return Entries(self.values[own], self.columns[own], pointers)
+
+
+def _address(array: Array) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+def _items(array: Array) -> tuple[int, int]:
+    return _address(array), array.itemsize
 
 
 @dataclass(frozen=True)
@@ -228,6 +319,16 @@ class Loaded:
         """Locations of the rows of all batches in sparse blocks. To be asked for once they were read."""
         assert self.dealt is not None  # noqa: S101
         return SparseBatches.of(self.dealt, [block for block in self.blocks if isinstance(block, SparseBlock)])
+
+    @unlocked_property
+    def entries(self) -> EntriesOfBatches | None:
+        """Entries of the rows of all batches; None unless they can be copied as if they were of one block."""
+        blocks = [block for block in self.blocks if isinstance(block, SparseBlock)]
+        kinds = {kind for block in blocks for kind in (block.values.dtype, block.columns.dtype)}
+        is_one = len({(block.values.dtype, block.columns.dtype) for block in blocks}) == 1
+        if self.dealt is None or not is_one or not all(map(has_kernels, kinds)):
+            return None
+        return EntriesOfBatches.of(self.dealt, blocks)
 
     @unlocked_property
     def totals(self) -> Floats | None:
