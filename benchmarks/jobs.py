@@ -224,7 +224,7 @@ def python(args: argparse.Namespace) -> None:
     loader: Loader[Any, Any] = Loader(**sizes, obs_columns=["cell_type"], layers=(), obsm=(), seed=0)
     loader.use_collection(DatasetCollection(args.store, mode="r"))
     n_windows = sum(batch["X"].shape[0] for batch in loader) / (512 * 32)
-    native.fill = numba.njit(nogil=True)(lambda _1, _2, _3, _4, _5, _6, _7, _8, _9, _10: 0)
+    native.fill_next = numba.njit(nogil=True)(lambda _1, _2, _3, _4, _5, _6, _7, _8, _9: 0)
     copy: Any = numba.njit(nogil=True)(lambda _1, _2, _3, _4, _5, _6, _7: None)
     assemble._copy_entries = assemble._copy_entries_past = copy
     for epoch in range(N_PYTHON_EPOCHS + 1):

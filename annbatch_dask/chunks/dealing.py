@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.chunks import native
-from annbatch_dask.chunks.files import Held, scratch
+from annbatch_dask.chunks.files import scratch
 from annbatch_dask.chunks.layout import Ints
-from annbatch_dask.chunks.placing import ColumnPlan, opened, place_read
+from annbatch_dask.chunks.placing import ColumnPlan, Opened, place_read
 
 __all__ = ["MIN_PART_NBYTES", "Divisible", "Fill", "Task", "deal"]
 
 Task = Callable[[], object]
 MIN_PART_NBYTES = 512 * 1024
 """Less is not worth a thread's waking up."""
+_PARTS_PER_THREAD = 3  # where parts are fixed: threads that are held up do fewer of them
 
 
 class Divisible(ABC):
@@ -45,65 +44,68 @@ class Fill:
 
     def __call__(self) -> None:
         """Make all of them."""
-        _Fills.of([self]).run(0, len(self.plan.reads))
+        for task in _Fills.of([self], 1).tasks:
+            task()
 
 
-def deal(tasks: Sequence[Task], n_parts: int) -> list[Task]:
-    """Split the work into at most ``n_parts`` calls of about equal size, and tasks that cannot be split."""
+def deal(tasks: Sequence[Task], n_threads: int) -> list[Task]:
+    """Split the work among threads: reads into calls that each take the next ones, until none is left."""
     fills = [task for task in tasks if isinstance(task, Fill)]
     others = [task for task in tasks if not isinstance(task, Fill)]
+    n_parts = _PARTS_PER_THREAD * n_threads
     dealt = [part for task in others for part in (task.cut(n_parts) if isinstance(task, Divisible) else [task])]
-    if not fills:
-        return dealt
-    whole = _Fills.of(fills)
-    return [*dealt, *(partial(whole.run, first, stop) for first, stop in whole.cut(n_parts))]
+    return [*dealt, *_Fills.of(fills, n_threads).tasks] if fills else dealt
 
 
 @dataclass(frozen=True)
 class _Fills:
-    """The arguments of :func:`native.fill` for several plans; ``held`` keeps the files open."""
+    """The arguments of :func:`native.fill_next` for several plans, whose files ``opened`` keeps open."""
 
     fills: Sequence[Fill]
-    held: Sequence[Held]
+    opened: Sequence[Opened]
     reads: Ints
     chunks: Ints
     pieces: Ints
     hows: Ints
     is_done: NDArray[np.bool_]
-    chunk_nbytes: int
+    state: Ints
+    room: tuple[int, int]
 
     @classmethod
-    def of(cls, fills: Sequence[Fill]) -> _Fills:
-        held: list[Held] = []
-        reads, hows, n_chunks, n_pieces = [], [], 0, 0
-        for number, fill in enumerate(fills):
-            plan = fill.plan
-            reads.append(opened(plan, number, held))
+    def of(cls, fills: Sequence[Fill], n_threads: int) -> _Fills:
+        plans = [fill.plan for fill in fills]
+        found = [Opened.of(plan, number) for number, plan in enumerate(plans)]
+        hows, n_chunks, n_pieces = [], 0, 0
+        for fill in fills:
             hows.append([*fill.how, n_chunks, n_pieces])
-            n_chunks, n_pieces = n_chunks + len(plan.chunks), n_pieces + len(plan.pieces)
-        chunks = np.concatenate([fill.plan.chunks for fill in fills])
-        pieces = np.concatenate([fill.plan.pieces for fill in fills])
-        largest = max(fill.plan.layout.chunk_nbytes for fill in fills)
-        is_done = np.zeros(n_chunks, np.bool_)
-        return cls(fills, held, np.concatenate(reads), chunks, pieces, np.array(hows), is_done, largest)
+            n_chunks, n_pieces = n_chunks + len(fill.plan.chunks), n_pieces + len(fill.plan.pieces)
+        n_bytes = sum(part.n_bytes for part in found)
+        n_calls = max(1, min(n_threads, n_bytes // MIN_PART_NBYTES))
+        return cls(
+            fills,
+            found,
+            np.concatenate([part.reads for part in found]),
+            np.concatenate([plan.chunks for plan in plans]),
+            np.concatenate([plan.pieces for plan in plans]),
+            np.array(hows),
+            np.zeros(n_chunks, np.bool_),
+            np.array([0, 0, 0, n_calls]),
+            (max(part.largest for part in found), max(plan.layout.chunk_nbytes for plan in plans)),
+        )
 
-    def cut(self, n_parts: int) -> Iterator[tuple[int, int]]:
-        """Runs of reads of about as many bytes."""
-        so_far = np.cumsum(self.reads[:, 4])
-        n_parts = max(1, min(n_parts, int(so_far[-1]) // MIN_PART_NBYTES))
-        bounds = np.searchsorted(so_far, so_far[-1] * np.arange(1, n_parts) / n_parts).tolist()
-        bounds = [0, *bounds, len(self.reads)]
-        return ((first, stop) for first, stop in itertools.pairwise(bounds) if first < stop)
+    @property
+    def tasks(self) -> list[Task]:
+        """Calls that make all the reads together, in any threads."""
+        return [self.work] * int(self.state[3])
 
-    def run(self, first: int, stop: int) -> None:
-        """Make some of the reads; what could not be placed is read again, to go well or to say what is wrong."""
-        raw = scratch("raw", int(self.reads[first:stop, 4].max()))
-        spare = scratch("chunk", self.chunk_nbytes)
-        given = (self.reads, self.chunks, self.pieces, self.hows, first, stop)
-        if not native.fill(*given, native.functions(), raw, spare, self.is_done):
+    def work(self) -> None:
+        """Make reads until none is left; what could not be placed is read again, to go well or to say what is wrong."""
+        raw, spare = scratch("raw", self.room[0]), scratch("chunk", self.room[1])
+        given = (self.reads, self.chunks, self.pieces, self.hows, native.functions(), raw, spare)
+        if not native.fill_next(*given, self.is_done, self.state):
             return
         firsts = np.cumsum([0, *(len(fill.plan.reads) for fill in self.fills)])
-        for number in range(first, stop):
+        for number in range(len(self.reads)):
             begin, end, which = self.reads[number, 5:].tolist()
             base = int(self.hows[which, 7])
             left = [k for k in range(begin, end) if not self.is_done[base + k]]

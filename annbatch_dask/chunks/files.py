@@ -29,7 +29,7 @@ from annbatch_dask.storage.versions import Listing, Version, changed, list_files
 if TYPE_CHECKING:
     import fsspec
 
-__all__ = ["ChunkFiles", "Held", "chunk_files", "scratch"]
+__all__ = ["ChunkFiles", "Held", "OpenFiles", "chunk_files", "scratch"]
 
 _MAX_OPEN = 4096
 
@@ -145,6 +145,33 @@ class Held:
         close(self.fd)
         if self._permit is not None:
             _free.append(self._permit)
+
+
+class OpenFiles:
+    """Local files that are open as long as this is referred to, by number.
+
+    Attributes
+    ----------
+    table
+        (n_files, 3) descriptor, and version: time and bytes; -1 of a file that is not open.
+    """
+
+    def __init__(self, n_files: int) -> None:
+        self.table = np.full((n_files, 3), -1, np.int64)
+        self._held: list[Held] = []
+
+    def having(self, files: ChunkFiles, keys: Mapping[int, str]) -> OpenFiles:
+        """These, and some more by their numbers; another object, for a single use, where they may not stay open."""
+        mine = self
+        for number, key in keys.items():
+            file, version = files.hold(key), files.version(key)
+            assert version is not None  # nothing is read of a file that was not there
+            if mine is self and not file.is_kept:
+                mine = OpenFiles(0)
+                mine.table, mine._held = self.table.copy(), [*self._held]
+            mine._held.append(file)
+            mine.table[number] = file.fd, *version
+        return mine
 
 
 @dataclass(frozen=True)

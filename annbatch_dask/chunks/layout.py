@@ -12,7 +12,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from annbatch_dask.chunks.files import ChunkFiles
+from annbatch_dask.chunks.files import ChunkFiles, OpenFiles
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.kernels.chunk_plan import find_shards, plan_chunks
 from annbatch_dask.manifest import ALL_WRITTEN
@@ -214,6 +214,8 @@ class ShardIndex:
         (n_shards, n_chunks) of each chunk in its file; size -1 where it was not written.
     keys
         Names of the files, by shard.
+    open_files
+        Those of local files that were read since :meth:`close`.
     """
 
     def __init__(self, layout: ChunkLayout) -> None:
@@ -224,6 +226,11 @@ class ShardIndex:
         self.keys: dict[int, str] = {}
         per_shard = layout.chunks_per_shard
         self._grid = per_shard[0], math.prod(layout.n_shards[1:]), math.prod(per_shard[1:])
+        self.close()
+
+    def close(self) -> None:
+        """Keep no file open. Who reads has a reference of its own."""
+        self.open_files = OpenFiles(0 if self.layout.files.is_remote else len(self.offsets))
 
     @property
     def is_complete(self) -> bool:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.kernels.compiled import compiled
 from annbatch_dask.kernels.packed import BLOCK_VALUES
+from annbatch_dask.kernels.shared import add_to
 
 __all__ = [
     "BLOSC",
@@ -38,6 +39,7 @@ __all__ = [
     "crc_matches",
     "decode",
     "fill",
+    "fill_next",
     "functions",
     "inflate_names",
     "read_file",
@@ -299,6 +301,24 @@ def fill(  # noqa: PLR0913, PLR0917 - a kernel
             is_done[k] = is_read and _place(raw, chunk[0] - read[3], chunk[1], how, own, c, spare)
             n_left += not is_done[k]
     return n_left
+
+
+@compiled
+def fill_next(  # noqa: PLR0913, PLR0917 - a kernel
+    reads: Any, chunks: Any, pieces: Any, hows: Any, c: Any, raw: Any, spare: Any, is_done: Any, state: Any
+) -> int:
+    """Make reads that no other call with the same ``state`` has begun, as :func:`fill` does.
+
+    ``state`` has the number of the next read, of the chunks that could not be placed, of the calls that have ended, and
+    of all calls. The last call to end returns how many chunks of all reads could not be placed, all others 0.
+    """
+    n_left, number = 0, add_to(state, 0, 1)
+    while number < len(reads):
+        n_left += fill(reads, chunks, pieces, hows, number, number + 1, c, raw, spare, is_done)
+        number = add_to(state, 0, 1)
+    add_to(state, 1, n_left)
+    is_last = add_to(state, 2, 1) + 1 == state[3]
+    return add_to(state, 1, 0) if is_last else 0
 
 
 @compiled

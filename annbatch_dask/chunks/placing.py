@@ -17,14 +17,14 @@ import numcodecs.zstd
 import numpy as np
 
 from annbatch_dask.chunks import native
-from annbatch_dask.chunks.files import Held, scratch
+from annbatch_dask.chunks.files import OpenFiles, scratch
 from annbatch_dask.chunks.layout import Array, ChunkLayout, GridColumn, Ints, ShardIndex, checked
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.kernels.chunk_plan import describe_reads, files_of
 from annbatch_dask.kernels.packed import unpacker
 from annbatch_dask.storage.packed import PACKED, unpack_chunk
 
-__all__ = ["ColumnPlan", "Way", "fill_missing", "opened", "place_read"]
+__all__ = ["ColumnPlan", "Opened", "Way", "fill_missing", "place_read"]
 
 _BLOSC_HEADER_NBYTES = 16
 
@@ -91,16 +91,36 @@ class Way(NamedTuple):
         return [*self.how, out.ctypes.data + self.start, stride]
 
 
-def opened(plan: ColumnPlan, number: int, held: list[Held]) -> Ints:
-    """The reads of a plan as :func:`native.fill` has them, of files that are open from now on."""
-    files, keys, found = plan.layout.files, plan.index.keys, []
-    for shard in files_of(plan.reads).tolist():
-        file, version = files.hold(keys[shard]), files.version(keys[shard])
-        assert version is not None  # nothing is read of a file that was not there
-        held.append(file)
-        found.append((file.fd, *version))
-    reads: Ints = describe_reads(plan.reads, np.array(found, np.int64).reshape(-1, 3), number)
-    return reads
+class Opened(NamedTuple):
+    """Reads of files that are open as long as this is referred to.
+
+    Attributes
+    ----------
+    reads
+        As :func:`annbatch_dask.chunks.native.fill` has them.
+    n_bytes, largest
+        Bytes of all, and of the largest.
+    files
+        Keeps the files open.
+    """
+
+    reads: Ints
+    n_bytes: int
+    largest: int
+    files: OpenFiles
+
+    @classmethod
+    def of(cls, plan: ColumnPlan, number: int) -> Opened:
+        """Open the files of a plan; ``number`` is to stand behind each of its reads."""
+        index = plan.index
+        files = index.open_files
+        reads, n_bytes, largest = describe_reads(plan.reads, files.table, number)
+        if n_bytes < 0:
+            shards = files_of(plan.reads).tolist()
+            missing = [shard for shard in shards if files.table[shard, 0] < 0]
+            files = files.having(index.layout.files, {shard: index.keys[shard] for shard in missing})
+            reads, n_bytes, largest = describe_reads(plan.reads, files.table, number)
+        return cls(reads, n_bytes, largest, files)
 
 
 def fill_missing(plan: ColumnPlan, missing: Ints) -> None:

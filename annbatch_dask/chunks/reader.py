@@ -25,7 +25,7 @@ What guarantees each read:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,9 +34,9 @@ import numpy as np
 
 from annbatch_dask.chunks.cache import RangeCache
 from annbatch_dask.chunks.dealing import Fill, Task
-from annbatch_dask.chunks.files import ChunkFiles, Held, chunk_files
+from annbatch_dask.chunks.files import ChunkFiles, OpenFiles, chunk_files
 from annbatch_dask.chunks.layout import Array, GridColumn, Ints, ShardIndex, find_layout
-from annbatch_dask.chunks.placing import ColumnPlan, Way, fill_missing, opened, place_read
+from annbatch_dask.chunks.placing import ColumnPlan, Opened, Way, fill_missing, place_read
 from annbatch_dask.kernels.chunk_plan import count_rows
 from annbatch_dask.storage.threads import unlocked_property
 from annbatch_dask.storage.versions import Listing
@@ -162,14 +162,15 @@ class RangeReader:
         reads, chunks, pieces, missing = self._index.plan(column, spans, 0)
         if len(missing) or (chunks[1:, 2] < chunks[:-1, 2]).any():
             return None
-        held: list[Held] = []
-        reads = opened(ColumnPlan(self._index, column, reads, chunks, pieces, nothing), 0, held)
-        return LocalChunks(reads, chunks[:, 2:4], pieces, way.how[:4], held)
+        found = Opened.of(ColumnPlan(self._index, column, reads, chunks, pieces, nothing), 0)
+        return LocalChunks(found.reads, chunks[:, 2:4], pieces, way.how[:4], found.files)
 
     def close(self) -> None:
         """Keep no file open until the next read. Takes no lock."""
         if self._files is not None:
             self._files.close()
+        if self._index is not None:
+            self._index.close()
 
     def index_tasks(self, spans: Ints) -> list[Task]:
         """Return tasks that read the shard indexes :meth:`tasks` would otherwise read one after the other."""
@@ -211,7 +212,7 @@ def _tasks_of(index: ShardIndex, column: GridColumn, way: Way | None, spans: Int
 
 @dataclass(frozen=True)
 class LocalChunks:
-    """Chunks of an array of one dimension in local files, which ``held`` keeps open.
+    """Chunks of an array of one dimension in local files, which ``files`` keeps open.
 
     Attributes
     ----------
@@ -229,4 +230,4 @@ class LocalChunks:
     runs: Ints
     pieces: Ints
     how: tuple[int, ...]
-    held: Sequence[Held]
+    files: OpenFiles

@@ -44,18 +44,20 @@ def files_of(reads: Any) -> Any:
 def describe_reads(reads: Any, files: Any, number: int) -> Any:
     """Reads as the native way has them: (3,) numbers of their file in the place of the shard, and a number behind.
 
-    ``files`` has a row for each of :func:`files_of`.
+    ``files`` has a row for each shard. Beside the reads, returns the bytes of all and of the largest; -1 bytes if a
+    file has a negative number, as one that is not open.
     """
-    found, k = np.empty((len(reads), 8), np.int64), 0
+    found, n_bytes, largest, are_open = np.empty((len(reads), 8), np.int64), 0, 0, True
     for i in range(len(reads)):
-        if i and reads[i, 0] != reads[i - 1, 0]:
-            k += 1
         for column in range(3):
-            found[i, column] = files[k, column]
+            found[i, column] = files[reads[i, 0], column]
         for column in range(4):
             found[i, 3 + column] = reads[i, 1 + column]
         found[i, 7] = number
-    return found
+        are_open = are_open and found[i, 0] >= 0
+        n_bytes += reads[i, 2]
+        largest = max(largest, reads[i, 2])
+    return found, n_bytes if are_open else -1, largest
 
 
 @compiled

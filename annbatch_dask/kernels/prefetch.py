@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 
 from annbatch_dask.kernels.compiled import compiled
 
-__all__ = ["copy_past", "end_stream", "put_past", "prefetch_row", "put_row", "shift_to"]
+__all__ = ["copy_past", "end_stream", "put_past", "prefetch_at", "prefetch_row", "put_row", "shift_to"]
 
 _LINE_NBYTES = 64
 
@@ -31,14 +31,14 @@ def _prefetch(_typing: Any, array: Any, index: Any) -> Any:
     return numba.void(array, index), generate
 
 
-_ask: Any = intrinsic(_prefetch)
+prefetch_at: Any = intrinsic(_prefetch)
 
 
 @compiled
 def prefetch_row(row: Any) -> None:
     """Ask for all cache lines of a contiguous row, to be written; a hint that changes no value."""
     for at in range(0, row.shape[0], _LINE_NBYTES // row.itemsize):
-        _ask(row, at)
+        prefetch_at(row, at)
 
 
 STREAM_VALUES = 16

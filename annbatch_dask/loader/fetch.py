@@ -48,7 +48,6 @@ __all__ = ["Pipeline", "PipelineOptions"]
 T = TypeVar("T")
 
 _WINDOW_SHARE = 0.75
-_PARTS_PER_THREAD = 3  # of a window's reading: threads that are held up do less of it
 _N_AHEAD_ON_DEVICE = 2
 _N_WINDOWS = 2  # under way at a time, where threads would stand still at the end of one
 _N_REMOTE_WINDOWS = 6  # one request that takes seconds holds up its own alone
@@ -284,7 +283,7 @@ class Pipeline:
             opened = [self._open(matrix, matrix.sources[a.dataset], part, slab) for a, part in pairs]
             blocks.append([block for block, _ in opened])
             tasks.extend(task for _, its_tasks in opened for task in its_tasks)
-        reading = self._fetchers.start(deal(tasks, _PARTS_PER_THREAD * self._n_threads))
+        reading = self._fetchers.start(deal(tasks, self._n_threads))
         obs, labels = self._contents.obs, self._contents.labels
         # One frame for all batches, which are stretches of it: to take each of them costs as much as to take all.
         dealt = np.concatenate(splits) if splits else np.zeros(0, np.int64)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from annbatch_dask.chunks import native
 from annbatch_dask.chunks.files import scratch
 from annbatch_dask.errors import SelectionError
+from annbatch_dask.kernels.references import take_references
 from annbatch_dask.loader.requests import Assignment
 from annbatch_dask.storage.frames import unite_categories
 
@@ -222,7 +223,7 @@ class ObsTable:
         if not assignments:
             return self.frames()[0].iloc[:0]
         if self.index is not None:
-            return self._frame(chosen := rows[wanted], self.index.take(chosen))
+            return self._frame(rows[wanted], _dealt_out(self.index, rows, wanted))
         return self._frame(rows[wanted], self._index(assignments, len(rows), wanted))
 
     def _frame(self, rows: Ints | slice, index: pd.Index) -> pd.DataFrame:
@@ -238,7 +239,7 @@ class ObsTable:
     def _index(self, assignments: Sequence[Assignment], n_rows: int, wanted: Ints) -> pd.Index:
         indexes = [self.indexes[a.dataset] for a in assignments]
         if len(indexes) == 1 and isinstance(indexes[0], pd.Index):
-            return indexes[0].take(assignments[0].rows[wanted])  # all in request order
+            return _dealt_out(indexes[0], assignments[0].rows, wanted)  # all in request order
         if any(isinstance(index, pd.Index) or index is None for index in indexes):
             parts = [_plain(index).take(a.rows) for index, a in zip(indexes, assignments, strict=True)]
             order = np.empty(n_rows, np.int64)
@@ -334,6 +335,13 @@ def _united(indexes: Sequence[Names | pd.Index | None]) -> pd.Index | None:
         return None
     whole: pd.Index = plain[0].append(plain[1:])
     return whole if (type(whole), whole.dtype) == (pd.Index, plain[0].dtype) else None
+
+
+def _dealt_out(index: pd.Index, rows: Ints, wanted: Ints) -> pd.Index:
+    """Some of the rows of a window, by their places in its request."""
+    if type(index) is not pd.Index or index.dtype != object:
+        return index.take(rows[wanted])
+    return pd.Index(take_references(index.to_numpy(), rows, wanted), dtype=object, name=index.name, copy=False)
 
 
 def _whole(index: Names | pd.Index | None) -> pd.Index:
