@@ -34,9 +34,10 @@ def lay_out(runs: Any) -> Any:
         n_rows += max(0, (runs[k, 1] - runs[k, 0] + runs[k, 2] - 1) // runs[k, 2])
     rows, n = np.empty(n_rows, np.int64), 0
     for k in range(len(runs)):
-        for row in range(runs[k, 0], runs[k, 1], runs[k, 2]):
-            rows[n] = row
-            n += 1
+        own = rows[n : n + max(0, (runs[k, 1] - runs[k, 0] + runs[k, 2] - 1) // runs[k, 2])]
+        for i in range(own.shape[0]):
+            own[i] = runs[k, 0] + i * runs[k, 2]
+        n += own.shape[0]
     return rows
 
 
@@ -60,10 +61,9 @@ def find_runs(rows: Any) -> Any:
     """
     n_rows, n_runs = len(rows), 0
     firsts = np.empty(n_rows + 1, np.int64)
-    for i in range(n_rows):
-        if i == 0 or rows[i] != rows[i - 1] + 1:
-            firsts[n_runs] = i
-            n_runs += 1
+    for i in range(_U(n_rows)):
+        firsts[_U(n_runs)] = i
+        n_runs += i == _U(0) or rows[i] != rows[i - _U(1)] + 1
     firsts[n_runs] = n_rows
     starts, order, spare = np.empty(n_runs, np.int64), np.empty(n_runs, np.int64), np.empty(n_runs, np.int64)
     for run in range(n_runs):
@@ -85,8 +85,9 @@ def find_runs(rows: Any) -> Any:
     for run in range(n_runs):
         k = found[run]
         first = offsets[k] + starts[run] - spans[k, 0]
-        for i in range(firsts[run], firsts[run + 1]):
-            span[i], position[i] = k, first + i - firsts[run]
+        its_span, its_position = span[firsts[run] : firsts[run + 1]], position[firsts[run] : firsts[run + 1]]
+        for i in range(its_span.shape[0]):
+            its_span[i], its_position[i] = k, first + i
     return spans[:n_spans], span, position
 
 
@@ -115,9 +116,9 @@ def place_entries(indptr: Any, rows: Any, row_spans: Any, span: Any) -> Any:
         shifts[k] = offset - spans[k, 0]
         offset += spans[k, 1] - spans[k, 0]
     starts, lengths = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
-    for i in range(len(rows)):
-        start = indptr[rows[i]]
-        starts[i], lengths[i] = start + shifts[span[i]], indptr[rows[i] + 1] - start
+    for i in range(_U(len(rows))):
+        start = indptr[_U(rows[i])]
+        starts[i], lengths[i] = start + shifts[_U(span[i])], indptr[_U(rows[i] + 1)] - start
     return spans, starts, lengths
 
 
@@ -163,16 +164,18 @@ def deal_rows(rows: Any, bounds: Any) -> Any:
         (n,) of each of ``rows``: the number of its part among those that have any, and which of its rows here it is.
     """
     n_rows, n_parts = len(rows), len(bounds) - 1
-    part, firsts = np.empty(n_rows, np.int64), np.zeros(n_parts + 1, np.int64)
-    k, low, high, n = 0, bounds[0], bounds[1], 0
+    firsts, n_runs = np.zeros(n_parts + 1, np.int64), 0
+    starts, parts = np.empty(n_rows + 1, np.int64), np.empty(n_rows, np.int64)  # of runs of rows of one part
+    low = high = 0
     for i in range(_U(n_rows)):
-        if not low <= rows[i] < high:  # rows come in runs: to count in memory at each of them takes twice as long
-            firsts[k + 1] += n
-            k, n = _last_at_most(bounds, rows[i]), 0
+        if not low <= rows[i] < high:
+            k = _last_at_most(bounds, rows[i])
             low, high = bounds[k], bounds[k + 1]
-        part[i] = k
-        n += 1
-    firsts[k + 1] += n
+            starts[_U(n_runs)], parts[_U(n_runs)] = i, k
+            n_runs += 1
+    starts[n_runs] = n_rows
+    for run in range(n_runs):
+        firsts[parts[run] + 1] += starts[run + 1] - starts[run]
     for k in range(n_parts):
         firsts[k + 1] += firsts[k]
     numbers, n_there = np.empty(n_parts, np.int64), 0
@@ -180,15 +183,16 @@ def deal_rows(rows: Any, bounds: Any) -> Any:
         numbers[k] = n_there
         n_there += firsts[k + 1] > firsts[k]
     after, places, local = firsts.copy(), np.empty(n_rows, np.int64), np.empty(n_rows, np.int64)
-    position, k, at = np.empty(n_rows, np.int64), 0, after[0]
-    for i in range(_U(n_rows)):
-        if part[i] != k:
-            after[k] = at
-            k = part[i]
-            at = after[k]
-        places[_U(at)], local[_U(at)] = i, rows[i] - bounds[k]
-        part[i], position[i] = numbers[k], at - firsts[k]
-        at += 1
+    part, position = np.empty(n_rows, np.int64), np.empty(n_rows, np.int64)
+    for run in range(n_runs):
+        k, start, stop = parts[run], starts[run], starts[run + 1]
+        at, number, first = after[k], numbers[k], after[k] - firsts[k]
+        after[k] += stop - start
+        own, its_part, its_position = rows[start:stop], part[start:stop], position[start:stop]
+        its_places, its_local = places[at : after[k]], local[at : after[k]]
+        for i in range(own.shape[0]):  # over slices, many at a time
+            its_part[i], its_position[i] = number, first + i
+            its_places[i], its_local[i] = start + i, own[i] - bounds[k]
     return firsts, places, local, part, position
 
 
@@ -316,15 +320,21 @@ def deal_entries(dealt: Any, ends: Any, number: Any, position: Any, parts: Any) 
     pointers
         (n + n_batches,) for each batch 0, and where each of its rows ends.
     """
-    found = np.empty((len(number), 3), np.int64)  # of each row of the window, in its order: one cache line, not four
-    for j in range(_U(len(number))):
-        its = _U(number[j])
+    # Of each row of the window, in its order: what is looked up at random is in one cache line, not in four.
+    found = np.empty((len(number), 4), np.int64)
+    j = 0
+    while j < len(number):
+        its, stop = number[j], j + 1
+        while stop < len(number) and number[stop] == its:
+            stop += 1
         starts = numba.carray(pointer_to(parts[its, 0], number), (1,))
         lengths = numba.carray(pointer_to(parts[its, 1], number), (1,))
-        start = starts[_U(position[j])]
-        found[j, 0] = parts[its, 2] + start * parts[its, 3]
-        found[j, 1] = parts[its, 4] + start * parts[its, 5]
-        found[j, 2] = lengths[_U(position[j])]
+        values_at, value_nbytes, columns_at, column_nbytes = parts[its, 2], parts[its, 3], parts[its, 4], parts[its, 5]
+        for i in range(_U(j), _U(stop)):
+            start = starts[_U(position[i])]
+            found[i, 0], found[i, 1] = values_at + start * value_nbytes, columns_at + start * column_nbytes
+            found[i, 2] = lengths[_U(position[i])]
+        j = stop
     values, columns = np.empty(len(dealt), np.int64), np.empty(len(dealt), np.int64)
     pointers, start = np.empty(len(dealt) + len(ends), np.int64), 0
     for batch in range(len(ends)):

@@ -177,8 +177,8 @@ class Helpers:
 
     def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
         """Run tasks, and return what they returned."""
-        if len(tasks) == 1:
-            return [tasks[0]()]  # not worth waking a thread
+        if len(tasks) <= 1:
+            return [task() for task in tasks]  # not worth waking a thread
         return self.start(tasks, n_kept=1).wait()
 
     def stop(self) -> None:
