@@ -47,6 +47,7 @@ Floats = NDArray[np.float64]
 RunTasks = Callable[[list[Task]], object]
 
 _MIN_TASK_NBYTES = 2 * 1024 * 1024
+_MIN_COPY_NBYTES = 8 * 1024 * 1024  # is copied in the time that waking some threads takes
 _MAX_INT32 = np.iinfo(np.int32).max
 _ROWS_AT_ONCE = 64
 _WANTED_SHARE = 0.5  # of all columns: of more, too few entries are left out for the time that takes
@@ -172,8 +173,7 @@ class BatchBuilder:
         """Memory the batch will take at most."""
         itemsize = self.form.dtype_of(loaded).itemsize
         if self.is_sparse and not self.form.dense:
-            entries = self._entries(loaded, rows)
-            if entries is not None:
+            if (entries := self._entries(loaded, rows)) is not None:
                 n_entries = entries.pointers[-1]
             else:
                 run, is_all = loaded.sparse_rows.run(rows), self.form.selection is None
@@ -195,7 +195,7 @@ class BatchBuilder:
         if entries is not None:
             pointers = entries.pointers
             values, columns = self._room_for(int(pointers[-1]), dtype)
-            n_tasks = count_parts(-(-self.n_parts // 4), values.nbytes + columns.nbytes)
+            n_tasks = count_parts(-(-self.n_parts // 4), values.nbytes + columns.nbytes, _MIN_COPY_NBYTES)
             run(_copy_tasks(loaded, entries, (values, columns), n_tasks))
         else:
             pointers, dest = self._place(loaded, rows, run)
@@ -242,9 +242,9 @@ class BatchBuilder:
             yield partial(_pick, self.form, source.values, positions[piece], out, rows.slots[piece])
 
 
-def count_parts(n_parts: int, nbytes: int) -> int:
+def count_parts(n_parts: int, nbytes: int, min_nbytes: int = _MIN_TASK_NBYTES) -> int:
     """Tasks that the making of so many bytes is cut into, ``n_parts`` at most."""
-    return max(1, min(n_parts, nbytes // _MIN_TASK_NBYTES))
+    return max(1, min(n_parts, nbytes // min_nbytes))
 
 
 class _Part(NamedTuple):

@@ -267,7 +267,7 @@ class Pipeline:
     def _begin(self, request: LoadRequest, begun: deque[_Begun]) -> _Begun:
         """Let helpers read a window, in its turn where there is no room beside those before."""
         rows = resolve_rows(request, int(self._bounds[-1]))
-        splits = resolve_splits(request, len(rows))
+        splits, dealt = resolve_splits(request, len(rows))
         assignments, places = assign(rows, self._bounds)
         located = [self._locate(matrix, assignments) for matrix in self._contents.matrices]
         nbytes = self._room_of(located, assignments)
@@ -286,7 +286,6 @@ class Pipeline:
         reading = self._fetchers.start(deal(tasks, self._n_threads))
         obs, labels = self._contents.obs, self._contents.labels
         # One frame for all batches, which are stretches of it: to take each of them costs as much as to take all.
-        dealt = np.concatenate(splits) if splits else np.zeros(0, np.int64)
         try:
             taken = None if obs is None else obs.take(assignments, rows, dealt)
             codes = {} if labels is None else labels.take(rows[dealt])

@@ -23,14 +23,18 @@ _MIN_POOLED_NBYTES = 256 * 1024
 _MAX_IDLE_TAKES = 32
 
 
+_Memory = tuple[NDArray[np.uint8], int]
+"""Bytes, and their address, which numpy takes its time to say."""
+
+
 class _Home:
     """Queue of returned memory. Appending to a deque needs no lock, so this may run during garbage collection."""
 
     def __init__(self) -> None:
-        self.returned: deque[NDArray[np.uint8]] = deque()
+        self.returned: deque[_Memory] = deque()
         self.is_open = True
 
-    def welcome(self, memory: NDArray[np.uint8]) -> None:
+    def welcome(self, memory: _Memory) -> None:
         if self.is_open:
             self.returned.append(memory)
 
@@ -43,12 +47,12 @@ class _Loan:
 
     __slots__ = ("__array_interface__", "_home", "_memory")
 
-    def __init__(self, memory: NDArray[np.uint8], shape: tuple[int, ...], dtype: np.dtype[Any], home: _Home) -> None:
+    def __init__(self, memory: _Memory, shape: tuple[int, ...], dtype: np.dtype[Any], home: _Home) -> None:
         self._memory = memory
         self._home = home
         self.__array_interface__ = {
             "version": 3,
-            "data": memory.__array_interface__["data"],
+            "data": (memory[1], False),
             "shape": shape,
             "typestr": dtype.str,
         }
@@ -72,7 +76,7 @@ class BufferPool:
         self._allocate = allocate or _allocate
         self._home = _Home()
         self._lock = threading.Lock()
-        self._idle: list[tuple[int, NDArray[np.uint8]]] = []
+        self._idle: list[tuple[int, int, _Memory]] = []  # when it came back, its bytes
         self._n_takes = 0
 
     def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -94,24 +98,26 @@ class BufferPool:
         """Memory waiting to be used again."""
         with self._lock:
             self._collect()
-            return sum(memory.nbytes for _, memory in self._idle)
+            return sum(nbytes for _, nbytes, _ in self._idle)
 
-    def _take(self, nbytes: int) -> NDArray[np.uint8]:
+    def _take(self, nbytes: int) -> _Memory:
         with self._lock:
             self._n_takes += 1
             self._collect()
             best, least = -1, 2 * nbytes + 1
-            for i, (_, memory) in enumerate(self._idle):
-                if nbytes <= memory.nbytes < least:
-                    best, least = i, memory.nbytes
+            for i, (_, there, _) in enumerate(self._idle):
+                if nbytes <= there < least:
+                    best, least = i, there
             if best >= 0:
-                return self._idle.pop(best)[1]
-        return self._allocate(_capacity(nbytes))
+                return self._idle.pop(best)[2]
+        memory = self._allocate(_capacity(nbytes))
+        return memory, memory.__array_interface__["data"][0]
 
     def _collect(self) -> None:
         """Count what came back as idle, and forget what has been idle for long."""
         while self._home.returned:
-            self._idle.append((self._n_takes, self._home.returned.popleft()))
+            memory = self._home.returned.popleft()
+            self._idle.append((self._n_takes, memory[0].nbytes, memory))
         while self._idle and self._n_takes - self._idle[0][0] > _MAX_IDLE_TAKES:  # what came back first is the first
             del self._idle[0]
 

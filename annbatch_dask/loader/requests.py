@@ -86,8 +86,11 @@ def resolve_rows(request: LoadRequest, n_obs: int) -> Ints:
     return rows
 
 
-def resolve_splits(request: LoadRequest, n_rows: int) -> list[Ints]:
-    """The batches of a request as int64; IndexError where one names a row the request does not have."""
+def resolve_splits(request: LoadRequest, n_rows: int) -> tuple[list[Ints], Ints]:
+    """The batches of a request as int64, and all of them one behind the other.
+
+    IndexError where one names a row the request does not have.
+    """
     given = [np.asarray(split) for split in request["splits"]]
     for split in given:
         if split.ndim != 1 or (split.dtype.kind not in "iu" and len(split)):
@@ -99,12 +102,12 @@ def resolve_splits(request: LoadRequest, n_rows: int) -> list[Ints]:
     splits = [split.astype(np.int64, copy=False) for split in given]
     dealt = np.concatenate(splits) if splits else np.zeros(0, np.int64)
     if not len(dealt) or (dealt.min() >= 0 and dealt.max() < n_rows):  # at once: there may be many small ones
-        return splits
+        return splits, dealt
     for split in splits:
         if len(split) and (split.min() < 0 or split.max() >= n_rows):
             msg = f"split with positions {split.min()} to {split.max()}, the request has {n_rows} rows"
             raise IndexError(msg)
-    return splits
+    return splits, dealt
 
 
 def assign(rows: Ints, bounds: Ints) -> tuple[list[Assignment], tuple[Ints, Ints]]:

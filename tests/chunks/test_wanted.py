@@ -314,7 +314,7 @@ def test_threads_share_the_rows(tmp_path, monkeypatch):
     source = ZarrCsrSource(write(tmp_path / "x", simple(lengths=[30] * 40)))
     rows = np.arange(40)
     _, tasks = source.open_wanted(source.locate(rows), Canaries(), FEW, with_totals=False)
-    assert len(deal(tasks, 4)) == 4
+    assert len(deal(tasks, 4)) == 12
     assert_same(read_wanted(source, rows, FEW, 4), filtered(read_all(source, rows), FEW))
     monkeypatch.setattr(wanted, "MIN_PART_NBYTES", 10**9)
     assert len(deal(tasks, 4)) == 1
