@@ -225,7 +225,11 @@ class _ShuffledRuns:
     def take(self, _: int, start: int, stop: int) -> list[slice]:
         """The runs at these rows of the pass; ``start`` is where a run begins."""
         places = np.arange(start // self._chunk_size, min(-(-stop // self._chunk_size), self._n_whole))
-        whole = [part for number in self._order.at(places).tolist() for part in self._run(number)]
+        numbers, size = self._order.at(places), self._chunk_size
+        if self._mended[0] in numbers:
+            whole = [part for number in numbers.tolist() for part in self._run(number)]
+        else:
+            whole = [slice(first, first + size) for first in (self._start + numbers * size).tolist()]
         return whole + (self._last if stop > self._n_whole * self._chunk_size else [])
 
 
