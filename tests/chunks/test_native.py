@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -231,6 +232,33 @@ def test_work_is_dealt_out_in_about_equal_parts(tmp_path, monkeypatch):
         np.testing.assert_array_equal(out, array[:])
     monkeypatch.setattr(dealing, "MIN_PART_NBYTES", 10**9)
     assert len(deal(tasks, 4)) == 1
+
+
+def test_threads_take_reads_until_none_is_left(tmp_path, monkeypatch):
+    """Of several that are damaged the first is named, whichever thread had it."""
+    monkeypatch.setattr(dealing, "MIN_PART_NBYTES", 1)
+    monkeypatch.setattr(ranges, "_MAX_FILL_NBYTES", 1)
+    array = write(tmp_path / "a", simple("blosc-crc"))
+    reader, out = RangeReader(array), np.empty(300, np.uint16)
+    with ThreadPoolExecutor(4) as pool:
+        tasks = deal(reader.tasks(np.array([[0, 300]]), out), 4)
+        for done in [pool.submit(task) for task in tasks]:
+            done.result()
+    assert len(tasks) == 4
+    np.testing.assert_array_equal(out, array[:])
+    one_by_one = outcome(array, [(0, 300)], 1)
+    for path in (tmp_path / "a").rglob("c/*"):
+        if path.is_file():
+            path.write_bytes(bytes(byte ^ 0x55 if k < 40 else byte for k, byte in enumerate(path.read_bytes())))
+    array = zarr.open_array(tmp_path / "a", mode="r")
+    expected = outcome(array, [(0, 300)], 1)
+    assert expected != one_by_one
+    for _ in range(5):
+        reader = RangeReader(array)
+        with ThreadPoolExecutor(4) as pool:
+            errors = [pool.submit(task).exception() for task in deal(reader.tasks(np.array([[0, 300]]), out), 4)]
+        (error,) = [error for error in errors if error is not None]
+        assert (type(error), str(error)) == expected
 
 
 def test_without_the_c_functions_chunks_are_decoded_one_by_one(tmp_path, monkeypatch):

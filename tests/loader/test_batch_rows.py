@@ -24,15 +24,16 @@ def test_rows_of_all_batches_are_placed_as_those_of_each(data):
     splits = [rng.integers(0, max(len(rows), 1), size) for size in sizes]
     assignments, places = assign(rows, bounds)
     lengths = rng.integers(0, 5, len(rows))
-    blocks, flat = [], np.arange(1000)
+    blocks, flat, few = [], np.arange(1000), np.arange(1000, dtype=np.uint16)
     for assignment in assignments:
         starts = rng.integers(0, 900, len(assignment.rows))
-        blocks.append(SparseBlock(flat, flat, starts, lengths[assignment.places]))
+        blocks.append(SparseBlock(flat, few, starts, lengths[assignment.places]))
     n_each = [len(assignment.rows) for assignment in assignments]
     dealt = np.concatenate([np.zeros(0, np.int64), *splits])
     batches = DealtRows.of(dealt, sizes, places, n_each)
     loaded = Loaded(blocks, *places, lengths, np.dtype("int64"), rows, batches)
     assert len(batches) == len(splits)
+    assert (loaded.entries is None) == (not blocks)
     for number, split in enumerate(splits):
         batch = batches[number]
         run = loaded.sparse_rows.run(batch)
@@ -40,6 +41,12 @@ def test_rows_of_all_batches_are_placed_as_those_of_each(data):
         np.testing.assert_array_equal(np.sort(batch.slots), np.arange(len(split)))
         np.testing.assert_array_equal(run.lengths, lengths[split][batch.slots])
         np.testing.assert_array_equal(run.dest, run.pointers[batch.slots])
+        if loaded.entries is not None:
+            entries, starts = loaded.entries.of_batch(batch), np.zeros(len(split), np.int64)
+            starts[batch.slots] = run.starts
+            np.testing.assert_array_equal(entries.pointers, run.pointers)
+            np.testing.assert_array_equal(entries.values, flat.ctypes.data + starts * flat.itemsize)
+            np.testing.assert_array_equal(entries.columns, few.ctypes.data + starts * few.itemsize)
         for block, piece in batch.pieces(3):
             window_rows = split[batch.slots[piece]]
             assert set(places[0][window_rows].tolist()) <= {block}
