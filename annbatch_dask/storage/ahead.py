@@ -113,6 +113,7 @@ class AheadFile(io.RawIOBase):
         for k in range(first, min(first + _N_AHEAD, self._wanted.stop)):
             if k not in self._blocks:
                 self._start(k)
+            self._blocks.move_to_end(k)  # those that were read make room, not those to come
 
     def _start(self, k: int) -> Future[memoryview]:
         self._blocks[k] = self._threads.submit(self._read, k)

@@ -73,6 +73,17 @@ def test_what_is_expected_is_asked_for_at_once_and_once(opened):
     assert sorted(ranges.asked) == [2, 3, 4, 5, 6]
 
 
+def test_blocks_to_come_stay_while_others_are_read(opened):
+    """HDF5 looks for places of chunks elsewhere in the file, between the chunks."""
+    file, ranges = opened(bytes(200 * BLOCK))
+    file.expect(0, 60 * BLOCK)
+    for k in range(60):
+        for at in (k, 199 - k):
+            file.seek(at * BLOCK)
+            file.read(10)
+    assert len(ranges.asked) == len(set(ranges.asked)) == 120
+
+
 def test_a_block_that_failed_is_asked_for_again(opened):
     file, ranges = opened(bytes(2 * BLOCK))
     whole, ranges.payload = ranges.payload, None
