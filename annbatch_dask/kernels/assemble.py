@@ -22,7 +22,7 @@ from annbatch_dask.kernels.compiled import compiled
 from annbatch_dask.kernels.densify import Rows, scatter, scatter_past, scatter_selected
 from annbatch_dask.kernels.prefetch import copy_past, end_stream, put_past
 from annbatch_dask.kernels.rows import order_row
-from annbatch_dask.kernels.shared import add_to, pointer_to
+from annbatch_dask.kernels.shared import pointer_at, take_part
 
 __all__ = [
     "Copier",
@@ -303,29 +303,27 @@ def _copy(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_starts: 
 def _copy_entries(  # noqa: PLR0913, PLR0917 - a kernel
     sources: Ints, like: Array, pointers: Ints, dest: Array, n_parts: int, taken: Ints, which: int
 ) -> None:
-    n = sources.shape[0]
-    part = add_to(taken, which, 1)
-    while part < n_parts:
-        for i in range(np.uint64(n * part // n_parts), np.uint64(n * (part + 1) // n_parts)):
+    is_there, first_row, end = take_part(sources.shape[0], n_parts, taken, which)
+    while is_there:
+        for i in range(first_row, end):
             to = dest[pointers[i] : pointers[i + np.uint64(1)]]
-            row = numba.carray(pointer_to(sources[i], like), (to.shape[0],))
+            row = numba.carray(pointer_at(sources[i], like), (to.shape[0],))
             for j in range(to.shape[0]):
                 to[j] = row[j]
-        part = add_to(taken, which, 1)
+        is_there, first_row, end = take_part(sources.shape[0], n_parts, taken, which)
 
 
 @compiled
 def _copy_entries_past(  # noqa: PLR0913, PLR0917 - a kernel
     sources: Ints, like: Array, pointers: Ints, dest: Array, n_parts: int, taken: Ints, which: int
 ) -> None:
-    n = sources.shape[0]
-    part = add_to(taken, which, 1)
-    while part < n_parts:
-        for i in range(np.uint64(n * part // n_parts), np.uint64(n * (part + 1) // n_parts)):
+    is_there, first_row, end = take_part(sources.shape[0], n_parts, taken, which)
+    while is_there:
+        for i in range(first_row, end):
             first, stop = np.uint64(pointers[i]), np.uint64(pointers[i + np.uint64(1)])
-            row = numba.carray(pointer_to(sources[i], like), (stop - first,))
+            row = numba.carray(pointer_at(sources[i], like), (stop - first,))
             put_past(row, np.uint64(0), stop - first, dest, first)
-        part = add_to(taken, which, 1)
+        is_there, first_row, end = take_part(sources.shape[0], n_parts, taken, which)
     end_stream()
 
 

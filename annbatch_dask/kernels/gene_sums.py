@@ -30,7 +30,7 @@ N_SUMS = 8
 _COUNT_NBYTES = 4
 """Counts of so many bytes add up to a row's sum in 64 bits."""
 _TABLE = 64
-"""Counts below this, of at most 8 bits, are worked out once a row, most of whose values are the same few."""
+"""Counts below this are worked out once a row, most of whose values are the same few. It has to fit into 8 bits."""
 _RUN = 64
 """Counts that are looked at together for those that are not in the table: one bit of a word for each."""
 

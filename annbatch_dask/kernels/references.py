@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.kernels.compiled import compiled
 from annbatch_dask.kernels.prefetch import prefetch_at
-from annbatch_dask.kernels.shared import pointer_to
+from annbatch_dask.kernels.shared import address_of, pointer_at
 
 __all__ = ["take_references"]
 
@@ -33,23 +33,18 @@ def take_references(objects: Objects, rows: Ints, order: Ints) -> Objects:
     """
     if len(order) != len(rows) or not objects.flags.c_contiguous:
         return objects.take(rows[order])
-    _prefetch(_address(objects), len(objects), rows, _BYTES)
+    _prefetch(address_of(objects), len(objects), rows, _BYTES)
     taken = objects.take(rows)
-    return taken if _reorder(_address(taken), order) else taken.take(order)
-
-
-def _address(objects: Objects) -> int:
-    address: int = objects.__array_interface__["data"][0]
-    return address
+    return taken if _reorder(address_of(taken), order) else taken.take(order)
 
 
 @compiled
 def _prefetch(address: int, n_objects: int, rows: Ints, some: Any) -> None:
     """Ask for the cache lines where references to some objects are counted."""
-    objects = numba.carray(pointer_to(address, rows), (n_objects,))
+    objects = numba.carray(pointer_at(address, rows), (n_objects,))
     for i in range(np.uint64(len(rows))):
         if 0 <= rows[i] < n_objects:
-            prefetch_at(numba.carray(pointer_to(objects[np.uint64(rows[i])], some), (1,)), 0)
+            prefetch_at(numba.carray(pointer_at(objects[np.uint64(rows[i])], some), (1,)), 0)
 
 
 @compiled
@@ -64,7 +59,7 @@ def _reorder(address: int, order: Ints) -> bool:
         if order[i] < 0 or order[i] >= n or is_there[order[i]]:
             return False
         is_there[order[i]] = True
-    references = numba.carray(pointer_to(address, order), (n,))
+    references = numba.carray(pointer_at(address, order), (n,))
     before[:] = references
     for i in range(np.uint64(n)):
         references[i] = before[np.uint64(order[i])]

@@ -9,7 +9,7 @@ import numpy as np
 
 from annbatch_dask.kernels.compiled import compiled
 from annbatch_dask.kernels.rows import order_row
-from annbatch_dask.kernels.shared import pointer_to
+from annbatch_dask.kernels.shared import pointer_at
 
 __all__ = [
     "deal_batches",
@@ -327,8 +327,8 @@ def deal_entries(dealt: Any, ends: Any, number: Any, position: Any, parts: Any) 
         its, stop = number[j], j + 1
         while stop < len(number) and number[stop] == its:
             stop += 1
-        starts = numba.carray(pointer_to(parts[its, 0], number), (1,))
-        lengths = numba.carray(pointer_to(parts[its, 1], number), (1,))
+        starts = numba.carray(pointer_at(parts[its, 0], number), (1,))
+        lengths = numba.carray(pointer_at(parts[its, 1], number), (1,))
         values_at, value_nbytes, columns_at, column_nbytes = parts[its, 2], parts[its, 3], parts[its, 4], parts[its, 5]
         for i in range(_U(j), _U(stop)):
             start = starts[_U(position[i])]

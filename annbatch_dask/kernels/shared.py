@@ -5,9 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import numba
+import numpy as np
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
-__all__ = ["add_to", "pointer_to"]
+from annbatch_dask.kernels.compiled import compiled
+
+__all__ = ["add_to", "address_of", "pointer_at", "take_part"]
+
+
+def address_of(array: NDArray[Any]) -> int:
+    """Where an array begins in memory."""
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 def _add_to(_typing: Any, array: Any, at: Any, n: Any) -> Any:
@@ -20,7 +30,7 @@ def _add_to(_typing: Any, array: Any, at: Any, n: Any) -> Any:
     return numba.int64(array, numba.intp, numba.int64), generate
 
 
-def _pointer_to(_typing: Any, address: Any, like: Any) -> Any:
+def _pointer_at(_typing: Any, address: Any, like: Any) -> Any:
     """A pointer to values of an array's dtype, from the address of the first, for ``numba.carray``."""
     pointer = numba.types.CPointer(like.dtype)
 
@@ -31,4 +41,11 @@ def _pointer_to(_typing: Any, address: Any, like: Any) -> Any:
 
 
 add_to: Any = intrinsic(_add_to)
-pointer_to: Any = intrinsic(_pointer_to)
+pointer_at: Any = intrinsic(_pointer_at)
+
+
+@compiled
+def take_part(n: int, n_parts: int, taken: Any, which: int) -> Any:
+    """The next of ``n_parts`` of ``n`` items that no thread has taken: whether there is one, and its run."""
+    part = add_to(taken, which, 1)
+    return part < n_parts, np.uint64(n * part // n_parts), np.uint64(n * (part + 1) // n_parts)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from annbatch_dask.kernels.assemble import has_kernels
 from annbatch_dask.kernels.row_runs import deal_batches, deal_entries, pick_rows, place_rows
+from annbatch_dask.kernels.shared import address_of
 from annbatch_dask.storage.threads import unlocked_property
 
 __all__ = [
@@ -267,7 +268,7 @@ class EntriesOfBatches:
         """Find them."""
         rows = [(np.ascontiguousarray(b.starts, np.int64), np.ascontiguousarray(b.lengths, np.int64)) for b in blocks]
         parts = [
-            (_address(starts), _address(lengths), *_items(block.values), *_items(block.columns))
+            (address_of(starts), address_of(lengths), *_items(block.values), *_items(block.columns))
             for block, (starts, lengths) in zip(blocks, rows, strict=True)
         ]
         return cls(*deal_entries(dealt.dealt, dealt.ends, dealt.block, dealt.position, np.array(parts, np.int64)))
@@ -279,13 +280,8 @@ class EntriesOfBatches:
         return Entries(self.values[own], self.columns[own], pointers)
 
 
-def _address(array: Array) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return address
-
-
 def _items(array: Array) -> tuple[int, int]:
-    return _address(array), array.itemsize
+    return address_of(array), array.itemsize
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from annbatch_dask.kernels.shared import address_of
+
 __all__ = ["BufferPool"]
 
 _ALIGNMENT = 64
@@ -111,7 +113,7 @@ class BufferPool:
             if best >= 0:
                 return self._idle.pop(best)[2]
         memory = self._allocate(_capacity(nbytes))
-        return memory, memory.__array_interface__["data"][0]
+        return memory, address_of(memory)
 
     def _collect(self) -> None:
         """Count what came back as idle, and forget what has been idle for long."""
