@@ -207,8 +207,7 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
     write_frames(group, obs.frames(plan.index_name) | annotation_frames(plan, job.annotations))
     for name, values in obs.strings():
         write_frames(group, {name: values})
-    if stats is not None:
-        stats.write(group)
+    files |= stats.files if stats is not None else {}
     shards = {name: found for w in writers for name, found in w.files.items()}
     with activity("write"):
         sums = publish_dataset(folder, {name: content.to_bytes() for name, content in files.items()}, shards)
@@ -232,3 +231,5 @@ def _summed(
         if stats is not None:
             stats.append(fixed, ragged)
         yield fixed, ragged
+    if stats is not None:
+        stats.write()

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import zarr
 from numpy.typing import NDArray
 
 from annbatch_dask.etl.frames import write_elements
@@ -19,9 +20,6 @@ from annbatch_dask.etl.rows import FixedArrays, RaggedArrays, array_name
 from annbatch_dask.kernels.gene_sums import SUMS, add_csr, add_dense, new_sums
 from annbatch_dask.manifest import STATS, TARGET_SUM
 from annbatch_dask.plan.plan import Plan
-
-if TYPE_CHECKING:
-    import zarr
 
 __all__ = ["DatasetSums", "GeneSums", "add_rows", "stored_sums"]
 
@@ -71,7 +69,13 @@ class GeneSums:
 
 
 class DatasetSums:
-    """The sums of a dataset that is being written."""
+    """The sums of a dataset that is being written.
+
+    Attributes
+    ----------
+    files
+        What stores them in the dataset, by name within it; empty before :meth:`write`.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self._spec = plan.x
@@ -80,6 +84,7 @@ class DatasetSums:
         self._groups = pd.Index([], dtype=object) if categories is None else categories.index()
         self._sums = new_sums(len(self._groups) + 1, plan.n_vars)
         self._n_cells = np.zeros(len(self._groups) + 1, np.int64)
+        self.files: dict[str, Any] = {}
 
     def append(self, fixed: FixedArrays, ragged: RaggedArrays) -> None:
         """Add rows."""
@@ -92,14 +97,15 @@ class DatasetSums:
         codes = np.full(n_rows, -1) if self._column is None else fixed[array_name(self._column.path)]
         add_rows(self._sums, self._n_cells, codes, rows)
 
-    def write(self, group: zarr.Group) -> None:
-        """Write them into a dataset's group, whose uns is there; array by array, as they may be large."""
+    def write(self) -> None:
+        """Write :attr:`files`; array by array, as they may be large."""
         by = "" if self._column is None else self._column.name
-        found = GeneSums(by, self._groups, self._n_cells, self._sums)
-        write_elements(group, {f"uns/{STATS}": {}})
-        inside: Any = group[f"uns/{STATS}"]
+        found, files = GeneSums(by, self._groups, self._n_cells, self._sums), dict[str, Any]()
+        attributes = {"encoding-type": "dict", "encoding-version": "0.1.0"}
+        group = zarr.create_group(zarr.storage.MemoryStore(files), path=f"uns/{STATS}", attributes=attributes)
         for name, value in _elements(found):
-            write_elements(inside, {name: value})
+            write_elements(group, {name: value})
+        self.files = {name: content for name, content in files.items() if name.startswith(group.path)}
 
 
 def add_rows(sums: NDArray[np.float64], n_cells: NDArray[np.int64], codes: NDArray, rows: Any) -> None:
