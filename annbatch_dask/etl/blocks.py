@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import SchemaError
 from annbatch_dask.etl.rows import NAMES, FixedArrays, RaggedArrays, all_columns, array_name, row_hashes, write_column
 from annbatch_dask.etl.sums import add_met, added_columns, meets
-from annbatch_dask.kernels.rows import map_indices, offsets_of, slabs, sort_entries
+from annbatch_dask.kernels.rows import map_indices, names_twice, offsets_of, slabs, sort_entries
 from annbatch_dask.kernels.values import narrow_counts, range_of
 from annbatch_dask.manifest import SRC_PATH
 from annbatch_dask.plan.dtypes import ValueRange, index_dtype, is_wide, merge_ranges, signed_dtype, smallest_dtype
@@ -59,7 +59,8 @@ def read_block(plan: Plan, block: Block, source: SourceSchema, opened: Source) -
     rows = BlockRows()
     schemas = {m.name: m for m in source.matrices}
     for spec in plan.matrices:
-        schema, read = schemas[spec.name], _read_sparse if spec.kind == "csr" else _read_dense
+        schema = schemas[spec.name]
+        read = partial(_read_sparse, is_ours=source.is_dataset) if spec.kind == "csr" else _read_dense
         gene_map = plan.gene_map(block.source, schema, spec)
         read(rows, spec, schema, opened.matrix(schema, block.start, block.stop), gene_map)
     _write_strings(
@@ -120,6 +121,8 @@ def _read_sparse(
     schema: MatrixSchema,
     found: CsrRows | NDArray,
     gene_map: NDArray[np.int32] | None,
+    *,
+    is_ours: bool,
 ) -> None:
     csr = found if isinstance(found, CsrRows) else dense_to_csr(found)
     del found
@@ -132,11 +135,15 @@ def _read_sparse(
     exact, values_range = collect_values(csr, nnz, np.dtype(schema.dtype))
     del csr  # and with it what it was made of
     offsets, indices, exact = in_gene_order(offsets, indices, exact, gene_map)
-    if met := meets(gene_map):
-        offsets, indices, exact = add_met(offsets, indices, exact, spec)
+    met = meets(gene_map)
+    twice = not (met or is_ours) and names_twice(offsets, indices, spec.n_cols)  # files of ours stay as they are
+    if twice:
+        sort_entries(offsets, indices, exact)
+    if met or twice:
+        offsets, indices, exact = add_met(offsets, indices, exact, spec, are_genes=met)
     if drops:
         indices = indices.astype(index_dtype(spec.n_cols))
-    if drops or met:
+    if drops or met or twice:
         values_range = ValueRange(*range_of(exact))
     rows.fixed[array_name(spec.name, "length")] = np.diff(offsets).astype(np.uint32)
     rows.ragged[array_name(spec.name, "indices")] = indices, offsets

@@ -1,6 +1,8 @@
-"""Values of several genes of an input that become one, added up exactly."""
+"""Values of several genes of an input that become one, or of one that rows name twice, added up exactly."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,17 +14,26 @@ from annbatch_dask.plan.schema import MatrixSpec
 __all__ = ["add_met", "added_columns", "meets"]
 
 
+class _InexactError(Exception):
+    """A sum of whole numbers is not exact; ``total`` is None where it is beyond 64 bits."""
+
+    def __init__(self, total: float | None) -> None:
+        super().__init__(total)
+        self.total = total
+
+
 def meets(gene_map: NDArray[np.int32]) -> bool:
     """True if several genes of the source become one, and are added up."""
     return len(gene_map) > 0 and bool(np.bincount(gene_map[gene_map >= 0], minlength=1).max() > 1)
 
 
 def add_met(
-    offsets: NDArray[np.int64], indices: NDArray, values: NDArray, spec: MatrixSpec
+    offsets: NDArray[np.int64], indices: NDArray, values: NDArray, spec: MatrixSpec, *, are_genes: bool = True
 ) -> tuple[NDArray[np.int64], NDArray, NDArray]:
     """Rows in the order of their genes, of which each is there once: values of equal genes are added up.
 
-    The arrays are changed in place; integers that no longer fit get a wider dtype.
+    ``are_genes``: they are of several genes of the source, and else of one that its rows name twice. The arrays are
+    changed in place; integers that no longer fit get a wider dtype.
 
     Raises
     ------
@@ -31,8 +42,13 @@ def add_met(
     """
     ends = np.zeros_like(offsets)
     add = _add_floats if values.dtype.kind == "f" else _add_whole
-    values = add(offsets, indices, values, ends, spec)
-    return ends, indices[: ends[-1]], values[: ends[-1]]
+    is_set = values.dtype == bool and not are_genes  # then true and true are true, as in scipy
+    spec = replace(spec, source_dtype="int64") if is_set else spec
+    try:
+        values = add(offsets, indices, values, ends, spec)
+    except _InexactError as e:
+        raise _inexact(spec, e.total, are_genes=are_genes) from None
+    return ends, indices[: ends[-1]], values[: ends[-1]].astype(bool) if is_set else values[: ends[-1]]
 
 
 def _add_floats(
@@ -46,7 +62,7 @@ def _add_floats(
         lost = wide[(values != wide) & (wide == np.floor(wide))]
         bad = bad or (lost[0] if len(lost) else 0)
     if bad:
-        raise _inexact(spec, bad)
+        raise _InexactError(bad)
     return values
 
 
@@ -62,7 +78,7 @@ def _add_whole(
         if at[0] == len(offsets) - 1:
             break
         if values.dtype == wide:
-            raise _inexact(spec, None)
+            raise _InexactError(None)
         values = values.astype(f"{wide.kind}{2 * values.dtype.itemsize}")
     _check_sums(values[: ends[-1]], spec)
     return values
@@ -79,7 +95,7 @@ def _check_sums(values: NDArray, spec: MatrixSpec) -> None:
         exact = values.astype(np.float64)
         if np.array_equal(exact.astype(dtype), exact):
             return
-    raise _inexact(spec, high if high > most else low)
+    raise _InexactError(high if high > most else low)
 
 
 def _most(spec: MatrixSpec) -> int:
@@ -88,11 +104,14 @@ def _most(spec: MatrixSpec) -> int:
     return 2 ** (np.finfo(dtype).nmant + 1) if dtype.kind == "f" else int(np.iinfo(dtype).max)
 
 
-def _inexact(spec: MatrixSpec, total: float | None) -> SchemaError:
+def _inexact(spec: MatrixSpec, total: float | None, *, are_genes: bool) -> SchemaError:
     what = "a whole number beyond 64 bits" if total is None else f"{total:,.0f}"
+    why = "on_duplicate_gene='sum' makes {} of several genes' values in {}"
+    if not are_genes:
+        why = "rows name a gene several times, whose values add up to {}, in {}"
     return SchemaError(
-        f"on_duplicate_gene='sum' makes {what} of several genes' values in {spec.name}, and {spec.source_dtype} holds "
-        f"whole numbers up to {_most(spec):,}; make {spec.name} wider in load_adata, or give on_duplicate_gene='first'"
+        f"{why.format(what, spec.name)}, and {spec.source_dtype} holds whole numbers up to {_most(spec):,}; "
+        f"make {spec.name} wider in load_adata" + (", or give on_duplicate_gene='first'" if are_genes else "")
     )
 
 

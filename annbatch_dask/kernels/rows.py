@@ -12,6 +12,7 @@ __all__ = [
     "count_bands",
     "find_rows",
     "map_indices",
+    "names_twice",
     "offsets_of",
     "order_row",
     "place_columns",
@@ -85,6 +86,26 @@ def map_indices(indices, gene_map, out):  # type: ignore[no-untyped-def]  # noqa
     for k in range(indices.shape[0]):
         out[k] = gene_map[np.uint32(indices[k])]
     return True
+
+
+@compiled
+def names_twice(offsets, indices, n_cols):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """True if a row has an index twice; all are in [0, n_cols). Rows in their order are seen to be so at a glance."""
+    n_falls, n_edges = 0, 0
+    for k in range(1, indices.shape[0]):
+        n_falls += indices[k] <= indices[k - 1]
+    for r in range(offsets.shape[0] - 1):
+        if 0 < offsets[r] < offsets[r + 1]:
+            n_edges += indices[offsets[r]] <= indices[offsets[r] - 1]
+    if n_falls == n_edges:
+        return False
+    last = np.full(n_cols, -1, np.int64)
+    for r in range(offsets.shape[0] - 1):
+        for k in range(offsets[r], offsets[r + 1]):
+            if last[indices[k]] == r:
+                return True
+            last[indices[k]] = r
+    return False
 
 
 @compiled

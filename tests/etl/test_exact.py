@@ -83,6 +83,38 @@ def test_column_indices_in_memory_are_refused_too(tmp_path):
         build(tmp_path / "o.zarr", [path], load_adata=load)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int64", "float16", "bool"])
+@pytest.mark.parametrize("kind", ["csr", "csc"])
+def test_entries_of_one_gene_are_added_up(tmp_path, kind, dtype):
+    """A matrix may name a gene several times in a row, and means the sum, of which logarithms and squares are taken."""
+    one = sp.random(40, 12, density=0.5, format=kind, random_state=0, dtype="float32")
+    one.data = np.arange(1, one.nnz + 1, dtype="float32") % 9 + 1
+    ends = np.append(0, np.cumsum(2 * np.diff(one.indptr)))
+    twice = np.concatenate([np.tile(np.arange(a, b), 2) for a, b in zip(one.indptr, one.indptr[1:], strict=False)])
+    a = small(40)
+    a.X = one
+    path = write(a, tmp_path / "a.h5ad")
+    values = one.data.astype(dtype)[twice]
+    replaced(path, data=lambda _: values, indices=lambda _: one.indices[twice], indptr=lambda _: ends)
+    c = build(tmp_path / "o.zarr", [path], shuffle=False, stats=True)
+    want = one.toarray() * 2 if dtype != "bool" else (one.toarray() != 0).astype(np.float32)
+    [group] = c
+    found = ad.io.read_elem(group["X"])
+    assert found.has_canonical_format
+    np.testing.assert_array_equal(found.toarray(), want)
+    np.testing.assert_array_equal(c.gene_stats()["n_nonzero"], (want != 0).sum(0))
+    np.testing.assert_allclose(c.gene_stats()["sum_of_squares"], (want**2).sum(0))
+    assert c.verify(against=[path]).ok
+
+
+def test_entries_of_one_gene_that_do_not_fit_are_refused(tmp_path):
+    a = small(2)
+    a.X = sp.csr_matrix((np.array([200, 200], "uint8"), [3, 5], [0, 2, 2]), shape=a.shape)
+    path = replaced(write(a, tmp_path / "a.h5ad"), indices=lambda _: np.array([3, 3], np.int32))
+    with pytest.raises(SchemaError, match="name a gene several times, whose values add up to 400, in X, and uint8"):
+        build(tmp_path / "o.zarr", [path])
+
+
 @pytest.mark.parametrize("index", [6, -1, 2**32 + 1])
 def test_row_indices_beyond_a_column_compressed_matrix_are_refused(tmp_path, index):
     a = small()

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from annbatch_dask.kernels import assemble
 from annbatch_dask.kernels.assemble import SparseRows, copy_rows, scatter_rows
 from annbatch_dask.kernels.fingerprint import add_dense, add_sparse, add_strings, field_salt, finish_rows
-from annbatch_dask.kernels.rows import copy_runs, map_indices, sort_rows
+from annbatch_dask.kernels.rows import copy_runs, map_indices, names_twice, sort_rows
 from annbatch_dask.kernels.values import narrow_counts, range_of
 
 SALT = field_salt("X")
@@ -283,3 +283,23 @@ class TestFingerprint:
         add_dense(two, np.array([[2.0]]), field_salt("a"))
         add_dense(two, np.array([[1.0]]), field_salt("b"))
         assert one != two
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+@pytest.mark.parametrize(
+    ("rows", "is_so"),
+    [
+        ([], False),
+        ([[]], False),
+        ([[1, 2], [2, 3]], False),
+        ([[5], [], [5], [1]], False),
+        ([[3, 1], [2, 1]], False),
+        ([[1, 1]], True),
+        ([[], [4], [1, 3, 1]], True),
+        ([[0, 2], [3, 3, 4]], True),
+    ],
+)
+def test_rows_that_name_one_twice(rows, is_so, dtype):
+    flat = np.array([k for row in rows for k in row], dtype)
+    offsets = np.append(0, np.cumsum([len(row) for row in rows])).astype(np.int64)
+    assert names_twice(offsets, flat, 6) is is_so
