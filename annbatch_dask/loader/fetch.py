@@ -38,7 +38,7 @@ from annbatch_dask.loader.gpu.device import Handover, Placed
 from annbatch_dask.loader.gpu.place import place
 from annbatch_dask.loader.gpu.slab import Slab, room_for, room_of, stage
 from annbatch_dask.loader.helpers import Closed, Helpers, LoaderThread, SharedJob
-from annbatch_dask.loader.pool import BufferPool
+from annbatch_dask.loader.pool import BufferPool, SparePool
 from annbatch_dask.loader.requests import Assignment, Window, assign, resolve_rows, resolve_splits
 from annbatch_dask.loader.tokens import TokenBuilder
 from annbatch_dask.types import LoaderOutput, LoadRequest
@@ -102,14 +102,20 @@ class Pipeline:
         Threads and bytes.
     at_end
         Called in the fetching thread once nothing more is read.
+    spare
+        Keeps memory of ordinary buffers from one pass to the next.
     """
 
-    def __init__(self, contents: Contents, options: PipelineOptions, at_end: Callable[[], None]) -> None:
+    def __init__(
+        self, contents: Contents, options: PipelineOptions, at_end: Callable[[], None], spare: SparePool
+    ) -> None:
         self._contents = contents
         self._at_end = at_end
         self._bounds = np.cumsum([0, *(source.n_obs for source in contents.matrices[0].sources)]).astype(np.int64)
         device = contents.device
-        self._pool = BufferPool(None if device is None else device.allocate)
+        self._spare = spare if device is None else None
+        self._pool = spare.take() if device is None else BufferPool(device.allocate)
+        self._kept_nbytes = options.prefetch_nbytes
         self._builders, self._device_builders = [], []
         if device is not None and contents.is_made_there:
             self._device_builders = [
@@ -192,6 +198,10 @@ class Pipeline:
 
     def stop(self) -> None:
         """Let all threads end soon, and their memory with them. Takes no lock, waits for nothing."""
+        self._end_threads()
+        self._pool.close()
+
+    def _end_threads(self) -> None:
         self._is_stopped = True
         self._fetchers.stop()
         self._locators.stop()
@@ -200,17 +210,20 @@ class Pipeline:
         self._batch_budget.close()
         self._requests.put(END)
         self._windows.put(END)
-        self._pool.close()
 
     def close(self) -> None:
         """Stop all threads, and wait for work that is under way."""
-        self.stop()
+        self._end_threads()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
         self._fetchers.join()
         self._locators.join()
         self._assemblers.join()
+        if self._spare is None or isinstance(threading.current_thread(), LoaderThread):  # which is still at work
+            self._pool.close()
+        else:
+            self._spare.keep(self._pool, self._kept_nbytes)
 
     # --- fetching
 

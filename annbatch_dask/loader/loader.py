@@ -22,6 +22,7 @@ from annbatch_dask.loader.helpers import count_threads
 from annbatch_dask.loader.iterable import IterableDataset
 from annbatch_dask.loader.iteration import Iteration
 from annbatch_dask.loader.output import Framework
+from annbatch_dask.loader.pool import spare_pool
 from annbatch_dask.loader.selection import Where
 from annbatch_dask.loader.state import Progress, Resumable, State, digest
 from annbatch_dask.loader.steps import Transform
@@ -282,6 +283,7 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         self._progress = Progress()
         self._resume_from: State | None = None
         self._passes: set[object] = set()  # that are under way
+        self._spare = spare_pool()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no iteration open, whatever the original is doing.
@@ -336,7 +338,7 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         )
         read = tuple(chain.from_iterable(sources.values()))
         options = PipelineOptions(self._prefetch_nbytes, count_threads(), self._max_requests)
-        return Pipeline(contents, options, partial(_let_go, read, self._cache))
+        return Pipeline(contents, options, partial(_let_go, read, self._cache), self._spare)
 
 
 def _older_to(to: Framework | None, *, to_torch: bool) -> Framework | None:
