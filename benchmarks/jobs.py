@@ -248,14 +248,13 @@ def cpu_of_pass(loader: Any) -> float:
 
 @contextlib.contextmanager
 def unlocked_time() -> Iterator[list[float]]:
-    """Give the processor time of each call of compiled code that holds no lock, and of numpy's permutations.
+    """Give the processor time of each call of compiled code that holds no lock.
 
     To look at what is handed over and to hand back takes the lock: what a call takes that does nothing is left out.
     """
     from numba.core.dispatcher import Dispatcher
 
     from annbatch_dask.kernels import assemble
-    from annbatch_dask.samplers import base
 
     spent: list[float] = []
     start, some, n = time.thread_time(), np.zeros(1, np.int64), 1000
@@ -272,11 +271,6 @@ def unlocked_time() -> Iterator[list[float]]:
 
         return wrapper
 
-    class Timed:
-        def __init__(self, *key: Any) -> None:
-            self.permutation = timed(made(*key).permutation)
-
-    made = base.generator
     kept = [
         (module, name, value)
         for module_name, module in list(sys.modules.items())
@@ -284,12 +278,12 @@ def unlocked_time() -> Iterator[list[float]]:
         for name, value in list(vars(module).items())
         if isinstance(value, Dispatcher)
     ]
-    for module, name, value in [*kept, (base, "generator", None)]:
-        setattr(module, name, Timed if value is None else timed(value))
+    for module, name, value in kept:
+        setattr(module, name, timed(value))
     try:
         yield spent
     finally:
-        for module, name, value in [*kept, (base, "generator", made)]:
+        for module, name, value in kept:
             setattr(module, name, value)
 
 

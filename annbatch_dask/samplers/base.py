@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.order.epoch import Epoch
-from annbatch_dask.order.keys import Key, generator
+from annbatch_dask.order.keys import Key, permutation
 from annbatch_dask.order.planned import Planned
 from annbatch_dask.samplers.sampler import Sampler, check_mask
 from annbatch_dask.seeds import Seed, check_rng, check_seed, draw_seed, only_one
@@ -166,7 +166,7 @@ class RunSampler(SeededSampler):
 
 def mixed(key: Key, k: int, n_rows: int) -> Ints:
     """All rows of load request ``k`` in random order."""
-    return generator(key, MIX, k).permutation(n_rows)
+    return permutation(n_rows, key, MIX, k)
 
 
 def cyclic_run(first: int, length: int, start: int, stop: int) -> list[slice]:
