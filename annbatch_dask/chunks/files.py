@@ -84,7 +84,7 @@ class ChunkFiles(Protocol):
             Identity of the file.
         start, stop
             Half-open.
-        again
+        anew
             Not from a copy, which is damaged and forgotten.
 
         Raises
@@ -286,25 +286,33 @@ class _RemoteFiles:
             raise changed(self.name(key), self.version(key), found)
 
     def read(self, key: str, start: int, stop: int, *, anew: bool = False) -> memoryview:
-        raw = memoryview(scratch("raw", stop - start))
         version = self.version(key)
         assert version is not None  # nothing is read of a file that was not there
-        tag, nbytes = version
-
-        def fetch(at: int, out: memoryview) -> int:
-            return self._ranges(key).read_version(at, out, version)
-
-        file = RemoteFile(self.name(key), tag, nbytes)
         try:
-            if self.cache is not None and anew:
-                self.cache.forget(file)
-            n = fetch(start, raw) if self.cache is None or anew else self.cache.read_into(file, start, raw, fetch)
+            if self.cache is None:
+                raw = self._ranges(key).get(start, stop, version)
+            else:
+                raw = self._read_kept(self.cache, key, start, stop, version, anew=anew)
         except (FileExistsError, FileNotFoundError) as e:
             raise changed(self.name(key), version, self._ranges(key).identity()) from e
-        if n < len(raw):
-            msg = f"{self.name(key)} ends at byte {start + n}, expected {stop}"
+        if len(raw) < stop - start:
+            msg = f"{self.name(key)} ends at byte {start + len(raw)}, expected {stop}"
             raise IntegrityError(msg)
         return raw
+
+    def _read_kept(  # noqa: PLR0913 - a read
+        self, cache: RangeCache, key: str, start: int, stop: int, version: tuple[str, int], *, anew: bool
+    ) -> memoryview:
+        raw, file = memoryview(scratch("raw", stop - start)), RemoteFile(self.name(key), *version)
+
+        def fetch(at: int, out: memoryview) -> int:
+            found = self._ranges(key).get(at, at + len(out), version)
+            out[: len(found)] = found
+            return len(found)
+
+        if anew:
+            cache.forget(file)
+        return raw[: fetch(start, raw) if anew else cache.read_into(file, start, raw, fetch)]
 
     def hold(self, key: str) -> Held:
         msg = f"{self.name(key)} is no local file"

@@ -120,11 +120,9 @@ class AheadFile(io.RawIOBase):
         return self._blocks[k]
 
     def _read(self, k: int) -> memoryview:
-        start = k * _BLOCK_NBYTES
-        out = memoryview(bytearray(min(_BLOCK_NBYTES, self._nbytes - start)))
-        if self._version[0].startswith('"'):  # S3's, which compares it in the same request
-            return out[: self._ranges.read_version(start, out, self._version)]
-        return out[: self._ranges.read_into(start, out)]
+        start, stop = k * _BLOCK_NBYTES, min((k + 1) * _BLOCK_NBYTES, self._nbytes)
+        is_compared = self._version[0].startswith('"')  # S3's, which compares it in the same request
+        return self._ranges.get(start, stop, self._version if is_compared else None)
 
 
 def ahead_file(name: str) -> AheadFile | None:

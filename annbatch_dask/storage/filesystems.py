@@ -117,8 +117,8 @@ class RemoteRanges:
     fs: fsspec.AbstractFileSystem
     path: str
 
-    def read_version(self, start: int, out: memoryview, version: tuple[str, int]) -> int:
-        """Read from the version of the file that :meth:`identity` returned, and no other.
+    def get(self, start: int, stop: int, version: tuple[str, int] | None = None) -> memoryview:
+        """Bytes [start, stop), those there are; of the version that :meth:`identity` returned, and no other, if given.
 
         S3 compares in the same request. Elsewhere the file is asked for its version after it was read.
 
@@ -127,16 +127,27 @@ class RemoteRanges:
         FileExistsError
             If it has another version by now.
         """
-        if "s3" in protocols(self.fs) and version[0].startswith('"'):  # an entity tag
+        if stop <= start:
+            return memoryview(b"")
+        tag = version[0] if version is not None and "s3" in protocols(self.fs) else ""
+        if tag.startswith('"'):  # an entity tag
             if (object_ := object_ranges(self.fs, self.path)) is not None:
-                return object_.read(start, out, version[0]) if len(out) else 0
-            found = _get_version(self.fs, self.path, start, start + len(out), version[0]) if len(out) else b""
-            out[: len(found)] = found
-            return len(found)
-        n = self.read_into(start, out)
-        if self.identity() != version:
+                return object_.get(start, stop, tag)
+            return memoryview(_get_version(self.fs, self.path, start, stop, tag))
+        found = self._get(start, stop)
+        if version is not None and self.identity() != version:
             raise FileExistsError(self.path)
-        return n
+        return found
+
+    def _get(self, start: int, stop: int) -> memoryview:
+        if isinstance(self.fs, MemoryFileSystem):  # its cat_file moves a position that all threads share
+            file = self.fs.store.get(self.path)
+            if file is None:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.path)
+            return memoryview(bytes(file.getbuffer()[start:stop]))  # a view of all would keep it from growing
+        if (object_ := object_ranges(self.fs, self.path)) is not None:
+            return object_.get(start, stop)
+        return memoryview(cat_range(self.fs, self.path, start, stop))
 
     def identity(self) -> tuple[str, int] | None:
         """Its version, as in :meth:`Folder.version`, and its bytes; None where there is no such file."""
@@ -149,17 +160,7 @@ class RemoteRanges:
 
     def read_into(self, start: int, out: memoryview) -> int:
         """Fill ``out`` from byte ``start`` on; returns the bytes there were."""
-        if isinstance(self.fs, MemoryFileSystem):  # its cat_file moves a position that all threads share
-            file = self.fs.store.get(self.path)
-            if file is None:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.path)
-            found = file.getbuffer()[start : start + len(out)]
-        elif not len(out):
-            return 0
-        elif (object_ := object_ranges(self.fs, self.path)) is not None:
-            return object_.read(start, out)
-        else:
-            found = cat_range(self.fs, self.path, start, start + len(out))
+        found = self.get(start, start + len(out))
         out[: len(found)] = found
         return len(found)
 

@@ -59,8 +59,8 @@ class ObjectRanges:
     key: str
     path: str
 
-    def read(self, start: int, out: memoryview, tag: str | None = None) -> int:
-        """Fill ``out`` from byte ``start`` on, of the version with an entity tag if one is given; returns the bytes.
+    def get(self, start: int, stop: int, tag: str | None = None) -> memoryview:
+        """Bytes [start, stop), those there are, of the version with an entity tag if one is given: as they came.
 
         Raises
         ------
@@ -73,17 +73,17 @@ class ObjectRanges:
         """
         import obstore
 
-        options: Any = {"range": (start, start + len(out))}
+        options: Any = {"range": (start, stop)}
         if tag is not None:
             options["if_match"] = tag
         impatient, patient = self.stores
         try:
             try:
-                found = memoryview(obstore.get(impatient, self.key, options=options).bytes())
+                return memoryview(obstore.get(impatient, self.key, options=options).bytes())
             except obstore.exceptions.GenericError as e:
                 if _status_of(e) == _BEYOND:
-                    return 0
-                found = memoryview(obstore.get(patient, self.key, options=options).bytes())
+                    return memoryview(b"")
+                return memoryview(obstore.get(patient, self.key, options=options).bytes())
         except FileNotFoundError:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.path) from None
         except obstore.exceptions.PreconditionError as e:
@@ -91,13 +91,11 @@ class ObjectRanges:
         except (obstore.exceptions.BaseError, OSError) as e:
             said, status = str(e).partition("\n\nDebug source")[0], _status_of(e)
             if status == _BEYOND:  # the object ends before
-                return 0
+                return memoryview(b"")
             if status is None:  # no answer
                 raise ConnectionError(errno.ECONNABORTED, said, self.path) from None
             number = errno.EACCES if status in _REFUSED else errno.EIO
             raise OSError(number, said, self.path) from _StatusError(said, status)
-        out[: len(found)] = found
-        return len(found)
 
 
 def _status_of(error: Exception) -> int | None:

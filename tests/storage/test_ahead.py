@@ -23,13 +23,11 @@ class Ranges(RemoteRanges):
         super().__init__(MemoryFileSystem(), "/f")
         self.payload, self.asked, self.together = payload, [], None
 
-    def read_into(self, start, out):
+    def get(self, start, stop, version=None):
         self.asked.append(start // BLOCK)
         if self.together is not None and start // BLOCK in self.waiting:
             self.together.wait(20)
-        found = self.payload[start : start + len(out)]
-        out[: len(found)] = found
-        return len(found)
+        return memoryview(self.payload[start:stop])
 
     def wait_for(self, *blocks):
         self.waiting, self.together = blocks, threading.Barrier(len(blocks))
