@@ -42,6 +42,7 @@ from annbatch_dask.sources.open import SourceRef
 from annbatch_dask.storage.frames import n_rows
 from annbatch_dask.storage.metadata import METADATA
 from annbatch_dask.storage.root import Root
+from annbatch_dask.storage.uploads import UPLOAD_NBYTES
 from annbatch_dask.warn import warn
 
 __all__ = ["Prepared", "dataset_refs", "is_done", "prepare", "resolve", "warn_of_duplicates"]
@@ -290,10 +291,11 @@ def prepare(root: Root, request: Request, room: EngineChoice, *, read_values: bo
     chosen = with_ranges(refs, chosen, look_at)
     if options.qc is not None:
         chosen = [s if s.is_dataset else options.qc.annotated(s) for s in chosen]
+    is_local = root.target.is_local
     plan = build_plan(
         chosen,
         options,
-        budget=replace(room.budget, block_nbytes=_block_nbytes()),
+        budget=replace(room.budget, block_nbytes=_block_nbytes(), upload_nbytes=0 if is_local else UPLOAD_NBYTES),
         var=None if annotations is None else annotations.var,
         annotated=_annotated(annotations),
         extension=extension,

@@ -41,11 +41,14 @@ class Budget:
         Tasks that run in it at once.
     block_nbytes
         Size of a row block, which is the work of one scatter task, where memory allows it.
+    upload_nbytes
+        What each array that is written holds on its way to a store; 0 where it is written to a disk.
     """
 
     worker_nbytes: int
     n_threads: int = 1
     block_nbytes: int = BLOCK_NBYTES
+    upload_nbytes: int = 0
 
     @property
     def task_nbytes(self) -> int:
@@ -94,6 +97,7 @@ def gather_peak_nbytes(
     frame_nbytes: int = 0,
     chunk_nbytes: int = 0,
     stats_nbytes: int = 0,
+    upload_nbytes: int = 0,
 ) -> int:
     """Peak of a gather task: while it puts parts in order, or when it writes obs, which follows.
 
@@ -112,7 +116,9 @@ def gather_peak_nbytes(
         Bytes of one chunk of each array, waiting to be filled, and three times the largest, being encoded.
     stats_nbytes
         Statistics of genes, held until they are written.
+    upload_nbytes
+        Of arrays on their way to a store.
     """
     chunks = max(0, chunk_nbytes - IN_FLIGHT_NBYTES)
     at_work = max(int(2.2 * part_nbytes) + segment_nbytes + obs_nbytes, frame_nbytes)
-    return at_work + stats_nbytes + chunks + SMALL_NBYTES
+    return at_work + stats_nbytes + upload_nbytes + chunks + SMALL_NBYTES

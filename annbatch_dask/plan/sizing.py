@@ -90,7 +90,7 @@ class Sizing:
 
     @property
     def _piece(self) -> int:
-        return _piece_nbytes(self._total, self.budget)
+        return _piece_nbytes(self._total, self.budget, self._upload_nbytes)
 
     @cached_property
     def _part_weights(self) -> list[Weight]:
@@ -151,6 +151,7 @@ class Sizing:
             frame_nbytes=int(n_rows * written + categories_nbytes(self.columns)),
             chunk_nbytes=int(self._chunks(n_rows)),
             stats_nbytes=self._stats_nbytes,
+            upload_nbytes=self._upload_nbytes,
         )
         strips = strips_of(self.sources, transposed)
         scatter = max(*(b.peak_nbytes for b in blocks), *(s.peak_nbytes for s in strips), 0)
@@ -165,6 +166,11 @@ class Sizing:
         n_groups = 1 + (0 if by is None or by.categories is None else len(by.categories.values))
         n_vars = next(m.n_cols for m in self.matrices if m.name == "X")
         return n_groups * n_vars * _SUMS_NBYTES
+
+    @property
+    def _upload_nbytes(self) -> int:
+        """Bytes of arrays on their way to a store; row pointers, a few for each row, are none of them."""
+        return self.budget.upload_nbytes * sum(1 if m.kind == "dense" else 2 for m in self.matrices)
 
     def lowered(self, layout: Layout) -> str:
         """The options that make a gather task smaller."""
@@ -234,9 +240,11 @@ def _lay_out(
     return Layout.even(n_obs, min(rows, n_obs), min(part_rows, rows, n_obs))
 
 
-def _piece_nbytes(total: int, budget: Budget) -> int:
+def _piece_nbytes(total: int, budget: Budget, upload_nbytes: int) -> int:
     """Size of a block or part: the default, more where that means too many tasks, less where memory is short."""
-    room = (budget.task_nbytes - SMALL_NBYTES) // 4  # see plan/memory.py: a gather holds two parts and a segment
+    room = (
+        budget.task_nbytes - SMALL_NBYTES - upload_nbytes
+    ) // 4  # see plan/memory.py: a gather holds two parts and a segment
     return max(1, min(max(budget.block_nbytes, total // _MAX_TASKS), room))
 
 

@@ -37,6 +37,7 @@ from annbatch_dask.storage.filesystems import (
     version_of,
 )
 from annbatch_dask.storage.secrets import shown
+from annbatch_dask.storage.uploads import PART_NBYTES
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
@@ -47,8 +48,6 @@ logger = logging.getLogger(__name__)
 _TMP = ".tmp-"
 UNFINISHED = re.compile(rf"{re.escape(_TMP)}[0-9a-f]{{8}}-(?P<name>.+)")
 """Name of a file that is being written, or was when its writer died."""
-_PART_NBYTES = 8 * 2**20
-"""Bytes of an upload that go out at once, and are held until then: S3 wants 5 MiB or more, and at most 10,000 parts."""
 _BLOCK_NBYTES = 4 * 2**20
 _N_BLOCKS = 8
 """A remote file read here and there keeps this many blocks, read whole and once as long as they stay."""
@@ -375,7 +374,7 @@ def _upload(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
 
     fsspec's own ``transaction`` belongs to the file system, so to all threads at once.
     """
-    file: Any = fs.open(path, "wb", block_size=_PART_NBYTES)
+    file: Any = fs.open(path, "wb", block_size=PART_NBYTES)
     try:
         yield file
     except BaseException:

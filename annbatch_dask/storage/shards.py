@@ -27,6 +27,7 @@ from annbatch_dask.storage.filesystems import name_errors
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.packed import PackedCodec
 from annbatch_dask.storage.threads import MAX_THREADS, map_ordered
+from annbatch_dask.storage.uploads import Behind
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
@@ -150,6 +151,8 @@ class ShardWriter:
         self.files: dict[str, tuple[int, str]] = {}
         self._pending = np.empty((0, *rest), dtype)
         self._shard: _Shard | None = None
+        self._unpublished: list[_Shard] = []
+        self._behind = None if folder.is_local else Behind()
 
     def __enter__(self) -> ShardWriter:
         """Nothing to do: the array's metadata are written at construction."""
@@ -177,11 +180,20 @@ class ShardWriter:
         if error is not None:
             self._abandon()
             return
+        try:
+            self._finish()
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _finish(self) -> None:
         if len(self._pending):
             padded = np.zeros(self._chunk_shape, self._dtype)
             padded[: len(self._pending)] = self._pending
             self._write_chunks([padded], n_rows=len(self._pending))
         self._finish_shard()
+        if self._behind is not None:
+            self._behind.wait()
         if self._written != self._rows:
             msg = f"array {self._key} has {self._rows:,} rows and {self._written:,} were written"
             raise LayoutError(msg)
@@ -195,7 +207,8 @@ class ShardWriter:
         if self._shard is None:
             index = self._written // (self._shard_chunks * self._chunk_shape[0])
             name = "/".join([self._key, "c", str(index), *["0"] * (self._n_dims - 1)])
-            self._shard = _Shard(self._folder, name, self._shard_chunks)
+            self._shard = _Shard(self._folder, name, self._shard_chunks, self._behind)
+            self._unpublished = [shard for shard in self._unpublished if not shard.is_published] + [self._shard]
         self._shard.append(encoded)
         self._written += self._chunk_shape[0] if n_rows is None else n_rows
         if self._shard.is_full:
@@ -216,9 +229,11 @@ class ShardWriter:
             self._shard = None
 
     def _abandon(self) -> None:
-        if self._shard is not None:
-            self._shard.abandon()
-            self._shard = None
+        if self._behind is not None:
+            self._behind.abandon()
+        for shard in self._unpublished:
+            shard.abandon()
+        self._shard, self._unpublished = None, []
 
 
 def _crc_bytes(payload: bytes | NDArray[np.uint8]) -> bytes:
@@ -229,11 +244,12 @@ def _crc_bytes(payload: bytes | NDArray[np.uint8]) -> bytes:
 class _Shard:
     """One shard file being written: chunks, then (offset, length) of each as little-endian uint64, then crc32c."""
 
-    def __init__(self, folder: Folder, name: str, n_chunks: int) -> None:
+    def __init__(self, folder: Folder, name: str, n_chunks: int, behind: Behind | None) -> None:
         self._context: contextlib.AbstractContextManager[IO[bytes]] = folder.create(name, parents=False)
         self._file = self._context.__enter__()
         self._index = np.full((n_chunks, 2), 2**64 - 1, "<u8")
         self._path = f"{folder.url}/{name}"
+        self._behind, self._has_ended, self.is_published = behind, False, False
         self.name, self._n, self._at, self._crc = name, 0, 0, 0
 
     @property
@@ -246,19 +262,36 @@ class _Shard:
         self._n += 1
 
     def _write(self, payload: bytes) -> None:
-        with name_errors(self._path):
-            self._file.write(payload)
+        if self._behind is None:
+            self._write_now(payload)
+        else:
+            self._behind.call(self._write_now, payload, nbytes=len(payload))
         self._crc = google_crc32c.extend(self._crc, payload)
         self._at += len(payload)
 
+    def _write_now(self, payload: bytes) -> None:
+        with name_errors(self._path):
+            self._file.write(payload)
+
     def close(self) -> tuple[int, int]:
-        """Finish; returns the file's bytes and its crc32c."""
+        """Finish; returns the file's bytes and its crc32c. Of a store's it is published behind all that was written."""
         index = self._index.tobytes()
         self._write(index + _crc_bytes(index))
-        self._context.__exit__(None, None, None)
+        if self._behind is None:
+            self._publish()
+        else:
+            self._behind.call(self._publish)
         return self._at, self._crc
 
+    def _publish(self) -> None:
+        self._has_ended = True
+        self._context.__exit__(None, None, None)
+        self.is_published = True
+
     def abandon(self) -> None:
+        """Leave nothing of it, unless its end was begun."""
+        if self._has_ended:
+            return
         error = RuntimeError("abandoned")
         with contextlib.suppress(RuntimeError):
             self._context.__exit__(RuntimeError, error, None)
