@@ -365,7 +365,7 @@ def main() -> int:
 def print_far(setup: Setup) -> None:
     """Print what a store with latency costs a loader and a build, beside this disk."""
     command = [sys.executable, str(HERE / "far.py"), "load", "slow", "build", "--work", str(setup.work / "far")]
-    lines, _ = run(command)
+    lines, _ = run([*command, "--epochs", "3", "--files-built", "1"])
     print(
         "\nan S3 server on loopback that answers late, 64 requests at a time; epochs by turns, the first does not count"
     )
@@ -375,6 +375,7 @@ def print_far(setup: Setup) -> None:
         print(f"| {ms} | {epoch} | {rate:,} | {line['n_requests']} | {line['n_at_once']} | {line['cpu_s']} s |")
     for line in (line for line in lines if line["what"] == "rate"):
         print(f"{line['ms']} ms: {line['cells_per_s']:,} cells/s, {line['of_disk']:.0%} of the disk's {line['shares']}")
+        print(f"  processor: {line['us_a_cell']} us a cell, and {line['server_us']} of the server")
     for line in (line for line in lines if line["what"] == "slow"):
         print(f"{line['n_slow']} request of 5 s: epoch {line['s']} s, longest wait for a batch {line['longest_s']} s")
     print("\n| files and collection there, ms | | s | requests | most at once |\n|---|---|---|---|---|")

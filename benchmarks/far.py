@@ -3,7 +3,7 @@
 
 far.py                    all parts, as tables
 far.py load | slow | build | clients
-  [--cells 160000] [--latencies-ms 0 10 50] [--connections 64] [--epochs 5] [--work FOLDER]
+  [--cells 160000] [--latencies-ms 0 50] [--connections 64] [--epochs 5] [--files-built 4] [--work FOLDER]
 
 The server (far_server.py) is a process of its own on loopback: what is measured is waiting, not a network's width.
 """
@@ -45,6 +45,7 @@ class Setup:
     latencies_ms: tuple[float, ...]
     n_connections: int
     n_epochs: int
+    n_built: int
 
     @property
     def files(self) -> list[Path]:
@@ -117,6 +118,7 @@ def load(setup: Setup) -> None:
     places = (None, *setup.latencies_ms)
     runs = {ms: epochs(opened(setup, ms), setup.n_epochs + 1, **sizes) for ms in places}
     taken: dict[float | None, list[float]] = {ms: [] for ms in places}
+    used: dict[float | None, list[tuple[float, float]]] = {ms: [] for ms in places}
     for epoch in range(setup.n_epochs + 1):
         for latency_ms, run in runs.items():
             settings = Settings(latency_s=(latency_ms or 0) / 1000)
@@ -124,12 +126,17 @@ def load(setup: Setup) -> None:
             seconds, cpu = next(run)
             facts = {"ms": "disk" if latency_ms is None else latency_ms, "epoch": epoch}
             rate = {"cells_per_s": round(setup.n_cells / seconds), "s": round(seconds, 2), "cpu_s": round(cpu, 2)}
-            report("load", **facts, **rate, **setup.far.set(settings))
-            taken[latency_ms] += [seconds] if epoch else []
+            counted = setup.far.set(settings)
+            report("load", **facts, **rate, **counted)
+            if epoch:
+                taken[latency_ms].append(seconds)
+                used[latency_ms].append((cpu, counted["server_cpu_s"]))
     for latency_ms, times in taken.items():
         shares = [a / b for a, b in zip(taken[None], times, strict=True)]
         name, rate = "disk" if latency_ms is None else latency_ms, round(setup.n_cells / median(times))
-        report("rate", ms=name, cells_per_s=rate, of_disk=round(median(shares), 2), shares=str(np.round(shares, 2)))
+        cpu, server_cpu = (median(found) / setup.n_cells * 1e6 for found in zip(*used[latency_ms], strict=True))
+        facts = {"of_disk": round(median(shares), 2), "shares": str(np.round(shares, 2))}
+        report("rate", ms=name, cells_per_s=rate, **facts, us_a_cell=round(cpu, 2), server_us=round(server_cpu, 2))
 
 
 def slow(setup: Setup) -> None:
@@ -157,7 +164,9 @@ def build_all(setup: Setup) -> None:
         options = None if latency_ms is None else setup.options
         for left in (setup.work / "local.zarr", *(setup.work / "bucket").glob("b*.zarr*")):
             shutil.rmtree(left, ignore_errors=True)
-        files: list[Any] = [p if latency_ms is None else f"s3://bucket/in/{p.name}" for p in setup.files]
+        files: list[Any] = [
+            p if latency_ms is None else f"s3://bucket/in/{p.name}" for p in setup.files[: setup.n_built]
+        ]
         start = time.perf_counter()
         collection = build(out, files, options)
         seconds = time.perf_counter() - start
@@ -233,16 +242,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
     parser.add_argument("--cells", type=int, default=160_000)
-    parser.add_argument("--latencies-ms", type=float, nargs="*", default=[0, 10, 50])
+    parser.add_argument("--latencies-ms", type=float, nargs="*", default=[0, 50])
     parser.add_argument("--connections", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--files-built", type=int, default=N_FILES, help="a fourth of the cells each")
     parser.add_argument("--work", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         work = args.work or Path(made)
         make_inputs(work / "bucket/in", args.cells)
         with served(work) as far:
-            setup = Setup(work, far, args.cells, tuple(args.latencies_ms), args.connections, args.epochs)
+            setup = Setup(
+                work, far, args.cells, tuple(args.latencies_ms), args.connections, args.epochs, args.files_built
+            )
             if not (work / "bucket/o.zarr/zarr.json").exists():
                 build(work / "bucket/o.zarr", setup.files)
             for part in args.parts:

@@ -17,6 +17,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -212,10 +213,12 @@ class Server:
         self._store, self._settings, self._rng = store, Settings(), random.Random(0)
         self._n_open = 0
         self._counted: dict[str, int] = {}
+        self._cpu_s = 0.0
         self._forget()
 
     def _forget(self) -> None:
         self._counted = {"n_requests": 0, "n_at_once": 0, "n_failed": 0, "n_bytes": 0}
+        self._cpu_s = time.process_time()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer what comes over one connection."""
@@ -276,7 +279,7 @@ class Server:
     def _control(self, request: Request) -> Answer:
         if request.body:
             self._settings = Settings(**json.loads(request.body))
-        counted = json.dumps(self._counted).encode()
+        counted = json.dumps(self._counted | {"server_cpu_s": round(time.process_time() - self._cpu_s, 2)}).encode()
         self._forget()
         return Answer(200, counted)
 
@@ -298,11 +301,11 @@ class Far:
         found: dict[str, Any] = {"key": "a", "secret": "b", "client_kwargs": {"endpoint_url": self.url}}
         return found if n_connections is None else found | {"config_kwargs": {"max_pool_connections": n_connections}}
 
-    def set(self, settings: Settings) -> dict[str, int]:
+    def set(self, settings: Settings) -> dict[str, float]:
         """Change how well it does; return what it has counted since the last time."""
         request = urllib.request.Request(f"{self.url}/_", json.dumps(asdict(settings)).encode(), method="PUT")
         with urllib.request.urlopen(request) as answer:
-            counted: dict[str, int] = json.load(answer)
+            counted: dict[str, float] = json.load(answer)
         return counted
 
 
