@@ -59,11 +59,22 @@ def exclusive(folder: Folder) -> Iterator[None]:
     try:
         yield
     finally:
-        if was_empty:
-            os.ftruncate(fd, 0)
-        else:
+        _release(fd, path, stays=was_empty)
+
+
+def _release(fd: int, path: str, *, stays: bool) -> None:
+    """Let go of a lock, whatever becomes of its file: where that cannot be removed, it is left empty."""
+    try:
+        if not stays:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+    except OSError as e:  # what went wrong before is what is raised
+        logger.warning("%s cannot be removed (%s): nobody holds it, and it does no harm", path, e)
+        stays = True
+    finally:
+        with contextlib.suppress(OSError):
+            if stays:
+                os.ftruncate(fd, 0)
         os.close(fd)
 
 
@@ -76,20 +87,30 @@ def _acquire(path: str, url: str) -> tuple[int, bool]:
     while True:
         is_new, fd = _open_lock(path)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _holder(fd, path) or "another process"
-            os.close(fd)
-            msg = f"{url} is being built by {holder}; wait until it ends, or stop it"
-            raise CollectionBusyError(msg) from None
-        except OSError as e:  # a file system without locks
-            logger.warning("%s cannot be locked (%s): make sure that only one build works on it", url, e)
-        if _is_still_there(fd, path):  # its last holder removes it, perhaps after it was opened here
-            was_empty = not is_new and not _holder(fd, path)
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            was_empty = _take_lock(fd, path, url, is_new=is_new)
+        except BaseException:
+            os.close(fd)  # and with it what was locked
+            raise
+        if was_empty is not None:
             return fd, was_empty
         os.close(fd)
+
+
+def _take_lock(fd: int, path: str, url: str, *, is_new: bool) -> bool | None:
+    """Lock an open file, and say in it whose it is; True if it was there, empty; None if it is no longer there."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        msg = f"{url} is being built by {_holder(fd, path) or 'another process'}; wait until it ends, or stop it"
+        raise CollectionBusyError(msg) from None
+    except OSError as e:  # a file system without locks
+        logger.warning("%s cannot be locked (%s): make sure that only one build works on it", url, e)
+    if not _is_still_there(fd, path):  # its last holder removes it, perhaps after it was opened here
+        return None
+    was_empty = not is_new and not _holder(fd, path)
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    return was_empty
 
 
 def _open_lock(path: str) -> tuple[bool, int]:
@@ -102,7 +123,6 @@ def _holder(fd: int, path: str) -> str:
     """Content of a lock's file; empty if its holder has not written yet."""
     text = os.pread(fd, 1000, 0).decode(errors="replace")
     if text and not _HOLDER.fullmatch(text):
-        os.close(fd)
         msg = f"{path} would be the lock of a build and is another file; move it, or give another output"
         raise CollectionError(msg)
     return text

@@ -141,6 +141,37 @@ def test_a_lease_is_of_a_document_that_is_there_once_it_is_locked(folder, monkey
     lease.close()
 
 
+@pytest.mark.parametrize("error", [PermissionError, OSError])
+def test_a_lock_whose_file_cannot_be_removed_is_released(tmp_path, monkeypatch, error, caplog):
+    """What ended the build is what is raised, and the next call of this process is not told to wait for this process."""
+    folder = Folder(str(tmp_path / "o"))
+
+    def refused(path):
+        raise error(path)
+
+    with monkeypatch.context() as m, pytest.raises(ZeroDivisionError), exclusive(folder):
+        m.setattr(os, "unlink", refused)
+        raise ZeroDivisionError
+    assert "o.lock cannot be removed" in caplog.text
+    assert (tmp_path / "o.lock").read_text() == ""
+    with exclusive(folder):
+        pass
+
+
+def test_a_lock_is_released_if_it_cannot_be_written(tmp_path, monkeypatch):
+    folder = Folder(str(tmp_path / "o"))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left"), exclusive(folder):
+            pass
+    with exclusive(folder):
+        pass
+
+
 def test_a_lock_is_released_and_a_strangers_file_of_its_name_stays(tmp_path):
     folder = Folder(str(tmp_path / "o"))
     with exclusive(folder), pytest.raises(CollectionError, match="is being built by process"), exclusive(folder):
