@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
+import os
+import signal
 import sys
 import tempfile
 import time
@@ -137,6 +140,10 @@ was not shuffled, more and smaller chunks bring batches closer to the ideal.
 }
 
 
+class _ReaderGoneError(Exception):
+    """Who read the output has read enough, as ``| head`` does: no error of the command's."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
@@ -150,12 +157,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 on success, 1 on an error (one line on standard error), 130 after Ctrl-C. Wrong usage exits with 2.
     """
     args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that a terminal cannot show end no command
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             args.run(args)
     except KeyboardInterrupt:
         return _fail("interrupted", code=130)
+    except _ReaderGoneError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Exception as error:  # noqa: BLE001 - any error becomes one line
         if args.debug:
             raise
@@ -256,12 +269,14 @@ def _repack(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
+    _check_folder_of(args.output)
     report = _open(args).report()
     report.save(args.output)
     _say(f"{args.output}: {report.n_obs:,} cells, {format_bytes(report.n_bytes_stored)}")
 
 
 def _stats(args: argparse.Namespace) -> None:
+    _check_folder_of(args.output)
     collection = _open(args)
     if args.highly_variable is None:
         collection.gene_stats(args.by).to_csv(args.output)
@@ -299,6 +314,8 @@ def _stream(args: argparse.Namespace) -> None:
 def _mixing(args: argparse.Namespace) -> None:
     from annbatch_dask.mixing import measure_mixing, plot_mixing, sampled_batches
 
+    if args.plot is not None:
+        _check_folder_of(args.plot)
     column, codes = _classes(_open(args), args.by)
     mixing = measure_mixing(sampled_batches(_loader(args).batch_sampler, codes))
     line = _mixing_line(column, mixing)
@@ -866,12 +883,27 @@ def _positive(text: str) -> int:
 
 def _say(text: str, file: IO[str] | None = None) -> None:
     """Print lines; names in them may come from anybody's files, and do nothing to a terminal."""
-    print("\n".join(map(_visible, text.split("\n"))), file=file)
+    _print("\n".join(map(_visible, text.split("\n"))), file)
 
 
 def _say_json(command: str, values: dict[str, Any]) -> None:
     """Print a document of JSON, whose escapes do nothing to a terminal; its first fields say what it is."""
-    print(json.dumps({"annbatch_dask": annbatch_dask.__version__, "command": command} | values, indent=1))
+    _print(json.dumps({"annbatch_dask": annbatch_dask.__version__, "command": command} | values, indent=1))
+
+
+def _print(text: str, file: IO[str] | None = None) -> None:
+    try:
+        print(text, file=file, flush=True)
+    except BrokenPipeError:
+        raise _ReaderGoneError from None
+
+
+def _check_folder_of(path: str) -> None:
+    """Refuse a file to write, before what is to be in it is worked out, if it has no folder."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        msg = f"{path} cannot be written: there is no folder {folder}; make it, or give another output"
+        raise AnnbatchDaskError(msg)
 
 
 def _visible(text: str) -> str:

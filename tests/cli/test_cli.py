@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -244,6 +245,32 @@ def test_a_missing_file(tmp_path, capsys):
 def test_a_missing_gene_list(h5ad_pair, tmp_path, capsys):
     assert run("plan", *h5ad_pair, "--var-subset", tmp_path / "absent.txt") == 1
     assert "absent.txt" in error_line(capsys)
+
+
+@pytest.mark.parametrize("command", [["report", "-o"], ["stats", "-o"], ["mixing", "--plot"]])
+def test_an_output_without_a_folder_is_refused_before_the_work(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("annbatch_dask.cli._open", lambda _: pytest.fail("the work was begun"))
+    assert run(command[0], "o.zarr", command[1], tmp_path / "absent" / "x.csv") == 1
+    assert f"there is no folder {tmp_path / 'absent'}; make it" in error_line(capsys)
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_who_reads_no_further_is_no_error(collection, options):
+    command = [sys.executable, "-m", "annbatch_dask.cli", "info", str(collection), *options]
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write) as out:
+        found = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, check=False)
+    assert found.returncode == 141
+    assert found.stderr == ""
+
+
+def test_names_that_a_terminal_cannot_show(h5ad_pair, tmp_path):
+    path = shutil.copy(h5ad_pair[0], tmp_path / "ü.h5ad")
+    command = [sys.executable, "-m", "annbatch_dask.cli", "plan", path, tmp_path / "ä.h5ad"]
+    found = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False)
+    assert found.returncode == 1
+    assert rb"\xe4.h5ad does not exist" in found.stderr
 
 
 @pytest.mark.parametrize("command", ["info", "report", "stream", "mixing"])
