@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 from annbatch_dask.errors import LayoutError
 
 __all__ = ["check_positive", "parse_nbytes", "parse_rows_or_nbytes"]
 
 
-def check_positive(name: str, value: float | None) -> None:
-    """ValueError for a number below 1; annbatch's words are in it, which programs may look for."""
-    if value is not None and value < 1:
+def check_positive(name: str, value: object) -> None:
+    """ValueError for a number below 1, in which are annbatch's words; TypeError for what is no whole number."""
+    if value is None:
+        return
+    if not isinstance(value, Integral):
+        msg = f"{name} is {value!r}; it must be a whole number"
+        raise TypeError(msg)
+    if value < 1:
         msg = f"{name} must be 1 or more (as annbatch says it: {name} must be greater than 1, got {value})"
         raise ValueError(msg)
 
@@ -56,7 +63,10 @@ def parse_rows_or_nbytes(name: str, value: int | str) -> tuple[int | None, int |
         except LayoutError as e:
             msg = f"{name} is {value!r}; give a number of cells, or a size such as '2GB' or '2GiB'"
             raise LayoutError(msg) from e
-    if value < 1:
-        msg = f"{name} is {value}; it must be 1 or more"
+    if not isinstance(value, Real):
+        msg = f"{name} is {value!r}; give a number of cells, or a size such as '2GB' or '2GiB'"
+        raise LayoutError(msg)
+    if value < 1 or value != int(value):
+        msg = f"{name} is {value}; it must be a whole number, 1 or more"
         raise LayoutError(msg)
     return int(value), None

@@ -90,6 +90,9 @@ def make_request(given: Mapping[str, Any]) -> Request:
     plain = {n: given[n] for n in ("merge", "mode", "genes", "on_duplicate_source", "layout", "gene_order")}
     plain |= {n: given[n] for n in ("stats", "stats_by", "keep")}
     check_positive("keep", given["keep"])
+    if not isinstance(given["stats_by"], str | None):
+        msg = f"stats_by is {given['stats_by']!r}; name one column of obs"
+        raise TypeError(msg)
     return Request(refs, _options(given), **plain, names=ask_names(given, refs))
 
 

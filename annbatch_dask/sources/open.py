@@ -185,6 +185,9 @@ def _open_group(ref: SourceRef, files: contextlib.ExitStack) -> Any:
         except OSError as e:
             if is_transient(e):  # says nothing about the file
                 raise
+            if isinstance(e, PermissionError):
+                msg = f"{ref.label} may not be read by this user ({e}); have its owner allow it, or leave it out"
+                raise SourceError(msg) from e
             size = folder.fs.size(folder.path)
             msg = f"{ref.label} ({size:,} bytes) is not a whole HDF5 file: {e}; copy it again, or leave it out"
             raise SourceError(msg) from e

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import CollectionError, MissingPackageError
 from annbatch_dask.etl.prepare import dataset_refs
 from annbatch_dask.etl.stats import GeneSums
-from annbatch_dask.kernels.gene_sums import add_clipped
+from annbatch_dask.kernels.gene_sums import SUMS, add_clipped
 from annbatch_dask.lazy.blocks import lazy_matrix
 from annbatch_dask.lazy.view import View
 from annbatch_dask.statistics.genes import gene_sums
@@ -58,10 +58,28 @@ def variable_genes(
     found = gene_sums(root, batch_key)
     batches = [k for k, n in enumerate(found.n_cells) if n]
     _check_batches(root, found, batches)
+    _check_finite(root, found, genes, flavor)
     if flavor == "seurat_v3":
         return _by_clipped_variance(root, found, batches, genes, n_top, span)
     frames = [_of_batch(found, k, genes, n_top, flavor, n_bins) for k in batches]
     return frames[0].drop(columns="mean_bin") if batch_key is None else _united(frames, genes, n_top)
+
+
+_KINDS: Mapping[Flavor, str] = {"seurat": "normalized_", "cell_ranger": "log_", "seurat_v3": ""}
+"""The sums that each flavour is made of."""
+
+
+def _check_finite(root: Root, found: GeneSums, genes: pd.Index, flavor: Flavor) -> None:
+    """Refuse sums that are no numbers, of which nothing can be ranked."""
+    places = [SUMS.index(f"{_KINDS[flavor]}{name}") for name in ("sum", "sum_of_squares")]
+    bad = np.flatnonzero(~np.isfinite(found.sums[:, :, places]).all(axis=(0, 2)))
+    if len(bad):
+        shown = ", ".join(map(repr, genes[bad[:3]])) + (", ..." if len(bad) > 3 else "")  # noqa: PLR2004 - names
+        msg = (
+            f"{root.path}: {len(bad):,} of {len(genes):,} genes have no mean or variance ({shown}), as X has NaN, "
+            "infinite or negative values in cells that have them; mend X in load_adata, or leave out cells or genes"
+        )
+        raise CollectionError(msg)
 
 
 def _check_batches(root: Root, found: GeneSums, batches: Sequence[int]) -> None:
@@ -82,7 +100,7 @@ def _check_batches(root: Root, found: GeneSums, batches: Sequence[int]) -> None:
 
 def _of_batch(found: GeneSums, group: int, genes: pd.Index, n_top: int, flavor: Flavor, n_bins: int) -> pd.DataFrame:
     """Dispersions of the genes in a batch, zeros for those that none of its cells has where there are batches."""
-    mean, variance = found.moments(group, "normalized_" if flavor == "seurat" else "log_")
+    mean, variance = found.moments(group, _KINDS[flavor])
     has = found.sums[group, :, 0] > 0 if found.by else np.ones(len(genes), bool)
     mean, variance = np.where(mean == 0, _SMALLEST_MEAN, mean)[has], variance[has]
     dispersion = variance / mean

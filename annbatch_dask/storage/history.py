@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Integral
 
 import zarr
 from zarr.storage import StorePath
@@ -85,6 +86,8 @@ def open_version(folder: Folder, number: int) -> zarr.Group:
         what = "has no versions: annbatch wrote it" if document is not None else "is not there; check the path"
         msg = f"{folder.url} {what}"
         raise CollectionError(msg)
+    if not isinstance(number, Integral):
+        raise _not_found(folder, number, current)
     if number != current.version:
         document = folder.find(version_name(number)) if number in current.kept else None
     if document is None:
@@ -95,7 +98,7 @@ def open_version(folder: Folder, number: int) -> zarr.Group:
 
 def _not_found(folder: Folder, number: int, current: Manifest) -> VersionNotFoundError:
     """Make the error for a version that cannot be opened, which lists those that can."""
-    is_gone = 1 <= number < current.version
+    is_gone = isinstance(number, Integral) and 1 <= number < current.version
     what = f"does not keep version {number} any more" if is_gone else f"has no version {number!r}"
     there = ", ".join(map(str, find_versions(folder, current)))
     msg = f"{folder.url} {what}: it is at version {current.version}, and can be opened at {there}"

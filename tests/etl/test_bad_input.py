@@ -2,6 +2,7 @@
 
 import anndata as ad
 import dask
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -60,6 +61,17 @@ def test_a_truncated_file(out, h5ad_pair, tmp_path):
         SourceError, match=rf"cut\.h5ad \({len(raw) // 2:,} bytes\) is not a whole HDF5 file.*copy it again"
     ):
         add(out, [cut])
+
+
+def test_a_file_that_may_not_be_read(out, h5ad_pair, monkeypatch):
+    """It is as whole as before, and to copy it again would not help."""
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(h5py, "File", refused)
+    with pytest.raises(SourceError, match=r"may not be read by this user .*Permission denied"):
+        add(out, h5ad_pair)
 
 
 def test_a_text_file_named_h5ad(out, tmp_path):

@@ -151,6 +151,7 @@ def test_two_workers_write_the_bytes_of_one(tmp_path, paths):
         ({"stats_by": "nobody"}, SchemaError, "stats_by='nobody' is in no input's obs, which has .*'donor'"),
         ({"stats_by": "n_counts"}, SchemaError, "is a column of .*; make it categorical in load_adata"),
         ({"stats": False, "stats_by": "donor"}, ValueError, "leave one of them out"),
+        ({"stats_by": ["donor"]}, TypeError, r"stats_by is \['donor'\]; name one column of obs"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path, paths, options, error, message):

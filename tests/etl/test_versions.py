@@ -208,6 +208,10 @@ def test_numbers_that_make_no_sense(tmp_path, paths):
         with pytest.raises(ValueError, match="keep must be 1 or more"):
             add(tmp_path / "o.zarr", paths[:1], keep=keep)
     add(tmp_path / "o.zarr", paths[:1])
+    with pytest.raises(TypeError, match="keep is '2'; it must be a whole number"):
+        add(tmp_path / "o.zarr", paths[:1], keep="2")
+    with pytest.raises(VersionNotFoundError, match="has no version '1': it is at version 1"):
+        DatasetCollection(tmp_path / "o.zarr", version="1")
     with pytest.raises(ValueError, match="keep_last must be 1 or more"):
         DatasetCollection(tmp_path / "o.zarr").gc(keep_last=0)
     with pytest.warns(UserWarning, match="h5ad"):

@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 
 from annbatch_dask import DatasetCollection, Loader, write_sharded
@@ -54,6 +55,19 @@ def test_counts_below_1_are_refused_in_words_that_are_true():
     """Until this, 1 "must be greater than 1", and was taken. annbatch's words stay in it: programs may look for them."""
     with pytest.raises(ValueError, match=r"chunk_size must be 1 or more .*chunk_size must be greater than 1, got 0"):
         Loader(chunk_size=0)
+
+
+def test_what_is_no_whole_number_is_refused():
+    with pytest.raises(TypeError, match=r"batch_size is 16\.0; it must be a whole number"):
+        Loader(batch_size=16.0)
+    with pytest.raises(TypeError, match="batch_size is '16'; it must be a whole number"):
+        Loader(batch_size="16")
+    Loader(batch_size=np.int32(16))
+    assert parse_rows_or_nbytes("dataset_size", 1e6) == (10**6, None)
+    with pytest.raises(LayoutError, match=r"dataset_size is 1\.5; it must be a whole number"):
+        parse_rows_or_nbytes("dataset_size", 1.5)
+    with pytest.raises(LayoutError, match="dataset_size is None; give a number of cells"):
+        parse_rows_or_nbytes("dataset_size", None)
 
 
 def test_an_empty_loader_says_what_to_do():

@@ -169,6 +169,16 @@ def test_without_scikit_misc(collection, monkeypatch):
         collection.highly_variable(10, flavor="seurat_v3")
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_no_numbers_are_named(tmp_path, value):
+    [a] = adatas(n_vars=40)[:1]
+    a.X = sp.csr_matrix(a.X)
+    a.X.data[0] = value
+    c = build(tmp_path / "c.zarr", write(tmp_path, [a]))
+    with pytest.raises(CollectionError, match=r"\d of 40 genes have no mean or variance \('\w+'.*; mend X in"):
+        c.highly_variable(10)
+
+
 def test_what_makes_no_sense_is_refused(tmp_path, collection):
     with pytest.raises(ValueError, match="give one of 'seurat', 'cell_ranger', 'seurat_v3'"):
         collection.highly_variable(10, flavor="mine")
