@@ -172,7 +172,8 @@ class Helpers:
                 self._threads.append(thread)
         except RuntimeError as error:  # a container's limit, or the main thread has ended (Python 3.12)
             self._n_helpers = len(self._threads)
-            logger.warning("a loader goes on with %d of %d helper threads: %s", self._n_helpers, n_threads, error)
+            # Its text: a record that somebody keeps would keep the error's frames, and with them a window's files.
+            logger.warning("a loader goes on with %d of %d helper threads: %s", self._n_helpers, n_threads, str(error))
         return len(self._threads)
 
     def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
