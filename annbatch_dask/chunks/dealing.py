@@ -73,24 +73,27 @@ class _Fills:
 
     @classmethod
     def of(cls, fills: Sequence[Fill], n_threads: int) -> _Fills:
-        plans = [fill.plan for fill in fills]
-        found = [Opened.of(plan, number) for number, plan in enumerate(plans)]
-        hows, n_chunks, n_pieces = [], 0, 0
-        for fill in fills:
+        plans = [fill.plan.planned for fill in fills]
+        found = [Opened.of(fill.plan.index, fill.plan.planned) for fill in fills]
+        reads = np.concatenate([part.reads for part in found])
+        hows, n_reads, n_chunks, n_pieces = [], 0, 0, 0
+        for number, (fill, plan) in enumerate(zip(fills, plans, strict=True)):
             hows.append([*fill.how, n_chunks, n_pieces])
-            n_chunks, n_pieces = n_chunks + len(fill.plan.chunks), n_pieces + len(fill.plan.pieces)
+            reads[n_reads : n_reads + len(plan.reads), 7] = number
+            n_reads += len(plan.reads)
+            n_chunks, n_pieces = n_chunks + len(plan.chunks), n_pieces + len(plan.pieces)
         n_bytes = sum(part.n_bytes for part in found)
         n_calls = max(1, min(n_threads, n_bytes // MIN_PART_NBYTES))
         return cls(
             fills,
             found,
-            np.concatenate([part.reads for part in found]),
+            reads,
             np.concatenate([plan.chunks for plan in plans]),
             np.concatenate([plan.pieces for plan in plans]),
             np.array(hows),
             np.zeros(n_chunks, np.bool_),
             np.array([0, 0, 0, n_calls]),
-            (max(part.largest for part in found), max(plan.layout.chunk_nbytes for plan in plans)),
+            (max(part.largest for part in found), max(fill.plan.layout.chunk_nbytes for fill in fills)),
         )
 
     @property

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -21,7 +21,17 @@ from annbatch_dask.storage.packed import PACKED, packs
 if TYPE_CHECKING:
     import zarr
 
-__all__ = ["MAX_GAP_NBYTES", "Array", "ChunkLayout", "GridColumn", "Ints", "ShardIndex", "checked", "find_layout"]
+__all__ = [
+    "MAX_GAP_NBYTES",
+    "Array",
+    "ChunkLayout",
+    "GridColumn",
+    "Ints",
+    "ReadPlan",
+    "ShardIndex",
+    "checked",
+    "find_layout",
+]
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -253,14 +263,29 @@ class ShardIndex:
         self.offsets[shard], self.sizes[shard] = _read_index(self.layout, key)
         self.keys[shard] = key
 
-    def plan(self, column: GridColumn, spans: Ints, max_read: int) -> tuple[Ints, Ints, Ints, Ints]:
-        """Reads, chunks, pieces and missing pieces, see :func:`annbatch_dask.kernels.chunk_plan.plan_chunks`."""
+    def plan(self, column: GridColumn, spans: Ints, max_read: int) -> ReadPlan:
+        """Plan the reads of some rows of a column whose shards were loaded."""
         per_row, n_shards, per_shard = self._grid
         grid = (per_row, n_shards, column.shard, per_shard, column.inner)
-        length = self.layout.chunk_shape[0]
-        plan = plan_chunks(spans, length, grid, self.offsets, self.sizes, MAX_GAP_NBYTES, max_read)
-        reads, chunks, pieces, missing = plan
-        return reads, chunks, pieces, missing
+        layout, files = self.layout, self.open_files
+        given = (spans, layout.shape[0], layout.chunk_shape[0], grid, self.offsets, self.sizes)
+        found = plan_chunks(*given, MAX_GAP_NBYTES, max_read, files.table)
+        n_rows, reads, chunks, pieces, missing, described, n_bytes, largest = found
+        return ReadPlan(n_rows, reads, chunks, pieces, missing, described, n_bytes, largest, files)
+
+
+class ReadPlan(NamedTuple):
+    """Reads of some rows, see :func:`annbatch_dask.kernels.chunk_plan.plan_chunks`, and files that were open."""
+
+    n_rows: int
+    reads: Ints
+    chunks: Ints
+    pieces: Ints
+    missing: Ints
+    described: Ints
+    n_bytes: int
+    largest: int
+    files: OpenFiles
 
 
 def _read_index(layout: ChunkLayout, key: str) -> tuple[Ints, Ints]:

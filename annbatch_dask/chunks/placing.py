@@ -18,10 +18,11 @@ import numpy as np
 
 from annbatch_dask.chunks import native
 from annbatch_dask.chunks.files import OpenFiles, scratch
-from annbatch_dask.chunks.layout import Array, ChunkLayout, GridColumn, Ints, ShardIndex, checked
+from annbatch_dask.chunks.layout import Array, ChunkLayout, GridColumn, Ints, ReadPlan, ShardIndex, checked
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.kernels.chunk_plan import describe_reads, files_of
 from annbatch_dask.kernels.packed import unpacker
+from annbatch_dask.kernels.shared import address_of
 from annbatch_dask.storage.packed import PACKED, unpack_chunk
 
 __all__ = ["ColumnPlan", "Opened", "Way", "fill_missing", "place_read"]
@@ -31,14 +32,27 @@ _BLOSC_HEADER_NBYTES = 16
 
 @dataclass(frozen=True)
 class ColumnPlan:
-    """Reads planned for one column, see :func:`annbatch_dask.kernels.chunk_plan.plan_chunks`."""
+    """Reads planned for one column, and where what is read goes."""
 
     index: ShardIndex
     column: GridColumn
-    reads: Ints
-    chunks: Ints
-    pieces: Ints
+    planned: ReadPlan
     out: Array
+
+    @property
+    def reads(self) -> Ints:
+        """See :func:`annbatch_dask.kernels.chunk_plan.plan_chunks`."""
+        return self.planned.reads
+
+    @property
+    def chunks(self) -> Ints:
+        """See :func:`annbatch_dask.kernels.chunk_plan.plan_chunks`."""
+        return self.planned.chunks
+
+    @property
+    def pieces(self) -> Ints:
+        """See :func:`annbatch_dask.kernels.chunk_plan.plan_chunks`."""
+        return self.planned.pieces
 
     @property
     def layout(self) -> ChunkLayout:
@@ -88,7 +102,7 @@ class Way(NamedTuple):
         if not out.flags.c_contiguous:
             return None
         stride = out.strides[0] if self.stride is None else self.stride
-        return [*self.how, out.ctypes.data + self.start, stride]
+        return [*self.how, address_of(out) + self.start, stride]
 
 
 class Opened(NamedTuple):
@@ -110,16 +124,14 @@ class Opened(NamedTuple):
     files: OpenFiles
 
     @classmethod
-    def of(cls, plan: ColumnPlan, number: int) -> Opened:
-        """Open the files of a plan; ``number`` is to stand behind each of its reads."""
-        index = plan.index
-        files = index.open_files
-        reads, n_bytes, largest = describe_reads(plan.reads, files.table, number)
-        if n_bytes < 0:
-            shards = files_of(plan.reads).tolist()
-            missing = [shard for shard in shards if files.table[shard, 0] < 0]
-            files = files.having(index.layout.files, {shard: index.keys[shard] for shard in missing})
-            reads, n_bytes, largest = describe_reads(plan.reads, files.table, number)
+    def of(cls, index: ShardIndex, planned: ReadPlan) -> Opened:
+        """Open the files of a plan, those that are not open yet."""
+        if planned.n_bytes >= 0:
+            return cls(planned.described, planned.n_bytes, planned.largest, planned.files)
+        shards = files_of(planned.reads).tolist()
+        missing = [shard for shard in shards if planned.files.table[shard, 0] < 0]
+        files = planned.files.having(index.layout.files, {shard: index.keys[shard] for shard in missing})
+        reads, n_bytes, largest = describe_reads(planned.reads, files.table)
         return cls(reads, n_bytes, largest, files)
 
 

@@ -35,7 +35,7 @@ import numpy as np
 from annbatch_dask.chunks.cache import RangeCache
 from annbatch_dask.chunks.dealing import Fill, Task
 from annbatch_dask.chunks.files import ChunkFiles, OpenFiles, chunk_files
-from annbatch_dask.chunks.layout import Array, GridColumn, Ints, ShardIndex, find_layout
+from annbatch_dask.chunks.layout import Array, Ints, ShardIndex, find_layout
 from annbatch_dask.chunks.placing import ColumnPlan, Opened, Way, fill_missing, place_read
 from annbatch_dask.kernels.chunk_plan import count_rows
 from annbatch_dask.storage.threads import unlocked_property
@@ -129,23 +129,40 @@ class RangeReader:
             C-contiguous, of the array's dtype; its first axis holds the runs one after the other.
             Complete once every task has run.
         """
-        spans = np.ascontiguousarray(spans, np.int64)
-        n_rows, n_empty = count_rows(spans, self.shape[0])
-        if n_rows < 0:  # what is compiled would not notice
+        spans, index = np.ascontiguousarray(spans, np.int64), self._index
+        if index is None or not index.is_complete:
+            self._check(spans, count_rows(spans, self.shape[0]), out)
+        if index is None:
+            return list(self._plain_tasks(spans, out))
+        for shard in index.unknown(spans):
+            index.load(shard)
+        return [task for number in range(len(index.columns)) for task in self._tasks_of(number, spans, out)]
+
+    def _check(self, spans: Ints, n_rows: int, out: Array) -> None:
+        """ValueError unless the runs, of so many rows, are sound, and fill ``out``; nothing compiled would notice."""
+        if n_rows < 0:
             msg = f"runs must ascend from 0 to {self.shape[0]} and not overlap, got {spans.tolist()}"
             raise ValueError(msg)
         if out.shape != (n_rows, *self.shape[1:]) or out.dtype != self.dtype:
             msg = f"out has shape {out.shape} and dtype {out.dtype}; needed: {n_rows} rows of {self.dtype}"
             raise ValueError(msg)
-        if n_empty:
-            spans = spans[spans[:, 1] > spans[:, 0]]
-        if self._index is None:
-            return list(self._plain_tasks(spans, out))
-        for shard in self._index.unknown(spans):
-            self._index.load(shard)
+
+    def _tasks_of(self, number: int, spans: Ints, out: Array) -> Iterator[Task]:
+        """The work of one column of chunks."""
         index = self._index
-        pairs = zip(index.columns, self._ways, strict=True)
-        return [task for column, way in pairs for task in _tasks_of(index, column, way, spans, out)]
+        assert index is not None
+        column, way = index.columns[number], self._ways[number]
+        how = None if way is None else way.into(out)
+        is_each = how is None or index.layout.files.is_remote
+        planned = index.plan(column, spans, MAX_READ_NBYTES if is_each else _MAX_FILL_NBYTES)
+        self._check(spans, planned.n_rows, out)
+        plan = ColumnPlan(index, column, planned, out)
+        if len(planned.missing):
+            yield partial(fill_missing, plan, planned.missing)
+        if is_each:
+            yield from (partial(place_read, plan, how, read) for read in range(len(planned.reads)))
+        elif how is not None and len(planned.reads):
+            yield Fill(plan, how)
 
     def local_chunks(self, spans: Ints) -> LocalChunks | None:
         """Locations of the values of some runs, in the order of the array; None if one call cannot read them.
@@ -154,16 +171,17 @@ class RangeReader:
         """
         if self._index is None or len(self.shape) != 1 or self._index.layout.files.is_remote or not len(spans):
             return None
-        (column,), (way,), nothing = self._index.columns, self._ways, np.empty(0, self.dtype)
+        (column,), (way,) = self._index.columns, self._ways
         if way is None:
             return None
         for shard in self._index.unknown(spans):
             self._index.load(shard)
-        reads, chunks, pieces, missing = self._index.plan(column, spans, 0)
-        if len(missing) or (chunks[1:, 2] < chunks[:-1, 2]).any():
+        planned = self._index.plan(column, spans, 0)
+        chunks = planned.chunks
+        if len(planned.missing) or (chunks[1:, 2] < chunks[:-1, 2]).any():
             return None
-        found = Opened.of(ColumnPlan(self._index, column, reads, chunks, pieces, nothing), 0)
-        return LocalChunks(found.reads, chunks[:, 2:4], pieces, way.how[:4], found.files)
+        found = Opened.of(self._index, planned)
+        return LocalChunks(found.reads, chunks[:, 2:4], planned.pieces, way.how[:4], found.files)
 
     def close(self) -> None:
         """Keep no file open until the next read. Takes no lock."""
@@ -176,12 +194,14 @@ class RangeReader:
         """Return tasks that read the shard indexes :meth:`tasks` would otherwise read one after the other."""
         if self._index is None or self._index.is_complete:
             return []
-        spans = np.ascontiguousarray(spans[spans[:, 1] > spans[:, 0]], np.int64)
+        spans = np.ascontiguousarray(spans, np.int64)
         return [partial(self._index.load, shard) for shard in self._index.unknown(spans)]
 
     def _plain_tasks(self, spans: Ints, out: Array) -> Iterator[Task]:
         row = 0
         for start, stop in spans.tolist():
+            if start == stop:
+                continue
             yield partial(_read_plain, self.array, self._files, start, stop, out[row : row + stop - start])
             row += stop - start
 
@@ -195,19 +215,6 @@ def _read_plain(array: zarr.Array[Any], files: ChunkFiles | None, start: int, st
         grid += [range(-(-n // c)) for n, c in zip(array.shape[1:], outer[1:], strict=True)]
         for shard in itertools.product(*grid):
             files.check(array.metadata.encode_chunk_key(shard))
-
-
-def _tasks_of(index: ShardIndex, column: GridColumn, way: Way | None, spans: Ints, out: Array) -> Iterator[Task]:
-    how = None if way is None else way.into(out)
-    is_each = how is None or index.layout.files.is_remote
-    reads, chunks, pieces, missing = index.plan(column, spans, MAX_READ_NBYTES if is_each else _MAX_FILL_NBYTES)
-    plan = ColumnPlan(index, column, reads, chunks, pieces, out)
-    if len(missing):
-        yield partial(fill_missing, plan, missing)
-    if is_each:
-        yield from (partial(place_read, plan, how, number) for number in range(len(reads)))
-    elif how is not None and len(reads):
-        yield Fill(plan, how)
 
 
 @dataclass(frozen=True)

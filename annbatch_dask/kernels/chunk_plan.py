@@ -17,16 +17,15 @@ Ints = NDArray[np.int64]
 
 @compiled
 def count_rows(spans: Any, n_rows: int) -> Any:
-    """Rows of some half-open runs, and how many runs are empty; -1 rows unless they ascend from 0 to ``n_rows``."""
-    n, n_empty, before = 0, 0, 0
+    """Rows of some half-open runs; -1 unless they ascend from 0 to ``n_rows``."""
+    n, before = 0, 0
     for i in range(len(spans)):
         start, stop = spans[i, 0], spans[i, 1]
         if start < before or stop < start or stop > n_rows:
-            return -1, 0
+            return -1
         n += stop - start
-        n_empty += start == stop
         before = stop
-    return n, n_empty
+    return n
 
 
 @compiled
@@ -41,8 +40,8 @@ def files_of(reads: Any) -> Any:
 
 
 @compiled
-def describe_reads(reads: Any, files: Any, number: int) -> Any:
-    """Reads as the native way has them: (3,) numbers of their file in the place of the shard, and a number behind.
+def describe_reads(reads: Any, files: Any) -> Any:
+    """Reads as the native way has them: (3,) numbers of their file in the place of the shard, and a 0 behind.
 
     ``files`` has a row for each shard. Beside the reads, returns the bytes of all and of the largest; -1 bytes if a
     file has a negative number, as one that is not open.
@@ -53,7 +52,7 @@ def describe_reads(reads: Any, files: Any, number: int) -> Any:
             found[i, column] = files[reads[i, 0], column]
         for column in range(4):
             found[i, 3 + column] = reads[i, 1 + column]
-        found[i, 7] = number
+        found[i, 7] = 0
         are_open = are_open and found[i, 0] >= 0
         n_bytes += reads[i, 2]
         largest = max(largest, reads[i, 2])
@@ -67,14 +66,14 @@ def find_shards(spans: Any, n_rows: int) -> Any:
     Parameters
     ----------
     spans
-        (n, 2) half-open runs of rows, ascending, disjoint, not empty.
+        (n, 2) half-open runs of rows, ascending, disjoint.
     n_rows
         Rows of a shard.
     """
     found = np.empty(spans[-1, 1] // n_rows - spans[0, 0] // n_rows + 1 if len(spans) else 0, np.int64)
     n_found = 0
     for i in range(len(spans)):
-        for shard in range(spans[i, 0] // n_rows, (spans[i, 1] - 1) // n_rows + 1):
+        for shard in range(spans[i, 0] // n_rows, -(-spans[i, 1] // n_rows) if spans[i, 1] > spans[i, 0] else 0):
             if not n_found or found[n_found - 1] != shard:
                 found[n_found] = shard
                 n_found += 1
@@ -86,7 +85,8 @@ def _cut(spans: Any, chunk_len: int) -> Any:
     """Cut runs of rows at chunk boundaries: the pieces, their rows of chunks, and the offsets of the pieces."""
     n_pieces = 0
     for i in range(len(spans)):
-        n_pieces += (spans[i, 1] - 1) // chunk_len - spans[i, 0] // chunk_len + 1
+        if spans[i, 1] > spans[i, 0]:
+            n_pieces += (spans[i, 1] - 1) // chunk_len - spans[i, 0] // chunk_len + 1
     pieces, rows = np.empty((n_pieces, 3), np.int64), np.empty(n_pieces, np.int64)
     firsts = np.empty(n_pieces + 1, np.int64)
     p = n_rows = dest = 0
@@ -150,15 +150,25 @@ def _order_by_offset(chunks: Any) -> None:
 
 
 @compiled
-def plan_chunks(  # noqa: PLR0913
-    spans: Any, chunk_len: int, grid: Any, offsets: Any, sizes: Any, max_gap: int, max_read: int
+def plan_chunks(  # noqa: PLR0913, PLR0917
+    spans: Any,
+    n_rows: int,
+    chunk_len: int,
+    grid: Any,
+    offsets: Any,
+    sizes: Any,
+    max_gap: int,
+    max_read: int,
+    files: Any,
 ) -> Any:
     """Plan the reads of some rows of an array.
 
     Parameters
     ----------
     spans
-        (n, 2) half-open runs of rows, ascending, disjoint, not empty.
+        (n, 2) half-open runs of rows, ascending, disjoint.
+    n_rows
+        Rows of the array.
     chunk_len
         Rows of a chunk.
     grid
@@ -168,9 +178,13 @@ def plan_chunks(  # noqa: PLR0913
         (n_shards, n_chunks) of each chunk in its file, in bytes; a negative size where it was not written.
     max_gap, max_read
         Chunks at most ``max_gap`` bytes apart are read together, up to ``max_read`` bytes.
+    files
+        (n_shards, 3) see :func:`describe_reads`; of none where files are not on a disk.
 
     Returns
     -------
+    n_found
+        :func:`count_rows` of the runs; nothing is planned if it is -1.
     reads
         (n, 5) shard, offset, bytes, and the half-open run of ``chunks``.
     chunks
@@ -179,7 +193,12 @@ def plan_chunks(  # noqa: PLR0913
         (n, 3) the rows ``[start, stop)`` of the chunk, and the row of the output where they go.
     missing
         (n, 2) half-open runs of ``pieces`` that are in no file.
+    described, n_bytes, largest
+        :func:`describe_reads` of these; -1 bytes without files.
     """
+    n_found = count_rows(spans, n_rows)
+    if n_found < 0:
+        spans = spans[:0]
     pieces, rows, firsts = _cut(spans, chunk_len)
     chunks, missing = _look_up(rows, firsts, grid, offsets, sizes)
     reads = np.empty((len(chunks), 5), np.int64)
@@ -193,4 +212,5 @@ def plan_chunks(  # noqa: PLR0913
                 continue
         reads[n, 0], reads[n, 1], reads[n, 2], reads[n, 3], reads[n, 4] = chunks[k, 4], offset, chunks[k, 1], k, k + 1
         n += 1
-    return reads[:n], chunks, pieces, missing
+    described, n_bytes, largest = describe_reads(reads[: n if len(files) else 0], files)
+    return n_found, reads[:n], chunks, pieces, missing, described, n_bytes if len(files) else -1, largest
