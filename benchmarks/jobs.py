@@ -217,7 +217,7 @@ def python(args: argparse.Namespace) -> None:
 
     from annbatch_dask import DatasetCollection, Loader
     from annbatch_dask.chunks import native
-    from annbatch_dask.kernels import assemble
+    from annbatch_dask.kernels import entries
     from annbatch_dask.loader import loader as module
 
     module.count_threads = lambda: args.threads
@@ -226,8 +226,7 @@ def python(args: argparse.Namespace) -> None:
     loader.use_collection(DatasetCollection(args.store, mode="r"))
     n_windows = sum(batch["X"].shape[0] for batch in loader) / (512 * 32)
     native.fill_next = numba.njit(nogil=True)(lambda _1, _2, _3, _4, _5, _6, _7, _8, _9: 0)
-    copy: Any = numba.njit(nogil=True)(lambda _1, _2, _3, _4, _5, _6, _7: None)
-    assemble._copy_entries = assemble._copy_entries_past = copy
+    entries._copy_entries = numba.njit(nogil=True)(lambda _1, _2, _3, _4, _5, _6, _7, _8, _9, _10, _11: None)
     for epoch in range(N_PYTHON_EPOCHS + 1):
         start, cpu_s = time.perf_counter(), cpu_of_pass(loader)
         seconds = time.perf_counter() - start
@@ -254,12 +253,12 @@ def unlocked_time() -> Iterator[list[float]]:
     """
     from numba.core.dispatcher import Dispatcher
 
-    from annbatch_dask.kernels import assemble
+    from annbatch_dask.kernels import entries
 
     spent: list[float] = []
     start, some, n = time.thread_time(), np.zeros(1, np.int64), 1000
     for _ in range(n):
-        assemble._copy_entries(some, some, some, some, 0, some, 0)
+        entries._copy_entries(some, some, some, 0, some, some, some, 0, some, 0, some)
     call_s = (time.thread_time() - start) / n
 
     def timed(call: Callable[..., Any]) -> Callable[..., Any]:

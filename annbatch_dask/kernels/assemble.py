@@ -9,28 +9,24 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from numba.core.compiler_lock import global_compiler_lock
 from numpy.typing import NDArray
 
 from annbatch_dask.kernels.compiled import compiled
 from annbatch_dask.kernels.densify import Rows, scatter, scatter_past, scatter_selected
-from annbatch_dask.kernels.prefetch import copy_past, end_stream, put_past
+from annbatch_dask.kernels.prefetch import copy_past
 from annbatch_dask.kernels.rows import order_row
-from annbatch_dask.kernels.shared import pointer_at, take_part
 
 __all__ = [
-    "Copier",
     "Places",
     "SparseRows",
+    "as_unsigned",
     "copy_rows",
     "count_selected",
-    "entry_copier",
+    "goes_past_cache",
     "half_bits",
     "has_kernels",
     "normalize_rows",
@@ -45,8 +41,6 @@ Array = NDArray[Any]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Places = NDArray[np.int32]
-Copier = Callable[[int, Ints, int], None]
-"""Copies some of so many parts of a batch: each the next one, by the number at a place of an array."""
 
 if hasattr(os, "register_at_fork"):
     # A worker that is forked while a thread compiles would inherit the compiler's lock in a locked state.
@@ -89,29 +83,12 @@ def copy_rows(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_star
     starts, lengths, dest_starts
         (n,) int64: stretch ``i`` goes from ``source[starts[i]:]`` to ``dest[dest_starts[i]:]``.
     """
-    source, dest = _as_unsigned(source, dest)
+    source, dest = as_unsigned(source, dest)
     if not (has_kernels(source.dtype) and has_kernels(dest.dtype)):
         _copy_plain(source, dest, starts, lengths, dest_starts)
         return
-    kernel = copy_past if _goes_past_cache(source, dest) else _copy
+    kernel = copy_past if goes_past_cache(source, dest) else _copy
     kernel(source, starts, lengths, dest, dest_starts)
-
-
-def entry_copier(sources: Ints, like: Array, pointers: Ints, dest: Array) -> Copier:
-    """What any number of threads call at a time to copy the entries of the rows of a batch, casting.
-
-    Parameters
-    ----------
-    sources
-        (n,) addresses of the entries of each row, which have the dtype of ``like``; :func:`has_kernels` of both dtypes.
-    pointers
-        (n + 1,) the entries of row ``i`` go to ``dest[pointers[i]:pointers[i + 1]]``.
-    dest
-        1-D, C-contiguous.
-    """
-    like, dest = _as_unsigned(like, dest)
-    kernel = _copy_entries_past if _goes_past_cache(like, dest) else _copy_entries
-    return partial(kernel, sources, like, pointers, dest)
 
 
 def _copy_plain(source: Array, dest: Array, starts: Ints, lengths: Ints, dest_starts: Ints) -> None:
@@ -247,14 +224,14 @@ def select_rows(
     """
     kept = places[places >= 0]
     is_sorted = bool((np.diff(kept) > 0).all())
-    values, dest_values = _as_unsigned(sparse.values, dest[0])
+    values, dest_values = as_unsigned(sparse.values, dest[0])
     rows = SparseRows(values, sparse.columns, sparse.value_starts).at(starts, lengths)
     _select(rows, places, (dest_values, dest[1]), dest_starts, not is_sorted)
 
 
 def take_columns(source: Array, starts: Ints, columns: Ints, dest: Array, dest_rows: Ints) -> None:
     """Copy chosen values of dense rows, casting: ``dest[dest_rows[i]] = source[starts[i] + columns]``."""
-    source, dest = _as_unsigned(source, dest)
+    source, dest = as_unsigned(source, dest)
     if has_kernels(source.dtype) and has_kernels(dest.dtype):
         _take(source, starts, columns, dest, dest_rows)
         return
@@ -262,7 +239,7 @@ def take_columns(source: Array, starts: Ints, columns: Ints, dest: Array, dest_r
         dest[row] = source[start + columns]
 
 
-def _as_unsigned(source: Array, dest: Array) -> tuple[Array, Array]:
+def as_unsigned(source: Array, dest: Array) -> tuple[Array, Array]:
     """Arrays of one dtype as integers of the same size: copying them needs no kernel of its own."""
     if source.dtype != dest.dtype or source.itemsize not in _SAME_SIZE:
         return source, dest
@@ -275,7 +252,7 @@ def has_kernels(dtype: np.dtype[Any]) -> bool:
     return dtype.isnative and (dtype.kind in "biu" or dtype in (np.float32, np.float64, np.complex64, np.complex128))
 
 
-def _goes_past_cache(source: Array, dest: Array) -> bool:
+def goes_past_cache(source: Array, dest: Array) -> bool:
     """True if a processor's cache would read most of ``dest`` only for it to be overwritten, and it need not."""
     is_known = source.dtype.kind in "iu" and source.itemsize <= _MAX_SUMMED_NBYTES and dest.dtype in _STREAMED
     return is_known and dest.nbytes >= _MIN_STREAM_NBYTES and bool(dest.flags.aligned)
@@ -297,34 +274,6 @@ def _copy(source: Array, starts: Ints, lengths: Ints, dest: Array, dest_starts: 
         to = dest[dest_starts[i] : dest_starts[i] + n]
         for j in range(n):
             to[j] = row[j]
-
-
-@compiled
-def _copy_entries(  # noqa: PLR0913, PLR0917 - a kernel
-    sources: Ints, like: Array, pointers: Ints, dest: Array, n_parts: int, taken: Ints, which: int
-) -> None:
-    is_there, first_row, end = take_part(sources.shape[0], n_parts, taken, which)
-    while is_there:
-        for i in range(first_row, end):
-            to = dest[pointers[i] : pointers[i + np.uint64(1)]]
-            row = numba.carray(pointer_at(sources[i], like), (to.shape[0],))
-            for j in range(to.shape[0]):
-                to[j] = row[j]
-        is_there, first_row, end = take_part(sources.shape[0], n_parts, taken, which)
-
-
-@compiled
-def _copy_entries_past(  # noqa: PLR0913, PLR0917 - a kernel
-    sources: Ints, like: Array, pointers: Ints, dest: Array, n_parts: int, taken: Ints, which: int
-) -> None:
-    is_there, first_row, end = take_part(sources.shape[0], n_parts, taken, which)
-    while is_there:
-        for i in range(first_row, end):
-            first, stop = np.uint64(pointers[i]), np.uint64(pointers[i + np.uint64(1)])
-            row = numba.carray(pointer_at(sources[i], like), (stop - first,))
-            put_past(row, np.uint64(0), stop - first, dest, first)
-        is_there, first_row, end = take_part(sources.shape[0], n_parts, taken, which)
-    end_stream()
 
 
 @compiled

@@ -17,6 +17,8 @@ __all__ = [
     "deal_rows",
     "find_runs",
     "lay_out",
+    "lie_within",
+    "locate_rows",
     "pick_rows",
     "place_entries",
     "place_rows",
@@ -39,6 +41,15 @@ def lay_out(runs: Any) -> Any:
             own[i] = runs[k, 0] + i * runs[k, 2]
         n += own.shape[0]
     return rows
+
+
+@compiled
+def lie_within(rows: Any, n_rows: int) -> Any:
+    """True if all rows are from 0 to before ``n_rows``."""
+    low, high = 0, -1
+    for i in range(len(rows)):
+        low, high = min(low, rows[i]), max(high, rows[i])
+    return low >= 0 and high < n_rows
 
 
 @compiled
@@ -123,6 +134,27 @@ def place_entries(indptr: Any, rows: Any, row_spans: Any, span: Any) -> Any:
 
 
 @compiled
+def locate_rows(indptr: Any, rows: Any) -> Any:
+    """What :func:`find_runs` and :func:`place_entries` find of some rows, in one call.
+
+    Returns
+    -------
+    row_spans, position
+        See :func:`find_runs`.
+    spans, starts, lengths
+        See :func:`place_entries`.
+    n_entries
+        Of all spans.
+    """
+    row_spans, span, position = find_runs(rows)
+    spans, starts, lengths = place_entries(indptr, rows, row_spans, span)
+    n_entries = 0
+    for k in range(len(spans)):
+        n_entries += spans[k, 1] - spans[k, 0]
+    return row_spans, position, spans, starts, lengths, n_entries
+
+
+@compiled
 def row_bounds(indptr: Any, row_spans: Any) -> Any:
     """(n_rows + 1,) where each row of some runs of rows begins among the entries of all of these, and the end."""
     n_rows = 0
@@ -152,12 +184,13 @@ def _last_at_most(bounds: Any, row: int) -> Any:
 
 @compiled
 def deal_rows(rows: Any, bounds: Any) -> Any:
-    """Rows by the part that holds them; part ``k`` has rows ``bounds[k]:bounds[k + 1]``.
+    """Rows by the part that holds them; part ``k`` has rows ``bounds[k]:bounds[k + 1]``, the first one from 0 on.
 
     Returns
     -------
     firsts
-        (n_parts + 1,) the rows of part ``k`` are ``firsts[k]:firsts[k + 1]`` of both arrays that follow.
+        (n_parts + 1,) the rows of part ``k`` are ``firsts[k]:firsts[k + 1]`` of both arrays that follow; the first is
+        -1, and nothing else is told, if there is a row that no part has.
     places, local
         (n,) where each stood in ``rows``, ascending within a part, and which of the part's rows it is.
     number, position
@@ -169,6 +202,9 @@ def deal_rows(rows: Any, bounds: Any) -> Any:
     low = high = 0
     for i in range(_U(n_rows)):
         if not low <= rows[i] < high:
+            if not 0 <= rows[i] < bounds[n_parts]:
+                firsts[0] = -1
+                return firsts, parts, parts, parts, parts
             k = _last_at_most(bounds, rows[i])
             low, high = bounds[k], bounds[k + 1]
             starts[_U(n_runs)], parts[_U(n_runs)] = i, k
@@ -319,6 +355,8 @@ def deal_entries(dealt: Any, ends: Any, number: Any, position: Any, parts: Any) 
         (n,) addresses.
     pointers
         (n + n_batches,) for each batch 0, and where each of its rows ends.
+    short
+        The same in 32 bits, of which higher ones are lost.
     """
     # Of each row of the window, in its order: what is looked up at random is in one cache line, not in four.
     found = np.empty((len(number), 4), np.int64)
@@ -337,13 +375,14 @@ def deal_entries(dealt: Any, ends: Any, number: Any, position: Any, parts: Any) 
         j = stop
     values, columns = np.empty(len(dealt), np.int64), np.empty(len(dealt), np.int64)
     pointers, start = np.empty(len(dealt) + len(ends), np.int64), 0
+    short = np.empty(len(pointers), np.int32)
     for batch in range(len(ends)):
-        at = pointers[start + batch :]
-        n_entries = at[0] = 0
+        at, short_at = pointers[start + batch :], short[start + batch :]
+        n_entries = at[0] = short_at[0] = 0
         for i in range(_U(ends[batch] - start)):
             row = _U(dealt[_U(start) + i])
             values[_U(start) + i], columns[_U(start) + i] = found[row, 0], found[row, 1]
             n_entries += found[row, 2]
-            at[i + _U(1)] = n_entries
+            at[i + _U(1)] = short_at[i + _U(1)] = n_entries
         start = ends[batch]
-    return values, columns, pointers
+    return values, columns, pointers, short

@@ -24,7 +24,7 @@ from annbatch_dask.chunks.dealing import Task
 from annbatch_dask.chunks.reader import RangeReader
 from annbatch_dask.chunks.wanted import CoveredRows, WantedEntries
 from annbatch_dask.errors import SourceError
-from annbatch_dask.kernels.row_runs import find_runs, place_entries, row_bounds
+from annbatch_dask.kernels.row_runs import find_runs, locate_rows, row_bounds
 from annbatch_dask.kernels.values import range_of
 from annbatch_dask.loader.blocks import Block, DenseBlock, PickedBlock, SparseBlock
 from annbatch_dask.manifest import SOURCE_DTYPE
@@ -255,9 +255,7 @@ class ZarrCsrSource(RowSource):
     def locate(self, rows: Ints) -> Located:
         """Find the rows' entries."""
         indptr = self.indptr
-        row_spans, span, position = find_runs(rows)
-        spans, starts, lengths = place_entries(indptr, rows, row_spans, span)
-        n_entries = int((spans[:, 1] - spans[:, 0]).sum())
+        row_spans, position, spans, starts, lengths, n_entries = locate_rows(indptr, rows)
         nbytes = n_entries * (self._values.dtype.itemsize + self._columns.dtype.itemsize)
         return Located(nbytes, spans, starts, lengths, (row_spans, position))
 

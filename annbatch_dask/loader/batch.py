@@ -15,12 +15,10 @@ from annbatch_dask.chunks.dealing import Task
 from annbatch_dask.chunks.wanted import say_outside
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.kernels.assemble import (
-    Copier,
     Places,
     SparseRows,
     copy_rows,
     count_selected,
-    entry_copier,
     half_bits,
     has_kernels,
     normalize_rows,
@@ -28,7 +26,8 @@ from annbatch_dask.kernels.assemble import (
     select_rows,
     take_columns,
 )
-from annbatch_dask.loader.blocks import BatchRows, DenseBlock, Entries, Loaded, PickedBlock, SparseBlock
+from annbatch_dask.kernels.entries import Entries, entry_copier
+from annbatch_dask.loader.blocks import BatchRows, DenseBlock, Loaded, PickedBlock, SparseBlock
 from annbatch_dask.loader.pool import BufferPool
 
 __all__ = [
@@ -196,13 +195,16 @@ class BatchBuilder:
             pointers = entries.pointers
             values, columns = self._room_for(int(pointers[-1]), dtype)
             n_tasks = count_parts(-(-self.n_parts // 4), values.nbytes + columns.nbytes, _MIN_COPY_NBYTES)
-            run(_copy_tasks(loaded, entries, (values, columns), n_tasks))
-        else:
-            pointers, dest = self._place(loaded, rows, run)
-            values, columns = self._room_for(int(pointers[-1]), dtype)
-            n_parts = count_parts(-(-self.n_parts // 2), values.nbytes + columns.nbytes)  # all alike
-            parts = _sparse_parts(loaded, rows, n_parts)
-            run([partial(_gather, self.form, part, (values, columns), dest[piece]) for part, piece in parts])
+            block = _sparse(loaded, 0)
+            copier = entry_copier(entries, (block.values, block.columns), (values, columns), 4 * n_tasks)
+            run([copier] * n_tasks)
+            is_short = columns.dtype == entries.short.dtype
+            return CsrParts(values, columns, entries.short if is_short else pointers, (len(rows), self.width[0]))
+        pointers, dest = self._place(loaded, rows, run)
+        values, columns = self._room_for(int(pointers[-1]), dtype)
+        n_parts = count_parts(-(-self.n_parts // 2), values.nbytes + columns.nbytes)  # all alike
+        parts = _sparse_parts(loaded, rows, n_parts)
+        run([partial(_gather, self.form, part, (values, columns), dest[piece]) for part, piece in parts])
         return CsrParts(values, columns, pointers.astype(columns.dtype), (len(rows), self.width[0]))
 
     def _room_for(self, nnz: int, dtype: np.dtype[Any]) -> tuple[Array, Array]:
@@ -277,19 +279,6 @@ def _sparse(loaded: Loaded, number: int) -> SparseBlock:
 
 
 # ------------------------------------------------------------------------------- tasks over sparse blocks
-
-
-def _copy_tasks(loaded: Loaded, entries: Entries, out: tuple[Array, Array], n_tasks: int) -> list[Task]:
-    """So many equal tasks that fill a CSR batch: each takes parts of it until none is left."""
-    n_parts, taken, block = 4 * n_tasks, np.zeros(2, np.int64), _sparse(loaded, 0)
-    sources = zip((entries.values, entries.columns), (block.values, block.columns), out, strict=True)
-    copiers = [entry_copier(addresses, like, entries.pointers, dest) for addresses, like, dest in sources]
-    return [partial(_copy, copiers, n_parts, taken)] * n_tasks
-
-
-def _copy(copiers: list[Copier], n_parts: int, taken: Ints) -> None:
-    for number, copy in enumerate(copiers):
-        copy(n_parts, taken, number)
 
 
 def _count(selection: Selection, part: _Part, out: Ints) -> None:

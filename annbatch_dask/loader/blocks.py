@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.kernels.assemble import has_kernels
+from annbatch_dask.kernels.entries import Entries
 from annbatch_dask.kernels.row_runs import deal_batches, deal_entries, pick_rows, place_rows
 from annbatch_dask.kernels.shared import address_of
 from annbatch_dask.storage.threads import unlocked_property
@@ -20,7 +21,6 @@ __all__ = [
     "Block",
     "DealtRows",
     "DenseBlock",
-    "Entries",
     "Loaded",
     "PickedBlock",
     "SparseBlock",
@@ -239,22 +239,6 @@ class SparseBatches:
         return SparseRun(starts, lengths, self.dest[start:stop], pointers)
 
 
-class Entries(NamedTuple):
-    """Entries of the rows of one batch, which have one dtype in all blocks.
-
-    Attributes
-    ----------
-    values, columns
-        (n,) addresses of those of each row.
-    pointers
-        0, and where each row of the batch ends.
-    """
-
-    values: Ints
-    columns: Ints
-    pointers: Ints
-
-
 @dataclass(frozen=True)
 class EntriesOfBatches:
     """Entries of the rows of all batches, as :class:`Entries` has those of one; in memory as long as the blocks are."""
@@ -262,6 +246,7 @@ class EntriesOfBatches:
     values: Ints
     columns: Ints
     pointers: Ints
+    short: NDArray[np.int32]
 
     @classmethod
     def of(cls, dealt: DealtRows, blocks: Sequence[SparseBlock]) -> EntriesOfBatches:
@@ -275,9 +260,8 @@ class EntriesOfBatches:
 
     def of_batch(self, rows: BatchRows) -> Entries:
         """Those of one batch."""
-        own = slice(rows.start, rows.stop)
-        pointers = self.pointers[rows.start + rows.number : rows.stop + rows.number + 1]
-        return Entries(self.values[own], self.columns[own], pointers)
+        own, ends = slice(rows.start, rows.stop), slice(rows.start + rows.number, rows.stop + rows.number + 1)
+        return Entries(self.values[own], self.columns[own], self.pointers[ends], self.short[ends])
 
 
 def _items(array: Array) -> tuple[int, int]:

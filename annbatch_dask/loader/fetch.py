@@ -39,8 +39,9 @@ from annbatch_dask.loader.gpu.place import place
 from annbatch_dask.loader.gpu.slab import Slab, room_for, room_of, stage
 from annbatch_dask.loader.helpers import Closed, Helpers, LoaderThread, SharedJob
 from annbatch_dask.loader.pool import BufferPool, SparePool
-from annbatch_dask.loader.requests import Assignment, Window, assign, resolve_rows, resolve_splits
+from annbatch_dask.loader.requests import Assignment, Window, assign, resolve_splits
 from annbatch_dask.loader.tokens import TokenBuilder
+from annbatch_dask.order.planned import expand
 from annbatch_dask.types import LoaderOutput, LoadRequest
 
 __all__ = ["Pipeline", "PipelineOptions"]
@@ -279,7 +280,7 @@ class Pipeline:
 
     def _begin(self, request: LoadRequest, begun: deque[_Begun]) -> _Begun:
         """Let helpers read a window, in its turn where there is no room beside those before."""
-        rows = resolve_rows(request, int(self._bounds[-1]))
+        rows = expand(request["requests"])
         splits, dealt = resolve_splits(request, len(rows))
         assignments, places = assign(rows, self._bounds)
         located = [self._locate(matrix, assignments) for matrix in self._contents.matrices]

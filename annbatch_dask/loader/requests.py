@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from annbatch_dask.kernels.row_runs import deal_rows
+from annbatch_dask.kernels.row_runs import deal_rows, lie_within
+from annbatch_dask.kernels.shared import address_of
 from annbatch_dask.loader.blocks import BatchRows, Loaded
 from annbatch_dask.order.planned import expand
 from annbatch_dask.types import LoadRequest
@@ -80,10 +81,13 @@ class Assignment:
 def resolve_rows(request: LoadRequest, n_obs: int) -> Ints:
     """The global rows of a request, in its order; KeyError without ``requests``, IndexError out of range."""
     rows = expand(request["requests"])
-    if len(rows) and (rows.min() < 0 or rows.max() >= n_obs):
-        msg = f"request for rows {rows.min()} to {rows.max()}, the loader has rows 0 to {n_obs - 1}"
-        raise IndexError(msg)
+    if not lie_within(rows, n_obs):
+        raise _beyond(rows, n_obs)
     return rows
+
+
+def _beyond(rows: Ints, n_obs: int) -> IndexError:
+    return IndexError(f"request for rows {rows.min()} to {rows.max()}, the loader has rows 0 to {n_obs - 1}")
 
 
 def resolve_splits(request: LoadRequest, n_rows: int) -> tuple[list[Ints], Ints]:
@@ -100,8 +104,8 @@ def resolve_splits(request: LoadRequest, n_rows: int) -> tuple[list[Ints], Ints]
             )
             raise TypeError(msg)
     splits = [split.astype(np.int64, copy=False) for split in given]
-    dealt = np.concatenate(splits) if splits else np.zeros(0, np.int64)
-    if not len(dealt) or (dealt.min() >= 0 and dealt.max() < n_rows):  # at once: there may be many small ones
+    dealt = _joined(splits)
+    if lie_within(dealt, n_rows):  # at once: there may be many small ones
         return splits, dealt
     for split in splits:
         if len(split) and (split.min() < 0 or split.max() >= n_rows):
@@ -110,12 +114,31 @@ def resolve_splits(request: LoadRequest, n_rows: int) -> tuple[list[Ints], Ints]
     return splits, dealt
 
 
-def assign(rows: Ints, bounds: Ints) -> tuple[list[Assignment], tuple[Ints, Ints]]:
-    """Deal rows out to the datasets that hold them; dataset ``d`` has rows ``bounds[d]:bounds[d + 1]``.
+def _joined(splits: list[Ints]) -> Ints:
+    """All of them one behind the other; not copied where they are pieces of one array that was cut up."""
+    if not splits:
+        return np.zeros(0, np.int64)
+    whole: Any = splits[0].base
+    if type(whole) is not np.ndarray or whole.dtype != np.int64 or whole.ndim != 1 or not whole.flags.c_contiguous:
+        return np.concatenate(splits)
+    end = first = address_of(whole)
+    for split in splits:
+        if split.base is not whole or not split.flags.c_contiguous or address_of(split) != end:
+            return np.concatenate(splits)
+        end += split.nbytes
+    dealt: Ints = whole[: (end - first) // whole.itemsize]
+    return dealt
 
-    Beside the parts, returns of each row the number of its part, and which of the rows there it is.
+
+def assign(rows: Ints, bounds: Ints) -> tuple[list[Assignment], tuple[Ints, Ints]]:
+    """Deal rows out to the datasets that hold them; dataset ``d`` has rows ``bounds[d]:bounds[d + 1]``, 0 is the first.
+
+    Beside the parts, returns of each row the number of its part, and which of the rows there it is. IndexError if no
+    dataset has one.
     """
     firsts, places, local, number, position = deal_rows(rows, bounds)
+    if firsts[0] < 0:
+        raise _beyond(rows, int(bounds[-1]))
     pairs = enumerate(pairwise(firsts.tolist()))
     parts = [Assignment(d, places[first:stop], local[first:stop]) for d, (first, stop) in pairs if first < stop]
     return parts, (number, position)

@@ -6,7 +6,15 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from annbatch_dask.kernels.row_runs import deal_batches, deal_rows, find_runs, lay_out, place_entries
+from annbatch_dask.kernels.row_runs import (
+    deal_batches,
+    deal_rows,
+    find_runs,
+    lay_out,
+    lie_within,
+    locate_rows,
+    place_entries,
+)
 
 N_ROWS = 60
 parts = st.tuples(st.integers(0, N_ROWS - 1), st.integers(1, 12), st.sampled_from([1, 1, 1, 2]))
@@ -38,6 +46,29 @@ def test_entries_are_those_of_the_rows(drawn, seed):
     read = np.concatenate([np.arange(a, b) for a, b in spans] or [np.zeros(0, np.int64)])
     for row, start, length in zip(rows, starts, lengths, strict=True):
         np.testing.assert_array_equal(read[start : start + length], np.arange(indptr[row], indptr[row + 1]))
+
+
+@given(st.lists(parts, max_size=8), st.integers(0, 2**32 - 1))
+def test_rows_are_located_as_in_two_steps(drawn, seed):
+    rows = rows_of(drawn)
+    indptr = np.concatenate([[0], np.cumsum(np.random.default_rng(seed).integers(0, 5, N_ROWS))])
+    row_spans, span, position = find_runs(rows)
+    placed = place_entries(indptr, rows, row_spans, span)
+    *found, n_entries = locate_rows(indptr, rows)
+    for got, expected in zip(found, (row_spans, position, *placed), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert n_entries == np.diff(placed[0]).sum()
+
+
+@given(st.lists(st.integers(-2, 9), max_size=8), st.integers(0, 8))
+def test_rows_lie_within_what_there_is(rows, n_rows):
+    assert lie_within(np.array(rows, np.int64), n_rows) == all(0 <= row < n_rows for row in rows)
+
+
+@given(st.lists(st.integers(-2, N_ROWS + 2), max_size=8), st.lists(st.integers(0, N_ROWS), max_size=5))
+def test_rows_that_no_part_has_are_told(rows, cuts):
+    firsts, *_ = deal_rows(np.array(rows, np.int64), np.array([0, *sorted(cuts), N_ROWS]))
+    assert (firsts[0] < 0) == (not all(0 <= row < N_ROWS for row in rows))
 
 
 @given(st.lists(parts, max_size=8), st.lists(st.integers(0, N_ROWS), max_size=5))

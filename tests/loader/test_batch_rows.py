@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from annbatch_dask.loader.batch import CsrParts
 from annbatch_dask.loader.blocks import DealtRows, Loaded, SparseBlock
 from annbatch_dask.loader.output import make_deliver
-from annbatch_dask.loader.requests import assign
+from annbatch_dask.loader.requests import assign, resolve_splits
 
 
 @settings(max_examples=50, deadline=None)
@@ -45,6 +47,7 @@ def test_rows_of_all_batches_are_placed_as_those_of_each(data):
             entries, starts = loaded.entries.of_batch(batch), np.zeros(len(split), np.int64)
             starts[batch.slots] = run.starts
             np.testing.assert_array_equal(entries.pointers, run.pointers)
+            np.testing.assert_array_equal(entries.short, run.pointers)
             np.testing.assert_array_equal(entries.values, flat.ctypes.data + starts * flat.itemsize)
             np.testing.assert_array_equal(entries.columns, few.ctypes.data + starts * few.itemsize)
         for block, piece in batch.pieces(3):
@@ -72,3 +75,16 @@ def test_a_csr_matrix_is_what_scipy_makes_of_its_parts(shape, dtype):
         np.testing.assert_array_equal((made * 2 + made[::-1][::-1]).toarray(), matrix.toarray() * 3)
         assert (made.copy() != plain).nnz == 0
         assert made.dtype == dtype
+
+
+@given(st.data())
+def test_pieces_of_one_array_are_joined_as_any_others(data):
+    whole = np.random.default_rng(0).permutation(20)
+    cuts = data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=5))
+    pieces = st.tuples(st.sampled_from(cuts), st.sampled_from(cuts), st.sampled_from([1, 1, 1, 2, -1]))
+    in_order = [whole[a:b] for a, b in pairwise(sorted({0, *cuts}))]
+    anyhow = [whole[a:b:step] for a, b, step in data.draw(st.lists(pieces, max_size=4))]
+    for splits in (in_order, anyhow, in_order[1:], [split.astype(np.int32) for split in in_order], [whole]):
+        found, dealt = resolve_splits({"requests": [], "splits": splits}, 20)
+        np.testing.assert_array_equal(dealt, np.concatenate([np.zeros(0, np.int64), *splits]))
+        assert all((a == b).all() for a, b in zip(found, splits, strict=True))
