@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 THREAD_PREFIX = "annbatch-dask"
 _MAX_THREADS = 16
+_N_WOKEN = 2  # by each thread that begins with a job; to wake one takes as long as to make some short tasks
 _PATIENCE_S = 10.0
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_TASKS_PER_NODE")
 """Where torchrun, Open MPI, MPICH and srun say how many processes of a job there are on a machine."""
@@ -90,6 +91,21 @@ class SharedJob(Generic[T]):
         self._ended: list[int] = []
         self._all_ended: SimpleQueue[None] = SimpleQueue()
         self._is_stopped = is_stopped
+        self._calls: deque[None] = deque()
+
+    def allow(self, n_helpers: int) -> None:
+        """Let so many helpers be woken."""
+        self._calls.extend([None] * n_helpers)
+
+    def needs_another(self) -> bool:
+        """True once for each helper that may be woken, as long as tasks are left."""
+        if not self._left:
+            return False
+        try:
+            self._calls.pop()
+        except IndexError:
+            return False
+        return True
 
     def work(self) -> None:
         """Run tasks until none is left; those that are left when the iteration ends are passed over."""
@@ -159,9 +175,16 @@ class Helpers:
         n_asked = min(self._n_helpers, len(tasks) - n_kept)
         if len(self._threads) < n_asked:
             n_asked = self._hire(n_asked)
-        for _ in range(n_asked):
-            self._jobs.put(job)
+        job.allow(n_asked)
+        self._wake_for(job)
         return job
+
+    def _wake_for(self, job: SharedJob[Any]) -> None:
+        """Wake some helpers, which wake others before they begin, if tasks are left for those."""
+        for _ in range(_N_WOKEN):
+            if not job.needs_another():
+                return
+            self._jobs.put(job)
 
     def _hire(self, n_threads: int) -> int:
         """Start threads until there are so many; returns how many there are."""
@@ -199,6 +222,7 @@ class Helpers:
 
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
+            self._wake_for(job)
             job.work()
             del job  # or it would live until the next one
 
