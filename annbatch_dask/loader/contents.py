@@ -108,7 +108,7 @@ class Contents:
         delivered = {matrix.key: part for matrix, part in zip(self.matrices, built, strict=True)}
         batch: dict[str, Any] = {
             "X": delivered.pop(X),
-            "obs": None if window.obs is None else window.obs.iloc[dealt],
+            "obs": window.obs_of(number),
             "var": self.var,
             "index": window.rows[split] if self.with_index else None,
         }

@@ -39,7 +39,7 @@ from annbatch_dask.loader.gpu.place import place
 from annbatch_dask.loader.gpu.slab import Slab, room_for, room_of, stage
 from annbatch_dask.loader.helpers import Closed, Helpers, LoaderThread, SharedJob
 from annbatch_dask.loader.pool import BufferPool, SparePool
-from annbatch_dask.loader.requests import Assignment, Window, assign, resolve_splits
+from annbatch_dask.loader.requests import Assignment, Window, assign, cut_frame, resolve_splits
 from annbatch_dask.loader.tokens import TokenBuilder
 from annbatch_dask.order.planned import expand
 from annbatch_dask.types import LoaderOutput, LoadRequest
@@ -302,6 +302,7 @@ class Pipeline:
         # One frame for all batches, which are stretches of it: to take each of them costs as much as to take all.
         try:
             taken = None if obs is None else obs.take(assignments, rows, dealt)
+            frames = [] if taken is None else cut_frame(taken, splits)
             codes = {} if labels is None else labels.take(rows[dealt])
         except BaseException:
             reading.settle()
@@ -314,7 +315,7 @@ class Pipeline:
             Loaded(its_blocks, *places, _lengths_of(parts, assignments, slab), matrix.dtype, rows, batches)
             for matrix, its_blocks, parts in zip(self._contents.matrices, blocks, located, strict=True)
         ]
-        return _Begun(Window(rows, splits, matrices, taken, codes, nbytes, slab, batches or ()), reading)
+        return _Begun(Window(rows, splits, matrices, taken, codes, nbytes, slab, batches or (), frames), reading)
 
     def _open(self, matrix: Matrix, source: RowSource, part: Located, slab: Slab | None) -> tuple[Block, list[Task]]:
         """A block of a window, in the slab if it is to go to a device at once, and what fills it."""

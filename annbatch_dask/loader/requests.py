@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
     from annbatch_dask.loader.gpu.slab import Slab
 
-__all__ = ["Assignment", "Ints", "Window", "assign", "resolve_rows", "resolve_splits"]
+__all__ = ["Assignment", "Ints", "Window", "assign", "cut_frame", "resolve_rows", "resolve_splits"]
 
 Ints = NDArray[np.int64]
+_MAX_FRAMES = 64  # each takes a few kilobytes
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Window:
         What was loaded of each matrix.
     obs
         The rows of ``obs`` of all batches, one behind the other, or None.
+    frames
+        Those of each batch; none where there are so many that they are made one by one.
     codes
         The codes of each label column, of the same rows.
     nbytes
@@ -58,6 +61,13 @@ class Window:
     nbytes: int
     slab: Slab | None = None
     batches: Sequence[BatchRows] = ()
+    frames: Sequence[pd.DataFrame] = ()
+
+    def obs_of(self, batch: int) -> pd.DataFrame | None:
+        """The rows of ``obs`` of one batch."""
+        if self.obs is None or self.frames:
+            return self.frames[batch] if self.frames else None
+        return self.obs.iloc[self.dealt(batch)]
 
     def dealt(self, batch: int) -> slice:
         """Position of a batch among all batches."""
@@ -128,6 +138,14 @@ def _joined(splits: list[Ints]) -> Ints:
         end += split.nbytes
     dealt: Ints = whole[: (end - first) // whole.itemsize]
     return dealt
+
+
+def cut_frame(frame: pd.DataFrame, splits: Sequence[Ints]) -> list[pd.DataFrame]:
+    """The rows of each batch, at once: pandas takes several times as long for one now and then; none of many."""
+    if len(splits) > _MAX_FRAMES:
+        return []
+    ends = [0, *accumulate(map(len, splits))]
+    return [frame.iloc[start:stop] for start, stop in pairwise(ends)]
 
 
 def assign(rows: Ints, bounds: Ints) -> tuple[list[Assignment], tuple[Ints, Ints]]:

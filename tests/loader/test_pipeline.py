@@ -23,6 +23,7 @@ from annbatch_dask.chunks.reader import RangeReader
 from annbatch_dask.errors import IntegrityError
 from annbatch_dask.loader import Loader, helpers
 from annbatch_dask.loader import fetch as fetch_module
+from annbatch_dask.loader import requests as requests_module
 from annbatch_dask.loader.backing import ArraySource, ZarrCsrSource
 from annbatch_dask.loader.budget import ByteLimit
 from annbatch_dask.loader.helpers import Closed
@@ -612,6 +613,28 @@ def test_the_first_error_of_a_job_is_raised_once_all_tasks_have_ended():
     with pytest.raises(Closed):
         crew.run(tasks)
     crew.join()
+
+
+@pytest.mark.parametrize("n_threads", [2, 3, 8, 17])
+def test_all_threads_come_for_a_long_job(n_threads):
+    """Each that comes wakes others, the one that waits is one of them."""
+    crew, meeting = helpers.Helpers("test", n_threads), threading.Barrier(n_threads, timeout=60)
+    for _ in range(5):
+        crew.run([meeting.wait] * n_threads)
+    job = crew.start([meeting.wait] * (n_threads - 1))  # without the one that waits
+    meeting.wait()
+    job.wait()
+    crew.stop()
+    crew.join()
+
+
+@pytest.mark.parametrize("at_once", [0, 64])
+def test_frames_of_batches_are_their_rows(collection, monkeypatch, at_once):
+    """Those of few are cut at once, those of many one by one."""
+    monkeypatch.setattr(requests_module, "_MAX_FRAMES", at_once)
+    for sizes in ({}, {"drop_last": True}, {"batch_size": 1}):
+        loader = make(collection, shuffle=True, **sizes)
+        check_epoch(loader, collection, loader.batch_sampler.batch_size * len(loader) if "drop_last" in sizes else None)
 
 
 # --- torch's DataLoader
