@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,7 +53,7 @@ if hasattr(os, "register_at_fork"):
 
 _SAME_SIZE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _N_KNOWN = 64
-_STREAMED = (np.int32, np.uint32, np.float32)
+_STREAMED = frozenset(map(np.dtype, (np.int32, np.uint32, np.float32)))
 _MIN_STREAM_NBYTES = 8 * 1024 * 1024  # less may still be in a cache when it is used
 _MAX_ROW_NBYTES = 1024 * 1024  # a row is put together in a core's own cache
 _MAX_SUMMED_NBYTES = 4
@@ -247,6 +248,7 @@ def as_unsigned(source: Array, dest: Array) -> tuple[Array, Array]:
     return source.view(unsigned), dest.view(unsigned)
 
 
+@cache  # there are few dtypes, and numpy takes its time to compare them
 def has_kernels(dtype: np.dtype[Any]) -> bool:
     """True if numba computes with it on a CPU."""
     return dtype.isnative and (dtype.kind in "biu" or dtype in (np.float32, np.float64, np.complex64, np.complex128))

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 THREAD_PREFIX = "annbatch-dask"
 _MAX_THREADS = 16
-_N_WOKEN = 2  # by each thread that begins with a job; to wake one takes as long as to make some short tasks
+_N_WOKEN = 2  # by each helper that begins with a job; to wake one takes as long as some short tasks
 _PATIENCE_S = 10.0
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_TASKS_PER_NODE")
 """Where torchrun, Open MPI, MPICH and srun say how many processes of a job there are on a machine."""
@@ -176,12 +176,12 @@ class Helpers:
         if len(self._threads) < n_asked:
             n_asked = self._hire(n_asked)
         job.allow(n_asked)
-        self._wake_for(job)
+        self._wake_for(job, 1)
         return job
 
-    def _wake_for(self, job: SharedJob[Any]) -> None:
-        """Wake some helpers, which wake others before they begin, if tasks are left for those."""
-        for _ in range(_N_WOKEN):
+    def _wake_for(self, job: SharedJob[Any], n_helpers: int) -> None:
+        """Wake so many helpers, which wake others before they begin, if tasks are left for those."""
+        for _ in range(n_helpers):
             if not job.needs_another():
                 return
             self._jobs.put(job)
@@ -222,7 +222,7 @@ class Helpers:
 
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
-            self._wake_for(job)
+            self._wake_for(job, _N_WOKEN)
             job.work()
             del job  # or it would live until the next one
 

@@ -17,6 +17,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +41,11 @@ class _Memory(NamedTuple):
     array: NDArray[np.uint8]
     address: int
     pages: mmap.mmap | None
+
+
+@cache
+def _typestr(dtype: np.dtype[Any]) -> str:
+    return dtype.str
 
 
 class _Home:
@@ -69,7 +75,7 @@ class _Loan:
             "version": 3,
             "data": (memory.address, False),
             "shape": shape,
-            "typestr": dtype.str,
+            "typestr": _typestr(dtype),
         }
 
     def __del__(self) -> None:
