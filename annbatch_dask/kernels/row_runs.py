@@ -14,6 +14,7 @@ from annbatch_dask.kernels.shared import pointer_at
 __all__ = [
     "deal_batches",
     "deal_entries",
+    "deal_request",
     "deal_rows",
     "find_runs",
     "lay_out",
@@ -230,6 +231,39 @@ def deal_rows(rows: Any, bounds: Any) -> Any:
             its_part[i], its_position[i] = number, first + i
             its_places[i], its_local[i] = start + i, own[i] - bounds[k]
     return firsts, places, local, part, position
+
+
+@compiled
+def deal_request(rows: Any, runs: Any, bounds: Any, dealt: Any) -> Any:
+    """All that is asked of the rows of a request, in one call.
+
+    Parameters
+    ----------
+    rows, runs
+        One by one, or else as runs, see :func:`lay_out`.
+    bounds
+        See :func:`deal_rows`.
+    dealt
+        (n,) which of them are in batches.
+
+    Returns
+    -------
+    rows
+        One by one.
+    parts
+        What :func:`deal_rows` finds of them.
+    taken
+        ``rows[dealt]``, if all of these lie within the request.
+    are_within
+        Whether they do.
+    """
+    if len(runs):
+        rows = lay_out(runs)
+    are_within = lie_within(dealt, len(rows))
+    taken = np.empty(len(dealt) if are_within else 0, np.int64)
+    for i in range(_U(len(taken))):
+        taken[i] = rows[_U(dealt[i])]
+    return rows, deal_rows(rows, bounds), taken, are_within
 
 
 @compiled

@@ -39,9 +39,8 @@ from annbatch_dask.loader.gpu.place import place
 from annbatch_dask.loader.gpu.slab import Slab, room_for, room_of, stage
 from annbatch_dask.loader.helpers import Closed, Helpers, LoaderThread, SharedJob
 from annbatch_dask.loader.pool import BufferPool, SparePool
-from annbatch_dask.loader.requests import Assignment, Window, assign, cut_frame, resolve_splits
+from annbatch_dask.loader.requests import Assignment, Resolved, Window, cut_frame
 from annbatch_dask.loader.tokens import TokenBuilder
-from annbatch_dask.order.planned import expand
 from annbatch_dask.types import LoaderOutput, LoadRequest
 
 __all__ = ["Pipeline", "PipelineOptions"]
@@ -280,9 +279,8 @@ class Pipeline:
 
     def _begin(self, request: LoadRequest, begun: deque[_Begun]) -> _Begun:
         """Let helpers read a window, in its turn where there is no room beside those before."""
-        rows = expand(request["requests"])
-        splits, dealt = resolve_splits(request, len(rows))
-        assignments, places = assign(rows, self._bounds)
+        asked = Resolved.of(request, self._bounds)
+        rows, splits, assignments, places = asked.rows, asked.splits, asked.assignments, asked.places
         located = [self._locate(matrix, assignments) for matrix in self._contents.matrices]
         nbytes = self._room_of(located, assignments)
         while begun and not self._window_budget.has_room(nbytes):
@@ -301,16 +299,16 @@ class Pipeline:
         obs, labels = self._contents.obs, self._contents.labels
         # One frame for all batches, which are stretches of it: to take each of them costs as much as to take all.
         try:
-            taken = None if obs is None else obs.take(assignments, rows, dealt)
+            taken = None if obs is None else obs.take(assignments, rows, asked.dealt, asked.taken)
             frames = [] if taken is None else cut_frame(taken, splits)
-            codes = {} if labels is None else labels.take(rows[dealt])
+            codes = {} if labels is None else labels.take(asked.taken)
         except BaseException:
             reading.settle()
             raise
         batches = None
         if slab is None:
             n_each = [len(assignment.rows) for assignment in assignments]
-            batches = DealtRows.of(dealt, list(map(len, splits)), places, n_each)
+            batches = DealtRows.of(asked.dealt, list(map(len, splits)), places, n_each)
         matrices = [
             Loaded(its_blocks, *places, _lengths_of(parts, assignments, slab), matrix.dtype, rows, batches)
             for matrix, its_blocks, parts in zip(self._contents.matrices, blocks, located, strict=True)

@@ -218,13 +218,16 @@ class ObsTable:
             for index, (start, stop) in zip(self.indexes, pairs, strict=True)
         ]
 
-    def take(self, assignments: Sequence[Assignment], rows: Ints, wanted: Ints) -> pd.DataFrame:
-        """Some of the rows of a window, by their places in its request, which has these ``rows`` of all."""
+    def take(self, assignments: Sequence[Assignment], rows: Ints, wanted: Ints, taken: Ints) -> pd.DataFrame:
+        """Some of the rows of a window, by their places in its request, which has these ``rows`` of all.
+
+        ``taken`` is ``rows[wanted]``.
+        """
         if not assignments:
             return self.frames()[0].iloc[:0]
         if self.index is not None:
-            return self._frame(rows[wanted], _dealt_out(self.index, rows, wanted))
-        return self._frame(rows[wanted], self._index(assignments, len(rows), wanted))
+            return self._frame(taken, _dealt_out(self.index, rows, wanted))
+        return self._frame(taken, self._index(assignments, len(rows), wanted))
 
     def _frame(self, rows: Ints | slice, index: pd.Index) -> pd.DataFrame:
         columns = {}

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from annbatch_dask.kernels.row_runs import deal_rows, lie_within
+from annbatch_dask.kernels.row_runs import deal_request, lie_within
 from annbatch_dask.kernels.shared import address_of
 from annbatch_dask.loader.blocks import BatchRows, Loaded
-from annbatch_dask.order.planned import expand
+from annbatch_dask.order.planned import expand, rows_or_runs
 from annbatch_dask.types import LoadRequest
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from annbatch_dask.loader.gpu.slab import Slab
 
-__all__ = ["Assignment", "Ints", "Window", "assign", "cut_frame", "resolve_rows", "resolve_splits"]
+__all__ = ["Assignment", "Ints", "Resolved", "Window", "cut_frame", "resolve_rows"]
 
 Ints = NDArray[np.int64]
 _MAX_FRAMES = 64  # each takes a few kilobytes
@@ -100,28 +100,60 @@ def _beyond(rows: Ints, n_obs: int) -> IndexError:
     return IndexError(f"request for rows {rows.min()} to {rows.max()}, the loader has rows 0 to {n_obs - 1}")
 
 
-def resolve_splits(request: LoadRequest, n_rows: int) -> tuple[list[Ints], Ints]:
-    """The batches of a request as int64, and all of them one behind the other.
+@dataclass(frozen=True)
+class Resolved:
+    """A load request, looked up.
 
-    IndexError where one names a row the request does not have.
+    Attributes
+    ----------
+    rows
+        Its global rows, in its order.
+    splits, dealt
+        The batches as int64, and all of them one behind the other.
+    taken
+        ``rows[dealt]``.
+    assignments
+        The part of each dataset that holds any of the rows.
+    places
+        Of each row the number of its part, and which of the rows there it is.
     """
-    given = [np.asarray(split) for split in request["splits"]]
-    for split in given:
-        if split.ndim != 1 or (split.dtype.kind not in "iu" and len(split)):
-            msg = (
-                "a split must be a 1-D integer array of positions (of a mask: np.flatnonzero(mask)), got dtype "
-                f"{split.dtype}, {split.ndim}-D"
-            )
-            raise TypeError(msg)
-    splits = [split.astype(np.int64, copy=False) for split in given]
-    dealt = _joined(splits)
-    if lie_within(dealt, n_rows):  # at once: there may be many small ones
-        return splits, dealt
-    for split in splits:
-        if len(split) and (split.min() < 0 or split.max() >= n_rows):
-            msg = f"split with positions {split.min()} to {split.max()}, the request has {n_rows} rows"
+
+    rows: Ints
+    splits: list[Ints]
+    dealt: Ints
+    taken: Ints
+    assignments: list[Assignment]
+    places: tuple[Ints, Ints]
+
+    @classmethod
+    def of(cls, request: LoadRequest, bounds: Ints) -> Resolved:
+        """Look it up in datasets of which ``d`` has rows ``bounds[d]:bounds[d + 1]``, 0 is the first.
+
+        KeyError if it lacks a part, TypeError for what is no row number, IndexError for one that is not there.
+        """
+        given, runs = rows_or_runs(request["requests"])
+        splits = [_checked(np.asarray(split)).astype(np.int64, copy=False) for split in request["splits"]]
+        dealt = _joined(splits)
+        rows, (firsts, places, local, number, position), taken, are_within = deal_request(given, runs, bounds, dealt)
+        if firsts[0] < 0:
+            raise _beyond(rows, int(bounds[-1]))
+        if not are_within:
+            at = next(split for split in splits if not lie_within(split, len(rows)))
+            msg = f"split with positions {at.min()} to {at.max()}, the request has {len(rows)} rows"
             raise IndexError(msg)
-    return splits, dealt
+        pairs = enumerate(pairwise(firsts.tolist()))
+        parts = [Assignment(d, places[first:stop], local[first:stop]) for d, (first, stop) in pairs if first < stop]
+        return cls(rows, splits, dealt, taken, parts, (number, position))
+
+
+def _checked(split: NDArray[Any]) -> NDArray[Any]:
+    if split.ndim != 1 or (split.dtype.kind not in "iu" and len(split)):
+        msg = (
+            "a split must be a 1-D integer array of positions (of a mask: np.flatnonzero(mask)), got dtype "
+            f"{split.dtype}, {split.ndim}-D"
+        )
+        raise TypeError(msg)
+    return split
 
 
 def _joined(splits: list[Ints]) -> Ints:
@@ -146,17 +178,3 @@ def cut_frame(frame: pd.DataFrame, splits: Sequence[Ints]) -> list[pd.DataFrame]
         return []
     ends = [0, *accumulate(map(len, splits))]
     return [frame.iloc[start:stop] for start, stop in pairwise(ends)]
-
-
-def assign(rows: Ints, bounds: Ints) -> tuple[list[Assignment], tuple[Ints, Ints]]:
-    """Deal rows out to the datasets that hold them; dataset ``d`` has rows ``bounds[d]:bounds[d + 1]``, 0 is the first.
-
-    Beside the parts, returns of each row the number of its part, and which of the rows there it is. IndexError if no
-    dataset has one.
-    """
-    firsts, places, local, number, position = deal_rows(rows, bounds)
-    if firsts[0] < 0:
-        raise _beyond(rows, int(bounds[-1]))
-    pairs = enumerate(pairwise(firsts.tolist()))
-    parts = [Assignment(d, places[first:stop], local[first:stop]) for d, (first, stop) in pairs if first < stop]
-    return parts, (number, position)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from annbatch_dask.kernels.row_runs import lay_out
 from annbatch_dask.types import LoadRequest
 
-__all__ = ["Planned", "as_runs", "cut", "expand", "plan_request", "skip"]
+__all__ = ["Planned", "as_runs", "cut", "expand", "plan_request", "rows_or_runs", "skip"]
 
 Ints = NDArray[np.int64]
 AnyInts = NDArray[np.integer[Any]]
@@ -59,6 +59,14 @@ def plan_request(request: LoadRequest) -> Planned:
 
 def expand(requests: Requests) -> Ints:
     """The rows of a request, one by one, in its order; TypeError where it has no slices or whole numbers."""
+    rows, runs = rows_or_runs(requests)
+    if len(runs):
+        rows = lay_out(runs)
+    return rows
+
+
+def rows_or_runs(requests: Requests) -> tuple[Ints, Ints]:
+    """The rows of a request, one by one, or the (n, 3) runs they come in, see ``lay_out``; the other is empty."""
     if isinstance(requests, np.ndarray):
         if requests.ndim != 1 or (requests.dtype.kind not in "iu" and len(requests)):
             msg = (
@@ -66,10 +74,9 @@ def expand(requests: Requests) -> Ints:
                 f"{requests.dtype}, {requests.ndim}-D"
             )
             raise TypeError(msg)
-        return requests.astype(np.int64)
+        return requests.astype(np.int64), np.empty((0, 3), np.int64)
     runs = np.array([_run_of(part) for part in requests], np.int64)
-    rows: Ints = lay_out(runs.reshape(-1, 3))
-    return rows
+    return np.empty(0, np.int64), runs.reshape(-1, 3)
 
 
 def _run_of(part: slice) -> tuple[int, int, int]:

@@ -10,10 +10,12 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from annbatch_dask.kernels.row_runs import deal_rows
 from annbatch_dask.loader.batch import CsrParts
 from annbatch_dask.loader.blocks import DealtRows, Loaded, SparseBlock
 from annbatch_dask.loader.output import make_deliver
-from annbatch_dask.loader.requests import assign, resolve_splits
+from annbatch_dask.loader.requests import Resolved
+from annbatch_dask.order.planned import expand
 
 
 @settings(max_examples=50, deadline=None)
@@ -24,7 +26,8 @@ def test_rows_of_all_batches_are_placed_as_those_of_each(data):
     rows = rng.integers(0, bounds[-1], data.draw(st.integers(0, 30)))
     sizes = data.draw(st.lists(st.integers(0, 8), max_size=4)) if len(rows) else []
     splits = [rng.integers(0, max(len(rows), 1), size) for size in sizes]
-    assignments, places = assign(rows, bounds)
+    asked = Resolved.of({"requests": rows, "splits": splits}, bounds)
+    assignments, places = asked.assignments, asked.places
     lengths = rng.integers(0, 5, len(rows))
     blocks, flat, few = [], np.arange(1000), np.arange(1000, dtype=np.uint16)
     for assignment in assignments:
@@ -85,6 +88,34 @@ def test_pieces_of_one_array_are_joined_as_any_others(data):
     in_order = [whole[a:b] for a, b in pairwise(sorted({0, *cuts}))]
     anyhow = [whole[a:b:step] for a, b, step in data.draw(st.lists(pieces, max_size=4))]
     for splits in (in_order, anyhow, in_order[1:], [split.astype(np.int32) for split in in_order], [whole]):
-        found, dealt = resolve_splits({"requests": [], "splits": splits}, 20)
-        np.testing.assert_array_equal(dealt, np.concatenate([np.zeros(0, np.int64), *splits]))
-        assert all((a == b).all() for a, b in zip(found, splits, strict=True))
+        asked = Resolved.of({"requests": [slice(5, 25)], "splits": splits}, np.array([0, 30]))
+        np.testing.assert_array_equal(asked.dealt, np.concatenate([np.zeros(0, np.int64), *splits]))
+        np.testing.assert_array_equal(asked.taken, asked.dealt + 5)
+        assert all((a == b).all() for a, b in zip(asked.splits, splits, strict=True))
+
+
+SLICES = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12), st.sampled_from([None, 1, 3])), max_size=4)
+
+
+@given(SLICES, st.booleans(), st.lists(st.integers(0, 30), max_size=9), st.lists(st.integers(1, 12), max_size=3))
+def test_a_request_is_looked_up_as_in_single_steps(runs, as_array, split, cuts):
+    bounds = np.array([0, *sorted(cuts), 11])
+    requests = [slice(*run) for run in runs]
+    rows = expand(requests)
+    split = np.array(split, np.int64)
+    request = {"requests": rows if as_array else requests, "splits": [split, split[:2]]}
+    if rows.max(initial=0) >= bounds[-1] or split.max(initial=-1) >= len(rows):
+        with pytest.raises(IndexError):
+            Resolved.of(request, bounds)
+        return
+    asked = Resolved.of(request, bounds)
+    np.testing.assert_array_equal(asked.rows, rows)
+    np.testing.assert_array_equal(asked.taken, rows[np.concatenate([split, split[:2]])])
+    firsts, places, local, *where = deal_rows(rows, bounds)
+    parts = [(d, firsts[d], firsts[d + 1]) for d in range(len(bounds) - 1) if firsts[d] < firsts[d + 1]]
+    for assignment, (d, first, stop) in zip(asked.assignments, parts, strict=True):
+        assert assignment.dataset == d
+        np.testing.assert_array_equal(assignment.places, places[first:stop])
+        np.testing.assert_array_equal(assignment.rows, local[first:stop])
+    for found, expected in zip(asked.places, where, strict=True):
+        np.testing.assert_array_equal(found, expected)

@@ -18,7 +18,7 @@ from annbatch_dask.errors import SelectionError
 from annbatch_dask.loader import added as loader_module
 from annbatch_dask.loader import obs as obs_module
 from annbatch_dask.loader.obs import Names, ObsTable
-from annbatch_dask.loader.requests import assign
+from annbatch_dask.loader.requests import Resolved
 from tests.loader.data import Collection, frame, quiet
 from tests.loader.loaders import SMALL, csr, make
 
@@ -84,7 +84,8 @@ def test_a_window_is_what_pandas_takes_of_all_rows(sizes, seed, pack):
     table = ObsTable.joined([t.packed() for t in tables] if pack else tables)
     rows = np.random.default_rng(seed).integers(0, sum(sizes), 30)
     wanted = np.random.default_rng(0).permutation(np.repeat(np.arange(len(rows)), 2))[: len(rows) + 3]
-    found = table.take(assign(rows, table.bounds)[0], rows, wanted)
+    asked = Resolved.of({"requests": rows, "splits": [wanted]}, table.bounds)
+    found = table.take(asked.assignments, rows, asked.dealt, asked.taken)
     with quiet():  # columns that a frame lacks
         expected = pd.concat(frames).iloc[rows[wanted]]
     assert found.index.equals(expected.index)
