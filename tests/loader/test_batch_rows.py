@@ -97,7 +97,7 @@ def test_pieces_of_one_array_are_joined_as_any_others(data):
 SLICES = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12), st.sampled_from([None, 1, 3])), max_size=4)
 
 
-@given(SLICES, st.booleans(), st.lists(st.integers(0, 30), max_size=9), st.lists(st.integers(1, 12), max_size=3))
+@given(SLICES, st.booleans(), st.lists(st.integers(0, 30), max_size=9), st.lists(st.integers(1, 11), max_size=3))
 def test_a_request_is_looked_up_as_in_single_steps(runs, as_array, split, cuts):
     bounds = np.array([0, *sorted(cuts), 11])
     requests = [slice(*run) for run in runs]
