@@ -3,7 +3,7 @@
 
 far.py                    all parts, as tables
 far.py load | slow | build | clients
-  [--cells 160000] [--latencies-ms 0 50] [--connections 64] [--epochs 5] [--files-built 4] [--work FOLDER]
+  [--cells 160000] [--latencies-ms 0 50] [--connections 128] [--epochs 5] [--files-built 4] [--work FOLDER]
 
 The server (far_server.py) is a process of its own on loopback: what is measured is waiting, not a network's width.
 """
@@ -243,7 +243,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
     parser.add_argument("--cells", type=int, default=160_000)
     parser.add_argument("--latencies-ms", type=float, nargs="*", default=[0, 50])
-    parser.add_argument("--connections", type=int, default=64)
+    parser.add_argument("--connections", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--files-built", type=int, default=N_FILES, help="a fourth of the cells each")
     parser.add_argument("--work", type=Path)

@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
@@ -107,6 +108,11 @@ class SharedJob(Generic[T]):
             return False
         return True
 
+    @property
+    def n_left(self) -> int:
+        """Tasks that have not ended."""
+        return len(self._results) - len(self._ended) if self._results else 0
+
     def work(self) -> None:
         """Run tasks until none is left; those that are left when the iteration ends are passed over."""
         while True:
@@ -162,6 +168,7 @@ class Helpers:
         self._n_helpers = n_threads - 1
         self._jobs: SimpleQueue[SharedJob[Any] | None] = SimpleQueue()
         self._threads: list[LoaderThread] = []
+        self._under_way: list[weakref.ref[SharedJob[Any]]] = []
         self._is_stopped = False
 
     def start(self, tasks: Sequence[Callable[[], T]], n_kept: int = 0) -> SharedJob[T]:
@@ -173,8 +180,11 @@ class Helpers:
             raise Closed
         job = SharedJob(tasks, self._ask_stopped)
         n_asked = min(self._n_helpers, len(tasks) - n_kept)
-        if len(self._threads) < n_asked:
-            n_asked = self._hire(n_asked)
+        if len(self._threads) < self._n_helpers:  # those of jobs before are busy, perhaps with waiting
+            before = [ref for ref in self._under_way if (other := ref()) is not None and other.n_left]
+            n_busy = sum(other.n_left for ref in before if (other := ref()) is not None)
+            n_asked = min(n_asked, self._hire(min(self._n_helpers, n_asked + n_busy)))
+            self._under_way = [*before, weakref.ref(job)]
         job.allow(n_asked)
         self._wake_for(job, 1)
         return job

@@ -150,7 +150,7 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         Batches on a GPU count.
     max_requests
         Requests to an object store that may be under way at a time, for up to six windows within ``prefetch_bytes``.
-        Each takes a thread and its buffer of 2 MiB or so. Ranks and torch's workers have as many each.
+        Each takes a thread and what it reads, 2 MiB or so at most. Ranks and torch's workers have as many each.
     cache_dir
         A folder on a local disk where what is read from an object store is kept for later epochs and runs. Loaders
         and processes of one user share it while they run. It is made for that user alone, and a folder that others
@@ -216,7 +216,7 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         batch_sampler: Sampler | None = None,
         preload_to_gpu: bool = find_spec("cupy") is not None,
         prefetch_bytes: int | str = "1GiB",
-        max_requests: int = 32,
+        max_requests: int = 128,
         cache_dir: str | os.PathLike[str] | None = None,
         cache_bytes: int | str = "64GiB",
         rng: np.random.Generator | None = None,

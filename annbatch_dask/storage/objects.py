@@ -28,7 +28,8 @@ _KNOWN = {
     "config_kwargs": {"max_pool_connections", "retries", "connect_timeout", "read_timeout"},
 }
 """Options of s3fs that are said to this client too, or mean nothing to it; with others fsspec reads."""
-_IDLE_CONNECTIONS = "128"
+_IDLE_CONNECTIONS = "1024"
+"""Kept open while they are not used: as many as were."""
 _CREDENTIALS_LAST = timedelta(minutes=5)
 """Then s3fs is asked again for those it has not been given as they are; it renews them in time."""
 _RETRIES = {

@@ -628,6 +628,18 @@ def test_all_threads_come_for_a_long_job(n_threads):
     crew.join()
 
 
+def test_threads_of_a_job_that_waits_are_not_those_of_the_next():
+    """As with windows from a store: all requests of several are under way, as far as there may be so many."""
+    crew, together = helpers.Helpers("test", 8), threading.Barrier(7)
+    jobs = [crew.start([partial(together.wait, 20)] * 3) for _ in range(2)]
+    assert together.wait(20) in range(7)
+    for job in jobs:
+        job.wait()
+    assert len(crew._threads) == 6
+    crew.stop()
+    crew.join()
+
+
 @pytest.mark.parametrize("at_once", [0, 64])
 def test_frames_of_batches_are_their_rows(collection, monkeypatch, at_once):
     """Those of few are cut at once, those of many one by one."""

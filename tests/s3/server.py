@@ -51,6 +51,28 @@ class QuietHandler(WSGIRequestHandler):
         pass
 
 
+class Held:
+    """An answer that waits until :meth:`answer` is called, and counts the others that do not."""
+
+    def __init__(self, n_others):
+        self._go, self._are_others, self._first = threading.Event(), threading.Event(), threading.Lock()
+        self._others = iter(range(n_others - 1))
+
+    def hold_or_count(self):
+        if self._first.acquire(blocking=False):
+            self._go.wait(60)
+        elif next(self._others, None) is None:
+            self._are_others.set()
+
+    def wait_for_others(self, timeout_s):
+        """True once so many others were answered."""
+        return self._are_others.wait(timeout_s)
+
+    def answer(self):
+        """Let it go."""
+        self._go.set()
+
+
 class S3Server:
     """moto behind a log and a source of faults, on a free port of one of this machine's addresses."""
 
@@ -66,6 +88,7 @@ class S3Server:
         self._delay_s, self._n_enough = 0.0, 1
         self._are_enough = threading.Event()
         self._n_open = self.n_at_once = 0
+        self._held = None
         self._thread.start()
 
     @property
@@ -122,6 +145,8 @@ class S3Server:
             if self.n_at_once >= self._n_enough:
                 self._are_enough.set()
         self._are_enough.wait(self._delay_s)
+        if (held := self._held) is not None and "/c/" in environ["PATH_INFO"]:
+            held.hold_or_count()
         try:
             return self._app(environ, start_response)
         finally:
@@ -138,6 +163,16 @@ class S3Server:
         finally:
             self._delay_s = 0.0
             self._are_enough.set()
+
+    @contextlib.contextmanager
+    def one_held(self, n_others):
+        """Let the first answer to a read of a chunk wait; see :class:`Held`."""
+        self._held = held = Held(n_others)
+        try:
+            yield held
+        finally:
+            held.answer()
+            self._held = None
 
     @contextlib.contextmanager
     def conditions(self, how):

@@ -1,5 +1,7 @@
 """A Loader over a collection on an S3 server: the same batches, few requests, many at once."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import anndata as ad
 import dask
 import numpy as np
@@ -63,6 +65,31 @@ def test_many_requests_are_under_way_to_a_slow_server(collection, server):
         with server.slow(DELAY_S, N_AT_ONCE):
             assert len(rows_of(loader)) == 500
         assert server.n_at_once >= N_AT_ONCE
+
+
+def test_requests_of_several_windows_are_under_way_together(collection, server):
+    """A window here asks for ten ranges at most."""
+    loader = Loader(batch_size=50, chunk_size=10, preload_nchunks=5, shuffle=True, seed=3, max_requests=64)
+    loader.use_collection(collection)
+    rows_of(loader)
+    with server.slow(DELAY_S, 20):
+        assert len(rows_of(loader)) == 500
+    assert server.n_at_once >= 20
+
+
+def test_a_slow_answer_delays_nobody_else(collection, server):
+    """The windows behind the one that waits for it, of ten ranges at most, are read meanwhile."""
+    loader = Loader(batch_size=50, chunk_size=10, preload_nchunks=5, shuffle=True, seed=3)
+    loader.use_collection(collection)
+    expected = rows_of(loader)
+    loader = Loader(batch_size=50, chunk_size=10, preload_nchunks=5, shuffle=True, seed=3)
+    batches = iter(loader.use_collection(collection))
+    with server.one_held(n_others=20) as held, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(next, batches)
+        assert held.wait_for_others(30)
+        held.answer()
+        found = [first.result(), *batches]
+    np.testing.assert_array_equal(np.concatenate([batch["X"].toarray() for batch in found]), expected)
 
 
 def test_an_object_that_is_replaced_under_a_loader_is_not_read(bucket, atlas, server):
