@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,8 +92,12 @@ class Splits(Mapping[str, NDArray[np.bool_]]):
     @classmethod
     def read(cls, path: str | Path, collection: str, n_obs: int, version: int | None = None) -> Splits:
         """Read what :meth:`save` wrote; SelectionError where it is of another collection, version or release."""
-        with np.load(path, allow_pickle=False) as stored:
-            about, codes = json.loads(str(stored["about"])), stored["codes"]
+        try:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+                about, codes = json.loads(str(stored["about"])), stored["codes"]
+        except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as e:
+            msg = f"{path} is no split that was saved, or is damaged ({e}); make it anew with its seed"
+            raise SelectionError(msg) from e
         if about.pop("version") != _VERSION:
             msg = f"{path} was written by another release; make the split anew with its seed, {about['seed']}"
             raise SelectionError(msg)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from annbatch_dask.errors import CollectionError
+from annbatch_dask.errors import CollectionError, SelectionError
 from annbatch_dask.etl.prepare import dataset_refs
 from annbatch_dask.etl.status import CollectionStatus, status_of
 from annbatch_dask.etl.verify import check_readable
@@ -158,6 +158,9 @@ class StoredCollection(WithStatistics):
         -------
         (n_obs, n_columns) frame, indexed by obs names.
         """
+        if isinstance(columns, str):
+            msg = f"columns is the text {columns!r}; give a list of names"
+            raise TypeError(msg)
         if self.is_empty or (columns is not None and not len(columns)):
             return pd.DataFrame()
         with self._root.as_opened(), self._root.obs_elements() as elements:
@@ -296,6 +299,11 @@ class StoredCollection(WithStatistics):
         """
         groups, strata = ([c] if isinstance(c, str) else list(c or ()) for c in (by, stratify))
         obs = self.obs([*groups, *strata], names=False) if groups or strata else pd.DataFrame(index=range(self.n_obs))
+        if lacking := [name for name in (*groups, *strata) if name not in obs.columns]:
+            with self._root.as_opened(), self._root.obs_elements() as elements:
+                there = ", ".join(map(repr, dict.fromkeys(c for e in elements for c in e.attrs["column-order"])))
+            msg = f"obs has no column {lacking[0]!r}; it has {there}"
+            raise SelectionError(msg)
         number, digest = resolve_seed(seed), self._root.digest
         return make_splits(
             obs, fractions, by=groups, stratify=strata, seed=number, collection=digest, version=self.version

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 from annbatch_dask.errors import LayoutError, SelectionError
@@ -90,15 +91,26 @@ def make_request(given: Mapping[str, Any]) -> Request:
     plain = {n: given[n] for n in ("merge", "mode", "genes", "on_duplicate_source", "layout", "gene_order")}
     plain |= {n: given[n] for n in ("stats", "stats_by", "keep")}
     check_positive("keep", given["keep"])
-    if not isinstance(given["stats_by"], str | None):
-        msg = f"stats_by is {given['stats_by']!r}; name one column of obs"
-        raise TypeError(msg)
+    _check_kinds(given)
     return Request(refs, _options(given), **plain, names=ask_names(given, refs))
 
 
+def _check_kinds(given: Mapping[str, Any]) -> None:
+    """Refuse what would be taken for something else, or end in an error of Python's own."""
+    if not isinstance(given["stats_by"], str | None):
+        msg = f"stats_by is {given['stats_by']!r}; name one column of obs"
+        raise TypeError(msg)
+    if isinstance(given["var_subset"], str):
+        msg = f"var_subset is the text {given['var_subset']!r}; give a list of names"
+        raise TypeError(msg)
+    if given["merge"] not in (None, *(known := ("same", "unique", "first", "only"))):
+        msg = f"merge is {given['merge']!r}; give one of {', '.join(map(repr, known))}, or None"
+        raise ValueError(msg)
+
+
 def _options(given: Mapping[str, Any]) -> Options:
-    if given["n_obs_per_chunk"] < 1:
-        msg = f"n_obs_per_chunk is {given['n_obs_per_chunk']}; it must be 1 or more"
+    if not isinstance(given["n_obs_per_chunk"], Integral) or given["n_obs_per_chunk"] < 1:
+        msg = f"n_obs_per_chunk is {given['n_obs_per_chunk']!r}; it must be a whole number, 1 or more"
         raise LayoutError(msg)
     dataset_rows, dataset_nbytes = parse_rows_or_nbytes("dataset_size", given["dataset_size"])
     shard_rows, shard_nbytes = parse_rows_or_nbytes("shard_size", given["shard_size"])
@@ -111,7 +123,7 @@ def _options(given: Mapping[str, Any]) -> Options:
         shuffle=given["shuffle"],
         dataset_rows=dataset_rows,
         dataset_nbytes=dataset_nbytes,
-        n_obs_per_chunk=given["n_obs_per_chunk"],
+        n_obs_per_chunk=int(given["n_obs_per_chunk"]),
         shard_rows=shard_rows,
         shard_nbytes=shard_nbytes,
         compressor=compressor_json(given["zarr_compressor"]),
@@ -155,6 +167,10 @@ def with_conditions(refs: Sequence[SourceRef], where: str | Mapping[str, str] | 
     """
     if where is None:
         return tuple(refs)
+    texts = where.values() if isinstance(where, Mapping) else [where]
+    if not all(isinstance(text, str) for text in texts):
+        msg = f"where is {where!r}; give a condition on obs as text, or conditions by path"
+        raise TypeError(msg)
     by_pattern = {"*": where} if isinstance(where, str) else {shown(os.fspath(k)): v for k, v in where.items()}
     for text in by_pattern.values():
         Condition.parse(text)

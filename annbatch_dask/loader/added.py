@@ -176,6 +176,9 @@ class AddedData(Generic[BackingArray_T]):
             If another collection stands at its path by now. A loader continues with the files that it opened, or an
             iteration ends with this error: every read compares the version of its file with that of now.
         """
+        if not hasattr(collection, "is_empty"):
+            msg = f"use_collection takes a DatasetCollection, got {collection!r}; open it: DatasetCollection(path)"
+            raise TypeError(msg)
         if collection.is_empty:
             msg = "DatasetCollection is empty"
             raise ValueError(msg)

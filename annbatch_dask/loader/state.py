@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from typing import Any
@@ -124,6 +124,9 @@ class State:
     @classmethod
     def read(cls, state: dict[str, Any]) -> State:
         """Read from a dictionary; StateError if it is not one of this version."""
+        if not isinstance(state, Mapping):
+            msg = f"a state is what state_dict() returned, got {state!r}"
+            raise StateError(msg)
         fields = set(cls.__dataclass_fields__)
         if state.get("version") != _VERSION or set(state) | {"collection_version"} != fields:
             msg = (

@@ -36,6 +36,9 @@ def references(
     if isinstance(paths, str | os.PathLike):
         msg = f"adata_paths is one path, {os.fspath(paths)!r}; give a list of paths"
         raise TypeError(msg)
+    if not isinstance(counts, str | Mapping):
+        msg = f"counts is {counts!r}; give the name of a matrix, such as 'raw/X', or names by path"
+        raise TypeError(msg)
     options = StorageOptions(storage_options or {})
     loader = "" if load_adata is None else function_identity(load_adata)
     refs = tuple(_reference(p, load_adata, options) for p in paths)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -50,8 +51,8 @@ def variable_genes(
     if flavor not in get_args(Flavor):
         msg = f"flavor is {flavor!r}; give one of {', '.join(map(repr, get_args(Flavor)))}"
         raise ValueError(msg)
-    if n_top < 1:
-        msg = f"n_top is {n_top}; it must be 1 or more"
+    if not isinstance(n_top, Integral) or n_top < 1:
+        msg = f"n_top is {n_top!r}; it must be a whole number, 1 or more"
         raise ValueError(msg)
     if flavor == "seurat_v3":
         _loess()  # before anything is read

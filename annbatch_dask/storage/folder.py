@@ -425,6 +425,9 @@ def folder_of(group: zarr.Group | zarr.Array[Any]) -> Folder:
 def folder_at(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> Folder:
     """The folder at a path or URL, which must hold no credentials."""
     url = os.fspath(path)
+    if not url:
+        msg = "the path is empty, which would be the current folder; give a path, or '.'"
+        raise CollectionError(msg)
     if shown(url) != url:
         msg = f"{shown(url)} was given with a user, a password or a query; give credentials in storage_options"
         raise CollectionError(msg)

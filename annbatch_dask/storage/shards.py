@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from math import prod
 from typing import IO, TYPE_CHECKING, Any
 
@@ -52,6 +53,9 @@ def compressor_json(compressors: Any) -> str | None:
     codecs = [c for c in codecs if c is not None]
     if not codecs:
         return None
+    if unknown := [c for c in codecs if not (hasattr(c, "to_dict") or isinstance(c, Mapping) and "name" in c)]:
+        msg = f"zarr_compressor is {unknown[0]!r}; give a codec of zarr.codecs, such as BloscCodec(), or () for none"
+        raise LayoutError(msg)
     metadata = [c.to_dict() if hasattr(c, "to_dict") else dict(c) for c in codecs]
     if len(codecs) > 1 or metadata[0]["name"] not in _CODECS:
         msg = f"zarr_compressor is {[m['name'] for m in metadata]}; give one of {sorted(_CODECS)}, or () for none"

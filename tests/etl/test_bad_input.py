@@ -228,6 +228,9 @@ def test_a_dataset_whose_obs_exceeds_memory_names_dataset_size():
         ({"dataset_size": "much"}, "dataset_size is 'much'; give a number of cells"),
         ({"dataset_size": "1B"}, "not one fits; raise dataset_size"),
         ({"n_obs_per_chunk": 0}, "n_obs_per_chunk is 0"),
+        ({"n_obs_per_chunk": "64"}, "n_obs_per_chunk is '64'; it must be a whole number"),
+        ({"n_obs_per_chunk": 64.0}, r"n_obs_per_chunk is 64\.0; it must be a whole number"),
+        ({"zarr_compressor": "blosc"}, "zarr_compressor is 'blosc'; give a codec of zarr.codecs"),
         ({"shard_size": -1}, "shard_size is -1"),
         ({"zarr_compressor": zarr.codecs.Crc32cCodec()}, "give one of"),
         ({"seed": -3}, "seed is -3"),
@@ -327,3 +330,26 @@ def test_every_error_is_also_a_builtin():
         assert any(
             b.__module__ == "builtins" and b not in (Exception, object) for b in cls.__mro__ if b is not BaseException
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"var_subset": "ab"}, TypeError, "var_subset is the text 'ab'; give a list of names"),  # not genes a and b
+        ({"merge": "all"}, ValueError, "merge is 'all'; give one of 'same'"),
+        ({"where": 5}, TypeError, "where is 5; give a condition on obs as text"),
+        ({"where": np.ones(3, bool)}, TypeError, "where is array"),
+        ({"where": {"*": None}}, TypeError, "where is {'[*]': None}; give a condition"),
+        ({"counts": 5}, TypeError, "counts is 5; give the name of a matrix"),
+        ({"scratch": ""}, CollectionError, "the path is empty, which would be the current folder"),
+    ],
+)
+def test_arguments_of_another_kind(out, h5ad_pair, options, error, message):
+    with pytest.raises(error, match=message):
+        add(out, h5ad_pair, **options)
+
+
+def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CollectionError, match="the path is empty"):
+        DatasetCollection("")

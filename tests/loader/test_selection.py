@@ -200,6 +200,14 @@ def test_a_split_of_a_collection_is_saved_read_and_loaded(collection, tmp_path):
     again = stored.read_split(tmp_path / "split.npz")
     assert (again.codes == parts.codes).all()
     assert (again.fractions, again.by, again.seed) == (parts.fractions, ("kind",), 3)
+    with pytest.raises(SelectionError, match="obs has no column 'donor'; it has '.*'kind'"):
+        stored.split({"train": 0.7, "test": 0.3}, by=["kind", "donor"])
+    with pytest.raises(TypeError, match="columns is the text 'kind'; give a list of names"):
+        stored.obs("kind")
+    for content in (b"{}", (tmp_path / "split.npz").read_bytes()[:300]):
+        (tmp_path / "bad.npz").write_bytes(content)
+        with pytest.raises(SelectionError, match=r"bad\.npz is no split that was saved, or is damaged"):
+            stored.read_split(tmp_path / "bad.npz")
     loader = Loader(batch_size=8, **SMALL, where=again["test"]).use_collection(stored)
     assert set(np.concatenate([b["index"] for b in loader])) == set(np.flatnonzero(parts["test"]))
     parts = split(cells(221, 9))

@@ -7,7 +7,7 @@ import pytest
 
 from annbatch_dask import DatasetCollection, Loader, write_sharded
 from annbatch_dask.engines.choose import choose_engine
-from annbatch_dask.errors import LayoutError
+from annbatch_dask.errors import LayoutError, StateError
 from annbatch_dask.etl.request import make_request
 from annbatch_dask.sizes import parse_nbytes, parse_rows_or_nbytes
 
@@ -68,6 +68,14 @@ def test_what_is_no_whole_number_is_refused():
         parse_rows_or_nbytes("dataset_size", 1.5)
     with pytest.raises(LayoutError, match="dataset_size is None; give a number of cells"):
         parse_rows_or_nbytes("dataset_size", None)
+
+
+def test_what_is_no_collection_or_state_is_refused():
+    with pytest.raises(TypeError, match=r"takes a DatasetCollection, got 'o\.zarr'; open it"):
+        Loader().use_collection("o.zarr")
+    for state in (None, "{}"):
+        with pytest.raises(StateError, match="a state is what state_dict"):
+            Loader().load_state_dict(state)
 
 
 def test_an_empty_loader_says_what_to_do():

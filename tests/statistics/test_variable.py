@@ -184,6 +184,8 @@ def test_what_makes_no_sense_is_refused(tmp_path, collection):
         collection.highly_variable(10, flavor="mine")
     with pytest.raises(ValueError, match="n_top is 0"):
         collection.highly_variable(0)
+    with pytest.raises(ValueError, match=r"n_top is 2\.5; it must be a whole number"):
+        collection.highly_variable(2.5)
     with pytest.raises(CollectionError, match="obs has no column 'nobody'"):
         collection.highly_variable(10, batch_key="nobody")
     files = adatas(n_vars=40)
