@@ -147,7 +147,8 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
     prefetch_bytes
         Limit in bytes, such as ``"1GiB"``, of windows (three quarters) and batches (one quarter) that are ready or in
         flight. One of each is always allowed, however large. Batches the user holds, and idle buffers, come on top.
-        Batches on a GPU count.
+        Batches on a GPU count. Between passes as much stays for the next one, of any loader of the process; the kernel
+        takes it where memory is short.
     max_requests
         Requests to an object store that may be under way at a time, for up to six windows within ``prefetch_bytes``.
         Each takes a thread and what it reads, 2 MiB or so at most. Ranks and torch's workers have as many each.

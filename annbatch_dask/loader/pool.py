@@ -99,6 +99,12 @@ class BufferPool:
         self._lock = threading.Lock()
         self._idle: list[tuple[int, int, _Memory]] = []  # when it came back, its bytes
         self._n_takes = 0
+        self._pid = os.getpid()
+
+    @property
+    def is_own(self) -> bool:
+        """False in a process that was forked since: a thread of its parent may hold the lock, and pages be copied."""
+        return self._pid == os.getpid()
 
     def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """An uninitialised array, C-contiguous."""
@@ -206,7 +212,7 @@ class SparePool:
     """Keeps the pool of a pass that has ended for the next one. Takes no lock; see :func:`spare_pool`."""
 
     def __init__(self) -> None:
-        self._kept: deque[tuple[int, BufferPool]] = deque(maxlen=1)
+        self._kept: deque[BufferPool] = deque(maxlen=1)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return spare_pool, ()
@@ -214,18 +220,19 @@ class SparePool:
     def take(self) -> BufferPool:
         """The pool that was kept, or another one; its memory is no other pass's."""
         try:
-            pid, pool = self._kept.pop()
+            pool = self._kept.pop()
         except IndexError:
             return BufferPool()
-        if pid != os.getpid():  # a forked process would copy each page of its parent's
+        if not pool.is_own:
             return BufferPool()
         pool.resume()
         return pool
 
     def keep(self, pool: BufferPool, limit_nbytes: int) -> None:
         """Keep a pool that no thread uses any more, in the place of one that was kept before."""
-        pool.rest(limit_nbytes)
-        self._kept.append((os.getpid(), pool))
+        if pool.is_own:
+            pool.rest(limit_nbytes)
+            self._kept.append(pool)
 
 
 _shared: list[weakref.ref[SparePool]] = []

@@ -172,6 +172,15 @@ def test_a_forked_process_takes_none_of_its_parents(monkeypatch):
     assert spare.take().idle_nbytes == 0
 
 
+def test_a_forked_process_does_not_wait_for_a_thread_of_its_parent(monkeypatch):
+    spare = SparePool()
+    pool = spare.take()
+    pool._lock.acquire()  # as by a thread that was taking memory when the process was forked
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    spare.keep(pool, 100 * N)
+    assert spare.take() is not pool
+
+
 def test_memory_that_the_kernel_cannot_borrow_is_let_go(monkeypatch):
     monkeypatch.setattr(pool_module, "_advise", lambda *_: False)
     spare, _ = rested(5 * N)
