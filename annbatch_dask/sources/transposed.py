@@ -111,8 +111,9 @@ def _narrowed(values: NDArray) -> NDArray:
 def visit_values(group: Any, kept: NDArray[np.bool_] | None, visit: Visitor) -> None:
     """Visit the values of a stored matrix in pieces; ``kept``, (n_rows,): those of the rows of which it is true."""
     data, indices = group["data"], group["indices"]
-    for a in range(0, len(data), step := whole_chunks(data, _ENTRIES)):
-        b = min(a + step, len(data))
+    n = int(data.shape[0])  # arrays of zarr have no len
+    for a in range(0, n, step := whole_chunks(data, _ENTRIES)):
+        b = min(a + step, n)
         values = read_flat(data, a, b)
         if kept is not None:
             rows = read_flat(indices, a, b)

@@ -241,6 +241,21 @@ def test_what_builds_nothing_reads_it_no_more_than_before(tmp_path, counts, smal
     assert chosen.values == plan.values
 
 
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+def test_values_of_all_files_are_looked_at(tmp_path, monkeypatch, suffix):
+    """Of int64 by the plan alone, as other dtypes may not hold them; of what extends a collection likewise."""
+    x = matrix("int64")
+    paths = [written(tmp_path / kind, kind, x, suffix=suffix) for kind in ("csc", "csr")]
+    options = {"read_values": True} | OPTIONS
+    plans = [DatasetCollection(tmp_path / "p.zarr").plan_adatas([p], where="n > 70", **options) for p in paths]
+    assert plans[0].values == plans[1].values
+    with dask.config.set(scheduler="synchronous"):
+        c = build(tmp_path / "o.zarr", paths[1], monkeypatch)
+        c.add_adatas([paths[0]], on_duplicate_source="warn", seed=4)
+    assert c.n_obs == 2 * N_OBS
+    assert c.verify(against=paths).ok
+
+
 @pytest.mark.chaos
 def test_a_worker_dies_of_a_cluster(tmp_path, counts, monkeypatch):
     monkeypatch.setitem(dask.config.config, "annbatch_dask", {"block_size": 300_000})
