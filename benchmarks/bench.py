@@ -365,7 +365,7 @@ def main() -> int:
 def print_far(setup: Setup) -> None:
     """Print what a store with latency costs a loader and a build, beside this disk."""
     command = [sys.executable, str(HERE / "far.py"), "load", "slow", "build", "--work", str(setup.work / "far")]
-    lines, _ = run([*command, "--epochs", "3", "--files-built", "1"])
+    lines, _ = run([*command, "--cells", "100000", "--epochs", "3", "--files-built", "1"])
     print("\nan S3 server on loopback that answers late, 128 requests at a time; epochs by turns, without the first")
     print("| ms | epoch | cells/s | requests | most at once | processor |\n|---|---|---|---|---|---|")
     for line in (line for line in lines if line["what"] == "load"):
