@@ -21,7 +21,7 @@ from annbatch_dask.etl.frames import annotation_frames, write_frames
 from annbatch_dask.etl.job import GatherTask, Job, JobFile, forget_inputs, load_job
 from annbatch_dask.etl.ours import ATTEMPT_NAME, dataset_attributes, first_document, write_first_document
 from annbatch_dask.etl.receipts import GatherReceipt
-from annbatch_dask.etl.rows import HASH, PLACE, FixedArrays, RaggedArrays, all_columns, row_hashes, sum_hashes
+from annbatch_dask.etl.rows import HASH, PLACE, all_columns, row_hashes, sum_hashes
 from annbatch_dask.etl.slices import each_slice
 from annbatch_dask.etl.spilled import Spilled
 from annbatch_dask.etl.stats import DatasetSums
@@ -34,7 +34,7 @@ from annbatch_dask.storage.lock import is_held
 from annbatch_dask.storage.metadata import METADATA
 from annbatch_dask.storage.scratch import ScratchGoneError, check_scratch, find_receipt, write_receipt
 from annbatch_dask.storage.spill import SPILL, SpillError
-from annbatch_dask.storage.threads import one_ahead
+from annbatch_dask.storage.threads import codec_pool, one_ahead
 
 __all__ = ["gather"]
 
@@ -184,12 +184,11 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
         ]
         for w in writers:
             open_shards.enter_context(w)
-        slices = open_shards.enter_context(
-            contextlib.closing(one_ahead(_summed(each_slice(job, task, spilled), stats)))
-        )
+        slices = open_shards.enter_context(contextlib.closing(one_ahead(each_slice(job, task, spilled))))
         for fixed, ragged in during("wait", slices):
             if not folder.is_local:  # where nothing else tells a worker that its build is over
                 check_scratch(job.scratch)
+            adding = None if stats is None else codec_pool().submit(stats.append, fixed, ragged)
             with activity("hash"):
                 hashes = row_hashes(len(fixed[PLACE]), plan.matrices, (), fixed, ragged)
                 total = (total + sum_hashes(hashes + fixed[HASH])) % 2**64
@@ -197,17 +196,20 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
                 for w in writers:
                     n_bytes += w.append(fixed, ragged)
             obs.append(fixed, ragged)
-            del fixed, ragged  # before obs is written
+            if adding is not None:
+                adding.result()
+            del fixed, ragged, adding  # before obs is written
     if total != spilled.fingerprint:
         msg = (
             f"{dataset}: the rows written have fingerprint {total:016x} and those read {spilled.fingerprint:016x}; "
             "scratch files were damaged: remove the scratch folder and build again"
         )
         raise IntegrityError(msg)
+    writing = None if stats is None else codec_pool().submit(stats.written)
     write_frames(group, obs.frames(plan.index_name) | annotation_frames(plan, job.annotations))
     for name, values in obs.strings():
         write_frames(group, {name: values})
-    files |= stats.files if stats is not None else {}
+    files |= {} if writing is None else writing.result()
     shards = {name: found for w in writers for name, found in w.files.items()}
     with activity("write"):
         sums = publish_dataset(folder, {name: content.to_bytes() for name, content in files.items()}, shards)
@@ -221,15 +223,3 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
         n_bytes=n_bytes,
         folder=folder.url.rsplit("/", 1)[1],
     )
-
-
-def _summed(
-    slices: Iterator[tuple[FixedArrays, RaggedArrays]], stats: DatasetSums | None
-) -> Iterator[tuple[FixedArrays, RaggedArrays]]:
-    """Add each slice up where it was read: the thread that is ahead waits for the one that hashes and encodes."""
-    for fixed, ragged in slices:
-        if stats is not None:
-            stats.append(fixed, ragged)
-        yield fixed, ragged
-    if stats is not None:
-        stats.write()

@@ -173,15 +173,15 @@ def test_groups_that_do_not_fit_memory_are_refused(tmp_path, monkeypatch):
 
 def test_a_build_that_was_interrupted_goes_on_to_the_same_bytes(tmp_path, paths, monkeypatch):
     whole = build(tmp_path / "a.zarr", paths, stats_by="donor")
-    calls, wrote = [], DatasetSums.write
+    calls, wrote = [], DatasetSums.written
 
     def fail_once(self):
         calls.append(self)
         if len(calls) == 2:
             raise RuntimeError("gone")
-        wrote(self)
+        return wrote(self)
 
-    monkeypatch.setattr(DatasetSums, "write", fail_once)
+    monkeypatch.setattr(DatasetSums, "written", fail_once)
     with pytest.raises(RuntimeError, match="gone"):
         build(tmp_path / "b.zarr", paths, stats_by="donor")
     build(tmp_path / "b.zarr", paths, stats_by="donor")
