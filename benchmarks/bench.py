@@ -243,10 +243,11 @@ def print_ranks(setup: Setup) -> None:
 
 def print_python(setup: Setup) -> None:
     """Print what is left of a window of 16,384 cells where nothing is read, decoded and copied."""
-    print("\n| threads | Python of a window, ms CPU |\n|---|---|")
+    print("\n| threads | Python of a window, ms CPU | holds its lock, at most |\n|---|---|---|")
     for n_threads in (psutil.cpu_count() or 1, 16):
         lines, _ = run(ours("python", stores(setup)[OURS], "--threads", str(n_threads)))
-        print(f"| {n_threads} | {spread([line['cpu_ms_per_window'] for line in lines])} |")
+        times = ([line[of] for line in lines if of in line] for of in ("cpu_ms_per_window", "lock_ms_per_window"))
+        print(f"| {n_threads} | {' | '.join(map(spread, times))} |")
 
 
 def print_tokens(setup: Setup) -> None:

@@ -242,9 +242,8 @@ def _lay_out(
 
 def _piece_nbytes(total: int, budget: Budget, upload_nbytes: int) -> int:
     """Size of a block or part: the default, more where that means too many tasks, less where memory is short."""
-    room = (
-        budget.task_nbytes - SMALL_NBYTES - upload_nbytes
-    ) // 4  # see plan/memory.py: a gather holds two parts and a segment
+    # see plan/memory.py: a gather holds two parts and a segment
+    room = (budget.task_nbytes - SMALL_NBYTES - upload_nbytes) // 4
     return max(1, min(max(budget.block_nbytes, total // _MAX_TASKS), room))
 
 
