@@ -23,6 +23,7 @@ import annbatch_dask
 from annbatch_dask.errors import AnnbatchDaskError, LayoutError
 from annbatch_dask.formatting import format_bytes, plural
 from annbatch_dask.sizes import parse_nbytes
+from annbatch_dask.storage.filesystems import check_parent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -269,14 +270,14 @@ def _repack(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    _check_folder_of(args.output)
+    check_parent(args.output)
     report = _open(args).report()
     report.save(args.output)
     _say(f"{args.output}: {report.n_obs:,} cells, {format_bytes(report.n_bytes_stored)}")
 
 
 def _stats(args: argparse.Namespace) -> None:
-    _check_folder_of(args.output)
+    check_parent(args.output)
     collection = _open(args)
     if args.highly_variable is None:
         collection.gene_stats(args.by).to_csv(args.output)
@@ -315,7 +316,7 @@ def _mixing(args: argparse.Namespace) -> None:
     from annbatch_dask.mixing import measure_mixing, plot_mixing, sampled_batches
 
     if args.plot is not None:
-        _check_folder_of(args.plot)
+        check_parent(args.plot)
     column, codes = _classes(_open(args), args.by)
     mixing = measure_mixing(sampled_batches(_loader(args).batch_sampler, codes))
     line = _mixing_line(column, mixing)
@@ -896,14 +897,6 @@ def _print(text: str, file: IO[str] | None = None) -> None:
         print(text, file=file, flush=True)
     except BrokenPipeError:
         raise _ReaderGoneError from None
-
-
-def _check_folder_of(path: str) -> None:
-    """Refuse a file to write, before what is to be in it is worked out, if it has no folder."""
-    folder = Path(path).absolute().parent
-    if not folder.is_dir():
-        msg = f"{path} cannot be written: there is no folder {folder}; make it, or give another output"
-        raise AnnbatchDaskError(msg)
 
 
 def _visible(text: str) -> str:

@@ -7,7 +7,6 @@ import functools
 import importlib.util
 import itertools
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,12 +28,12 @@ from annbatch_dask.engines.waiting import Left, missing_workers_said
 from annbatch_dask.errors import (
     MissingPackageError,
     SchedulerError,
-    StorageError,
     WorkersDiedError,
 )
 from annbatch_dask.formatting import format_bytes
 from annbatch_dask.plan.memory import Budget
 from annbatch_dask.storage import transient
+from annbatch_dask.storage.filesystems import check_parent
 from annbatch_dask.storage.secrets import shown, without_secrets
 from annbatch_dask.storage.transient import PAUSES_S, patiently
 
@@ -231,9 +230,8 @@ def _check_report(client: Client, path: str) -> None:
     if not client.run_on_scheduler(_has_bokeh):
         msg = f'{shown(path)} cannot be made: the scheduler has no bokeh: pip install "annbatch-dask[dashboard]" there'
         raise MissingPackageError(msg)
-    if "://" not in path and not os.path.isdir(folder := os.path.dirname(path) or "."):
-        msg = f"{path} cannot be written: there is no folder {folder}; make it, or give another path"
-        raise StorageError(msg)
+    if "://" not in path:
+        check_parent(path)
 
 
 def _check_workers(client: Client, needs: Needs) -> None:

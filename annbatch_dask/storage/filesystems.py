@@ -24,6 +24,7 @@ __all__ = [
     "RemoteRanges",
     "account_of",
     "cat_range",
+    "check_parent",
     "is_refused",
     "knows_no_conditions",
     "name_errors",
@@ -232,3 +233,17 @@ def _room(path: str) -> str:
         return "no space is left on the store"
     found = shutil.disk_usage(folder)
     return f"{found.free:,} of {found.total:,} bytes are free on the disk of {folder}"
+
+
+def check_parent(path: str) -> None:
+    """Refuse a local file to write, before what is to be in it is worked out, if its folder is not there.
+
+    Raises
+    ------
+    StorageError
+        With the folder.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        msg = f"{path} cannot be written: there is no folder {folder}; make it, or give another path"
+        raise StorageError(msg)
