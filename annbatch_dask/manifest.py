@@ -232,6 +232,8 @@ class BuildRecord:
         What it found of them; None where it did not look.
     stats, stats_by
         Whether the datasets it wrote have statistics of genes, and the column of obs by which; "" for none.
+    n_raw_vars
+        Genes that ``raw`` of the collection had after it; 0 where there is none, or not recorded.
     """
 
     mode: str
@@ -250,6 +252,12 @@ class BuildRecord:
     duplicates: DuplicatesRecord | None = None
     stats: bool = False
     stats_by: str = ""
+    n_raw_vars: int = 0
+
+    @property
+    def n_vars(self) -> int:
+        """Genes that the collection had after it; 0 where not recorded."""
+        return sum(self.genes.values())
 
     def to_json(self) -> dict[str, Any]:
         """Convert to JSON values, without the defaults of earlier releases, which do not know these fields."""
@@ -261,7 +269,7 @@ class BuildRecord:
             "naming": None,
             "duplicates": None,
         }
-        defaults |= {"stats": False, "stats_by": ""}
+        defaults |= {"stats": False, "stats_by": "", "n_raw_vars": 0}
         return {k: v for k, v in values.items() if k not in defaults or v != defaults[k]}
 
     @classmethod

@@ -201,6 +201,7 @@ def make_manifest(
         duplicates=None if duplicates is None else duplicates.record,
         stats=plan.options.stats,
         stats_by=plan.options.stats_by,
+        n_raw_vars=len(plan.genes["raw"].genes) if "raw" in plan.genes else 0,
     )
     written = tuple(record_of(r.name, r.files, n_obs=r.n_rows, nnz=r.nnz, fingerprint=r.fingerprint) for r in gathered)
     sources = _sources(plan, scattered, None if duplicates is None else duplicates.sources)

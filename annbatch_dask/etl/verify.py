@@ -132,8 +132,8 @@ def verify(
     size = (manifest.n_obs, sum(d.n_bytes for d in manifest.datasets))
     problems = _check_root(target, manifest, document)
     tasks = [(target, d, manifest.n_vars) for d in manifest.datasets]
-    names = [d.name for d in manifest.datasets]
-    problems += _run_check(engine, "verify", check_dataset, tasks, callback, size, names)
+    results = _run_check(engine, "verify", check_dataset, tasks, callback, size, [d.name for d in manifest.datasets])
+    problems += [problem for r in results for problem in r.problems]
     if refs:
         problems += _compare(target, manifest, refs, engine, callback)
     return Verification(
@@ -153,16 +153,9 @@ def _compare(
     """Compare inputs with what the manifest says of them."""
     candidates = _match_sources([r.label for r in refs], target, manifest)
     first = SourceRef("dataset", (target / manifest.datasets[0].name).url, is_dataset=True, options=target.options)
-    results = run_stage(
-        engine,
-        "compare",
-        _check_source,
-        [(ref, some, first) for ref, some in zip(refs, candidates, strict=True)],
-        callback,
-        size=(sum(some[0].record.n_obs for some in candidates), 0),
-        measure=lambda _, r: (r.n_rows, r.n_bytes),
-        describe=lambda i: refs[i].label,
-    )
+    tasks = [(ref, some, first) for ref, some in zip(refs, candidates, strict=True)]
+    size = (sum(some[0].record.n_obs for some in candidates), 0)
+    results = _run_check(engine, "compare", _check_source, tasks, callback, size, [r.label for r in refs])
     return [*_not_compared(manifest, candidates, results), *(p for r in results for p in r.problems)]
 
 
@@ -314,7 +307,7 @@ def _check_source(ref: SourceRef, candidates: Sequence[Candidate], dataset: Sour
     for c in candidates:
         if c.asked not in seen:
             named = replace(ref, label=c.record.path, counts=c.record.counts, where=c.record.where)
-            chosen = Elements.parse(c.elements), c.naming, QC.of(c.qc or None)
+            chosen = Elements.parse(c.elements), c.naming, QC.of(c.qc or None), c.n_genes
             n_obs, _, fingerprint, _ = _fingerprint(named, dataset, *chosen)
             seen[c.asked] = n_obs, fingerprint
     found = [seen[c.asked] for c in candidates]
@@ -343,12 +336,18 @@ def _fingerprint(
     elements: Elements = _ALL,
     naming: Naming = _BY_INDEX,
     qc: QC | None = None,
+    n_genes: tuple[int, int] = (0, 0),
 ) -> tuple[int, int, str, int]:
-    """Rows, stored values of X, fingerprint and genes of an input, in the form it has in a dataset's collection."""
+    """Rows, stored values of X, fingerprint and genes of an input, in the form it has in a dataset's collection.
+
+    ``n_genes``: of var and raw, so many genes, behind which later builds have put theirs.
+    """
     refs = keyed([r for r in (dataset, ref) if r is not None], naming)
     schemas = name_genes([scan(r, want_annotations=False, qc=qc).schema for r in refs], naming)
     if not schemas[-1].n_obs:
         return 0, 0, "0" * 16, 0
+    if dataset is not None:
+        schemas[0] = schemas[0].with_first_genes(*n_genes)
     schemas = [s if s.is_dataset else elements.select(s) for s in schemas]
     schemas = with_ranges(refs, schemas, lambda some: [look(*args) for args in some])
     if qc is not None:
@@ -378,12 +377,14 @@ class Candidate:
     elements: tuple[str, ...]
     naming: Naming
     qc: Mapping[str, Any]
+    n_genes: tuple[int, int]
 
     @property
     def asked(self) -> tuple[Any, ...]:
         """What was asked for of the input: rows of equal candidates are compared once."""
         record = self.record
-        return record.path, record.counts, record.where, self.elements, self.naming, json.dumps(self.qc)
+        how = self.elements, self.naming, json.dumps(self.qc), self.n_genes
+        return record.path, record.counts, record.where, *how
 
 
 def _match_sources(paths: Sequence[str], target: Folder, manifest: Manifest) -> list[tuple[Candidate, ...]]:
@@ -395,7 +396,7 @@ def _match_sources(paths: Sequence[str], target: Folder, manifest: Manifest) -> 
         For a path that stands for none.
     """
     named = [(b, naming_of(target, b.naming)) for b in manifest.builds]
-    how = [(b.elements, naming, b.qc) for b, naming in named for _ in b.sources]
+    how = [(b.elements, naming, b.qc, (b.n_vars, b.n_raw_vars)) for b, naming in named for _ in b.sources]
     known = [Candidate(k, s, *h) for k, (s, h) in enumerate(zip(manifest.sources, how, strict=True))]
     out = []
     for path in paths:
@@ -435,9 +436,9 @@ def _run_check(
     callback: Callback,
     size: tuple[int, int],
     names: Sequence[str],
-) -> list[Problem]:
-    """Run checks of what has these names; returns all of their problems."""
-    results = run_stage(
+) -> list[CheckResult]:
+    """Run checks of what has these names."""
+    return run_stage(
         engine,
         stage,
         fn,
@@ -447,4 +448,3 @@ def _run_check(
         measure=lambda _, r: (r.n_rows, r.n_bytes),
         describe=names.__getitem__,
     )
-    return [problem for r in results for problem in r.problems]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, Literal
 from weakref import WeakValueDictionary
@@ -287,6 +287,12 @@ class SourceSchema:
             pair = (self.raw_names, self.raw_index_names)
         names, were = pair
         return names, names if were is None else were
+
+    def with_first_genes(self, n_vars: int, n_raw_vars: int) -> SourceSchema:
+        """The same with so many of its first genes; 0 for all."""
+        stops = dict(zip(_NAMES, (n_vars, n_raw_vars, n_vars, n_raw_vars), strict=True))
+        lists = {name: getattr(self, name) for name in _NAMES if stops[name]}
+        return replace(self, **{k: v[: stops[k]] for k, v in lists.items() if v is not None})
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,26 @@ def test_after_an_extension_with_more_genes_and_categories(built, tmp_path, mode
     assert verify(tmp_path / "o.zarr", against=paths).problems == ()
 
 
+@pytest.mark.parametrize("first", [{}, {"var_subset": ["g2", "g9"]}], ids=["extended", "chosen"])
+def test_genes_that_came_back_later(tmp_path, first):
+    """Builds that left out genes, which a later one added, are compared with what they read."""
+    paths = [tmp_path / f"{i}.h5ad" for i in range(3)]
+    for i, genes in enumerate([GENES[:9], GENES[:20], GENES[5:]]):
+        adata = make_adata(20, genes[:-2], seed=i)
+        adata.raw = make_adata(20, genes, seed=i)
+        adata.write_h5ad(paths[i])
+    with dask.config.set(scheduler="synchronous"):
+        collection = DatasetCollection(tmp_path / "o.zarr").add_adatas(paths[:1], **first)
+        collection.add_adatas(paths[1:2])
+        with pytest.warns(UserWarning, match=r"1\.h5ad is in .* already"):
+            collection.add_adatas([paths[2], paths[1]], genes="union")
+        assert verify(tmp_path / "o.zarr", against=paths).problems == ()
+        other = make_adata(20, GENES[:18], seed=9)
+        other.raw = make_adata(20, GENES[:20], seed=9)
+        other.write_h5ad(paths[1])
+        assert [p.where for p in verify(tmp_path / "o.zarr", against=paths).problems] == [str(paths[1])]
+
+
 def files(path):
     return sorted(p for p in path.rglob("*") if p.is_file() and p.name != ".DS_Store")
 
