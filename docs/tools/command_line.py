@@ -33,7 +33,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def page() -> Iterator[str]:
     """Yield the lines of the page."""
-    parser = cli._parser()
+    parser = cli.make_parser()
     yield HEAD
     commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     for name, command in commands.choices.items():

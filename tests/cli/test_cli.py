@@ -249,7 +249,9 @@ def test_a_missing_gene_list(h5ad_pair, tmp_path, capsys):
 
 @pytest.mark.parametrize("command", [["report", "-o"], ["stats", "-o"], ["mixing", "--plot"]])
 def test_an_output_without_a_folder_is_refused_before_the_work(command, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("annbatch_dask.cli._open", lambda _: pytest.fail("the work was begun"))
+    for module in ("look", "stream"):
+        name = f"annbatch_dask.cli.{module}.open_collection"
+        monkeypatch.setattr(name, lambda _: pytest.fail("the work was begun"))
     assert run(command[0], "o.zarr", command[1], tmp_path / "absent" / "x.csv") == 1
     assert f"there is no folder {tmp_path / 'absent'}; make it" in error_line(capsys)
 
@@ -327,7 +329,7 @@ def test_every_error_is_one_line_and_debug_shows_its_traceback(collection, capsy
     def fails(_collection):
         raise error
 
-    monkeypatch.setattr("annbatch_dask.cli._facts", fails)
+    monkeypatch.setattr("annbatch_dask.cli.look._facts", fails)
     assert run("info", collection) == 1
     assert error_line(capsys) == f"annbatch-dask: error: {text}"
     with pytest.raises(type(error)):
@@ -393,7 +395,7 @@ def test_ctrl_c_exits_with_130(collection, capsys, monkeypatch):
     def interrupted(_collection):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("annbatch_dask.cli._facts", interrupted)
+    monkeypatch.setattr("annbatch_dask.cli.look._facts", interrupted)
     assert run("info", collection) == 130
     assert "interrupted" in error_line(capsys)
 

@@ -179,7 +179,7 @@ COMMANDS = [
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_that_is_not_run_is_valid(line):
     arguments = shlex.split(line, comments=True)[1:]
-    assert cli._parser().parse_args(arguments).command == arguments[0]
+    assert cli.make_parser().parse_args(arguments).command == arguments[0]
 
 
 # --- README ----------------------------------------------------------------------------------------------------------

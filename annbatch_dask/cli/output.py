@@ -1,0 +1,36 @@
+"""What commands print: lines, in which names from anybody's files do nothing to a terminal."""
+
+from __future__ import annotations
+
+import json
+from typing import IO, Any
+
+import annbatch_dask
+
+__all__ = ["ReaderGoneError", "say", "say_json", "visible"]
+
+
+class ReaderGoneError(Exception):
+    """Who read the output has read enough, as ``| head`` does: no error of the command's."""
+
+
+def say(text: str, file: IO[str] | None = None) -> None:
+    """Print lines; names in them may come from anybody's files, and do nothing to a terminal."""
+    _print("\n".join(map(visible, text.split("\n"))), file)
+
+
+def say_json(command: str, values: dict[str, Any]) -> None:
+    """Print a document of JSON, whose escapes do nothing to a terminal; its first fields say what it is."""
+    _print(json.dumps({"annbatch_dask": annbatch_dask.__version__, "command": command} | values, indent=1))
+
+
+def _print(text: str, file: IO[str] | None = None) -> None:
+    try:
+        print(text, file=file, flush=True)
+    except BrokenPipeError:
+        raise ReaderGoneError from None
+
+
+def visible(text: str) -> str:
+    """A text with escapes in the place of control characters, and of those that turn the direction of writing."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
