@@ -21,19 +21,20 @@ from tests.tools import tree_digest
 
 pytestmark = [
     pytest.mark.chaos,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(nodes.missing() is not None, reason=str(nodes.missing())),
 ]
 OPTIONS = {"seed": 4, "dataset_size": 60}
 BLOCK = 20_000
 TASK_S = "1.0"
-UNTIL_S = 120
+UNTIL_S = 300
 TIMEOUTS = {
-    "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "12s",
-    "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "12s",
-    "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "12s",
+    "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "30s",
+    "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "30s",
+    "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "30s",
 }
-"""After a cut of more than twelve seconds, scheduler and worker give each other up."""
+"""After a cut of more than half a minute, scheduler and worker give each other up. On a busy machine they may be silent
+for some seconds without one."""
 PATIENCE = {"connect_timeout": 5, "read_timeout": 5, "retries": {"max_attempts": 1}}
 """So long a client waits for a store that does not answer; then it is ours to try again."""
 CLIENT = """
