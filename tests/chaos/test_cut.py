@@ -82,11 +82,14 @@ def lines_of(path):
 
 
 class Build:
-    """A build whose client and scheduler are on the first machine, with a worker on each."""
+    """A build whose client and scheduler are on the first machine, with a worker on each.
 
-    def __init__(self, folder, two, stack):
-        self.folder, (self.here, self.there) = folder, two
-        self.reports, self.starts, self.log = (folder / name for name in ("reports", "starts", "log"))
+    The other machine keeps its first task of a stage until it is let go.
+    """
+
+    def __init__(self, folder, two, stage, stack):
+        self.folder, (self.here, self.there), self.stage = folder, two, stage
+        self.reports, self.starts, self.log, self.go = (folder / name for name in ("reports", "starts", "log", "go"))
         self.stack = stack
         stack.enter_context(scheduler(folder, host=self.here.address, before=self.before(self.here), **TIMEOUTS))
         for node in two:
@@ -97,7 +100,9 @@ class Build:
         return (*node.before, "sh", "-c", f'exec "$@" 2>> {self.log}', "sh")
 
     def add_worker(self, node):
+        held = {"task": self.stage, "node": self.there.name, "file": str(self.go)}
         environment = {"TEST_STARTS": str(self.starts), "TEST_SECONDS": TASK_S, "TEST_NODE": node.name}
+        environment["TEST_HELD"] = json.dumps(held)
         options = ("--host", node.address, "--preload", "tests.chaos.starts")
         process = worker(self.folder, *options, before=self.before(node), **environment, **TIMEOUTS)
         return self.stack.enter_context(process)
@@ -120,36 +125,37 @@ class Build:
         wait_for(contact.exists)
         return json.loads(contact.read_text()) | {"config_kwargs": PATIENCE}
 
-    def begun(self, stage, node):
-        return sum((line["task"], line["node"]) == (stage, node.name) for line in lines_of(self.starts))
+    def begun(self, node):
+        return sum((line["task"], line["node"]) == (self.stage, node.name) for line in lines_of(self.starts))
 
-    def done(self, stage):
-        return sum(line["stage"] == stage for line in lines_of(self.reports))
+    def done(self):
+        return sum(line["stage"] == self.stage for line in lines_of(self.reports))
 
-    def wait_for_middle(self, stage):
-        """Until the other machine has a task of a stage, and one is done."""
-        wait_for(lambda: self.begun(stage, self.there) and self.done(stage) >= 1 or self.client.poll() is not None)
+    def wait_for_middle(self):
+        """Until the other machine has a task of the stage, and one is done."""
+        wait_for(lambda: self.begun(self.there) and self.done() >= 1 or self.client.poll() is not None)
         assert self.client.poll() is None
 
-    def cut(self, stage, *, is_long):
-        """Cut the other machine off while it has a task of a stage, which this one goes on with; then heal."""
-        self.wait_for_middle(stage)
+    def cut(self, *, is_long):
+        """Cut the other machine off while it has a task of the stage, which this one goes on with; then heal."""
+        self.wait_for_middle()
         self.there.cut()
-        was = self.done(stage)
+        was = self.done()
+        self.go.touch()
         if is_long:
             address = f"Remove worker addr: tcp://{self.there.address}"
             wait_for(lambda: address in self.log.read_text())
         else:
-            wait_for(lambda: self.done(stage) > was or self.client.poll() is not None)
+            wait_for(lambda: self.done() > was or self.client.poll() is not None)
         self.there.heal()
         if is_long:  # as a queue would: a worker that lost its scheduler ends
             self.add_worker(self.there)
 
 
 @contextlib.contextmanager
-def build(folder, two):
+def build(folder, two, stage):
     with contextlib.ExitStack() as stack:
-        yield Build(folder, two, stack)
+        yield Build(folder, two, stage, stack)
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +172,9 @@ def undisturbed(tmp_path_factory, h5ad_pair):
 @pytest.mark.parametrize("stage", ["scatter", "gather"])
 def test_a_cut_costs_no_more_than_time(tmp_path, two, h5ad_pair, undisturbed, stage, is_long):
     out = tmp_path / "o.zarr"
-    with build(tmp_path, two) as running:
+    with build(tmp_path, two, stage) as running:
         running.start(out, h5ad_pair, {}, **OPTIONS)
-        running.cut(stage, is_long=is_long)
+        running.cut(is_long=is_long)
         assert running.client.wait(UNTIL_S) == 0
     assert tree_digest(out) == tree_digest(undisturbed)
 
@@ -203,16 +209,17 @@ def test_a_cut_from_a_store_costs_no_more_than_time(tmp_path, three, h5ad_pair, 
     """Of a machine from scheduler and store, or of the store from all."""
     *two, far = three
     out = f"s3://{BUCKET}/o.zarr"
-    with build(tmp_path, two) as running:
+    with build(tmp_path, two, stage) as running:
         store = running.add_store(far, h5ad_pair)
         running.start(out, urls(h5ad_pair), store, **OPTIONS)
         if how == "store":
-            running.wait_for_middle(stage)
+            running.wait_for_middle()
             far.cut()
+            running.go.touch()
             wait_for(lambda: "tried again in" in running.log.read_text())
             far.heal()
         else:
-            running.cut(stage, is_long=how == "long")
+            running.cut(is_long=how == "long")
         assert running.client.wait(UNTIL_S) == 0
         found = copied(far, out, tmp_path / "o.zarr", store)
     assert tree_digest(found) == tree_digest(undisturbed_from_store)
