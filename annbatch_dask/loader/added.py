@@ -189,7 +189,8 @@ class AddedData(Generic[BackingArray_T]):
             )
             raise RuntimeError(msg)
         names = self._wanted.obs_columns != ()
-        load = load_adata or partial(load_dataset, obs_columns=self._columns_to_read(), names=names)
+        needed = self._wanted.needed
+        load = load_adata or partial(load_dataset, obs_columns=self._columns_to_read(), names=names, needed=needed)
         if is_ours := hasattr(collection, "lease"):  # annbatch's has none
             self._lease = collection.lease()
         opening = Opening.of(collection.groups() if is_ours else list(collection))

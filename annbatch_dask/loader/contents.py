@@ -20,6 +20,7 @@ from annbatch_dask.loader.gpu.find import check_device, find_device, has_device
 from annbatch_dask.loader.obs import Categories, Labels, ObsTable
 from annbatch_dask.loader.obs_tables import JoinedTables, check_tables
 from annbatch_dask.loader.output import Framework, check_framework, make_deliver
+from annbatch_dask.loader.reading import refuse_missing
 from annbatch_dask.loader.requests import Window
 from annbatch_dask.loader.steps import Transform, split_transform
 from annbatch_dask.loader.tokens import TokenForm, check_counts, deliver_each
@@ -218,11 +219,12 @@ class BatchSpec:
     @property
     def columns(self) -> tuple[str, ...] | None:
         """The columns of obs that are needed; None for all."""
-        return (
-            None
-            if self.obs_columns is None
-            else tuple(dict.fromkeys((*self.obs_columns, *self.obs_codes, *self.obs_tables)))
-        )
+        return None if self.obs_columns is None else self.needed
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The columns of obs that are named, each of which must be there."""
+        return tuple(dict.fromkeys((*(self.obs_columns or ()), *self.obs_codes, *self.obs_tables)))
 
     def select(self, var: pd.DataFrame | None) -> NDArray[np.int64] | None:
         """Positions of the chosen genes; None for all."""
@@ -235,7 +237,7 @@ class BatchSpec:
             msg = f"var_names cannot be looked up: {var.index[var.index.duplicated()][0]!r} stands twice in var"
             raise ValueError(msg)
         found = var.index.get_indexer(pd.Index(self.var_names))
-        _refuse_missing("var", [n for n, at in zip(self.var_names, found, strict=True) if at < 0], len(var))
+        refuse_missing("var", [n for n, at in zip(self.var_names, found, strict=True) if at < 0], var.index)
         return found.astype(np.int64)
 
     def check_data(self, sources: Mapping[Key, RowSource], obs: pd.DataFrame | None, var: pd.DataFrame | None) -> None:
@@ -267,12 +269,12 @@ class BatchSpec:
         if is_sparse and self.to is None and self.dtype is not None and self.dtype == np.float16:
             msg = "scipy has no sparse float16; add dense=True, or take another dtype"
             raise ValueError(msg)
-        needed = (*(self.obs_columns or ()), *self.obs_codes, *self.obs_tables)
+        needed = self.needed
         if needed and obs is None:
             msg = f"obs column {needed[0]!r} is asked for, but the dataset has no obs"
             raise ValueError(msg)
         if obs is not None:
-            _refuse_missing("obs", [name for name in needed if name not in obs.columns], len(obs.columns))
+            refuse_missing("obs", [name for name in needed if name not in obs.columns], obs.columns)
 
     def contents(
         self,
@@ -402,13 +404,6 @@ def _codes(codes: Codes | None) -> dict[str, Categories]:
             msg = f"obs_codes of {name!r} has None before its end; it stands for all other values, and comes last"
             raise ValueError(msg)
     return given
-
-
-def _refuse_missing(where: str, missing: Sequence[str], n_there: int) -> None:
-    if missing:
-        some = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")
-        msg = f"{len(missing)} of the names asked for are not among the {n_there} of {where}: {some}"
-        raise ValueError(msg)
 
 
 def _checked_dtype(dtype: Any) -> Any:

@@ -16,10 +16,11 @@ from annbatch_dask.storage.folder import Folder, folder_of
 from annbatch_dask.storage.frames import read_obs
 from annbatch_dask.storage.versions import Listing, list_all
 
-__all__ = ["Backed", "Opening", "load_all_aligned", "load_dataset"]
+__all__ = ["Backed", "Opening", "load_all_aligned", "load_dataset", "refuse_missing"]
 
 T = TypeVar("T")
 _N_THREADS = 16
+_N_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,16 @@ class Backed:
     has_names: bool
 
 
-def load_dataset(group: zarr.Group, obs_columns: Sequence[str] | None, *, names: bool) -> Backed:
-    """Load some columns of ``obs``; None reads all. Names are read on request.
+def load_dataset(
+    group: zarr.Group, obs_columns: Sequence[str] | None, *, names: bool, needed: Sequence[str] = ()
+) -> Backed:
+    """Load some columns of ``obs``, of which ``needed`` must be there; None reads all. Names are read on request.
 
     That is by ``names``, or by a column that is none: the names may be called so.
     """
     frame = group["obs"]
     order: Any = frame.attrs["column-order"]
+    refuse_missing("obs", [name for name in needed if name not in order], order)
     names = names or not set(obs_columns or ()) <= set(map(str, order))
     return Backed(
         _backed(group["X"]),
@@ -140,3 +144,13 @@ def _backed(element: Any) -> Any:
         return element
     msg = f"Unrecognized encoding type {encoding} for {element.name}"
     raise TypeError(msg)
+
+
+def refuse_missing(where: str, missing: Sequence[str], there: Sequence[str] | pd.Index) -> None:
+    """ValueError for names that are not there, with those that are."""
+    if missing:
+        some, known = (
+            ", ".join(map(repr, names[:_N_SHOWN])) + ", ..." * (len(names) > _N_SHOWN) for names in (missing, there)
+        )
+        msg = f"{len(missing)} of the names asked for are not among the {len(there)} of {where}: {some}; it has {known}"
+        raise ValueError(msg)

@@ -420,6 +420,12 @@ def test_misuse(adatas, act, error, message):
         act(adatas[0])
 
 
+@pytest.mark.parametrize("asked", [{"obs_columns": ["typ"]}, {"obs_columns": [], "obs_codes": ["typ"]}])
+def test_a_column_that_is_not_there_is_refused_with_those_that_are(collection, asked):
+    with pytest.raises(ValueError, match="not among the 3 of obs: 'typ'; it has 'row', "):
+        new(**asked).use_collection(collection)
+
+
 def test_matrices_beside_x_must_be_alike(adatas):
     other = adatas[1].copy()
     other.obsm["pca"] = np.zeros((1, 4))
