@@ -234,7 +234,8 @@ class DatasetCollection(MaintainedCollection):
             adds new datasets, shuffled among themselves. ``"reshuffle"`` shuffles all cells.
         genes
             ``"collection"`` (default): an extension keeps the collection's genes, drops other genes of the new inputs
-            and fills missing ones. ``"union"``: it appends the new inputs' genes; not with ``mode="append"``.
+            and fills missing ones. ``"union"``: it appends the new inputs' genes, of which cells that are there have no
+            counts (0, or NaN where dense), even where their files had some; not with ``mode="append"``.
         on_duplicate_source
             For an input whose cells the collection has: ``"warn"`` (default) adds them again with a warning;
             ``"error"`` refuses. The same file under another path is the same input.

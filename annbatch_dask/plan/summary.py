@@ -57,6 +57,7 @@ def figures(plan: Plan) -> list[tuple[str, str]]:
         *_dropped(plan),
         *([("qc", f"{', '.join(plan.options.qc.rules)}: X is read once more")] if plan.options.qc is not None else []),
         *([("genes", plan.naming.rules), *plan.naming.effects] if plan.naming is not None else []),
+        *_new_genes(plan),
         *([("left out", ", ".join(missing))] if missing else []),
         *([("strings", f"{', '.join(texts)}: categories in the inputs, nearly one a cell")] if texts else []),
         ("tasks", f"{n:,}: {first}{len(plan.blocks):,} scatter + {plan.n_datasets:,} gather"),
@@ -113,6 +114,13 @@ def _chosen(plan: Plan) -> list[tuple[str, str]]:
         *([("genes", "in the order of how many cells have them")] if plan.options.gene_order != "names" else []),
         *([("stats", f"of each gene{_by(plan)}")] if plan.options.stats else []),
     ]
+
+
+def _new_genes(plan: Plan) -> list[tuple[str, str]]:
+    """Describe the genes that an extension adds, if any: of the cells that are there nobody knows their counts."""
+    n_new = plan.n_vars - plan.n_genes_of(0) if plan.extension is not None and plan.extension.union else 0
+    what = f"{n_new:,}, of which the collection's cells have no counts, even where their files had some"
+    return [("new genes", what)] if n_new else []
 
 
 def _dropped(plan: Plan) -> list[tuple[str, str]]:

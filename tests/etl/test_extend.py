@@ -1,5 +1,6 @@
 """Extending a collection: nothing is lost, and each mode does what it says."""
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -206,6 +207,12 @@ def test_append_cannot_add_genes(tmp_path, three):
     collection = create(tmp_path / "o.zarr", three[0][:1])
     with pytest.raises(ValueError, match="mode='append' leaves the datasets as they are"):
         collection.add_adatas(three[0][1:], mode="append", genes="union")
+
+
+def test_the_plan_says_of_which_genes_older_cells_have_no_counts(tmp_path, three):
+    collection = create(tmp_path / "o.zarr", three[0][:1], var_subset=["g1", "g2"])
+    assert re.search("new genes +28, of which", str(collection.plan_adatas(three[0][1:], genes="union")))
+    assert "new genes" not in str(collection.plan_adatas(three[0][1:]))
 
 
 def flip_a_bit(dataset):
