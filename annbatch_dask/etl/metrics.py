@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import google_crc32c
 import numpy as np
+import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from annbatch_dask.etl.blocks import collect_values, map_genes
 from annbatch_dask.kernels.measure import measure_dense, measure_sparse
+from annbatch_dask.kernels.rows import names_twice
+from annbatch_dask.plan.dtypes import index_dtype
 from annbatch_dask.plan.layout import Block
 from annbatch_dask.plan.narrow import Verdict
 from annbatch_dask.plan.qc import QC, Metrics
@@ -26,12 +29,14 @@ def judge_rows(qc: QC, source: SourceSchema, block: Block, opened: Source) -> tu
     """Measure the rows of a block, and decide which of them are kept."""
     found = opened.matrix(source.x, block.start, block.stop)
     counts = np.diff(found.offsets) if isinstance(found, CsrRows) else np.zeros(block.n_rows, np.int64)
-    metrics = _measure(found, source.x, source.gene_sets)
+    metrics = _measure(found, source.x, source.gene_sets, counts_genes=qc.counts_genes)
     mask, dropped = qc.judge(metrics)
     return metrics, Verdict(mask, int(counts[mask].sum()), dropped)
 
 
-def _measure(found: CsrRows | NDArray, x: MatrixSchema, gene_sets: Sequence[NDArray[np.int32]]) -> Metrics:
+def _measure(
+    found: CsrRows | NDArray, x: MatrixSchema, gene_sets: Sequence[NDArray[np.int32]], *, counts_genes: bool
+) -> Metrics:
     bits = np.zeros(x.n_cols, np.uint64)
     for k, genes in enumerate(gene_sets):
         bits[genes] |= np.uint64(1 << k)
@@ -40,11 +45,30 @@ def _measure(found: CsrRows | NDArray, x: MatrixSchema, gene_sets: Sequence[NDAr
     out = Metrics(np.zeros(n_rows), np.zeros(n_rows, np.int32), np.zeros((n_rows, len(gene_sets))))
     if isinstance(found, CsrRows):
         values, _ = collect_values(found, int(found.offsets[-1]), np.dtype(x.dtype))
-        members = map_genes(found, sets, n_cols=x.n_cols) if gene_sets else np.zeros(0, np.uint8)
-        measure_sparse(found.offsets, _known(values), members, out.n_counts, out.n_genes, out.in_sets)
+        offsets, members = found.offsets, np.zeros(0, np.uint8)
+        if gene_sets or counts_genes or values.dtype == bool:
+            offsets, indices, values = _once(offsets, _indices(found, x.n_cols), values, x.n_cols)
+            members = sets[indices] if gene_sets else members
+        measure_sparse(offsets, _known(values), members, out.n_counts, out.n_genes, out.in_sets)
     else:
         measure_dense(_known(found), sets, out.n_counts, out.n_genes, out.in_sets)
     return out
+
+
+def _indices(found: CsrRows, n_cols: int) -> NDArray:
+    return map_genes(found, np.arange(n_cols, dtype=index_dtype(n_cols)), n_cols=n_cols)
+
+
+def _once(
+    offsets: NDArray[np.int64], indices: NDArray, values: NDArray, n_cols: int
+) -> tuple[NDArray[np.int64], NDArray, NDArray]:
+    """Rows that name each gene once: values of one that is named several times are added up, as a build does."""
+    if not names_twice(offsets, indices, n_cols):
+        return offsets, indices, values
+    wide = values if values.dtype == bool else values.astype(np.float64)
+    rows = sp.csr_matrix((wide, indices, offsets), shape=(len(offsets) - 1, n_cols))
+    rows.sum_duplicates()
+    return rows.indptr.astype(np.int64), rows.indices, rows.data
 
 
 def _known(values: NDArray) -> NDArray:

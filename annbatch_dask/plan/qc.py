@@ -117,6 +117,11 @@ class QC:
         """Names of the rules, in the order in which cells are tried by them."""
         return tuple(name for name, *_ in self._rules())
 
+    @property
+    def counts_genes(self) -> bool:
+        """True if it matters how many genes a cell has."""
+        return bool(self.annotate) or any(what == GENES for _, what, *_ in self._rules())
+
     def _rules(self) -> Iterator[tuple[str, str, float, float]]:
         """Name, what it looks at, and the least and the greatest that this may be."""
         for kind, what in (("counts", COUNTS), ("genes", GENES)):

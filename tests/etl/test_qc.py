@@ -154,6 +154,32 @@ def test_gene_sets_are_prefixes_lists_and_columns(tmp_path):
     assert 0 < len(want) < 300
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int32", "bool"])
+@pytest.mark.parametrize("sets", [{}, {"mito": ["g0"]}])
+def test_a_gene_that_a_row_names_several_times_is_one(tmp_path, dtype, sets):
+    values, columns = [1, 2, 0, 200, 100, 1, 1, 1], [0, 0, 1, 2, 2, 2, 0, 1]
+    x = sp.csr_matrix((np.array(values, dtype), columns, [0, 3, 5, 8]), shape=(3, 4))
+    a = ad.AnnData(x)
+    a.var_names = [f"g{i}" for i in range(4)]
+    a.write_h5ad(tmp_path / "a.h5ad")
+    wide = sp.csr_matrix((x.data.astype(float), x.indices, x.indptr), x.shape).toarray()
+    wide = wide > 0 if dtype == "bool" else wide
+    with dask.config.set(scheduler="synchronous"):
+        made = DatasetCollection(tmp_path / "o.zarr").add_adatas(
+            [tmp_path / "a.h5ad"], qc=QC(max_genes=2, annotate=True, gene_sets=sets), shuffle=False
+        )
+        few = DatasetCollection(tmp_path / "f.zarr").add_adatas(
+            [tmp_path / "a.h5ad"], qc=QC(max_genes=1), shuffle=False
+        )
+    obs = made.obs()
+    np.testing.assert_array_equal(obs["n_counts"], wide.sum(1)[:2])
+    np.testing.assert_array_equal(obs["n_genes"], [1, 1])
+    if sets:
+        np.testing.assert_allclose(obs["fraction_mito"], wide[:2, 0] / wide[:2].sum(1))
+    assert few.obs().index.tolist() == obs.index.tolist()
+    assert few.verify(against=[tmp_path / "a.h5ad"]).ok
+
+
 def test_more_gene_sets_than_a_byte_has_bits(tmp_path):
     (path,) = files(tmp_path, n_files=1)
     sets = {f"s{k}": [GENES[k], GENES[k + 1]] for k in range(12)}
