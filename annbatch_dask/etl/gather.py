@@ -199,6 +199,8 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
             if adding is not None:
                 adding.result()
             del fixed, ragged, adding  # before obs is written
+        for w in writers:
+            w.end()
     if total != spilled.fingerprint:
         msg = (
             f"{dataset}: the rows written have fingerprint {total:016x} and those read {spilled.fingerprint:016x}; "

@@ -112,6 +112,11 @@ class SparseWriter(contextlib.ExitStack):
         self._at += int(offsets[-1])
         return int(indices.nbytes + values.nbytes + offsets.nbytes)
 
+    def end(self) -> None:
+        """Hand in what is left, and do not wait for it."""
+        for writer in self._writers.values():
+            writer.end()
+
 
 def packing_of(array: str, dtype: np.dtype) -> PackedCodec | None:
     """Codec of one array of a sparse matrix; None if the array is small or holds no integers."""
@@ -158,6 +163,10 @@ class DenseWriter(contextlib.ExitStack):
         values = fixed[array_name(self._name, "dense")]
         self._writer.append(values.reshape(self._spec.shape(len(values))))
         return int(values.nbytes)
+
+    def end(self) -> None:
+        """Hand in what is left, and do not wait for it."""
+        self._writer.end()
 
 
 def _shard_rows(options: Options, row_nbytes: float, chunk: int, length: int, *, scale: float) -> int:

@@ -22,7 +22,7 @@ import numpy as np
 
 from annbatch_dask.errors import SourceError
 from annbatch_dask.sources.open import SourceRef, hiding_secrets_of, is_hdf5
-from annbatch_dask.storage.filesystems import account_of, protocols, version_of
+from annbatch_dask.storage.filesystems import account_of, file_info, protocols, version_of
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.metadata import METADATA
 from annbatch_dask.storage.secrets import shown
@@ -57,7 +57,7 @@ def where_of(ref: SourceRef) -> str:
     return f"{protocols(folder.fs)[0]}:{account + '/' if account else ''}{shown(folder.path).rstrip('/')}"
 
 
-def identity_of(ref: SourceRef, *, at_a_glance: bool = False, fresh: bool = False) -> str:
+def identity_of(ref: SourceRef, *, at_a_glance: bool = False, fresh: bool = False, was_file: bool = False) -> str:
     """The identity of an input's content.
 
     Parameters
@@ -68,6 +68,8 @@ def identity_of(ref: SourceRef, *, at_a_glance: bool = False, fresh: bool = Fals
         Look at the first document of a store, and not at all of its files, which may be many.
     fresh
         Open each file of a local store: then a network file system asks its server, and answers from no cache.
+    was_file
+        It was a file when it was looked at before: whether it is one now is not asked for before its version is.
 
     Returns
     -------
@@ -80,7 +82,7 @@ def identity_of(ref: SourceRef, *, at_a_glance: bool = False, fresh: bool = Fals
     if not isinstance(ref.item, str | os.PathLike) or (ref.load_adata is not None and not ref.loader):
         return ""
     with hiding_secrets_of(ref):
-        found = _look(ref, at_a_glance=at_a_glance, fresh=fresh)
+        found = _look(ref, at_a_glance=at_a_glance, fresh=fresh, was_file=was_file)
     return f"{found}/{ref.loader}" if found and ref.loader else found
 
 
@@ -110,7 +112,8 @@ def raise_if_changed(ref: SourceRef, identity: str) -> None:
     StorageError
         If it is not found, which may pass.
     """
-    if not is_known(identity) or ref.known or (now := identity_of(ref)) == identity:
+    was_file = identity.startswith(f"{_FILE}:")
+    if not is_known(identity) or ref.known or identity_of(ref, was_file=was_file) == identity:
         return
     if not (now := identity_of(ref, fresh=True)):
         raise_not_found(ref.label)
@@ -158,16 +161,15 @@ def _words(identity: str) -> str:
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def _look(ref: SourceRef, *, at_a_glance: bool, fresh: bool) -> str:
+def _look(ref: SourceRef, *, at_a_glance: bool, fresh: bool, was_file: bool) -> str:
     folder = ref.folder
     try:
         if folder.is_local:
             if not os.path.isdir(folder.path):
                 return _stamp_of_file(folder.path)
             return _local_glance(folder) if at_a_glance else _store(_local_stamps(folder.path, fresh=fresh))
-        if _is_file(ref):
-            folder.fs.invalidate_cache(folder.path)
-            info = folder.fs.info(folder.path)
+        if was_file or _is_file(ref):
+            info = file_info(folder.fs, folder.path)
             version = version_of(info)
             return f"{_FILE}:{info['size']}/{version}" if version and info.get("size") is not None else ""
         if at_a_glance or "http" in folder.fs.protocol:

@@ -16,7 +16,7 @@ import fsspec.asyn
 from fsspec.implementations.memory import MemoryFileSystem
 
 from annbatch_dask.errors import AnnbatchDaskError, StorageError
-from annbatch_dask.storage.objects import object_ranges
+from annbatch_dask.storage.objects import is_s3, object_ranges
 
 __all__ = [
     "LocalRanges",
@@ -25,6 +25,7 @@ __all__ = [
     "account_of",
     "cat_range",
     "check_parent",
+    "file_info",
     "is_refused",
     "knows_no_conditions",
     "name_errors",
@@ -40,6 +41,26 @@ def version_of(info: Mapping[str, Any]) -> str:
     """Version of a file's content, from its file system; empty if it has none."""
     found = next(filter(None, map(info.get, _VERSION_KEYS)), "")
     return str(found.timestamp() if isinstance(found, datetime) else found)  # a listing may have either
+
+
+def file_info(fs: Any, path: str) -> dict[str, Any]:
+    """What a file system says of a file now; of S3 in one request, where s3fs would look for a folder of the name too.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no file; on S3 also where there is a folder.
+    """
+    if is_s3(fs):
+        bucket, key, version = fs.split_path(path)
+        if key and version is None:
+            found = fs.call_s3("head_object", fs.kwargs, Bucket=bucket, Key=key)
+            return {"type": "file", "size": found["ContentLength"]} | {
+                k: found.get(k) for k in ("ETag", "LastModified")
+            }
+    fs.invalidate_cache(path)  # or a listing of old would be asked
+    info: dict[str, Any] = fs.info(path)
+    return info
 
 
 def protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
@@ -152,9 +173,8 @@ class RemoteRanges:
 
     def identity(self) -> tuple[str, int] | None:
         """Its version, as in :meth:`Folder.version`, and its bytes; None where there is no such file."""
-        self.fs.invalidate_cache(self.path)  # or a listing of old would be asked
         try:
-            info = self.fs.info(self.path)
+            info = file_info(self.fs, self.path)
         except FileNotFoundError:
             return None
         return version_of(info), int(info["size"])

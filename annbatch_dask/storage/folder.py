@@ -21,7 +21,6 @@ import zarr
 import zarr.storage
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
-from fsspec.spec import AbstractBufferedFile
 
 from annbatch_dask.errors import CollectionBusyError, CollectionError, MissingPackageError
 from annbatch_dask.storage.ahead import AheadFile
@@ -31,6 +30,7 @@ from annbatch_dask.storage.filesystems import (
     RangeFile,
     RemoteRanges,
     cat_range,
+    file_info,
     is_refused,
     name_errors,
     protocols,
@@ -38,9 +38,11 @@ from annbatch_dask.storage.filesystems import (
 )
 from annbatch_dask.storage.secrets import shown
 from annbatch_dask.storage.stores import WholeFileStore
-from annbatch_dask.storage.uploads import PART_NBYTES
+from annbatch_dask.storage.uploads import upload
 
 if TYPE_CHECKING:
+    from threading import Semaphore
+
     from zarr.abc.store import Store
 
 __all__ = ["UNFINISHED", "Folder", "StorageOptions", "absolute", "folder_at", "folder_of", "sync_path"]
@@ -129,7 +131,7 @@ class Folder:
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where there is none."""
         try:
-            return int(self.fs.size(f"{self.path}/{name}"))
+            return int(file_info(self.fs, f"{self.path}/{name}")["size"])
         except FileNotFoundError:
             return None
 
@@ -152,7 +154,7 @@ class Folder:
     def version(self, name: str) -> str | None:
         """Version of a file's content: the store's entity tag, or a time; None if there is no file."""
         try:
-            info = self.fs.info(f"{self.path}/{name}")
+            info = file_info(self.fs, f"{self.path}/{name}")
         except (FileNotFoundError, NotADirectoryError):
             return None
         return version_of(info)
@@ -243,28 +245,31 @@ class Folder:
                 self.fs.rm(paths)
 
     @contextlib.contextmanager
-    def create(self, name: str, *, durable: bool = True, parents: bool = True) -> Iterator[IO[bytes]]:
+    def create(
+        self, name: str, *, durable: bool = True, parents: bool = True, room: Semaphore | None = None
+    ) -> Iterator[IO[bytes]]:
         """A file to write, which appears under its name, whole, when the block ends without an error.
 
         On a local disk it is written beside its place and renamed, after it was synced where ``durable``, so that
         it outlasts a power cut; an object store publishes at close by itself. Without ``parents`` a local folder is
-        not made again: who removed it wants no more of it.
+        not made again: who removed it wants no more of it. ``room`` is for buffers of an upload to S3.
 
         Raises
         ------
         StorageError
             If the disk is full. Other errors of the system name the file.
         """
-        with name_errors(f"{self.url}/{name}"), self._create(name, durable=durable, parents=parents) as f:
-            yield f
+        with name_errors(f"{self.url}/{name}"):
+            if self.is_local:
+                created = self._create(name, durable=durable, parents=parents)
+            else:
+                created = upload(self.fs, f"{self.path}/{name}", room)
+            with created as f:
+                yield f
 
     @contextlib.contextmanager
     def _create(self, name: str, *, durable: bool, parents: bool) -> Iterator[IO[bytes]]:
         path = f"{self.path}/{name}"
-        if not self.is_local:
-            with _upload(self.fs, path) as f:
-                yield f
-            return
         folder, base = os.path.split(path)
         if parents:
             os.makedirs(folder, 0o700 if self.is_private else 0o777, exist_ok=True)
@@ -368,24 +373,6 @@ def _remove_tree(path: str, last: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(path, last))
     os.rmdir(path)
-
-
-@contextlib.contextmanager
-def _upload(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
-    """A file on an object store, which appears when the block ends without an error.
-
-    fsspec's own ``transaction`` belongs to the file system, so to all threads at once.
-    """
-    file: Any = fs.open(path, "wb", block_size=PART_NBYTES)
-    try:
-        yield file
-    except BaseException:
-        if isinstance(file, AbstractBufferedFile):
-            file.closed = True  # or its finalizer would publish half of it
-            with contextlib.suppress(Exception):  # the error that brought us here says more
-                file.discard()
-        raise
-    file.close()
 
 
 def sync_path(path: str) -> None:

@@ -21,7 +21,7 @@ import fsspec.asyn
 
 from annbatch_dask.errors import MissingPackageError
 
-__all__ = ["ObjectRanges", "object_ranges"]
+__all__ = ["ObjectRanges", "is_s3", "object_ranges"]
 
 _KNOWN = {
     "client_kwargs": {"endpoint_url", "region_name"},
@@ -103,9 +103,14 @@ def _status_of(error: Exception) -> int | None:
     return int(match[1]) if (match := _STATUS.search(str(error))) else None
 
 
+def is_s3(fs: Any) -> bool:
+    """True of s3fs's file systems, but for those of coroutines."""
+    return type(fs).__module__ == "s3fs.core" and not fs.asynchronous
+
+
 def object_ranges(fs: Any, path: str) -> ObjectRanges | None:
     """An object of S3; None where fsspec's file system is of another kind, or has options that only it knows."""
-    if _forked or type(fs).__module__ != "s3fs.core" or fs.asynchronous:
+    if _forked or not is_s3(fs):
         return None
     bucket, key, version = fs.split_path(path)
     if version is not None or not key:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections.abc import Mapping
 from math import prod
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numcodecs
@@ -26,9 +27,10 @@ from annbatch_dask.errors import LayoutError
 from annbatch_dask.manifest import ALL_WRITTEN
 from annbatch_dask.storage.filesystems import name_errors
 from annbatch_dask.storage.folder import Folder
+from annbatch_dask.storage.objects import is_s3
 from annbatch_dask.storage.packed import PackedCodec
 from annbatch_dask.storage.threads import MAX_THREADS, map_ordered
-from annbatch_dask.storage.uploads import Behind
+from annbatch_dask.storage.uploads import N_BUFFERS, Behind, PartedUpload
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
@@ -156,7 +158,8 @@ class ShardWriter:
         self._pending = np.empty((0, *rest), dtype)
         self._shard: _Shard | None = None
         self._unpublished: list[_Shard] = []
-        self._behind = None if folder.is_local else Behind()
+        self._room = threading.Semaphore(N_BUFFERS)
+        self._behind = None if folder.is_local or is_s3(folder.fs) else Behind()
 
     def __enter__(self) -> ShardWriter:
         """Nothing to do: the array's metadata are written at construction."""
@@ -190,12 +193,18 @@ class ShardWriter:
             self._abandon()
             raise
 
-    def _finish(self) -> None:
+    def end(self) -> None:
+        """Hand in what is left: nothing is appended any more. Who has several writers ends all before they exit."""
         if len(self._pending):
-            padded = np.zeros(self._chunk_shape, self._dtype)
-            padded[: len(self._pending)] = self._pending
-            self._write_chunks([padded], n_rows=len(self._pending))
+            padded, n_rows = np.zeros(self._chunk_shape, self._dtype), len(self._pending)
+            padded[:n_rows], self._pending = self._pending, self._pending[:0]
+            self._write_chunks([padded], n_rows=n_rows)
         self._finish_shard()
+
+    def _finish(self) -> None:
+        self.end()
+        for shard in self._unpublished:
+            shard.settle(waits=True)
         if self._behind is not None:
             self._behind.wait()
         if self._written != self._rows:
@@ -211,7 +220,9 @@ class ShardWriter:
         if self._shard is None:
             index = self._written // (self._shard_chunks * self._chunk_shape[0])
             name = "/".join([self._key, "c", str(index), *["0"] * (self._n_dims - 1)])
-            self._shard = _Shard(self._folder, name, self._shard_chunks, self._behind)
+            self._shard = _Shard(self._folder, name, self._shard_chunks, self._behind, self._room)
+            for shard in self._unpublished:
+                shard.settle()
             self._unpublished = [shard for shard in self._unpublished if not shard.is_published] + [self._shard]
         self._shard.append(encoded)
         self._written += self._chunk_shape[0] if n_rows is None else n_rows
@@ -248,9 +259,11 @@ def _crc_bytes(payload: bytes | NDArray[np.uint8]) -> bytes:
 class _Shard:
     """One shard file being written: chunks, then (offset, length) of each as little-endian uint64, then crc32c."""
 
-    def __init__(self, folder: Folder, name: str, n_chunks: int, behind: Behind | None) -> None:
-        self._context: contextlib.AbstractContextManager[IO[bytes]] = folder.create(name, parents=False)
-        self._file = self._context.__enter__()
+    def __init__(
+        self, folder: Folder, name: str, n_chunks: int, behind: Behind | None, room: threading.Semaphore
+    ) -> None:
+        self._context = folder.create(name, parents=False, room=room)
+        self._file: Any = self._context.__enter__()
         self._index = np.full((n_chunks, 2), 2**64 - 1, "<u8")
         self._path = f"{folder.url}/{name}"
         self._behind, self._has_ended, self.is_published = behind, False, False
@@ -281,11 +294,18 @@ class _Shard:
         """Finish; returns the file's bytes and its crc32c. Of a store's it is published behind all that was written."""
         index = self._index.tobytes()
         self._write(index + _crc_bytes(index))
-        if self._behind is None:
-            self._publish()
-        else:
+        if self._behind is not None:
             self._behind.call(self._publish)
+        elif isinstance(self._file, PartedUpload):
+            self._file.end()
+        else:
+            self._publish()
         return self._at, self._crc
+
+    def settle(self, *, waits: bool = False) -> None:
+        """Of an upload that was ended: say that it is published, or raise its error, once it is known."""
+        if isinstance(self._file, PartedUpload) and not self._has_ended and (waits or self._file.end().done()):
+            self._publish()
 
     def _publish(self) -> None:
         self._has_ended = True
