@@ -218,7 +218,7 @@ class DatasetCollection(MaintainedCollection):
         shuffle
             False keeps the order of the inputs.
         var_subset
-            Keep only these genes.
+            Keep only these genes; names that are none are warned of. An extension keeps all genes of the collection.
         elements
             What to carry: names such as ``"layers"``, ``"layers/counts"``, ``"obsm/X_pca"``, ``"obs"``, ``"raw"``,
             ``"uns"``, beside X and the obs names. Names with a leading ``-`` are excluded. None carries

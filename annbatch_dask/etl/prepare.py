@@ -47,6 +47,8 @@ from annbatch_dask.warn import warn
 
 __all__ = ["Prepared", "dataset_refs", "is_done", "prepare", "resolve", "warn_of_duplicates"]
 
+_N_SHOWN = 3
+
 logger = logging.getLogger(__name__)
 
 
@@ -84,6 +86,10 @@ class Prepared:
         if left_out := self.plan.left_out:
             shown = ", ".join(f"{name} ({len(paths)} of {n_inputs} inputs)" for name, paths in left_out.items())
             warn(f"left out: {shown}; name them with a leading '-' in elements to confirm, or see merge")
+        if not_found := self.plan.not_found:
+            shown = ", ".join(map(repr, not_found[:_N_SHOWN])) + ", ..." * (len(not_found) > _N_SHOWN)
+            n_names = len(self.plan.options.var_subset or ())
+            warn(f"{len(not_found):,} of the {n_names:,} names of var_subset are no genes: {shown}")
         if renamed := self.plan.renamed:
             warn(
                 f"obs of {renamed[0]} ({len(renamed)} of {n_inputs} inputs) has a column {SRC_PATH}, which is "

@@ -269,6 +269,12 @@ def _join(listed: Sequence[NDArray[np.object_]], subset: Sequence[str] | None, e
     if extension.union:
         joined = join_genes(listed[extension.n_datasets :], subset)
         return genes.append(joined[~joined.isin(genes)])
+    if subset is not None and len(others := genes[~genes.isin(list(subset))]):
+        msg = (
+            f"var_subset lacks {len(others):,} of the collection's {len(genes):,} genes, such as {list(others[:3])}, "
+            "and an extension keeps them all; leave var_subset out, or build a new collection of all inputs"
+        )
+        raise SchemaError(msg)
     return genes
 
 

@@ -183,6 +183,11 @@ class Plan:
         """Map a source matrix's columns to the collection's, -1 for dropped ones; None if they are equal."""
         return self.genes[spec.genes].map_of(source, matrix.genes) if spec.genes else None
 
+    @property
+    def not_found(self) -> tuple[str, ...]:
+        """Names of ``var_subset`` that are no genes of the collection."""
+        return tuple(dict.fromkeys(n for n in self.options.var_subset or () if n not in self.genes["var"].genes))
+
     def n_genes_of(self, source: int) -> int:
         """Number of the collection's genes that a source has."""
         return self.genes["var"].n_genes_of(source, self.sources[source].x.genes)

@@ -58,6 +58,7 @@ def figures(plan: Plan) -> list[tuple[str, str]]:
         *([("qc", f"{', '.join(plan.options.qc.rules)}: X is read once more")] if plan.options.qc is not None else []),
         *([("genes", plan.naming.rules), *plan.naming.effects] if plan.naming is not None else []),
         *_new_genes(plan),
+        *([("not found", f"{plural(len(plan.not_found), 'name')} of var_subset")] if plan.not_found else []),
         *([("left out", ", ".join(missing))] if missing else []),
         *([("strings", f"{', '.join(texts)}: categories in the inputs, nearly one a cell")] if texts else []),
         ("tasks", f"{n:,}: {first}{len(plan.blocks):,} scatter + {plan.n_datasets:,} gather"),

@@ -218,7 +218,8 @@ def test_var_subset_and_merge(tmp_path, h5ad_pair):
         a.var["own"] = i
         a.write_h5ad(tmp_path / f"{i}.h5ad")
     subset = ["gene_5", "gene_1", "gene_40", "no such gene"]
-    out = build(tmp_path / "o.zarr", [tmp_path / "0.h5ad", tmp_path / "1.h5ad"], var_subset=subset, merge="first")
+    with pytest.warns(UserWarning, match="1 of the 4 names of var_subset are no genes: 'no such gene'$"):
+        out = build(tmp_path / "o.zarr", [tmp_path / "0.h5ad", tmp_path / "1.h5ad"], var_subset=subset, merge="first")
     want = ad.concat(inputs, join="outer", merge="first")
     want = want[:, want.var_names.isin(subset)].copy()
     got = ad.concat([ad.io.read_zarr(g) for g in out], merge="first")

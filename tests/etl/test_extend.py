@@ -215,6 +215,19 @@ def test_the_plan_says_of_which_genes_older_cells_have_no_counts(tmp_path, three
     assert "new genes" not in str(collection.plan_adatas(three[0][1:]))
 
 
+def test_an_extension_keeps_the_genes_that_are_there(tmp_path, three):
+    subset = ["g1", "g2"]
+    collection = create(tmp_path / "o.zarr", three[0][:1], var_subset=subset)
+    with pytest.raises(SchemaError, match=r"var_subset lacks 1 of the collection's 2 genes, such as \['g2'\]"):
+        collection.add_adatas(three[0][1:], var_subset=["g1", "g3"])
+    assert re.search(
+        "not found +1 name of var_subset", str(collection.plan_adatas(three[0][1:], var_subset=[*subset, "g3"]))
+    )
+    with pytest.warns(UserWarning, match="1 of the 3 names of var_subset are no genes: 'g3'"):
+        collection.add_adatas(three[0][1:], var_subset=[*subset, "g3"])
+    assert list(collection.var.index) == subset
+
+
 def flip_a_bit(dataset):
     shard = dataset / "X/data/c/0"
     raw = bytearray(shard.read_bytes())
