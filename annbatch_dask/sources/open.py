@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -189,16 +190,21 @@ def _open_group(ref: SourceRef, files: contextlib.ExitStack) -> Any:
                 msg = f"{ref.label} may not be read by this user ({e}); have its owner allow it, or leave it out"
                 raise SourceError(msg) from e
             size = folder.fs.size(folder.path)
+            if folder.is_local and size and not h5py.is_hdf5(folder.path):
+                raise _of_no_kind(ref, e) from e
             msg = f"{ref.label} ({size:,} bytes) is not a whole HDF5 file: {e}; copy it again, or leave it out"
             raise SourceError(msg) from e
     try:
         return open_as_it_is(folder) if ref.is_dataset else zarr.open_group(folder.zarr_store(read_only=True), mode="r")
     except (FileNotFoundError, ValueError) as e:
-        msg = (
-            f"{ref.label} is no HDF5 file and not a zarr AnnData store ({e}); give an .h5ad file, a .zarr store, or "
-            "10x Genomics' .h5 file or folder"
-        )
-        raise SourceError(msg) from e
+        raise _of_no_kind(ref, e) from e
+
+
+def _of_no_kind(ref: SourceRef, error: Exception) -> SourceError:
+    return SourceError(
+        f"{ref.label} is no HDF5 file and not a zarr AnnData store ({error}); give an .h5ad file, a .zarr store, or "
+        "10x Genomics' .h5 file or folder"
+    )
 
 
 def is_hdf5(ref: SourceRef) -> bool:
@@ -217,7 +223,10 @@ def is_hdf5(ref: SourceRef) -> bool:
             return not stat.S_ISDIR(os.stat(folder.path).st_mode)  # os.path.exists takes every error for a no
         except (FileNotFoundError, NotADirectoryError):
             looked = "" if os.path.isabs(path) else f" (looked in {os.getcwd()})"
-            msg = f"{path} does not exist; check the path{looked}"
+            what = (
+                "give the files of the pattern, as glob.glob finds them" if glob.has_magic(path) else "check the path"
+            )
+            msg = f"{path} does not exist; {what}{looked}"
             raise SourceNotFoundError(msg) from None
     try:
         return folder.first_bytes(len(_HDF5)) == _HDF5

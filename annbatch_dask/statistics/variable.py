@@ -91,7 +91,7 @@ def _check_batches(root: Root, found: GeneSums, batches: Sequence[int]) -> None:
         )
         raise CollectionError(msg)
     if few := [k for k in batches if found.n_cells[k] < 2]:
-        where = f"batch {found.groups[few[0]]!r} of {found.by}" if found.by else "the collection"
+        where = f"batch {found.groups.tolist()[few[0]]!r} of {found.by}" if found.by else "the collection"
         msg = f"{root.path}: {where} has 1 cell, and a variance needs 2; give another batch_key"
         raise CollectionError(msg)
 

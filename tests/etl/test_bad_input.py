@@ -51,6 +51,8 @@ def test_a_missing_file(out, h5ad_pair, tmp_path):
         add(out, [h5ad_pair[0], tmp_path / "nowhere.h5ad"])
     with pytest.raises(FileNotFoundError):
         add(out, [tmp_path / "nowhere.h5ad"])
+    with pytest.raises(SourceNotFoundError, match=r"\*\.h5ad does not exist; give the files of the pattern"):
+        add(out, [tmp_path / "*.h5ad"])
 
 
 def test_a_truncated_file(out, h5ad_pair, tmp_path):
@@ -76,7 +78,7 @@ def test_a_file_that_may_not_be_read(out, h5ad_pair, monkeypatch):
 
 def test_a_text_file_named_h5ad(out, tmp_path):
     (tmp_path / "t.h5ad").write_text("gene,count\n")
-    with pytest.raises(SourceError, match="is not a whole HDF5 file"):
+    with pytest.raises(SourceError, match="is no HDF5 file and not a zarr AnnData store .*; give an .h5ad file"):
         add(out, [tmp_path / "t.h5ad"])
 
 

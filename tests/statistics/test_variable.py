@@ -195,6 +195,9 @@ def test_what_makes_no_sense_is_refused(tmp_path, collection):
         lone.highly_variable(10, batch_key="donor")
     with pytest.raises(CollectionError, match="batch 'alone' of donor has 1 cell, and a variance needs 2"):
         build(tmp_path / "d.zarr", write(tmp_path, files[:1])).highly_variable(10, batch_key="donor")
+    files[0].obs["run"] = [0.5, *[1.0] * (files[0].n_obs - 1)]
+    with pytest.raises(CollectionError, match=r"batch 0\.5 of run has 1 cell, and a variance needs 2"):
+        build(tmp_path / "f.zarr", write(tmp_path, files[:1])).highly_variable(10, batch_key="run")
     with pytest.raises(CollectionError, match="genes have the same; leave out genes that no cell has"):
         a = ad.AnnData(sp.csr_matrix(np.eye(50, 60, dtype=np.float32)))
         build(tmp_path / "e.zarr", write(tmp_path, [a])).highly_variable(10, flavor="cell_ranger")
