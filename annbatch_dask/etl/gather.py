@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -39,6 +40,7 @@ from annbatch_dask.storage.threads import codec_pool, one_ahead
 __all__ = ["gather"]
 
 logger = logging.getLogger(__name__)
+_CHECK_S = 5.0  # a slice takes less time than a store to answer
 
 
 def gather(file: JobFile, task: GatherTask) -> GatherReceipt:
@@ -167,7 +169,7 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
     n_obs = stop - start - task.n_left_out
     obs = ObsColumns(all_columns(plan), n_obs)
     stats = DatasetSums(plan) if plan.options.stats else None
-    total, n_bytes = 0, 0
+    total, n_bytes, due = 0, 0, 0.0
     with contextlib.ExitStack() as open_shards:
         with activity("wait"):
             spilled = open_shards.enter_context(Spilled.open(job, task))
@@ -186,8 +188,9 @@ def _fill_dataset(job: Job, task: GatherTask, dataset: str, folder: Folder) -> G
             open_shards.enter_context(w)
         slices = open_shards.enter_context(contextlib.closing(one_ahead(each_slice(job, task, spilled))))
         for fixed, ragged in during("wait", slices):
-            if not folder.is_local:  # where nothing else tells a worker that its build is over
+            if not folder.is_local and time.monotonic() >= due:  # nothing else tells a worker that its build is over
                 check_scratch(job.scratch)
+                due = time.monotonic() + _CHECK_S
             adding = None if stats is None else codec_pool().submit(stats.append, fixed, ragged)
             with activity("hash"):
                 hashes = row_hashes(len(fixed[PLACE]), plan.matrices, (), fixed, ragged)

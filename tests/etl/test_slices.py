@@ -93,3 +93,18 @@ def test_rows_of_a_spill_file_lie_in_the_order_in_which_they_are_written(tmp_pat
     monkeypatch.setattr(SpillReader, "read_fixed", read_fixed)
     build(tmp_path / "o.zarr", paths)
     assert sum(n_seen) == 450
+
+
+def test_a_store_is_asked_now_and_then_whether_the_build_goes_on(paths, monkeypatch):
+    asked = []
+    check = gather_module.check_scratch
+    monkeypatch.setattr(gather_module, "check_scratch", lambda folder: [asked.append(folder), check(folder)])
+    monkeypatch.setattr(annbatch_dask.etl.slices, "_SLICE_NBYTES", 3000)
+    n_asked = []
+    for name, seconds in (("often", 0.0), ("once", 1e9)):
+        monkeypatch.setattr(gather_module, "_CHECK_S", seconds)
+        collection = build(f"memory://slices/{name}.zarr", paths)
+        n_asked.append(len(asked))
+        asked.clear()
+    assert n_asked[0] > 20
+    assert n_asked[1] == len(collection)
