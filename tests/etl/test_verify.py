@@ -68,7 +68,7 @@ def test_after_an_extension_with_more_genes_and_categories(built, tmp_path, mode
     assert verify(tmp_path / "o.zarr", against=paths).problems == ()
 
 
-@pytest.mark.parametrize("first", [{}, {"var_subset": ["g2", "g9"]}], ids=["extended", "chosen"])
+@pytest.mark.parametrize("first", [{}, {"var_subset": ["g2", "g4"]}], ids=["extended", "chosen"])
 def test_genes_that_came_back_later(tmp_path, first):
     """Builds that left out genes, which a later one added, are compared with what they read."""
     paths = [tmp_path / f"{i}.h5ad" for i in range(3)]
