@@ -23,7 +23,7 @@ if wants tests; then
 fi
 [ -z "$atlas" ] || { wait $atlas; cat "$out/atlas"; said atlas; }
 if wants kernels; then timeout 60 python3 benchmarks/gpu/kernels.py; said kernels; fi
-if wants bench; then timeout 150 python3 benchmarks/gpu/loaders.py /tmp/atlas; said bench; fi
+if wants bench; then timeout 200 python3 benchmarks/gpu/loaders.py /tmp/atlas; said bench; fi
 if wants train; then timeout 60 python3 benchmarks/gpu/train.py /tmp/atlas; said train; fi
 if wants sanitizer; then
   timeout 100 compute-sanitizer --tool memcheck --error-exitcode 9 "${pytest[@]}" tests/gpu -k "normalises and csr and torch or damaged" 2>&1 | tail -15

@@ -1,10 +1,14 @@
 """Dense batches on a GPU, ours beside annbatch's, in turn: batch 4096, chunk 512, 32 chunks, as in annbatch's tutorial.
 
-    loaders.py ATLAS_DIR [--device cuda|cpu] [--epochs 4] [--of annbatch,open,packed] [--build-only] [--seconds N]
+    loaders.py ATLAS_DIR [--device cuda|cpu] [--epochs 4] [--rows N] [--of annbatch,open,packed] [--build-only]
+               [--seconds N]
 
 ``open`` and ``packed`` are the layouts of ours.
 
 Every epoch adds up each batch on the device, so the batch was really there; the sums of both must agree.
+
+An epoch of the atlas is over in tenths of a second, of which a part is the start: passes of ``--rows`` cells, drawn
+with replacement by each package's own sampler, show the rate of a long one.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import numpy as np  # noqa: E402
 
 SIZES = {"batch_size": 4096, "chunk_size": 512, "preload_nchunks": 32, "shuffle": True}
 N_GENES = 2000
+N_LONG = 3
 
 
 def say(**facts):
@@ -61,21 +66,30 @@ def build(folder, names):
         say(what="build", of=name, seconds=round(time.perf_counter() - start, 1))
 
 
-def ours(folder, device, genes=None, layout="open", **more):
+def ours(folder, device, genes=None, rows=None, layout="open", **more):
     import annbatch_dask as m
 
     more = {"dense": "gpu" if device == "cuda" else "cpu", "obs_columns": ["cell_type"]} | more
     if genes is not None:
         more["var_names"] = genes
-    loader = m.Loader(**SIZES, to="torch", preload_to_gpu=device == "cuda", **more)
+    loader = m.Loader(**rows_of(m, rows), to="torch", preload_to_gpu=device == "cuda", **more)
     return loader.use_collection(m.DatasetCollection(f"{folder}/{layout}.zarr", mode="r")), lambda x: x
 
 
-def theirs(folder, device, genes=None):
+def rows_of(package, n):
+    """Arguments of a loader of either package, for epochs or for passes of ``n`` rows."""
+    if n is None:
+        return SIZES
+    sizes = [SIZES[name] for name in ("chunk_size", "preload_nchunks", "batch_size")]
+    rng = np.random.default_rng(0)
+    return {"batch_sampler": package.samplers.RandomSampler(*sizes, replacement=True, num_samples=n, rng=rng)}
+
+
+def theirs(folder, device, genes=None, rows=None):
     import annbatch as m
     import torch
 
-    loader = m.Loader(**SIZES, preload_to_gpu=device == "cuda", to="torch")
+    loader = m.Loader(**rows_of(m, rows), preload_to_gpu=device == "cuda", to="torch")
     loader = loader.use_collection(m.DatasetCollection(f"{folder}/annbatch.zarr", mode="r"), load_adata=backed)
     where = None if genes is None else torch.as_tensor(backed_var(folder).get_indexer(genes), device=device)
 
@@ -111,6 +125,7 @@ def main():
     p.add_argument("atlas")
     p.add_argument("--device", default="cuda")
     p.add_argument("--epochs", type=int, default=4)
+    p.add_argument("--rows", type=int, default=2_000_000)
     p.add_argument("--of", default="annbatch,open,packed")
     p.add_argument("--build-only", action="store_true")
     p.add_argument("--seconds", type=float)
@@ -149,9 +164,18 @@ def main():
         ok &= agree
         times = {k: round(v / mid["annbatch"], 2) for k, v in mid.items()} if "annbatch" in mid else None
         say(what=label, median={k: round(v) for k, v in mid.items()}, times=times, sums_agree=agree)
+    long = {name: make(a.atlas, a.device, None, a.rows) for name, make in makers.items()}
+    found = {name: [] for name in long}
+    for _ in range(N_LONG):
+        for name, made in long.items():
+            n, seconds, _ = epoch(*made, a.device)
+            found[name].append(n / seconds)
+            say(what=f"passes of {a.rows:,} cells", of=name, cells_per_s=round(n / seconds))
+    mid = {name: round(float(np.median(rates))) for name, rates in found.items()}
+    say(what=f"passes of {a.rows:,} cells", median=mid)
     for name in makers if a.device == "cuda" else ():
         for form in ({"dtype": "bfloat16"}, {"dense": False}) if name != "annbatch" else ():
-            made = ours(a.atlas, a.device, None, name, **form)
+            made = ours(a.atlas, a.device, layout=name, **form)
             rates = [n / s for n, s, _ in (epoch(made[0], as_values, a.device) for _ in range(a.epochs))][1:]
             say(what=str(form), of=name, cells_per_s=round(float(np.median(rates))))
     return 0 if ok else 1
