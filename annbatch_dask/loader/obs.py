@@ -342,9 +342,10 @@ def _united(indexes: Sequence[Names | pd.Index | None]) -> pd.Index | None:
 
 def _dealt_out(index: pd.Index, rows: Ints, wanted: Ints) -> pd.Index:
     """Some of the rows of a window, by their places in its request."""
-    if type(index) is not pd.Index or index.dtype != object:
+    is_text = isinstance(index.dtype, pd.StringDtype) and index.dtype.storage == "python"  # pandas 3 without pyarrow
+    if type(index) is not pd.Index or not (is_text or index.dtype == object):
         return index.take(rows[wanted])
-    return pd.Index(take_references(index.to_numpy(), rows, wanted), dtype=object, name=index.name, copy=False)
+    return pd.Index(take_references(index.to_numpy(), rows, wanted), dtype=index.dtype, name=index.name, copy=False)
 
 
 def _whole(index: Names | pd.Index | None) -> pd.Index:

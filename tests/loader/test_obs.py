@@ -99,6 +99,17 @@ def test_a_window_is_what_pandas_takes_of_all_rows(sizes, seed, pack):
     assert table.names().tolist() == whole.index.tolist()
 
 
+@pytest.mark.parametrize("dtype", [object, pd.StringDtype("python"), None], ids=["object", "string", "pandas'"])
+def test_names_of_a_window_are_what_pandas_takes_whatever_holds_text(dtype):
+    rng = np.random.default_rng(0)
+    index = pd.Index([f"cell_{k}" for k in range(60)] + [None], dtype=dtype, name="barcode")
+    table = ObsTable.of(pd.DataFrame(index=index), index)
+    rows, wanted = rng.permutation(61), rng.permutation(61)
+    asked = Resolved.of({"requests": rows, "splits": [wanted]}, table.bounds)
+    found = table.take(asked.assignments, rows, asked.dealt, asked.taken).index
+    pd.testing.assert_index_equal(found, index.take(rows[wanted]), exact=True)
+
+
 @pytest.fixture
 def packed(monkeypatch):
     monkeypatch.setattr(loader_module, "_MAX_PLAIN_NAMES", 0)
