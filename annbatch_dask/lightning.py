@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from annbatch_dask.errors import MissingPackageError
 from annbatch_dask.loader import Loader
 from annbatch_dask.loader.selection import Where
 
@@ -12,7 +13,7 @@ try:
     from lightning.pytorch import LightningDataModule
 except ImportError as error:
     msg = "annbatch_dask.lightning needs Lightning; install it with `pip install 'annbatch-dask[lightning]'`"
-    raise ImportError(msg) from error
+    raise MissingPackageError(msg) from error
 
 __all__ = ["DataModule"]
 

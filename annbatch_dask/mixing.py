@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from annbatch_dask.errors import MissingPackageError
 from annbatch_dask.order.planned import expand
 
 if TYPE_CHECKING:
@@ -151,6 +152,16 @@ def sampled_batches(sampler: Sampler, codes: NDArray[np.integer[Any]], *, epoch:
         yield from (codes[rows[split]] for split in request["splits"])
 
 
+def load_figure() -> Any:
+    """Matplotlib's ``Figure``; MissingPackageError where it is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        msg = f"mixing is drawn by matplotlib, which cannot be imported ({error}): pip install matplotlib"
+        raise MissingPackageError(msg) from error
+    return Figure
+
+
 def plot_mixing(mixing: Mixing, path: str | os.PathLike[str], *, title: str = "") -> None:
     """Draw the entropy of each batch, and the ideal as a line.
 
@@ -165,14 +176,12 @@ def plot_mixing(mixing: Mixing, path: str | os.PathLike[str], *, title: str = ""
 
     Raises
     ------
-    ImportError
+    MissingPackageError
         Without matplotlib.
     ValueError
         If matplotlib cannot write that format.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = load_figure()(figsize=(7, 4), layout="constrained")
     axes: Any = figure.subplots()
     axes.plot(mixing.entropies, ".", label=f"batches, {mixing.mean_entropy:.3f} bits on average")
     axes.axhline(mixing.ideal_entropy, color="black", label=f"drawn at random, {mixing.ideal_entropy:.3f} bits")

@@ -77,10 +77,11 @@ def add_mixing(commands: Any) -> None:
 
 
 def _mixing(args: argparse.Namespace) -> None:
-    from annbatch_dask.mixing import measure_mixing, plot_mixing, sampled_batches
+    from annbatch_dask.mixing import load_figure, measure_mixing, plot_mixing, sampled_batches
 
     if args.plot is not None:
         check_parent(args.plot)
+        load_figure()
     column, codes = _classes(open_collection(args), args.by)
     mixing = measure_mixing(sampled_batches(_loader(args).batch_sampler, codes))
     line = _mixing_line(column, mixing)
@@ -89,9 +90,6 @@ def _mixing(args: argparse.Namespace) -> None:
         return
     try:
         plot_mixing(mixing, args.plot, title=f"mixing of {column} in batches of {args.batch_size:,}")
-    except ImportError as error:
-        msg = f"--plot needs matplotlib ({error}): pip install matplotlib"
-        raise AnnbatchDaskError(msg) from error
     except ValueError as error:  # a suffix that is no format of a picture
         msg = f"{args.plot}: {error}"
         raise AnnbatchDaskError(msg) from error

@@ -13,25 +13,28 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from annbatch_dask.errors import MissingPackageError
 from annbatch_dask.loader.batch import CsrParts
 
-__all__ = ["Framework", "check_framework", "csr_tensor", "deliver_as", "make_deliver", "tensors_of"]
+__all__ = ["INSTALL_CUPY", "Framework", "check_framework", "csr_tensor", "deliver_as", "make_deliver", "tensors_of"]
 
 Framework = Literal["torch", "jax"]
 Array = NDArray[Any]
 
+INSTALL_CUPY = "pip install 'annbatch-dask[cupy-cuda13]', or [cupy-cuda12] where that is your CUDA"
+
 
 def check_framework(to: Framework | None, *, preload_to_gpu: bool) -> None:
-    """ImportError where what was asked for is not installed; ValueError for an unknown name."""
+    """MissingPackageError where what was asked for is not installed; ValueError for an unknown name."""
     if to not in (None, "torch", "jax"):
         msg = f"to must be None, 'torch' or 'jax', got {to!r}"
         raise ValueError(msg)
     if to is not None and find_spec(to) is None:
-        msg = f"Could not find {to}, which to={to!r} needs; install it, for example with `pip install {to}`"
-        raise ImportError(msg)
+        msg = f"Could not find {to}, which to={to!r} needs: pip install 'annbatch-dask[{to}]'"
+        raise MissingPackageError(msg)
     if preload_to_gpu and find_spec("cupy") is None and not _has_cuda(to):
-        msg = "Could not find cupy, which preload_to_gpu=True needs; see https://docs.cupy.dev/en/stable/install.html"
-        raise ImportError(msg)
+        msg = f"Could not find cupy, which preload_to_gpu=True needs: {INSTALL_CUPY}"
+        raise MissingPackageError(msg)
 
 
 def _has_cuda(to: Framework | None) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from annbatch_dask.errors import RankError
+from annbatch_dask.errors import MissingPackageError, RankError
 from annbatch_dask.order.lanes import by_lane, count_lanes
 from annbatch_dask.order.planned import Planned
 from annbatch_dask.order.share import Even, by_rank, slice_batches
@@ -267,7 +267,11 @@ def _resolve(dist_info: DistInfo) -> tuple[int, int]:
     elif callable(dist_info):
         rank, world_size = dist_info()
     elif dist_info in _ASK:
-        rank, world_size = _ASK[dist_info]()
+        try:
+            rank, world_size = _ASK[dist_info]()
+        except ModuleNotFoundError as error:
+            msg = f"dist_info={dist_info!r} needs {dist_info} ({error}): pip install 'annbatch-dask[{dist_info}]'"
+            raise MissingPackageError(msg) from error
     else:
         msg = f"Unknown dist_info {dist_info!r}: give 'torch', 'jax', 'env', a pair (rank, world size), or a function"
         raise ValueError(msg)

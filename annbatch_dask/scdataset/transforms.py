@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
+from annbatch_dask.errors import MissingPackageError
 from annbatch_dask.scdataset.multiindexable import MultiIndexable
 
 __all__ = ["adata_to_mindex", "bionemo_to_tensor", "hf_tahoe_to_tensor"]
@@ -69,8 +70,7 @@ def hf_tahoe_to_tensor(batch: Any, num_genes: int = 62713) -> Any:
     >>> scdataset.hf_tahoe_to_tensor(batch, num_genes=8).tolist()
     [[0.0, -2.0, 0.0, 0.0, 3.0, 0.0, 0.0, 5.0]]
     """
-    import torch
-
+    torch = _load_torch("hf_tahoe_to_tensor")
     if isinstance(batch, dict) and {"genes", "expressions"} <= set(batch):
         cells = list(zip(batch["genes"], batch["expressions"], strict=True))
     elif isinstance(batch, list) and all(isinstance(cell, dict) for cell in batch):
@@ -103,13 +103,12 @@ def bionemo_to_tensor(data_collection: Any, idx: Any) -> Any:
     >>> take = scdataset.bionemo_to_tensor
     >>> batches = scdataset.scDataset(dataset, scdataset.Streaming(), 64, fetch_callback=take)  # doctest: +SKIP
     """
-    import torch
-
+    torch = _load_torch("bionemo_to_tensor")
     try:
         from bionemo.scdl.util.torch_dataloader_utils import collate_sparse_matrix_batch
     except ImportError as error:
         msg = "bionemo_to_tensor needs bionemo-scdl; install it with `pip install bionemo-scdl`"
-        raise ImportError(msg) from error
+        raise MissingPackageError(msg) from error
     if isinstance(idx, int | np.integer):
         rows = [int(idx)]
     elif isinstance(idx, slice):
@@ -120,3 +119,12 @@ def bionemo_to_tensor(data_collection: Any, idx: Any) -> Any:
         msg = f"idx must be an integer, a slice, a list, an array or a tensor, got {type(idx).__name__}"
         raise TypeError(msg)
     return collate_sparse_matrix_batch([data_collection[i] for i in rows]).to_dense()
+
+
+def _load_torch(name: str) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        msg = f"{name} makes tensors of torch, which cannot be imported ({error}): pip install 'annbatch-dask[torch]'"
+        raise MissingPackageError(msg) from error
+    return torch

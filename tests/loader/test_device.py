@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from annbatch_dask.errors import DeviceError, IntegrityError
+from annbatch_dask.errors import DeviceError, IntegrityError, MissingPackageError
 from annbatch_dask.loader import Loader, contents
 from annbatch_dask.loader.gpu.torch import TorchDevice
 from annbatch_dask.transforms import NormalizeLog1p
@@ -133,7 +133,7 @@ def test_true_makes_dense_rows_on_the_host_unless_batches_are_preloaded():
     ("arguments", "error", "message"),
     [
         ({"dense": "cuda"}, ValueError, "dense must be True, False, 'cpu' or 'gpu', got 'cuda'"),
-        ({"dense": "gpu"}, ImportError, "Could not find cupy, which dense='gpu' needs with to=None"),
+        ({"dense": "gpu"}, MissingPackageError, "Could not find cupy, which dense='gpu' needs with to=None"),
         ({"dense": "gpu", "to": "torch"}, DeviceError, "needs a CUDA device, torch .* finds 0"),
     ],
 )

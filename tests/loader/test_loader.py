@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import math
 import pickle
+import sys
 
 import anndata as ad
 import numpy as np
@@ -16,6 +17,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from annbatch_dask.errors import MissingPackageError
 from annbatch_dask.loader import Loader
 from annbatch_dask.loader.reading import load_all_aligned
 from annbatch_dask.samplers import RandomSampler, SequentialSampler
@@ -309,15 +311,30 @@ def test_jax(collection, as_dense):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "name"), [({"to": "torch"}, "torch"), ({"to": "jax"}, "jax"), ({"preload_to_gpu": True}, "cupy")]
+    ("arguments", "name", "extra"),
+    [
+        ({"to": "torch"}, "torch", "torch"),
+        ({"to": "jax"}, "jax", "jax"),
+        ({"preload_to_gpu": True}, "cupy", "cupy-cuda13"),
+    ],
 )
-def test_missing_packages(monkeypatch, arguments, name):
+def test_missing_packages(monkeypatch, arguments, name, extra):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         "annbatch_dask.loader.output.find_spec", lambda package: None if package == name else find(package)
     )
-    with pytest.raises(ImportError, match=f"Could not find {name}"):
+    with pytest.raises(MissingPackageError, match=rf"Could not find {name}.* pip install 'annbatch-dask\[{extra}\]'"):
         Loader(**{"preload_to_gpu": False, **arguments})
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_ranks_of_a_package_that_is_not_installed(monkeypatch, name):
+    for module in (name, f"{name}.distributed"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(
+        MissingPackageError, match=rf"dist_info='{name}' needs .* pip install 'annbatch-dask\[{name}\]'"
+    ):
+        Loader(batch_size=4, dist_info=name)
 
 
 # --- misuse

@@ -5,24 +5,24 @@ from __future__ import annotations
 from functools import cache
 from importlib.util import find_spec
 
-from annbatch_dask.errors import DeviceError
+from annbatch_dask.errors import DeviceError, MissingPackageError
 from annbatch_dask.loader.gpu.cupy import CupyDevice
 from annbatch_dask.loader.gpu.device import Device
 from annbatch_dask.loader.gpu.torch import TorchDevice
-from annbatch_dask.loader.output import Framework
+from annbatch_dask.loader.output import INSTALL_CUPY, Framework
 
 __all__ = ["check_device", "find_device", "has_device"]
 
 
 def check_device(to: Framework | None) -> None:
-    """ImportError or DeviceError where no batch can be made on a GPU."""
+    """MissingPackageError or DeviceError where no batch can be made on a GPU."""
     if to == "torch":
         import torch
 
         library, n_devices = f"torch {torch.__version__}", torch.cuda.device_count()
     elif find_spec("cupy") is None:
-        msg = f"Could not find cupy, which dense='gpu' needs with to={to!r}; install it, or deliver to='torch'"
-        raise ImportError(msg)
+        msg = f"Could not find cupy, which dense='gpu' needs with to={to!r}: {INSTALL_CUPY}; or deliver to='torch'"
+        raise MissingPackageError(msg)
     else:
         library, n_devices = "cupy", _count_cupy_devices()
     if not n_devices:
