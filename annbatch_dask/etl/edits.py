@@ -211,7 +211,7 @@ class _Sorting:
 
     def _what(self, file: str) -> str:
         if file not in self.was.files:
-            return "was not written by the build"
+            return "was not written by the build; remove it"
         size, crc = self.was.files[file]
         if file not in self.sizes:
             return "is missing"

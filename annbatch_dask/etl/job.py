@@ -23,12 +23,13 @@ from uuid import uuid4
 import cloudpickle
 import numpy as np
 
-from annbatch_dask.errors import IntegrityError
+from annbatch_dask.errors import IntegrityError, SourceError
 from annbatch_dask.etl.metrics import read_metrics, with_metrics
 from annbatch_dask.formatting import format_bytes
 from annbatch_dask.manifest import Manifest
 from annbatch_dask.plan.layout import Block
 from annbatch_dask.plan.plan import WORK_DIGITS, Plan
+from annbatch_dask.plan.schema import SourceSchema
 from annbatch_dask.sources.chosen import choose_rows
 from annbatch_dask.sources.open import PickedSource, Source, SourceRef, WholeSource, open_source
 from annbatch_dask.sources.transposed import TransposedSource
@@ -164,7 +165,9 @@ class Job:
             kept = None  # before the next one takes its memory
             _kept.pop(thread, None)
             with ExitStack() as loaded:
-                kept = _kept[thread] = key, loaded.enter_context(open_source(ref))
+                source = loaded.enter_context(open_source(ref))
+                _check_rows(source, ref, self.plan.sources[index])
+                kept = _kept[thread] = key, source
                 loaded.pop_all()  # what a user's function opened stays open with what it returned
         return kept[1]
 
@@ -186,6 +189,17 @@ class JobFile:
     scratch: Folder
     key: bytes = field(default_factory=partial(secrets.token_bytes, 32), repr=False)
     name: str = field(default_factory=lambda: f"{_PREFIX}{uuid4().hex}")
+
+
+def _check_rows(source: WholeSource, ref: SourceRef, schema: SourceSchema) -> None:
+    """Refuse what has other rows than the plan was made of: ``load_adata`` may return something else each time."""
+    n_rows = schema.n_obs if schema.kept is None else schema.kept.n_rows
+    if source.n_obs != n_rows:
+        msg = (
+            f"{ref.label} had {n_rows:,} cells when it was looked at first, and has {source.n_obs:,} now; load_adata "
+            "must return the same each time it is called"
+        )
+        raise SourceError(msg)
 
 
 def own_scratch(job: Job) -> None:

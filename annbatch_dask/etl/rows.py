@@ -140,6 +140,8 @@ def _sortable(column: ColumnSpec, fixed: FixedLike, ragged: RaggedLike) -> tuple
         values: NDArray = decode_strings(offsets, data)
     else:
         values = fixed[array_name(column.path)]
+    if values.dtype == np.float16:
+        values = values.astype(np.float32)  # pandas groups by no halves
     if column.categories is not None:
         missing = values < 0
     elif column.nullable:

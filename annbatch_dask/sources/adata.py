@@ -177,11 +177,17 @@ class AnnDataSource:
         return matrix_rows(self._blocks_of(matrix, values).picked(rows), matrix, 0, len(rows))
 
     def _values(self, matrix: MatrixSchema) -> Any:
-        values = _unwrap(next((v for name, _, v in self._matrix_values() if name == matrix.source_name), None))
+        values = next((v for name, _, v in self._matrix_values() if name == matrix.source_name), None)
+        if values is not None and (row := row_of(values.shape))["n_cols"] != matrix.n_cols:
+            msg = (
+                f"{self._label} had {matrix.n_cols:,} columns in {matrix.source_name} when it was looked at first, and "
+                f"has {row['n_cols']:,} now; load_adata must return the same each time it is called"
+            )
+            raise SourceError(msg)
         if values is None:
             msg = f"{self._label} had {matrix.source_name} when it was looked at first, and has it no more; call again"
             raise SourceError(msg)
-        return values
+        return _unwrap(values)
 
     def _blocks_of(self, matrix: MatrixSchema, values: da.Array) -> _DaskBlocks:
         if matrix.source_name not in self._blocks:

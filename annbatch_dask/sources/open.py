@@ -136,7 +136,7 @@ def _opened(ref: SourceRef) -> Iterator[WholeSource]:
     if ref.load_adata is not None:
         from annbatch_dask.sources.adata import AnnDataSource  # imports anndata, which takes seconds
 
-        yield AnnDataSource(ref.label, ref.load_adata(ref.item))
+        yield AnnDataSource(ref.label, _checked(ref, ref.load_adata(ref.item)))
         return
     if _is_tenx_folder(ref):
         yield _tenx_source(ref)
@@ -158,6 +158,16 @@ def _opened(ref: SourceRef) -> Iterator[WholeSource]:
                 msg = f"{ref.label} is of a format before anndata 0.7, read from local disks only; copy it there"
                 raise SourceError(msg)
             yield AnnDataSource(ref.label, read_legacy(ref.item))
+
+
+def _checked(ref: SourceRef, found: Any) -> AnnData:
+    """What ``load_adata`` returned; SourceError for what is no AnnData."""
+    import anndata as ad
+
+    if not isinstance(found, ad.AnnData):
+        msg = f"load_adata returned {type(found).__name__} for {ref.label}; it must return an AnnData"
+        raise SourceError(msg)
+    return found
 
 
 def _is_tenx_folder(ref: SourceRef) -> bool:
@@ -222,6 +232,9 @@ def is_hdf5(ref: SourceRef) -> bool:
         try:
             return not stat.S_ISDIR(os.stat(folder.path).st_mode)  # os.path.exists takes every error for a no
         except (FileNotFoundError, NotADirectoryError):
+            if ref.is_dataset:
+                msg = f"{path} of the collection is missing: {folder.path} does not exist; restore it"
+                raise SourceNotFoundError(msg) from None
             looked = "" if os.path.isabs(path) else f" (looked in {os.getcwd()})"
             what = (
                 "give the files of the pattern, as glob.glob finds them" if glob.has_magic(path) else "check the path"

@@ -113,13 +113,23 @@ def _load_inside(path: str, *, name: str, load: Callable[[Any], ad.AnnData] | No
 
 
 def check_portable(refs: Iterable[SourceRef]) -> None:
-    """Refuse groups that no other process can open, which a build's workers would have to.
+    """Refuse groups that no other process can open, and functions that cannot be sent there, as a build's have to be.
 
     Raises
     ------
     SourceError
         With the first of them.
     """
+    refs = list(refs)
+    for load in {id(r.load_adata): r.load_adata for r in refs if r.load_adata is not None}.values():
+        try:
+            cloudpickle.dumps(load)
+        except Exception as e:  # of what the function refers to, of any kind
+            msg = (
+                f"load_adata cannot be sent to workers ({e}); let it make what it needs itself, rather than refer to "
+                "locks, open files or connections outside of it"
+            )
+            raise SourceError(msg) from e
     for ref in refs:
         if isinstance(ref.item, zarr.Group):
             try:

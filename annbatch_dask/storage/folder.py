@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from zarr.abc.store import Store
 
-__all__ = ["UNFINISHED", "Folder", "StorageOptions", "absolute", "folder_at", "folder_of", "sync_path"]
+__all__ = ["anchored", "UNFINISHED", "Folder", "StorageOptions", "absolute", "folder_at", "folder_of", "sync_path"]
 
 logger = logging.getLogger(__name__)
 _TMP = ".tmp-"
@@ -419,6 +419,11 @@ def folder_at(path: str | os.PathLike[str], storage_options: Mapping[str, Any] |
         msg = f"{shown(url)} was given with a user, a password or a query; give credentials in storage_options"
         raise CollectionError(msg)
     return Folder(url, StorageOptions(storage_options or {}))
+
+
+def anchored(folder: Folder) -> Folder:
+    """A folder by a path that means the same after a change of the working directory."""
+    return replace(folder, url=folder.path) if folder.is_local else folder
 
 
 def absolute(folder: Folder) -> Folder:

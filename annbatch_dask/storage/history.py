@@ -11,17 +11,27 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Integral
+from typing import Any
 
 import zarr
 from zarr.storage import StorePath
 
-from annbatch_dask.errors import CollectionError, VersionNotFoundError
+from annbatch_dask.errors import CollectionError, IntegrityError, VersionNotFoundError
 from annbatch_dask.manifest import MANIFEST_KEY, Manifest
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.lock import check_unchanged
 from annbatch_dask.storage.metadata import METADATA
 
-__all__ = ["VERSIONS", "find_versions", "manifest_in", "number_in", "open_version", "save_version", "version_name"]
+__all__ = [
+    "VERSIONS",
+    "attributes_in",
+    "find_versions",
+    "manifest_in",
+    "number_in",
+    "open_version",
+    "save_version",
+    "version_name",
+]
 
 VERSIONS = "versions"
 """Folder of the copies."""
@@ -40,9 +50,25 @@ def number_in(name: str) -> int | None:
     return None if match is None else int(match[1])
 
 
+def attributes_in(document: bytes | None) -> dict[str, Any]:
+    """The attributes in a root document; none where there is no document.
+
+    Raises
+    ------
+    IntegrityError
+        If it is no document.
+    """
+    try:
+        found: dict[str, Any] = json.loads(b"{}" if document is None else document).get("attributes", {})
+    except (ValueError, AttributeError) as e:
+        msg = f"the collection's {METADATA} is damaged or was copied in part ({e}); copy it again, or restore it"
+        raise IntegrityError(msg) from e
+    return found
+
+
 def manifest_in(document: bytes | None) -> Manifest | None:
     """The manifest in a root document; None where there is no document, or annbatch wrote it."""
-    values = json.loads(document or b"{}").get("attributes", {}).get(MANIFEST_KEY)
+    values = attributes_in(document).get(MANIFEST_KEY)
     return None if values is None else Manifest.from_json(values)
 
 

@@ -9,11 +9,11 @@ from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Literal
 
 import zarr
 
-from annbatch_dask.errors import CollectionChangedError, CollectionError
+from annbatch_dask.errors import CollectionChangedError, CollectionError, IntegrityError
 from annbatch_dask.manifest import (
     ANNBATCH_ENCODING,
     DATASET_NAME,
@@ -22,9 +22,9 @@ from annbatch_dask.manifest import (
     dataset_names,
     dataset_number,
 )
-from annbatch_dask.storage.folder import Folder, absolute, folder_of
+from annbatch_dask.storage.folder import Folder, absolute, anchored, folder_of
 from annbatch_dask.storage.frames import n_rows
-from annbatch_dask.storage.history import manifest_in, version_name
+from annbatch_dask.storage.history import attributes_in, manifest_in, version_name
 from annbatch_dask.storage.lock import Lease
 from annbatch_dask.storage.metadata import METADATA, open_as_it_is, open_by_copy
 
@@ -48,6 +48,8 @@ class Root:
         Take what is there for empty: the next commit replaces it.
     pinned
         The version that was asked for, which is read only; None is the current one.
+    shown
+        What the user called the folder; its URL where empty.
     """
 
     def __init__(
@@ -57,13 +59,15 @@ class Root:
         *,
         replaces: bool = False,
         pinned: int | None = None,
+        shown: str = "",
     ) -> None:
         self.group = group
+        self._shown = shown
         self.replaces = replaces
         self.pinned = pinned
         self._parsed: tuple[zarr.Group, Manifest] | None = None
         if folder is not None:
-            self.folder = folder
+            self.folder = anchored(folder)
 
     @cached_property
     def folder(self) -> Folder:
@@ -87,7 +91,7 @@ class Root:
     @property
     def path(self) -> str:
         """Path or URL of the collection."""
-        return self.folder.url if self.has_folder else str(self.group)
+        return (self._shown or self.folder.url) if self.has_folder else str(self.group)
 
     @property
     def is_empty(self) -> bool:
@@ -121,13 +125,18 @@ class Root:
         assert group is not None  # there is a dataset
         if self._is_on_the_web:
             return self.as_written(name)
-        return zarr.open_group(
-            group.store,
-            path=f"{group.path}/{name}".strip("/"),
-            mode="r" if group.read_only else "r+",
-            zarr_format=group.metadata.zarr_format,
-            use_consolidated=False,
-        )
+        try:
+            return zarr.open_group(
+                group.store,
+                path=f"{group.path}/{name}".strip("/"),
+                mode="r" if group.read_only else "r+",
+                zarr_format=group.metadata.zarr_format,
+                use_consolidated=False,
+            )
+        except FileNotFoundError as e:
+            self.check_as_opened()
+            msg = f"{self.path} cannot be read: {name} is missing; restore it, or build the collection anew"
+            raise IntegrityError(msg) from e
 
     def as_written(self, name: str) -> zarr.Group:
         """A dataset with the metadata of all that is in it, as the build wrote them."""
@@ -232,7 +241,7 @@ class Root:
     def refresh(self) -> None:
         """See what other processes published since this object was made."""
         if not self.replaces and self.target.version(METADATA) is not None:
-            self.group = zarr.open_group(self.target.zarr_store(), mode="r+", zarr_format=3)
+            self.group = _root_group(self.target, "r+")
 
     # --- as it was opened
 
@@ -279,7 +288,7 @@ class Root:
         assert self.group is not None  # it was opened
         if document is None:
             return set(self.names()) or {"it"}
-        opened, values = self._manifest, json.loads(document).get("attributes", {}).get(MANIFEST_KEY)
+        opened, values = self._manifest, attributes_in(document).get(MANIFEST_KEY)
         if opened is None:  # annbatch wrote it, perhaps without the names
             now = dataset_names(document)
             return set(self.names()) - now if now else set()
@@ -311,7 +320,7 @@ class H5adRoot(Root):
     """A folder of ``dataset_<i>.h5ad``, of which only obs is read. Builds write them from a zarr collection in it."""
 
     def __init__(self, folder: Folder, *, replaces: bool = False) -> None:
-        super().__init__(None, folder, replaces=replaces)
+        super().__init__(None, folder, replaces=replaces, shown=folder.url)
 
     def files(self) -> list[str]:
         """Names of its h5ad files, numbers in them in numeric order."""
@@ -349,6 +358,14 @@ class H5adRoot(Root):
             (self.target / name).remove()
 
 
+def _root_group(folder: Folder, mode: Literal["r", "r+"]) -> zarr.Group:
+    try:
+        return zarr.open_group(folder.zarr_store(), mode=mode, zarr_format=3)
+    except (ValueError, KeyError, TypeError) as e:  # zarr's, of a document that is no JSON, or lacks what it needs
+        msg = f"{folder.url}/{METADATA} is damaged or was copied in part ({e}); copy it again, or restore it"
+        raise IntegrityError(msg) from e
+
+
 def open_group(folder: Folder, mode: str) -> zarr.Group | None:
     """The collection's group at a path; None where there is nothing yet.
 
@@ -356,6 +373,8 @@ def open_group(folder: Folder, mode: str) -> zarr.Group | None:
     ------
     CollectionError
         Where something else is there; a FileNotFoundError as well, where nothing is and ``mode`` needs something.
+    IntegrityError
+        Where its root document is damaged.
     """
     if mode not in ("r", "r+", "a", "w", "w-"):
         msg = f"mode is {mode!r}; it must be one of 'r', 'r+', 'a', 'w', 'w-'"
@@ -365,7 +384,7 @@ def open_group(folder: Folder, mode: str) -> zarr.Group | None:
             msg = f"{folder.url} is a file, not a collection; give another path"
             raise CollectionError(msg)
         return None
-    group = zarr.open_group(folder.zarr_store(), mode="r" if mode == "r" else "r+", zarr_format=3)
+    group = _root_group(folder, "r" if mode == "r" else "r+")
     encoding = group.attrs.get("encoding-type")
     if encoding != ANNBATCH_ENCODING["encoding-type"] and (encoding or any(True for _ in group.keys())):
         msg = f"{folder.url} exists and is not a collection but {encoding or 'another zarr group'}; give another path"
