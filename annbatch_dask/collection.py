@@ -19,7 +19,7 @@ from annbatch_dask.engines.choose import choose_engine
 from annbatch_dask.etl.genes import OnDuplicateGene, VarKey
 from annbatch_dask.etl.h5ad import written_from
 from annbatch_dask.etl.open import open_root
-from annbatch_dask.etl.prepare import Prepared, prepare, warn_of_duplicates
+from annbatch_dask.etl.prepare import Prepared, is_done_already, prepare, warn_of_duplicates
 from annbatch_dask.etl.repack import repack
 from annbatch_dask.etl.request import DuplicateCells, GeneOrder, MatrixLayout, Mode, OnDuplicate, Request, make_request
 from annbatch_dask.etl.scratches import default_scratch
@@ -139,15 +139,19 @@ class DatasetCollection(MaintainedCollection):
 
         Returns
         -------
-        The plan. Its repr shows tasks, bytes and peak memory. Its method ``run`` builds the collection.
+        The plan. Its repr shows tasks, bytes and peak memory. Its method ``run`` builds the collection. Where the last
+        build was this very call, the plan is the one that would add the cells again, and says so; ``run`` does nothing.
         """
         request = self._request(locals())
         room = choose_engine(client, memory_limit)
         root = self._root.hidden() if isinstance(self._root, H5adRoot) else copy(self._root)
         root.refresh()  # the copy alone: what was opened stays so until a build
-        warn_of_duplicates(root, request.refs, on_duplicate_source)
-        prepared = prepare(root, request, room, read_values=read_values)
-        return RunnablePlan.of(prepared.plan, functools.partial(self._run, prepared, room, h5ad_compressor))
+        is_done = is_done_already(root, request, room)
+        if not is_done:
+            warn_of_duplicates(root, request.refs, on_duplicate_source)
+        prepared = replace(prepare(root, request, room, read_values=read_values), is_done=is_done)
+        run = functools.partial(self._run, prepared, room, h5ad_compressor)
+        return RunnablePlan.of(prepared.plan, run, is_done=is_done)
 
     def add_adatas(  # noqa: PLR0913 - annbatch's arguments
         self,

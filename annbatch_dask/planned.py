@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RunnablePlan"]
 
+_DONE = (("done", "the last build was this very call: to run this does nothing; another seed adds the cells again"),)
+
 C = TypeVar("C")
 """Type of the collection."""
 
@@ -38,11 +40,13 @@ class RunnablePlan(Plan, Generic[C]):
     """
 
     _run: Callable[[Plan, Mapping[str, Any]], C] = field(kw_only=True, compare=False)
+    is_done: bool = field(default=False, kw_only=True, compare=False)
+    """The last build of the collection was this very call: :meth:`run` does nothing."""
 
     @classmethod
-    def of(cls, plan: Plan, run: Callable[[Plan, Mapping[str, Any]], C]) -> RunnablePlan[C]:
+    def of(cls, plan: Plan, run: Callable[[Plan, Mapping[str, Any]], C], *, is_done: bool = False) -> RunnablePlan[C]:
         """A plan, and what builds it from the arguments of its method."""
-        return cls(**_values(plan), _run=run)
+        return cls(**_values(plan), _run=run, is_done=is_done)
 
     def run(
         self,
@@ -54,7 +58,7 @@ class RunnablePlan(Plan, Generic[C]):
         progress: bool | None = None,
         performance_report: str | os.PathLike[str] | None = None,
     ) -> C:
-        """Build the collection as planned, without another scan. Run again after it succeeded, it does nothing.
+        """Build the collection as planned, without another scan. Where that is done already, it does nothing.
 
         Parameters
         ----------
@@ -90,23 +94,27 @@ class RunnablePlan(Plan, Generic[C]):
         )
 
     @property
+    def _notes(self) -> tuple[tuple[str, str], ...]:
+        return _DONE if self.is_done else ()
+
+    @property
     def title(self) -> str:
         """Title of the plan: inputs and outputs in one line."""
         return words.title(self)
 
     def figures(self) -> list[tuple[str, str]]:
         """Named figures of the plan: tasks, bytes, peak memory and others."""
-        return words.figures(self)
+        return words.figures(self, self._notes)
 
     def summary(self) -> str:
         """The plan in words: tasks, bytes and peak memory."""
-        return words.summary(self)
+        return words.summary(self, self._notes)
 
     __repr__ = summary
 
     def _repr_html_(self) -> str:
         """The plan for a notebook, with the genes that inputs share."""
-        return words.as_html(self)
+        return words.as_html(self, self._notes)
 
 
 def _values(plan: Plan) -> dict[str, Any]:

@@ -45,7 +45,7 @@ from annbatch_dask.storage.root import Root
 from annbatch_dask.storage.uploads import UPLOAD_NBYTES
 from annbatch_dask.warn import warn
 
-__all__ = ["Prepared", "dataset_refs", "is_done", "prepare", "resolve", "warn_of_duplicates"]
+__all__ = ["Prepared", "dataset_refs", "is_done_already", "prepare", "resolve", "warn_of_duplicates"]
 
 _N_SHOWN = 3
 
@@ -70,6 +70,8 @@ class Prepared:
         Version of the collection's root document when it was planned.
     keep
         How many versions are to stay; see :class:`annbatch_dask.etl.request.Request`.
+    is_done
+        The last build of the collection was this very call, so there is nothing to run.
     """
 
     plan: Plan
@@ -79,6 +81,7 @@ class Prepared:
     base: Manifest | None
     version: str | None
     keep: int | None = None
+    is_done: bool = False
 
     def warn(self) -> None:
         """Say what the inputs have and the collection will not have, or will call otherwise."""
@@ -173,10 +176,13 @@ def _with_stats(root: Root, options: Options, request: Request, extension: Exten
     return replace(options, stats=stats, stats_by=by if stats else "")
 
 
-def is_done(root: Root, refs: Sequence[SourceRef], request: str, room: EngineChoice) -> bool:
+def is_done_already(root: Root, request: Request, room: EngineChoice) -> bool:
     """True if this very call has succeeded already, and was the last to do so: it asks for the same of the same."""
-    manifest = root.manifest
-    if manifest is None or not manifest.builds or manifest.builds[-1].request != request:
+    manifest, refs = root.manifest, request.refs
+    if manifest is None or not manifest.builds:
+        return False
+    _, options = resolve(root, request)
+    if manifest.builds[-1].request != request.identity(options):
         return False
     known = known_inputs(root.target, manifest)[-len(refs) :]
     found = room.scanner.run("look", identity_of, [(ref,) for ref in refs], lambda *_: None, lambda i: refs[i].label)

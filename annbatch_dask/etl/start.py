@@ -14,7 +14,7 @@ from annbatch_dask.etl.build import build
 from annbatch_dask.etl.job import Job, say_what_is_lost, work_folder
 from annbatch_dask.etl.log import Recorder
 from annbatch_dask.etl.ours import FolderContents, contents_of
-from annbatch_dask.etl.prepare import Prepared, is_done, prepare, resolve, warn_of_duplicates
+from annbatch_dask.etl.prepare import Prepared, is_done_already, prepare, resolve, warn_of_duplicates
 from annbatch_dask.etl.request import Request
 from annbatch_dask.etl.scratches import Scratch
 from annbatch_dask.etl.sweep import sweep_idle
@@ -58,8 +58,8 @@ class Means:
 def plan_and_run(root: Root, request: Request, means: Means) -> None:
     """Do what is asked for, unless it is done."""
     with _locked(root, means) as found:
-        extension, options = resolve(root, request)
-        if is_done(root, request.refs, request.identity(options), means.room):
+        extension, _ = resolve(root, request)
+        if is_done_already(root, request, means.room):
             _nothing_to_do(root, means)
             return
         _kept(root, found, request.keep)  # which may refuse
@@ -90,6 +90,9 @@ def run_prepared(root: Root, prepared: Prepared, means: Means) -> None:
                 return
             msg = f"{root.path} was changed since this was planned; plan again"
             raise CollectionChangedError(msg)
+        if prepared.is_done:
+            _nothing_to_do(root, means)
+            return
         for name, peak in zip(("scatter", "gather"), plan.peak_nbytes, strict=True):
             means.room.budget.check(f"a {name} task of the plan", peak, "plan again for these workers")
         if plan.extension is None or plan.extension.mode != "append":

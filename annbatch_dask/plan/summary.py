@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -38,8 +39,8 @@ def title(plan: Plan) -> str:
     )
 
 
-def figures(plan: Plan) -> list[tuple[str, str]]:
-    """Named figures of the plan: tasks, bytes, peak memory and others."""
+def figures(plan: Plan, notes: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:
+    """Named figures of the plan: tasks, bytes, peak memory and others, after notes of the same form."""
     scatter, gather = plan.peak_nbytes
     exact = all(m.exact for s in plan.sources for m in s.matrices)
     about = "" if exact else "about "
@@ -51,6 +52,7 @@ def figures(plan: Plan) -> list[tuple[str, str]]:
     texts = _texts(plan)
     missing = [f"{name} ({plural(len(paths), 'source')})" for name, paths in plan.left_out.items()]
     return [
+        *notes,
         ("order", f"{plan.placement.name}, seed {plan.seed}{groupby}"),
         ("carried", ", ".join([*(m.name for m in plan.matrices), *_frames(plan)])),
         ("X from", _counts(plan)),
@@ -80,16 +82,16 @@ def figures(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def summary(plan: Plan) -> str:
+def summary(plan: Plan, notes: Sequence[tuple[str, str]] = ()) -> str:
     """The plan in words: tasks, bytes and peak memory."""
-    return "\n".join([title(plan), *(f"  {name:<8} {text}" for name, text in figures(plan))])
+    return "\n".join([title(plan), *(f"  {name:<8} {text}" for name, text in figures(plan, notes))])
 
 
-def as_html(plan: Plan) -> str:
+def as_html(plan: Plan, notes: Sequence[tuple[str, str]] = ()) -> str:
     """The plan for a notebook, with the genes that inputs share."""
     inputs = [(s.path, s.n_obs, plan.n_genes_of(k)) for k, s in enumerate(plan.sources) if not s.is_dataset]
     genes = overlap_rows(plan.gene_overlaps, len(inputs))
-    return render("plan.html", title=title(plan), figures=figures(plan), inputs=inputs, genes=genes)
+    return render("plan.html", title=title(plan), figures=figures(plan, notes), inputs=inputs, genes=genes)
 
 
 def _stored(plan: Plan) -> list[tuple[str, str]]:

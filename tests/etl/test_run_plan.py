@@ -63,6 +63,34 @@ def test_run_again_it_does_nothing(tmp_path, paths):
     assert tree_digest(tmp_path / "a.zarr") == before
 
 
+def test_a_plan_of_the_last_build_says_so_and_does_nothing(tmp_path, paths):
+    for _ in range(2):  # a script that is run twice
+        collection = DatasetCollection(tmp_path / "a.zarr")
+        plan = collection.plan_adatas(paths, seed=3)
+        assert plan.run() is collection
+    assert plan.is_done
+    assert "  done     the last build was this very call" in repr(plan)
+    assert "the last build was this very call" in plan._repr_html_()
+    assert replace(plan, left_out={}).run().n_obs == 600
+    assert len(collection.manifest.builds) == 1
+
+
+def test_another_seed_adds_the_cells_again_as_planned(tmp_path, paths):
+    collection = DatasetCollection(tmp_path / "a.zarr").add_adatas(paths, seed=3)
+    with pytest.warns(UserWarning, match="is added again"):
+        plan = collection.plan_adatas(paths, seed=4)
+    assert not plan.is_done
+    assert plan.run().n_obs == 1200
+
+
+def test_a_plan_of_what_was_done_is_no_good_for_what_came_after(tmp_path, paths):
+    collection = DatasetCollection(tmp_path / "a.zarr").add_adatas(paths[:1], seed=3)
+    plan = collection.plan_adatas(paths[:1], seed=3)
+    DatasetCollection(tmp_path / "a.zarr").add_adatas(paths[1:], seed=4)
+    with pytest.raises(CollectionChangedError, match="plan again"):
+        plan.run()
+
+
 def test_an_input_that_was_changed_since_is_refused(tmp_path, paths):
     collection = DatasetCollection(tmp_path / "a.zarr")
     plan = collection.plan_adatas(paths, seed=3)
