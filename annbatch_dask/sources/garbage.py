@@ -18,23 +18,47 @@ from typing import Any
 __all__ = ["no_garbage_collection"]
 
 
+_STEP_S = 0.001
+_PATIENCE_S = 10.0
+"""For a collection that was under way before anybody watched, and is hardly ever one."""
+
+
 class _Collector:
-    """State of the garbage collector of this process."""
+    """State of the garbage collector of this process.
+
+    It is watched from the first pause on: an interrupt of the keyboard that arrives while Python's collector calls a
+    function is lost, and most processes read no HDF5 from a store.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()  # a finalizer may leave a pause in the thread that is entering one
         self.pauses = 0
         self.was_enabled = False
+        self.is_watched = False
         self.thread: int | None = None  # that collects now
-        gc.callbacks.append(self.note)
+        self.last: int | None = None  # that began to collect last
 
     def note(self, phase: str, _: dict[str, Any]) -> None:
         """Called by the collector when it begins and ends."""
         self.thread = threading.get_ident() if phase == "start" else None
+        self.last = self.thread or self.last
+
+    def wait(self) -> None:
+        """Wait until no other thread collects."""
+        own, until = threading.get_ident(), time.monotonic() + _PATIENCE_S
+        while not self.is_watched and time.monotonic() < until:
+            gc.collect(0)  # does nothing while another thread collects
+            self.is_watched = self.last == own
+            if not self.is_watched:
+                time.sleep(_STEP_S)
+        while self.thread not in (None, own):
+            time.sleep(_STEP_S)
 
     def pause(self) -> None:
         with self.lock:
             if self.pauses == 0:
+                if self.note not in gc.callbacks:
+                    gc.callbacks.append(self.note)
                 self.was_enabled = gc.isenabled()
                 gc.disable()
             self.pauses += 1
@@ -60,8 +84,7 @@ def no_garbage_collection() -> Iterator[None]:
     """
     _collector.pause()
     try:
-        while _collector.thread not in (None, threading.get_ident()):
-            time.sleep(0.001)
+        _collector.wait()
         yield
     finally:
         if not _collector.resume():

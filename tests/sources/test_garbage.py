@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from annbatch_dask.sources import garbage
 from annbatch_dask.sources.garbage import no_garbage_collection
 
 # A store that reads on a thread of its own, as fsspec's do, which makes so much garbage that it is collected there.
@@ -81,6 +82,41 @@ def test_garbage_is_collected_again_after_the_last_pause():
     leave.set()
     thread.join()
     assert gc.isenabled()
+
+
+class Cycle:
+    """Garbage that only the collector finds, and whose end takes until it is allowed to."""
+
+    def __init__(self, begun, leave):
+        self.me, self.begun, self.leave = self, begun, leave
+
+    def __del__(self):
+        self.begun.set()
+        self.leave.wait(60)
+
+
+def test_a_collection_that_began_before_the_first_pause_is_waited_for(monkeypatch):
+    begun, leave, naps = threading.Event(), threading.Event(), []
+    collector = garbage._Collector()
+    monkeypatch.setattr(garbage.time, "sleep", lambda seconds: (naps.append(seconds), leave.set()))
+    thread = threading.Thread(target=lambda: (Cycle(begun, leave) and None, gc.collect()))
+    thread.start()
+    begun.wait(60)
+    collector.pause()
+    try:
+        collector.wait()
+        assert naps  # the other thread could go on only then
+        assert collector.is_watched
+    finally:
+        collector.resume()
+        gc.callbacks.remove(collector.note)
+        thread.join()
+
+
+def test_the_collector_calls_nothing_of_ours_before_hdf5_is_read_from_a_store():
+    code = "import gc, annbatch_dask, annbatch_dask.collection, annbatch_dask.sources.open; print(gc.callbacks)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert done.stdout == "[]\n", done.stderr
 
 
 @pytest.mark.parametrize("failing", [False, True])
