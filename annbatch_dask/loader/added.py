@@ -184,8 +184,8 @@ class AddedData(Generic[BackingArray_T]):
             raise ValueError(msg)
         if self._collection_added:
             msg = (
-                "You should not add multiple collections: each was shuffled on its own. Shuffle them into one, or "
-                "use add_adatas if rows of different collections need not be mixed"
+                "You should not add multiple collections, nor one twice: each was shuffled on its own. Make a new "
+                "Loader, shuffle them into one, or use add_adatas if rows of different collections need not be mixed"
             )
             raise RuntimeError(msg)
         names = self._wanted.obs_columns != ()
