@@ -38,8 +38,8 @@ _WORDS = {
 _CONTAINERS = ("anndata", "dict", "raw")
 """What may lose a member and be whole."""
 _NEEDED = ("X", "obs", "var")
-_SYSTEM = re.compile(r"\.nfs[0-9a-f]+")
-"""What NFS keeps of a removed file that is open."""
+_SYSTEM = re.compile(r"\.nfs[0-9a-f]+|\.DS_Store|\._.+")
+"""What NFS keeps of a removed file that is open, and a Mac of a folder that somebody looked at, or copied."""
 _N_THREADS = 16
 _N_ROTTEN = 8
 
@@ -128,7 +128,7 @@ def recorded_datasets(document: bytes | None) -> tuple[DatasetRecord, ...]:
 
 
 def is_of_system(file: str) -> bool:
-    """True of a file that a file system put there for itself."""
+    """True of a file that a system put there for itself."""
     return _SYSTEM.fullmatch(file.rpartition("/")[2]) is not None
 
 

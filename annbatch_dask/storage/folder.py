@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from zarr.abc.store import Store
 
-__all__ = ["anchored", "UNFINISHED", "Folder", "StorageOptions", "absolute", "folder_at", "folder_of", "sync_path"]
+__all__ = ["UNFINISHED", "Folder", "StorageOptions", "absolute", "anchored", "folder_at", "folder_of", "sync_path"]
 
 logger = logging.getLogger(__name__)
 _TMP = ".tmp-"

@@ -95,9 +95,21 @@ def test_a_dataset_that_somebody_removed_is_named(built, tmp_path, file):
 
 
 def test_a_file_that_is_none_of_ours_is_to_be_removed(built, tmp_path):
-    (tmp_path / "c.zarr" / "dataset_0" / ".DS_Store").write_bytes(b"x")
-    with pytest.raises(IntegrityError, match=r"\.DS_Store: was not written by the build; remove it"):
+    (tmp_path / "c.zarr" / "dataset_0" / "notes.txt").write_bytes(b"x")
+    with pytest.raises(IntegrityError, match=r"notes\.txt: was not written by the build; remove it"):
         next(iter(Loader(batch_size=8, seed=0).use_collection(built)))
+
+
+@pytest.mark.filterwarnings("ignore:Object at .* is not recognized:zarr.errors.ZarrUserWarning")
+def test_what_a_system_leaves_in_folders_stops_nothing(built, tmp_path):
+    for name in (".DS_Store", "._zarr.json", ".nfs0000a1"):
+        for folder in ("", "dataset_0", "dataset_0/X", "versions"):
+            (tmp_path / "c.zarr" / folder).mkdir(exist_ok=True)
+            (tmp_path / "c.zarr" / folder / name).write_bytes(b"x")
+    assert built.verify().problems == ()
+    assert sum(len(batch["obs"]) for batch in Loader(batch_size=8, seed=0).use_collection(built)) == built.n_obs
+    built.gc()
+    assert built.verify().problems == ()
 
 
 # --- load_adata --------------------------------------------------------------------------------------------------------
