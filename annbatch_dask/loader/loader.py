@@ -293,6 +293,14 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
     def __len__(self) -> int:
         return self._batch_sampler.n_batches(self.n_selected)
 
+    def __repr__(self) -> str:
+        """Rows, genes, and what makes batches of them."""
+        if not self._sources:
+            return f"<{type(self).__name__} without data: use_collection or add_adatas adds some>"
+        chosen, sampler = ", of which where= chooses" * (self._where is not None), self._batch_sampler
+        batches = f"{type(sampler).__name__} of batches of {sampler.batch_size}"
+        return f"<{type(self).__name__} of {self.n_obs:,} cells{chosen} x {self.n_vars:,} columns, {batches}>"
+
     # --- properties
 
     @property

@@ -420,6 +420,15 @@ def test_collections(collection):
         new().use_collection(empty)
 
 
+def test_its_repr_says_what_it_has(collection):
+    assert repr(new()) == "<Loader without data: use_collection or add_adatas adds some>"
+    cells = f"{len(collection.obs):,} cells"
+    some = repr(make(collection, where="row > 3", shuffle=True, seed=0))
+    assert some.startswith(f"<Loader of {cells}, of which where= chooses x ")
+    assert " columns, RandomSampler of batches of " in some
+    assert repr(make(collection, shuffle=False)).startswith(f"<Loader of {cells} x ")
+
+
 def test_own_load_adata(collection):
     def load(group):
         adata = load_all_aligned(group)
