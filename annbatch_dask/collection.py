@@ -19,7 +19,7 @@ from annbatch_dask.engines.choose import choose_engine
 from annbatch_dask.etl.genes import OnDuplicateGene, VarKey
 from annbatch_dask.etl.h5ad import written_from
 from annbatch_dask.etl.open import open_root
-from annbatch_dask.etl.prepare import Prepared, is_done_already, prepare, warn_of_duplicates
+from annbatch_dask.etl.prepare import Prepared, is_done_already, prepare, resolve, warn_of_duplicates
 from annbatch_dask.etl.repack import repack
 from annbatch_dask.etl.request import DuplicateCells, GeneOrder, MatrixLayout, Mode, OnDuplicate, Request, make_request
 from annbatch_dask.etl.scratches import default_scratch
@@ -146,7 +146,7 @@ class DatasetCollection(MaintainedCollection):
         room = choose_engine(client, memory_limit)
         root = self._root.hidden() if isinstance(self._root, H5adRoot) else copy(self._root)
         root.refresh()  # the copy alone: what was opened stays so until a build
-        is_done = is_done_already(root, request, room)
+        is_done = is_done_already(root, request, resolve(root, request)[1], room)
         if not is_done:
             warn_of_duplicates(root, request.refs, on_duplicate_source)
         prepared = replace(prepare(root, request, room, read_values=read_values), is_done=is_done)

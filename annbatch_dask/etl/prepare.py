@@ -176,13 +176,10 @@ def _with_stats(root: Root, options: Options, request: Request, extension: Exten
     return replace(options, stats=stats, stats_by=by if stats else "")
 
 
-def is_done_already(root: Root, request: Request, room: EngineChoice) -> bool:
+def is_done_already(root: Root, request: Request, options: Options, room: EngineChoice) -> bool:
     """True if this very call has succeeded already, and was the last to do so: it asks for the same of the same."""
     manifest, refs = root.manifest, request.refs
-    if manifest is None or not manifest.builds:
-        return False
-    _, options = resolve(root, request)
-    if manifest.builds[-1].request != request.identity(options):
+    if manifest is None or not manifest.builds or manifest.builds[-1].request != request.identity(options):
         return False
     known = known_inputs(root.target, manifest)[-len(refs) :]
     found = room.scanner.run("look", identity_of, [(ref,) for ref in refs], lambda *_: None, lambda i: refs[i].label)

@@ -58,8 +58,8 @@ class Means:
 def plan_and_run(root: Root, request: Request, means: Means) -> None:
     """Do what is asked for, unless it is done."""
     with _locked(root, means) as found:
-        extension, _ = resolve(root, request)
-        if is_done_already(root, request, means.room):
+        extension, options = resolve(root, request)
+        if is_done_already(root, request, options, means.room):
             _nothing_to_do(root, means)
             return
         _kept(root, found, request.keep)  # which may refuse
