@@ -55,7 +55,7 @@ def open_root(
 
 
 def _open_version(folder: Folder, version: int) -> Root:
-    return Root(open_version(folder, version), folder, pinned=version, shown=folder.url)
+    return Root(open_version(folder, version), folder, pinned=version)
 
 
 def _open(folder: Folder, mode: str) -> Root:
@@ -65,7 +65,7 @@ def _open(folder: Folder, mode: str) -> Root:
         if mode in ("r", "r+"):
             msg = f"there is no collection at {folder.url}; check the path, or build one with add_adatas"
             raise _CollectionNotFoundError(msg)
-    return Root(None if mode == "w" else group, folder, replaces=mode == "w", shown=folder.url)
+    return Root(None if mode == "w" else group, folder, replaces=mode == "w")
 
 
 class _CollectionNotFoundError(CollectionError, FileNotFoundError):

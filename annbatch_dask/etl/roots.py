@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from annbatch_dask.errors import IntegrityError
 from annbatch_dask.etl.edits import is_of_system
 from annbatch_dask.manifest import ANNBATCH_ENCODING, MANIFEST_KEY, dataset_names
 from annbatch_dask.storage.folder import UNFINISHED, Folder
-from annbatch_dask.storage.history import VERSIONS, number_in
+from annbatch_dask.storage.history import VERSIONS, attributes_in, number_in
 from annbatch_dask.storage.lock import is_held
 
 __all__ = ["KeptVersions", "RootDocument", "attributes_of", "kept_versions"]
@@ -20,8 +20,8 @@ __all__ = ["KeptVersions", "RootDocument", "attributes_of", "kept_versions"]
 def attributes_of(document: bytes | None) -> dict[str, Any]:
     """Attributes of a group's document; none where it is damaged or missing."""
     try:
-        found = json.loads(document or b"{}").get("attributes", {})
-    except (ValueError, AttributeError):
+        found = attributes_in(document)
+    except IntegrityError:
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -25,6 +25,7 @@ from annbatch_dask.storage.metadata import METADATA
 __all__ = [
     "VERSIONS",
     "attributes_in",
+    "damaged_document",
     "find_versions",
     "manifest_in",
     "number_in",
@@ -61,9 +62,13 @@ def attributes_in(document: bytes | None) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(b"{}" if document is None else document).get("attributes", {})
     except (ValueError, AttributeError) as e:
-        msg = f"the collection's {METADATA} is damaged or was copied in part ({e}); copy it again, or restore it"
-        raise IntegrityError(msg) from e
+        raise damaged_document(f"the collection's {METADATA}", e) from e
     return found
+
+
+def damaged_document(name: str, error: Exception) -> IntegrityError:
+    """The error of a root document that cannot be read."""
+    return IntegrityError(f"{name} is damaged or was copied in part ({error}); copy it again, or restore it")
 
 
 def manifest_in(document: bytes | None) -> Manifest | None:

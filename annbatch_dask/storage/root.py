@@ -24,7 +24,7 @@ from annbatch_dask.manifest import (
 )
 from annbatch_dask.storage.folder import Folder, absolute, anchored, folder_of
 from annbatch_dask.storage.frames import n_rows
-from annbatch_dask.storage.history import attributes_in, manifest_in, version_name
+from annbatch_dask.storage.history import attributes_in, damaged_document, manifest_in, version_name
 from annbatch_dask.storage.lock import Lease
 from annbatch_dask.storage.metadata import METADATA, open_as_it_is, open_by_copy
 
@@ -48,8 +48,6 @@ class Root:
         Take what is there for empty: the next commit replaces it.
     pinned
         The version that was asked for, which is read only; None is the current one.
-    shown
-        What the user called the folder; its URL where empty.
     """
 
     def __init__(
@@ -59,13 +57,12 @@ class Root:
         *,
         replaces: bool = False,
         pinned: int | None = None,
-        shown: str = "",
     ) -> None:
         self.group = group
-        self._shown = shown
         self.replaces = replaces
         self.pinned = pinned
         self._parsed: tuple[zarr.Group, Manifest] | None = None
+        self._shown = "" if folder is None else folder.url
         if folder is not None:
             self.folder = anchored(folder)
 
@@ -320,7 +317,7 @@ class H5adRoot(Root):
     """A folder of ``dataset_<i>.h5ad``, of which only obs is read. Builds write them from a zarr collection in it."""
 
     def __init__(self, folder: Folder, *, replaces: bool = False) -> None:
-        super().__init__(None, folder, replaces=replaces, shown=folder.url)
+        super().__init__(None, folder, replaces=replaces)
 
     def files(self) -> list[str]:
         """Names of its h5ad files, numbers in them in numeric order."""
@@ -362,8 +359,7 @@ def _root_group(folder: Folder, mode: Literal["r", "r+"]) -> zarr.Group:
     try:
         return zarr.open_group(folder.zarr_store(), mode=mode, zarr_format=3)
     except (ValueError, KeyError, TypeError) as e:  # zarr's, of a document that is no JSON, or lacks what it needs
-        msg = f"{folder.url}/{METADATA} is damaged or was copied in part ({e}); copy it again, or restore it"
-        raise IntegrityError(msg) from e
+        raise damaged_document(f"{folder.url}/{METADATA}", e) from e
 
 
 def open_group(folder: Folder, mode: str) -> zarr.Group | None:
