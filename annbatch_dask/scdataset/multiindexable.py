@@ -109,8 +109,8 @@ class MultiIndexable:
 
     def __repr__(self) -> str:
         members = f"count={self.count}" if self._names is None else f"names={self._names}"
-        extra = f", unstructured={self.unstructured_keys}" if self._unstructured else ""
-        return f"MultiIndexable({members}, {len(self)} samples{extra})"
+        extra = f", unstructured_keys={self.unstructured_keys}" if self._unstructured else ""
+        return f"MultiIndexable({members}, samples={len(self)}{extra})"
 
     @property
     def names(self) -> list[Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, Self
 
 import numpy as np
 
@@ -13,7 +14,20 @@ from annbatch_dask.samplers.base import SeededSampler, mixed
 from annbatch_dask.scdataset.strategy import Ints, SamplingStrategy, Streaming
 from annbatch_dask.seeds import Seed
 
-__all__ = ["StrategySampler"]
+__all__ = ["Lent", "StrategySampler"]
+
+
+class Lent:
+    """The collection that a strategy of the user's is asked about: not copied with the sampler, nor pickled."""
+
+    def __init__(self, collection: Any = None) -> None:
+        self.collection = collection
+
+    def __deepcopy__(self, _: object) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[type[Lent], tuple[()]]:
+        return Lent, ()
 
 
 class StrategySampler(SeededSampler):
@@ -56,6 +70,7 @@ class StrategySampler(SeededSampler):
         self._batch_size = batch_size
         self._fetch_size = batch_size * fetch_factor
         self._drop_last = drop_last
+        self.lent = Lent()
         self.take_seed(seed, rng)
 
     @property
@@ -70,7 +85,7 @@ class StrategySampler(SeededSampler):
 
     def n_batches(self, n_obs: int) -> int:
         """Batches of one pass over ``n_obs`` rows."""
-        n_rows = self._strategy.get_len(range(n_obs))
+        n_rows = self._strategy.len_of(self._collection(n_obs))
         return n_rows // self._batch_size if self._drop_last else -(-n_rows // self._batch_size)
 
     def validate(self, n_obs: int) -> None:
@@ -79,9 +94,12 @@ class StrategySampler(SeededSampler):
 
     def epoch(self, n_obs: int, key: Key) -> Epoch:
         """The pass with this key over ``n_obs`` rows."""
-        order = self._strategy.order(n_obs, key)
+        order = self._strategy.order_of(self._collection(n_obs), key)
         mix = partial(mixed, key) if self._strategy._shuffle_before_yield else _as_fetched  # noqa: SLF001
         return Epoch(len(order), self._fetch_size, self._batch_size, self._drop_last, partial(_take, order), mix)
+
+    def _collection(self, n_obs: int) -> Any:
+        return range(n_obs) if self.lent.collection is None else self.lent.collection
 
     def state_identity(self) -> tuple[object, ...]:
         """Identity that a saved state and the sampler that resumes from it must share."""

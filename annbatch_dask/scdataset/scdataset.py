@@ -123,6 +123,7 @@ class scDataset(Resumable, IterableDataset):  # noqa: N801 - scDataset's name
         sampler = StrategySampler(strategy, batch_size, fetch_factor, drop_last=drop_last, rng=np.random.default_rng(0))
         sampler.seed = _agree_on_seed(self.world_size) if seed is None else resolve_seed(seed)
         self._base_seed = sampler.seed
+        self._lent = sampler.lent
         self._batch_sampler = DistributedSampler(
             sampler, dist_info=(self.rank, self.world_size), even=resolve_even(even, sampler)
         )
@@ -140,6 +141,7 @@ class scDataset(Resumable, IterableDataset):  # noqa: N801 - scDataset's name
 
     def __len__(self) -> int:
         """Batches of this rank in one epoch."""
+        self._lent.collection = self.collection
         return self._batch_sampler.n_batches(self._n_obs())
 
     def __iter__(self) -> Iterator[Any]:
@@ -151,6 +153,7 @@ class scDataset(Resumable, IterableDataset):  # noqa: N801 - scDataset's name
         if os.getpid() != self._pid:  # forked: HDF5 files must be opened again
             self.collection = _exchange(self.collection, lambda part: _opened(_portable(part)))
             self._pid = os.getpid()
+        self._lent.collection = self.collection
         for request in self._begin(progress, self._n_obs()):
             for batch in self._batches(request):
                 progress.n_batches += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from functools import cached_property
 from hashlib import blake2b
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,28 @@ class SamplingStrategy:
 
     def order(self, n_obs: int, key: Key) -> Order:
         """The rows of one epoch, as a function of position."""
-        return Given(np.asarray(self.get_indices(range(n_obs), seed=_seed_of(key)), np.int64))
+        return self._ask(range(n_obs), key)
+
+    def order_of(self, data_collection: Any, key: Key) -> Order:
+        """The same of a collection, which a ``get_indices`` of the user's is given, also that of a derived strategy."""
+        if self._is_asked_before("order"):
+            return self._ask(data_collection, key)
+        return self.order(self._rows_of(data_collection), key)
+
+    def len_of(self, data_collection: Any) -> int:
+        """Rows of one epoch of :meth:`order_of`."""
+        if self._is_asked_before("get_len"):
+            return len(self._ask(data_collection, (0, 0)))
+        return self.get_len(data_collection)
+
+    def _is_asked_before(self, name: str) -> bool:
+        """True if ``get_indices`` is that of a class derived from the one whose ``name`` this strategy has."""
+        classes = type(self).__mro__
+        asked, other = (next(i for i, c in enumerate(classes) if n in vars(c)) for n in ("get_indices", name))
+        return asked < other
+
+    def _ask(self, data_collection: Any, key: Key) -> Order:
+        return Given(np.asarray(self.get_indices(data_collection, seed=_seed_of(key)), np.int64))
 
     def identity(self) -> tuple[object, ...]:
         """Identity of the order, apart from the seed."""
@@ -280,6 +302,9 @@ class BlockWeightedSampling(SamplingStrategy):
         """The rows of one epoch, as a function of position."""
         table = self._weigh(n_obs)
         n_draws = len(table) if self.total_size is None else self.total_size
+        if n_draws and not len(table):
+            msg = f"there are no rows to draw {n_draws} from"
+            raise ValueError(msg)
         if self.replace:
             return _Subset(Weighted(table, n_draws, self.block_size, key), self._indices)
         assert self.sampling_size is not None  # checked at construction
@@ -391,7 +416,7 @@ def _check_block_size(block_size: int) -> int:
     if block_size < 1:
         msg = f"block_size must be 1 or more, got {block_size}"
         raise ValueError(msg)
-    return block_size
+    return index(block_size)
 
 
 def _check_indices(indices: NDArray[Any]) -> Ints:
@@ -408,6 +433,9 @@ def _check_indices(indices: NDArray[Any]) -> Ints:
 
 def _check_weights(weights: NDArray[Any]) -> NDArray[Any]:
     total = weights.sum(dtype=np.float64)
+    if weights.ndim != 1:
+        msg = f"weights must be a list of numbers, got an array of shape {weights.shape}"
+        raise ValueError(msg)
     if not np.isfinite(total) or total <= 0 or weights.min() < 0:
         msg = f"weights must be 0 or more and have a positive sum, got a sum of {total}"
         raise ValueError(msg)

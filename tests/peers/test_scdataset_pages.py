@@ -182,6 +182,7 @@ def test_an_anncollection_of_backed_files_in_any_worker(plates, context):
     from anndata.experimental import AnnCollection
 
     collection = AnnCollection([ad.read_h5ad(path, backed="r") for path in plates], join_vars="inner")
+    assert estimate_sample_size(collection, n_samples=2) >= 12  # a value and its column
     data = MultiIndexable(cells=collection, number=np.arange(750))
     for source, transform in (
         (collection, partial(adata_to_mindex, columns=["plate", "row"])),

@@ -224,6 +224,8 @@ def test_a_strategy_of_the_users_needs_get_indices_only():
         (lambda: BlockShuffling(0), ValueError, "block_size must be 1 or more"),
         (lambda: BlockWeightedSampling(weights=[1, -1]), ValueError, "0 or more and have a positive sum"),
         (lambda: BlockWeightedSampling(weights=[0, 0]), ValueError, "positive sum"),
+        (lambda: BlockWeightedSampling(weights=[[1, 1]]), ValueError, r"an array of shape \(1, 2\)"),
+        (lambda: epoch(BlockWeightedSampling(indices=[], total_size=4)), ValueError, "no rows to draw 4 from"),
         (lambda: epoch(BlockWeightedSampling(weights=[1, 1])), ValueError, "2 weights for 203 rows"),
         (lambda: epoch(BlockWeightedSampling(indices=[3, 4], weights=ROWS < 3)), ValueError, "have weight 0"),
         (lambda: ClassBalancedSampling([]), ValueError, "labels is empty"),
@@ -522,7 +524,7 @@ def test_members_and_rows():
         assert part.unstructured == {"genes": ["g", "h"]}
     assert [name for name, _ in m.items()] == ["X", "y"]
     assert list(m)[1] == m.values()[1]
-    assert repr(m) == "MultiIndexable(names=['X', 'y'], 6 samples, unstructured=['genes'])"
+    assert repr(m) == "MultiIndexable(names=['X', 'y'], samples=6, unstructured_keys=['genes'])"
     assert (m.unstructured_keys, MultiIndexable([1], [2]).keys()) == (["genes"], [0, 1])
 
 

@@ -146,10 +146,11 @@ def _nbytes(value: Any, seen: set[int]) -> int:
     if isinstance(value, pd.DataFrame | pd.Series):
         return int(np.sum(value.memory_usage(deep=True)))
     if hasattr(value, "obs") and hasattr(value, "X"):  # AnnData: of the row alone, not of all genes' annotations
-        # anndata 0.13 lists X among the layers, as None.
-        layers, obsm = (getattr(value, kind, None) or {} for kind in ("layers", "obsm"))
-        parts = [value.X, value.obs, *obsm.values(), *(layers[name] for name in layers if name is not None)]
-        return sum(_nbytes(part, seen) for part in parts if part is not None)
+        # An AnnCollection's know their keys only. anndata 0.13 lists X among the layers, as None.
+        kinds = [kind for name in ("layers", "obsm") if (kind := getattr(value, name, None)) is not None]
+        aligned = [kind[name] for kind in kinds for name in list(kind.keys()) if name is not None]
+        obs = value.obs if isinstance(value.obs, pd.DataFrame) else getattr(value.obs, "df", value.obs)
+        return sum(_nbytes(part, seen) for part in (value.X, obs, *aligned) if part is not None)
     if isinstance(value, MultiIndexable):
         return sum(_nbytes(part, seen) for part in value)
     if hasattr(value, "nbytes"):
