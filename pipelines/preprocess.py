@@ -10,26 +10,32 @@ pipelines/clusters has one for each kind. Workers must see inputs, output and sc
     output: atlas.zarr
     options: {seed: 0, dataset_size: 2GB}
     cluster:
-      kind: local           # or scheduler, ssh, slurm, kubernetes
-      workers: 8            # slurm, kubernetes: how many to ask for, and to keep; or [2, 8], as many as there are tasks
+      kind: slurm           # or local (all of this machine, or so many workers), scheduler, ssh, kubernetes
+      workers: 8            # how many to ask for, and to keep; or [2, 8], as many as there are tasks
       options: {}           # of the class that starts it, or {address: ...} of a scheduler
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import glob
 import importlib
+import inspect
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import yaml
-from distributed import Client
+from distributed import Client, LocalCluster
 
 from annbatch_dask import DatasetCollection
+from annbatch_dask.errors import AnnbatchDaskError
 
+ENTRIES = ("files", "output", "scratch", "performance_report", "options", "cluster")
+"""What a file may hold."""
 DEPLOYERS = {
     "ssh": ("distributed", "SSHCluster"),
     "slurm": ("dask_jobqueue", "SLURMCluster"),
@@ -41,8 +47,6 @@ NEEDED = {"ssh": "asyncssh"}
 
 def deployer(kind: str) -> Any:
     """Return the class that starts a cluster of this kind."""
-    if kind not in DEPLOYERS:
-        sys.exit(f"preprocess: cluster kind {kind!r} is none of local, scheduler, {', '.join(DEPLOYERS)}")
     module, name = DEPLOYERS[kind]
     try:
         if kind in NEEDED:
@@ -57,15 +61,63 @@ def connect(cluster: dict[str, Any], stack: ExitStack) -> Client | None:
     """Start the cluster, or find it, and return a client; None for the one that add_adatas starts itself."""
     kind, options = cluster.get("kind", "local"), cluster.get("options") or {}
     if kind == "local":
-        return None
+        if "workers" in cluster:
+            options = {"n_workers": limits(cluster["workers"])[1]} | options
+        if not options:
+            return None
+        started = LocalCluster(**{"preload": ["annbatch_dask.preload"]} | options)
+        return stack.enter_context(Client(stack.enter_context(started)))
     if kind == "scheduler":
-        return stack.enter_context(Client(options["address"]))
+        try:
+            return stack.enter_context(Client(options["address"]))
+        except OSError as error:
+            sys.exit(f"preprocess: no scheduler answers at {options['address']} ({error}); check the address")
     started = stack.enter_context(deployer(kind)(**options))
     client = stack.enter_context(Client(started))
     if kind != "ssh":  # whose workers are its hosts
         minimum, maximum = limits(cluster["workers"])
         started.adapt(minimum=minimum, maximum=maximum)  # which also replaces jobs that ended, as scale does not
     return client
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return what a file holds, once all names in it are known: what stands below another one would have no effect."""
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        sys.exit(f"preprocess: {path} cannot be read: {error}")
+    known = [
+        name
+        for name in inspect.signature(DatasetCollection.add_adatas).parameters
+        if name not in ("self", "adata_paths", "client", *ENTRIES)
+    ]
+    check(str(path), config, ENTRIES, ("files", "output"))
+    check("options", config.get("options"), known)
+    cluster = config.get("cluster")
+    check("cluster", cluster, ("kind", "workers", "options"))
+    kind = (cluster or {}).get("kind", "local")
+    if kind not in ("local", "scheduler", *DEPLOYERS):
+        sys.exit(f"preprocess: cluster kind {kind!r} is none of local, scheduler, {', '.join(DEPLOYERS)}")
+    if kind == "scheduler":
+        check("options of a scheduler", cluster.get("options"), ("address",), ("address",))
+    if kind in ("scheduler", "ssh"):  # whose workers are there, or one a host
+        check(f"cluster of kind {kind}", cluster, ("kind", "options"))
+    elif kind != "local":
+        check(f"cluster of kind {kind}", cluster, ("kind", "workers", "options"), ("workers",))
+    return config
+
+
+def check(what: str, given: Any, known: Sequence[str], needed: Sequence[str] = ()) -> None:
+    """End where a part of the file is no mapping, or has a name that is not known, or lacks one."""
+    if not isinstance(given or {}, dict):
+        sys.exit(f"preprocess: {what}: {given!r} is no mapping; give names and values, such as {known[0]}: ...")
+    if unknown := [str(name) for name in given or {} if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        meant = f"did you mean {near[0]!r}?" if near else f"there may be {', '.join(known)}"
+        meant = "it stands beside them" if unknown[0] in ENTRIES else meant
+        sys.exit(f"preprocess: {what}: {unknown[0]!r} is not known; {meant}")
+    if missing := [name for name in needed if name not in (given or {})]:
+        sys.exit(f"preprocess: {what}: there is no {missing[0]!r}; add it")
 
 
 def limits(workers: int | list[int]) -> tuple[int, int]:
@@ -78,8 +130,9 @@ def limits(workers: int | list[int]) -> tuple[int, int]:
     sys.exit(f"preprocess: workers is {workers!r}; it must be a number such as 8, or two, as in [2, 8]")
 
 
-def expand(patterns: list[str]) -> list[str]:
+def expand(patterns: str | list[str]) -> list[str]:
     """Return the files of all patterns, sorted within each; URLs as they are."""
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     found = [[p] if "://" in p else sorted(glob.glob(p)) for p in patterns]
     for pattern, paths in zip(patterns, found, strict=True):
         if not paths:
@@ -95,23 +148,31 @@ def main() -> int:
     what.add_argument("--plan", action="store_true", help="print tasks, bytes and peak memory; run nothing")
     what.add_argument("--job-script", action="store_true", help="print what a slurm worker is submitted with")
     args = parser.parse_args()
-    config = yaml.safe_load(args.config.read_text())
+    config = read(args.config)
     cluster = config.get("cluster") or {}
     if args.job_script:
         with deployer("slurm")(**cluster.get("options") or {}) as started:
             print(started.job_script())
         return 0
+    try:
+        build(config, cluster, plan_only=args.plan)
+    except AnnbatchDaskError as error:
+        sys.exit(f"preprocess: {error}")
+    return 0
+
+
+def build(config: dict[str, Any], cluster: dict[str, Any], *, plan_only: bool) -> None:
+    """Print the plan, or run it and say what is there."""
     files, options = expand(config["files"]), config.get("options") or {}
     collection = DatasetCollection(config["output"])
-    if args.plan:
+    if plan_only:
         print(collection.plan_adatas(files, **options).summary())
-        return 0
+        return
     means = {name: config.get(name) for name in ("scratch", "performance_report")}
     with ExitStack() as stack:
         client = connect(cluster, stack)
         collection.add_adatas(files, **options, client=client, **means)
     print(f"{collection.path}: {collection.n_obs:,} cells x {collection.n_vars:,} genes, datasets: {len(collection)}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import anndata as ad
@@ -69,22 +70,69 @@ def test_rules_for_names_of_genes_stand_in_the_file(tmp_path, h5ad_pair, monkeyp
     ("more", "words"),
     [
         ({"cluster": {"kind": "abacus"}}, "cluster kind 'abacus' is none of local, scheduler, ssh, slurm, kubernetes"),
-        ({"cluster": {"kind": "kubernetes"}}, "a kubernetes cluster needs dask-kubernetes"),
+        ({"cluster": {"kind": "kubernetes", "workers": 2}}, "a kubernetes cluster needs dask-kubernetes"),
         ({"cluster": {"kind": "ssh"}}, "a ssh cluster needs asyncssh"),
         ({"files": ["none/*.h5ad"]}, "none/*.h5ad matches no file"),
         ({"cluster": {"kind": "fake", "workers": [4, 2]}}, "workers is [4, 2]; it must be a number such as 8, or two"),
         ({"cluster": {"kind": "fake", "workers": 0}}, "workers is 0; it must be"),
+        ({"scrach": "/fast"}, "config.yaml: 'scrach' is not known; did you mean 'scratch'?"),
+        ({"optoins": {"seed": 1}}, "config.yaml: 'optoins' is not known; did you mean 'options'?"),
+        ({"options": {"seeed": 1}}, "options: 'seeed' is not known; did you mean 'seed'?"),
+        ({"options": {"scratch": "/fast"}}, "options: 'scratch' is not known; it stands beside them"),
+        ({"options": {"xyz": 1}}, "options: 'xyz' is not known; there may be seed, dataset_size, "),
+        ({"options": ["seed"]}, "options: ['seed'] is no mapping; give names and values, such as seed: ..."),
+        ({"cluster": "slurm"}, "cluster: 'slurm' is no mapping; give names and values, such as kind: ..."),
+        ({"cluster": {"kind": "local", "nworkers": 2}}, "cluster: 'nworkers' is not known; did you mean 'workers'?"),
+        ({"cluster": {"kind": "slurm"}}, "cluster of kind slurm: there is no 'workers'; add it"),
+        ({"cluster": {"kind": "ssh", "workers": 2}}, "cluster of kind ssh: 'workers' is not known; there may be kind,"),
+        ({"cluster": {"kind": "scheduler"}}, "options of a scheduler: there is no 'address'; add it"),
+        ({"options": {"counts": "raw/X", "elements": ["obs"]}}, "has no raw/X, which counts names"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(tmp_path, h5ad_pair, more, words, monkeypatch):
     monkeypatch.setitem(preprocess.DEPLOYERS, "fake", ("distributed", "LocalCluster"))
     monkeypatch.setitem(sys.modules, "asyncssh", None)  # as if it were not there
-    if (cluster := more.get("cluster", {})).get("kind") == "fake":
-        cluster["options"] = THREADS
+    if "fake" in str(more):
+        more["cluster"]["options"] = THREADS
         words = words.replace("ssh, slurm, kubernetes", "ssh, slurm, kubernetes, fake")
     monkeypatch.setattr(sys, "argv", ["preprocess.py", str(config(tmp_path, h5ad_pair, **more))])
     with pytest.raises(SystemExit, match=re.escape(words)):
         preprocess.main()
+
+
+@pytest.mark.parametrize("text", ["", "- a", "files: [a.h5ad]", "files: [a.h5ad\noutput: b.zarr", None])
+def test_a_file_that_describes_no_build_is_refused_in_a_line(tmp_path, text, call):
+    path = tmp_path / "config.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit, match="^preprocess: "):
+        call(preprocess, path)
+
+
+def test_a_scheduler_that_does_not_answer_is_named(tmp_path, h5ad_pair, call, monkeypatch):
+    def refuse(address):
+        raise OSError(f"timed out after 30 s: {address}")
+
+    monkeypatch.setattr(preprocess, "Client", refuse)
+    cluster = {"kind": "scheduler", "options": {"address": "tcp://there:1"}}
+    with pytest.raises(SystemExit, match="no scheduler answers at tcp://there:1 .*check the address"):
+        call(preprocess, config(tmp_path, h5ad_pair, cluster=cluster))
+
+
+def test_a_plan_needs_no_package_of_the_cluster(tmp_path, h5ad_pair, call, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
+    assert call(preprocess, config(tmp_path, h5ad_pair, cluster={"kind": "slurm", "workers": 2}), "--plan") == 0
+    assert "500 cells x 58 genes" in capsys.readouterr().out
+
+
+def test_a_local_cluster_has_as_many_workers_as_the_file_says(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(preprocess, "LocalCluster", lambda **options: nullcontext(asked.update(options)))
+    monkeypatch.setattr(preprocess, "Client", nullcontext)
+    for cluster in ({"kind": "local", "workers": [1, 3], "options": {"memory_limit": "4GB"}}, {"kind": "local"}):
+        with ExitStack() as stack:
+            assert preprocess.connect(cluster, stack) is None
+    assert asked == {"n_workers": 3, "memory_limit": "4GB", "preload": ["annbatch_dask.preload"]}
 
 
 @pytest.mark.parametrize("path", sorted((PIPELINES / "clusters").glob("*.yaml")), ids=lambda p: p.stem)
