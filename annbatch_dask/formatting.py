@@ -1,8 +1,11 @@
-"""Numbers in words: bytes, counts, plurals. One system of units: 1 GB is 10**9 bytes."""
+"""Bytes, counts, plurals and lists in words. One system of units: 1 GB is 10**9 bytes."""
 
 from __future__ import annotations
 
-__all__ = ["format_bytes", "format_count", "plural"]
+from collections.abc import Iterable
+from itertools import islice
+
+__all__ = ["first_few", "format_bytes", "format_count", "plural"]
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -24,3 +27,9 @@ def format_count(n: float) -> str:
 def plural(n: int, noun: str) -> str:
     """Return a number and its noun: ``"1 file"``, ``"1,234 files"``."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def first_few(words: Iterable[str], n: int = 5, separator: str = ", ") -> str:
+    """Return the first of some words, and dots where there are more than ``n``: ``"a, b, c, d, e, ..."``."""
+    shown = list(islice(words, n + 1))
+    return separator.join([*shown[:n], "..."] if len(shown) > n else shown)

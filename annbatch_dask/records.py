@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from annbatch_dask.formatting import plural
+from annbatch_dask.formatting import first_few, plural
 
 __all__ = ["DuplicatesRecord", "NamingRecord"]
 
@@ -121,5 +121,4 @@ def _genes_of(counts: tuple[int, ...]) -> str:
 
 
 def _examples(genes: tuple[tuple[str, tuple[str, ...]], ...]) -> str:
-    shown = [f"{gene} ({', '.join(names)})" for gene, names in genes[:_SHOWN]]
-    return ", ".join(shown) + (", ..." if len(genes) > _SHOWN else "")
+    return first_few((f"{gene} ({', '.join(names)})" for gene, names in genes), _SHOWN)

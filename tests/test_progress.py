@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from annbatch_dask.events import BuildEnd, BuildStart, StageEnd, StageStart, TaskEnd
-from annbatch_dask.formatting import format_bytes
+from annbatch_dask.formatting import first_few, format_bytes
 from annbatch_dask.progress import ProgressBars, default_callbacks
 
 
@@ -60,3 +60,8 @@ def test_bars_are_shown_on_a_terminal_or_on_request(monkeypatch):
 )
 def test_sizes_in_words(n_bytes, text):
     assert format_bytes(n_bytes) == text
+
+
+@pytest.mark.parametrize(("n", "text"), [(0, ""), (1, "0"), (3, "0; 1; 2"), (4, "0; 1; 2; ...")])
+def test_the_first_few_of_many_words_are_listed(n, text):
+    assert first_few(map(str, range(n)), 3, "; ") == text

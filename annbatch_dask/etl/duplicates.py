@@ -15,6 +15,7 @@ from annbatch_dask.etl.compare import Candidates, LeftOut, collect, compare, fin
 from annbatch_dask.etl.job import Job, JobFile
 from annbatch_dask.etl.receipts import CompareReceipt, FindReceipt, ScatterReceipt, decode
 from annbatch_dask.events import Callback
+from annbatch_dask.formatting import first_few
 from annbatch_dask.manifest import DuplicatesRecord
 from annbatch_dask.plan.dtypes import merge_ranges
 from annbatch_dask.plan.plan import Plan
@@ -137,10 +138,9 @@ def _record(plan: Plan, pairs: Counter[tuple[int, int]]) -> DuplicatesRecord:
 
 
 def _refused(plan: Plan, record: DuplicatesRecord) -> DuplicateCellsError:
-    shown = "; ".join(f"{n:,} of {a} in {b}" for a, b, n in record.pairs[:5] if a)
-    more = "; ..." if len(record.pairs) > 5 else ""  # noqa: PLR2004
+    shown = first_few((f"{n:,} of {a} in {b}" for a, b, n in record.pairs if a), separator="; ")
     msg = (
-        f"{record.n_obs:,} of {plan.n_obs:,} cells have the X of an earlier cell: {shown}{more}; give "
+        f"{record.n_obs:,} of {plan.n_obs:,} cells have the X of an earlier cell: {shown}; give "
         "duplicates='drop' to leave them out, 'report' to have them counted, or leave a file out"
     )
     return DuplicateCellsError(msg)

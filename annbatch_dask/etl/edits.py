@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from annbatch_dask.errors import CollectionError, IntegrityError
 from annbatch_dask.etl.files import Recorded, recorded
+from annbatch_dask.formatting import first_few
 from annbatch_dask.manifest import MANIFEST_KEY, DatasetRecord, Manifest
 from annbatch_dask.storage.checksums import checksum_of, checksums
 from annbatch_dask.storage.folder import Folder
@@ -111,7 +112,7 @@ def refuse_edited(target: Folder, records: Sequence[DatasetRecord]) -> None:
     with ThreadPoolExecutor(_N_THREADS) as pool:
         looks = list(pool.map(lambda record: look_at_files(target, record, is_metadata), records))
     if edits := [p for look in looks for p in look.edits]:
-        shown = "; ".join(map(str, edits[:3])) + ("; ..." if len(edits) > 3 else "")  # noqa: PLR2004
+        shown = first_few(map(str, edits), 3, "; ")
         msg = (
             f"{target.url} was edited, which writing its datasets anew would lose: {shown}; add with mode='append', "
             "which leaves them as they are, or build a new collection with these datasets as inputs"

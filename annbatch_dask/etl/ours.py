@@ -22,7 +22,7 @@ from typing import Any
 from annbatch_dask.errors import CollectionBusyError, CollectionError
 from annbatch_dask.etl.edits import is_of_system, recorded_datasets, refuse_edited
 from annbatch_dask.etl.roots import KeptVersions, RootDocument, attributes_of, kept_versions
-from annbatch_dask.formatting import plural
+from annbatch_dask.formatting import first_few, plural
 from annbatch_dask.manifest import DATASET_NAME, DATASET_PREFIX, MANIFEST_KEY
 from annbatch_dask.storage.claims import CLAIM_NAME, Claim, find_claims
 from annbatch_dask.storage.folder import UNFINISHED, Folder, absolute, sync_path
@@ -150,11 +150,10 @@ class FolderContents:
             With the names.
         """
         if self.strangers:
-            names = ", ".join(self.strangers[:5]) + (", ..." if len(self.strangers) > 5 else "")  # noqa: PLR2004
             n = len(self.strangers)
             msg = (
-                f"{self.target.url} holds {plural(n, 'thing')} that this package did not write for this "
-                f"collection: {names}; move {'them' if n > 1 else 'it'} elsewhere, or give another path"
+                f"{self.target.url} holds {plural(n, 'thing')} that this package did not write for this collection: "
+                f"{first_few(self.strangers)}; move {'them' if n > 1 else 'it'} elsewhere, or give another path"
             )
             raise CollectionError(msg)
 

@@ -25,6 +25,7 @@ from annbatch_dask.etl.genes import (
 from annbatch_dask.etl.inputs import Input, known_inputs
 from annbatch_dask.etl.request import GeneOrder, MatrixLayout, OnDuplicate, Request
 from annbatch_dask.etl.scan import Scanned, look, merge_annotations, scan, with_ranges
+from annbatch_dask.formatting import first_few
 from annbatch_dask.manifest import SRC_PATH, DatasetRecord, Manifest, MatrixRecord, dataset_number
 from annbatch_dask.plan.build import build_plan
 from annbatch_dask.plan.dtypes import ValueRange
@@ -47,7 +48,6 @@ from annbatch_dask.warn import warn
 
 __all__ = ["Prepared", "dataset_refs", "is_done_already", "prepare", "resolve", "warn_of_duplicates"]
 
-_N_SHOWN = 3
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Prepared:
             shown = ", ".join(f"{name} ({len(paths)} of {n_inputs} inputs)" for name, paths in left_out.items())
             warn(f"left out: {shown}; name them with a leading '-' in elements to confirm, or see merge")
         if not_found := self.plan.not_found:
-            shown = ", ".join(map(repr, not_found[:_N_SHOWN])) + ", ..." * (len(not_found) > _N_SHOWN)
+            shown = first_few(map(repr, not_found))
             n_names = len(self.plan.options.var_subset or ())
             warn(f"{len(not_found):,} of the {n_names:,} names of var_subset are no genes: {shown}")
         if renamed := self.plan.renamed:

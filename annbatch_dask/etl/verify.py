@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import PurePath
@@ -21,7 +21,7 @@ from annbatch_dask.etl.rows import array_name, sum_hashes
 from annbatch_dask.etl.scan import look, scan, with_ranges
 from annbatch_dask.etl.sweep import leftovers
 from annbatch_dask.events import Callback
-from annbatch_dask.formatting import plural
+from annbatch_dask.formatting import first_few, plural
 from annbatch_dask.manifest import DUPLICATES, DatasetRecord, Manifest, SourceRecord
 from annbatch_dask.plan.build import build_plan
 from annbatch_dask.plan.elements import Elements
@@ -403,7 +403,7 @@ def _match_sources(paths: Sequence[str], target: Folder, manifest: Manifest) -> 
         found = [c for c in known if c.record.path == path]
         found = found or [c for c in known if PurePath(c.record.path).name == PurePath(path).name]
         if not found:
-            names = _some(dict.fromkeys(s.path for s in manifest.sources))
+            names = first_few(dict.fromkeys(s.path for s in manifest.sources))
             msg = f"{path} is none of the {len(known):,} sources of the collection ({names}); leave it out"
             raise CollectionError(msg)
         out.append(tuple(found))
@@ -421,11 +421,6 @@ def _not_compared(
         Problem(s.path, f"was not given: {s.n_obs:,} cells were not compared")
         for s in sorted(missing, key=lambda s: s.path)
     ]
-
-
-def _some(paths: Mapping[str, Any] | Iterable[str]) -> str:
-    shown = list(paths)
-    return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")  # noqa: PLR2004
 
 
 def _run_check(

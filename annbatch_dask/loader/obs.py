@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from annbatch_dask.chunks import native
 from annbatch_dask.chunks.files import scratch
 from annbatch_dask.errors import SelectionError
+from annbatch_dask.formatting import first_few
 from annbatch_dask.kernels.references import take_references
 from annbatch_dask.loader.requests import Assignment
 from annbatch_dask.storage.frames import unite_categories
@@ -320,7 +321,7 @@ def _recoded(  # noqa: PLR0913
         n_each = np.bincount((codes if rows is None else codes[rows]).astype(np.int64) + 1, minlength=len(places))[1:]
         unknown = [(found[k], n) for k, n in enumerate(n_each.tolist()) if n and places[k] < 0]
         if unknown:
-            shown = ", ".join(f"{value!r} ({n:,} rows)" for value, n in unknown[:5]) + ", ..." * (len(unknown) > 5)
+            shown = first_few(f"{value!r} ({n:,} rows)" for value, n in unknown)
             msg = (
                 f"obs_codes gives {len(kept)} categories of {name!r}, rows that take part have {len(unknown)} others: "
                 f"{shown}; add them, leave such rows out with where=, or end the list with None to give all "

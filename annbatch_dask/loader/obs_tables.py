@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SelectionError
+from annbatch_dask.formatting import first_few
 from annbatch_dask.loader.obs import ObsTable
 
 __all__ = ["JoinedTables", "check_tables"]
@@ -74,7 +75,7 @@ class JoinedTables:
 
 def _refuse(name: str, table: pd.DataFrame, column: pd.Series, rows: Ints) -> None:
     counts = column.iloc[rows].astype(object).value_counts(dropna=False)
-    some = ", ".join(f"{value!r} ({n:,} rows)" for value, n in counts.head().items()) + ", ..." * (len(counts) > 5)
+    some = first_few(f"{value!r} ({n:,} rows)" for value, n in counts.items())
     msg = (
         f"obs_tables[{name!r}] has {len(table):,} rows, and rows that take part have {len(counts):,} values that it "
         f"has not: {some}; add them, or leave such rows out with where="

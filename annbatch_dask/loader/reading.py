@@ -12,6 +12,7 @@ import pandas as pd
 import zarr
 
 from annbatch_dask.errors import CollectionError
+from annbatch_dask.formatting import first_few
 from annbatch_dask.storage.folder import Folder, folder_of
 from annbatch_dask.storage.frames import read_obs
 from annbatch_dask.storage.versions import Listing, list_all
@@ -20,7 +21,6 @@ __all__ = ["Backed", "Opening", "load_all_aligned", "load_dataset", "refuse_miss
 
 T = TypeVar("T")
 _N_THREADS = 16
-_N_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,6 @@ def _backed(element: Any) -> Any:
 def refuse_missing(where: str, missing: Sequence[str], there: Sequence[str] | pd.Index) -> None:
     """ValueError for names that are not there, with those that are."""
     if missing:
-        some, known = (
-            ", ".join(map(repr, names[:_N_SHOWN])) + ", ..." * (len(names) > _N_SHOWN) for names in (missing, there)
-        )
+        some, known = (first_few(map(repr, names)) for names in (missing, there))
         msg = f"{len(missing)} of the names asked for are not among the {len(there)} of {where}: {some}; it has {known}"
         raise ValueError(msg)

@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
-from annbatch_dask.formatting import plural
+from annbatch_dask.formatting import first_few, plural
 from annbatch_dask.manifest import NamingRecord
 from annbatch_dask.plan.schema import SourceSchema
 
@@ -190,7 +190,7 @@ def _refuse_met(source: SourceSchema, frame: str, names: NDArray[np.object_], we
         gene, which = next(iter(met.items()))
         where = "" if frame == "var" else " of raw"
         msg = (
-            f"{source.path}: {len(names):,} genes{where} get {len(set(names)):,} names: {_some(which)} all become "
+            f"{source.path}: {len(names):,} genes{where} get {len(set(names)):,} names: {first_few(which)} all become "
             f"{gene}; give on_duplicate_gene='sum' to add them up, or 'first' to keep the first, or correct the names"
         )
         raise SchemaError(msg)
@@ -203,10 +203,6 @@ def _met(names: NDArray[np.object_], were: NDArray[np.object_]) -> dict[str, tup
     for name, was in zip(names[again], were[again], strict=True):
         out.setdefault(name, []).append(was)
     return {name: tuple(which) for name, which in out.items()}
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")  # noqa: PLR2004
 
 
 def original_names(

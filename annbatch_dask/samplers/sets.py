@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from annbatch_dask.errors import SelectionError
+from annbatch_dask.formatting import first_few
 from annbatch_dask.order.epoch import Epoch
 from annbatch_dask.order.keys import Key, Shuffled, generator
 from annbatch_dask.order.rows import Blocks
@@ -145,8 +146,7 @@ class CellSets(SeededSampler):
         n_each = np.bincount(codes[rows], minlength=len(names))
         is_small = (n_each > 0) & (n_each < n_least)
         if is_small.any() and small == "error":
-            first = np.flatnonzero(is_small)[:5].tolist()
-            some = ", ".join(f"{names[g]!r} ({n_each[g]})" for g in first) + (", ..." if is_small.sum() > 5 else "")
+            some = first_few(f"{names[g]!r} ({n_each[g]})" for g in np.flatnonzero(is_small).tolist())
             msg = (
                 f"{int(is_small.sum())} of {int((n_each > 0).sum())} groups have fewer than {n_least} cells: {some}; "
                 "leave them out with small='drop', or, where cells may stand in a set many times, with min_cells=1 let "

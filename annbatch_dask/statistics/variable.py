@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import CollectionError, MissingPackageError
 from annbatch_dask.etl.prepare import dataset_refs
 from annbatch_dask.etl.stats import GeneSums
+from annbatch_dask.formatting import first_few
 from annbatch_dask.kernels.gene_sums import SUMS, add_clipped
 from annbatch_dask.lazy.blocks import lazy_matrix
 from annbatch_dask.lazy.view import View
@@ -75,7 +76,7 @@ def _check_finite(root: Root, found: GeneSums, genes: pd.Index, flavor: Flavor) 
     places = [SUMS.index(f"{_KINDS[flavor]}{name}") for name in ("sum", "sum_of_squares")]
     bad = np.flatnonzero(~np.isfinite(found.sums[:, :, places]).all(axis=(0, 2)))
     if len(bad):
-        shown = ", ".join(map(repr, genes[bad[:3]])) + (", ..." if len(bad) > 3 else "")  # noqa: PLR2004 - names
+        shown = first_few(map(repr, genes[bad]))
         msg = (
             f"{root.path}: {len(bad):,} of {len(genes):,} genes have no mean or variance ({shown}), as X has NaN, "
             "infinite or negative values in cells that have them; mend X in load_adata, or leave out cells or genes"

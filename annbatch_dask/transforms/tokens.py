@@ -11,12 +11,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
+from annbatch_dask.formatting import first_few
 from annbatch_dask.transforms.vocabulary import GeneTable, read_medians, read_vocabulary
 
 __all__ = ["BinnedExpression", "RankTokens", "Tokens"]
 
 Ints = NDArray[np.int32]
-_N_NAMED = 5
 
 
 class Tokens:
@@ -92,8 +92,7 @@ class Tokens:
         return found
 
     def _refuse(self, lacking: Sequence[str], names: Sequence[str], what: str) -> None:
-        some = ", ".join(map(repr, lacking[:_N_NAMED])) + (", ..." if len(lacking) > _N_NAMED else "")
-        msg = f"{len(lacking):,} of {len(names):,} genes are not in the {what}: {some}; "
+        msg = f"{len(lacking):,} of {len(names):,} genes are not in the {what}: {first_few(map(repr, lacking))}; "
         if len(lacking) < len(names):
             msg += "leave them out with missing='drop', choose others with Loader(var_names=...), or add them to it"
         else:
