@@ -41,14 +41,15 @@ class CSRContainer:
 
 
 def split_given_size(a: NDArray[Any], size: int, *, copy: bool = False) -> list[NDArray[Any]]:
-    """An array in pieces of ``size``, the last one maybe shorter; views, unless ``copy``.
+    """An array in pieces of ``size``, the last one maybe shorter; at least one. Views, unless ``copy``.
 
     Examples
     --------
     >>> [len(piece) for piece in utils.split_given_size(np.arange(10), 4)]
     [4, 4, 2]
     """
-    return [piece.copy() if copy else piece for piece in cut(a, size)]
+    pieces = cut(np.asarray(a), size) or [np.asarray(a)]
+    return [piece.copy() if copy else piece for piece in pieces]
 
 
 def check_lt_1(vals: Sequence[float], obs: Sequence[str]) -> None:

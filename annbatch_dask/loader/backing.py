@@ -175,7 +175,7 @@ def make_source(
     if isinstance(dataset, zarr.Array):
         return ZarrArraySource(dataset, cache, listing, recorded)
     if isinstance(dataset, np.ndarray):
-        return ArraySource(dataset)
+        return ArraySource(np.asarray(dataset))
     return CsrSource(dataset)
 
 

@@ -70,7 +70,7 @@ class SeededSampler(Sampler):
 
     @seed.setter
     def seed(self, value: int) -> None:
-        self._seed, self.epoch_counter.seed = value, None
+        self._seed, self.epoch_counter.seed = int(value), None
         self._seed_is_given = self._seed_is_number = True
 
     def restore_seed(self, seed: int) -> None:
@@ -120,10 +120,15 @@ class RunSampler(SeededSampler):
     def __init__(
         self, chunk_size: int, preload_nchunks: int, batch_size: int, *, drop_last: bool, mask: slice | None
     ) -> None:
-        _check_window(chunk_size, preload_nchunks, batch_size)
-        self._chunk_size = chunk_size
-        self._preload_nchunks = preload_nchunks
-        self._batch_size = batch_size
+        for name, size in (
+            ("chunk_size", chunk_size),
+            ("preload_nchunks", preload_nchunks),
+            ("batch_size", batch_size),
+        ):
+            check_positive(name, size)
+        # Of numpy's integers some overflow, and saved states spell them otherwise.
+        self._chunk_size, self._preload_nchunks, self._batch_size = map(int, (chunk_size, preload_nchunks, batch_size))
+        _check_batch_size(self._batch_size, self.window)
         self._drop_last = drop_last
         self._mask = check_mask(slice(0, None) if mask is None else mask)
         self._epochs = self.epoch_counter  # before any worker is started
@@ -192,11 +197,8 @@ def resolve_mask(mask: slice, n_obs: int) -> tuple[int, int]:
     return start, stop
 
 
-def _check_window(chunk_size: int, preload_nchunks: int, batch_size: int) -> None:
-    """ValueError unless a window of ``preload_nchunks`` chunks is a whole number of batches."""
-    for name, value in (("chunk_size", chunk_size), ("preload_nchunks", preload_nchunks), ("batch_size", batch_size)):
-        check_positive(name, value)
-    window = chunk_size * preload_nchunks
+def _check_batch_size(batch_size: int, window: int) -> None:
+    """ValueError unless a window is a whole number of batches."""
     if batch_size > window:
         msg = f"batch_size cannot exceed chunk_size * preload_nchunks: {batch_size} > {window}; raise preload_nchunks"
         raise ValueError(msg)

@@ -125,7 +125,7 @@ class ClassSampler(RunSampler):
         check_positive("num_samples", num_samples)
         self._codes, self._labels = _check_classes(classes)
         self._weights = _check_weights(class_weights, len(self._labels))
-        self._num_samples = num_samples
+        self._num_samples = int(num_samples)
         self._n_open = 0
         self._mask = self._resolved(self._mask)
         self._runs = self._find_runs()

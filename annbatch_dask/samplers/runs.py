@@ -73,7 +73,7 @@ class RandomSampler(RunSampler):
         check_positive("num_samples", num_samples)
         self.take_seed(seed, rng)
         self._replacement = replacement
-        self._num_samples = num_samples
+        self._num_samples = None if num_samples is None else int(num_samples)
 
     @property
     def shuffle(self) -> bool:

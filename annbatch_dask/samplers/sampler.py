@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,15 @@ def check_mask(mask: slice) -> slice:
     if mask.step not in (None, 1):
         msg = f"mask.step must be 1, but got {mask.step}"
         raise ValueError(msg)
-    start = 0 if mask.start is None else mask.start
+    start = 0 if mask.start is None else index(mask.start)
+    stop = None if mask.stop is None else index(mask.stop)
     if start < 0:
         msg = f"mask.start must be >= 0, but got {start}"
         raise ValueError(msg)
-    if mask.stop is not None and start >= mask.stop:
-        msg = f"mask.start must be < mask.stop, but got {start} and {mask.stop}"
+    if stop is not None and start >= stop:
+        msg = f"mask.start must be < mask.stop, but got {start} and {stop}"
         raise ValueError(msg)
-    return slice(start, mask.stop)
+    return slice(start, stop)
 
 
 class Sampler(ABC):

@@ -115,8 +115,8 @@ class CellSets(SeededSampler):
         if (is_control is None) != (match is None):
             msg = "is_control says which cells are controls, and match which of them are a cell's: give both, or none"
             raise ValueError(msg)
-        self._set_size, self._chunk_size, self._drop_last = set_size, chunk_size, drop_last
-        self._sets_per_batch, self._fills = sets_per_batch, short == "fill"
+        self._set_size, self._chunk_size, self._sets_per_batch = map(int, (set_size, chunk_size, sets_per_batch))
+        self._drop_last, self._fills = drop_last, short == "fill"
         self._controls = None if is_control is None else Controls.of(is_control, match)
         self._preload_nsets = self._checked_preload(preload_nsets)
         codes, names = number_groups(groups)
@@ -138,7 +138,7 @@ class CellSets(SeededSampler):
                 f"{preload_nsets % self._sets_per_batch}"
             )
             raise ValueError(msg)
-        return preload_nsets
+        return int(preload_nsets)
 
     def _take_groups(self, codes: Ints, names: Any, n_least: int, small: str) -> None:
         """Sort the cells by group; SelectionError if there are groups of too few."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from operator import index
 from typing import Any, Self
 
 import numpy as np
@@ -67,8 +68,8 @@ class StrategySampler(SeededSampler):
         seed: Seed | None = None,
     ) -> None:
         self._strategy = strategy
-        self._batch_size = batch_size
-        self._fetch_size = batch_size * fetch_factor
+        self._batch_size = index(batch_size)
+        self._fetch_size = self._batch_size * index(fetch_factor)
         self._drop_last = drop_last
         self.lent = Lent()
         self.take_seed(seed, rng)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -108,9 +109,9 @@ class scDataset(Resumable, IterableDataset):  # noqa: N801 - scDataset's name
                 raise ValueError(msg)
         self.collection = data_collection
         self.strategy = strategy
-        self.batch_size = batch_size
-        self.fetch_factor = fetch_factor
-        self.fetch_size = batch_size * fetch_factor
+        self.batch_size = index(batch_size)
+        self.fetch_factor = index(fetch_factor)
+        self.fetch_size = self.batch_size * self.fetch_factor
         self.drop_last = drop_last
         self.fetch_callback = fetch_callback
         self.fetch_transform = fetch_transform
@@ -120,7 +121,9 @@ class scDataset(Resumable, IterableDataset):  # noqa: N801 - scDataset's name
             strategy._check_range(self._n_obs())  # noqa: SLF001
         self.rank, self.world_size = _resolve_ranks(rank, world_size)
         self.sort_before_fetch = True
-        sampler = StrategySampler(strategy, batch_size, fetch_factor, drop_last=drop_last, rng=np.random.default_rng(0))
+        sampler = StrategySampler(
+            strategy, self.batch_size, self.fetch_factor, drop_last=drop_last, rng=np.random.default_rng(0)
+        )
         sampler.seed = _agree_on_seed(self.world_size) if seed is None else resolve_seed(seed)
         self._base_seed = sampler.seed
         self._lent = sampler.lent

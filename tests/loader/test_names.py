@@ -76,6 +76,8 @@ def test_pieces_of_a_size():
     assert [v.tolist() for v in views] == [c.tolist() for c in copies] == [[0, 1, 2], [3, 4, 5], [6]]
     assert views[0].base is whole
     assert copies[0].base is None
+    of_nothing, of_a_list = utils.split_given_size(whole[:0], 3), utils.split_given_size([4, 5], 1)
+    assert [piece.tolist() for piece in (*of_nothing, *of_a_list)] == [[], [4], [5]]
 
 
 def test_what_scvi_tools_reaches_for():

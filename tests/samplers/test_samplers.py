@@ -7,11 +7,12 @@ import types
 from itertools import zip_longest
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from annbatch_dask.samplers import RandomSampler, SequentialSampler
+from annbatch_dask.samplers import CellSets, ClassSampler, RandomSampler, SequentialSampler, WeightedClassSampler
 from tests.samplers.tools import Minimal, batches, rng, rows
 
 
@@ -245,3 +246,28 @@ def test_validated_first_and_closed_at_once():
     assert sampler.events == ["validate", "start"]
     requests.close()
     assert sampler.events == ["validate", "start", "end"]
+
+
+CLASSES = pd.Categorical(np.repeat(["a", "b"], 45))
+
+
+@pytest.mark.parametrize("number", [np.int64, np.uint8, np.int8])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: RandomSampler(n(5), n(40), n(10), mask=slice(n(3), n(80)), seed=1),
+        lambda n: RandomSampler(n(5), n(4), n(10), num_samples=n(30), seed=1),
+        lambda n: RandomSampler(n(5), n(4), n(10), num_samples=n(100), replacement=True, seed=n(1)),
+        lambda n: SequentialSampler(n(5), n(40), n(10), mask=slice(None, n(80))),
+        lambda n: ClassSampler(n(5), n(4), n(10), classes=CLASSES, num_samples=n(100), seed=1),
+        lambda n: WeightedClassSampler(n(5), n(4), n(10), classes=CLASSES, num_samples=n(100), seed=1),
+        lambda n: CellSets(n(5), n(4), groups=CLASSES, preload_nsets=n(8), seed=1),
+    ],
+)
+def test_sizes_may_be_integers_of_numpys(make, number):
+    """Whatever they can hold: the same batches, and states that either can resume from."""
+    plain, numpys = make(int), make(number)
+    assert [b.tolist() for b in batches(numpys, 90)] == [b.tolist() for b in batches(plain, 90)]
+    assert repr(numpys.n_batches(90)) == repr(plain.n_batches(90))
+    identities = [repr(sampler.state_identity()) for sampler in (plain, numpys)]
+    assert identities[0] == identities[1]
