@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from annbatch_dask.engines.choose import choose_engine
@@ -67,6 +68,8 @@ class MaintainedCollection(StoredCollection):
         ------
         CollectionError
             If there is nothing to verify, or an input is none of the collection's.
+        CollectionChangedError
+            If others replaced or removed datasets since the collection was opened, so that these cannot be read.
         """
         manifest = self.manifest
         if self.is_empty or manifest is None:
@@ -75,7 +78,11 @@ class MaintainedCollection(StoredCollection):
         refs = () if against is None else references(against, load_adata, storage_options)
         callback = Callbacks([*default_callbacks(progress=progress), *(callbacks or ())])
         root, scanner = self._root, choose_engine(client, None).scanner
-        return verify(root.target, manifest, refs, engine=scanner, callback=callback, document=root.document)
+        with closing(root.lease()), root.explained():
+            found = verify(root.target, manifest, refs, engine=scanner, callback=callback, document=root.document)
+        if found.problems:
+            root.check_as_opened()
+        return found
 
     def gc(
         self,

@@ -336,13 +336,19 @@ class StoredCollection(WithStatistics):
             With the name of a file that is not as it was written, and that no edit explains.
         CollectionError
             If a dataset was edited, and has another number of rows.
+        CollectionChangedError
+            If others replaced or removed datasets since the collection was opened.
         """
         manifest = self.manifest
         if manifest is None or not self._root.has_folder:
             return {}
-        reads = None if obs_columns is None else self._reads(obs_columns)
-        document = METADATA if self._root.pinned is None else self._root.document
-        return check_readable(self._root.target, manifest, reads, document)
+        with self._root.explained():
+            reads = None if obs_columns is None else self._reads(obs_columns)
+            document = METADATA if self._root.pinned is None else self._root.document
+            edited = check_readable(self._root.target, manifest, reads, document)
+        if edited:  # or it is another collection's
+            self._root.check_as_opened()
+        return edited
 
     def _reads(self, obs_columns: Sequence[str]) -> Callable[[str], bool]:
         """True if a loader of these columns reads a file whole, by its path within a dataset.

@@ -237,8 +237,8 @@ class Root:
 
     def refresh(self) -> None:
         """See what other processes published since this object was made."""
-        if not self.replaces and self.target.version(METADATA) is not None:
-            self.group = _root_group(self.target, "r+")
+        if not self.replaces and (group := _root_group(self.target, "r+")) is not None:
+            self.group = group
 
     # --- as it was opened
 
@@ -305,12 +305,21 @@ class Root:
     @contextlib.contextmanager
     def as_opened(self) -> Iterator[None]:
         """Raise CollectionChangedError if the collection is replaced while the block reads it."""
+        with self.explained():
+            yield
+        self.check_as_opened()
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Raise CollectionChangedError in place of an error of the block, if the collection was replaced by then.
+
+        That is enough for a block that compares all it reads with what the manifest says.
+        """
         try:
             yield
         except Exception:
             self.check_as_opened()
             raise
-        self.check_as_opened()
 
 
 class H5adRoot(Root):
@@ -355,10 +364,15 @@ class H5adRoot(Root):
             (self.target / name).remove()
 
 
-def _root_group(folder: Folder, mode: Literal["r", "r+"]) -> zarr.Group:
+def _root_group(folder: Folder, mode: Literal["r", "r+"]) -> zarr.Group | None:
+    """The group at a path; None where there is no document, or none any more."""
+    if folder.version(METADATA) is None:
+        return None
     try:
         return zarr.open_group(folder.zarr_store(), mode=mode, zarr_format=3)
-    except (ValueError, KeyError, TypeError) as e:  # zarr's, of a document that is no JSON, or lacks what it needs
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as e:  # of no JSON, or of one that lacks what it needs
+        if folder.version(METADATA) is None:
+            return None
         raise damaged_document(f"{folder.url}/{METADATA}", e) from e
 
 
@@ -375,12 +389,12 @@ def open_group(folder: Folder, mode: str) -> zarr.Group | None:
     if mode not in ("r", "r+", "a", "w", "w-"):
         msg = f"mode is {mode!r}; it must be one of 'r', 'r+', 'a', 'w', 'w-'"
         raise ValueError(msg)
-    if folder.version(METADATA) is None:
+    group = _root_group(folder, "r" if mode == "r" else "r+")
+    if group is None:
         if folder.fs.isfile(folder.path):
             msg = f"{folder.url} is a file, not a collection; give another path"
             raise CollectionError(msg)
         return None
-    group = _root_group(folder, "r" if mode == "r" else "r+")
     encoding = group.attrs.get("encoding-type")
     if encoding != ANNBATCH_ENCODING["encoding-type"] and (encoding or any(True for _ in group.keys())):
         msg = f"{folder.url} exists and is not a collection but {encoding or 'another zarr group'}; give another path"

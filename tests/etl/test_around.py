@@ -9,9 +9,10 @@ import dask
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 
 from annbatch_dask import DatasetCollection, Loader
-from annbatch_dask.errors import IntegrityError, SourceError, SourceNotFoundError
+from annbatch_dask.errors import CollectionError, IntegrityError, SourceError, SourceNotFoundError
 from annbatch_dask.testing import make_adata
 
 GENES = [f"g{i}" for i in range(20)]
@@ -82,6 +83,19 @@ def test_a_root_document_that_was_copied_in_part_is_named(built, tmp_path, left)
     for use in uses:
         with pytest.raises(IntegrityError, match=r"zarr\.json is damaged or was copied in part"):
             use()
+
+
+@pytest.mark.usefixtures("built")
+def test_a_collection_that_is_removed_while_it_is_opened_is_not_called_damaged(tmp_path, monkeypatch):
+    opened = zarr.open_group
+
+    def remove_and_open(*args, **options):
+        shutil.rmtree(tmp_path / "c.zarr")
+        return opened(*args, **options)
+
+    monkeypatch.setattr(zarr, "open_group", remove_and_open)
+    with pytest.raises(CollectionError, match="there is no collection at"):
+        DatasetCollection(tmp_path / "c.zarr", mode="r")
 
 
 def test_a_dataset_that_somebody_removed_is_named(built, tmp_path, file):

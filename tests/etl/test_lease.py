@@ -1,6 +1,7 @@
 """A loader that is open while its collection is extended goes on reading what it opened."""
 
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 
 from annbatch_dask import DatasetCollection, Loader
-from annbatch_dask.errors import CollectionError
+from annbatch_dask.errors import CollectionChangedError, CollectionError
 from annbatch_dask.testing import make_adata
+from tests.tools import At
 
 HOLDER = """
 import sys
@@ -121,3 +123,32 @@ def test_a_collection_that_changed_since_it_was_opened_is_refused(opened):
     said = "was changed since it was opened: .*dataset_0 among them, were replaced or removed; open it again"
     with pytest.raises(CollectionError, match=said):
         Loader(batch_size=10, chunk_size=5, preload_nchunks=4).use_collection(old)
+
+
+@pytest.mark.parametrize("look", [DatasetCollection.verify, DatasetCollection.check])
+def test_what_was_replaced_is_not_called_damaged(opened, look):
+    collection, paths = opened
+    old = DatasetCollection(collection.path, mode="r")
+    extend(collection, paths[1])
+    with pytest.raises(CollectionChangedError, match="was changed since it was opened"):
+        look(old)
+
+
+def test_verify_ends_as_it_began(opened):
+    collection, paths = opened
+    beside = At("verify", 1, lambda: extend(collection, paths[1]))
+    with dask.config.set(scheduler="synchronous"):
+        assert DatasetCollection(collection.path).verify(callbacks=[beside]).ok
+    assert DatasetCollection(collection.path).n_obs == 400
+
+
+def test_verify_does_not_call_a_rebuilt_collection_damaged(opened):
+    collection, paths = opened
+
+    def rebuild():
+        shutil.rmtree(collection.path)
+        extend(collection, paths[1], dataset_size=70)
+
+    with dask.config.set(scheduler="synchronous"), pytest.raises(CollectionChangedError, match="open it again"):
+        DatasetCollection(collection.path).verify(callbacks=[At("verify", 1, rebuild)])
+    assert DatasetCollection(collection.path).verify().ok
