@@ -6,6 +6,7 @@ import contextlib
 import socket
 from typing import TYPE_CHECKING
 
+import dask
 import pytest
 from hypothesis import settings
 
@@ -25,6 +26,13 @@ settings.load_profile("project")
 def h5ad_pair(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two small files of different genes; read only."""
     return write_h5ad_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def in_this_process() -> Iterator[None]:
+    """Builds run here, one task after the other, without a cluster."""
+    with dask.config.set(scheduler="synchronous"):
+        yield
 
 
 @pytest.fixture(autouse=True)

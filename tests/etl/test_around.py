@@ -5,7 +5,6 @@ import shutil
 import threading
 
 import anndata as ad
-import dask
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,13 +14,9 @@ from annbatch_dask import DatasetCollection, Loader
 from annbatch_dask.errors import CollectionError, IntegrityError, SourceError, SourceNotFoundError
 from annbatch_dask.testing import make_adata
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 GENES = [f"g{i}" for i in range(20)]
-
-
-@pytest.fixture(autouse=True)
-def synchronous():
-    with dask.config.set(scheduler="synchronous"):
-        yield
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Bad input fails before any work, with a message that says what to do, and touches nothing."""
 
 import anndata as ad
-import dask
 import h5py
 import numpy as np
 import pandas as pd
@@ -20,11 +19,7 @@ from annbatch_dask.errors import (
     SourceNotFoundError,
 )
 
-
-@pytest.fixture(autouse=True)
-def synchronous():
-    with dask.config.set(scheduler="synchronous"):
-        yield
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 @pytest.fixture

@@ -20,13 +20,9 @@ from annbatch_dask.sources.open import SourceRef
 from annbatch_dask.testing import make_adata
 from tests.tools import Counter, tree_digest
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 GENES = [f"g{i}" for i in range(20)]
-
-
-@pytest.fixture(autouse=True)
-def synchronous():
-    with dask.config.set(scheduler="synchronous"):
-        yield
 
 
 def small(n=60, seed=0):

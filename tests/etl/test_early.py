@@ -1,7 +1,6 @@
 """What a build could not write is refused by its plan, before anything is read."""
 
 import anndata as ad
-import dask
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,13 +13,9 @@ from annbatch_dask.errors import LayoutError, SchemaError
 from annbatch_dask.etl.frames import is_plain, write_frames
 from annbatch_dask.testing import make_adata
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 GENES = [f"g{i}" for i in range(12)]
-
-
-@pytest.fixture(autouse=True)
-def synchronous():
-    with dask.config.set(scheduler="synchronous"):
-        yield
 
 
 @pytest.fixture

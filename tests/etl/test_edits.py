@@ -24,16 +24,11 @@ from tests.etl.inputs import dense_x
 GENES = [f"g{i}" for i in range(30)]
 
 pytestmark = [
+    pytest.mark.usefixtures("in_this_process"),
     pytest.mark.filterwarnings("ignore:zarr v3 autosharding", "ignore:Writing zarr v2"),
     pytest.mark.filterwarnings("ignore:Consolidated metadata is currently not part"),
     pytest.mark.filterwarnings("ignore:Adding dataset with dtype"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _synchronous():
-    with dask.config.set(scheduler="synchronous"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Values are in the collection exactly as in the inputs, or the inputs are refused."""
 
 import anndata as ad
-import dask
 import h5py
 import numpy as np
 import pandas as pd
@@ -14,14 +13,10 @@ from annbatch_dask.errors import SchemaError
 from annbatch_dask.testing import make_adata
 from tests.etl.inputs import dense_x
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 GENES = [f"g{i}" for i in range(12)]
 HUGE = 2**60 + 1  # no float64
-
-
-@pytest.fixture(autouse=True)
-def synchronous():
-    with dask.config.set(scheduler="synchronous"):
-        yield
 
 
 def small(n=6, seed=0, **obs):

@@ -27,16 +27,12 @@ from tests.etl.inputs import DTYPES, KINDS, cell, dense_x, matrices, read, write
 from tests.sources.tenx import write_h5, write_mtx
 from tests.tools import tree_digest
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 IDS = [
     *("ENSG00000000003", "ENSG00000000003.15", "ENSG00000000003.4", "ENSG00000182378.15_PAR_Y", "ENSG00000182378.15"),
     *("ENSMUSG00000000001.5", "SYNRG", "AP1GBP1", "NA", "nan", "1", "a/b", " ", "ä", "x.1"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def synchronous():
-    with dask.config.set(scheduler="synchronous"):
-        yield
 
 
 # --- a plain reference -----------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import json
 
 import anndata as ad
-import dask
 import pytest
 
 import annbatch_dask.etl.commit
@@ -12,13 +11,9 @@ from annbatch_dask.errors import CollectionError, IntegrityError
 from annbatch_dask.manifest import Manifest
 from annbatch_dask.testing import make_adata
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 GENES = [f"g{k}" for k in range(8)]
-
-
-@pytest.fixture(autouse=True)
-def _here():
-    with dask.config.set(scheduler="synchronous"):
-        yield
 
 
 @pytest.fixture

@@ -23,11 +23,7 @@ from tests.etl.inputs import adatas, assert_holds, exact_or_refused, expected_x,
 from tests.etl.packed import GENES, assert_same, build, codecs_of, read
 from tests.tools import tree_digest
 
-
-@pytest.fixture(autouse=True)
-def synchronous():
-    with dask.config.set(scheduler="synchronous"):
-        yield
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from functools import partial
 from http.server import ThreadingHTTPServer
 
 import anndata as ad
-import dask
 import numpy as np
 import pytest
 import zarr
@@ -36,13 +35,9 @@ from annbatch_dask.testing import make_adata
 from tests.s3.tools import At, CrashError, crash
 from tests.tools import RangeHandler
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 SECRET = "s3cr3t"
-
-
-@pytest.fixture(autouse=True)
-def synchronous():
-    with dask.config.set(scheduler="synchronous"):
-        yield
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """repack: the same collection in the other layout, whatever interrupts it."""
 
-import dask
 import numpy as np
 import pytest
 
@@ -11,11 +10,7 @@ from annbatch_dask.etl import repack as module
 from annbatch_dask.storage.packed import PACKED
 from tests.etl.packed import assert_same, build, codecs_of, read
 
-
-@pytest.fixture(autouse=True)
-def synchronous():
-    with dask.config.set(scheduler="synchronous"):
-        yield
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 @pytest.fixture

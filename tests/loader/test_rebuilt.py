@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 
 import anndata as ad
-import dask
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -22,13 +21,9 @@ from annbatch_dask.errors import CollectionChangedError
 from annbatch_dask.loader import reading
 from tests.loader.data import quiet
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 N_OBS, N_VARS = 300, 40
-
-
-@pytest.fixture(autouse=True)
-def _here():
-    with dask.config.set(scheduler="synchronous"):
-        yield
 
 
 @pytest.fixture(scope="module")

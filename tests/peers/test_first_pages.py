@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import anndata as ad
-import dask
 import h5py
 import numpy as np
 import pandas as pd
@@ -19,16 +18,11 @@ from annbatch_dask.testing import make_adata
 from tests.loader.data import quiet
 
 pytestmark = [
+    pytest.mark.usefixtures("in_this_process"),
     pytest.mark.filterwarnings("ignore:Consolidated metadata is"),
     pytest.mark.filterwarnings("ignore:Observation names are not unique"),
 ]
 SIZES = (300, 200)
-
-
-@pytest.fixture(autouse=True)
-def _in_this_process():
-    with dask.config.set(scheduler="synchronous"):
-        yield
 
 
 @pytest.fixture(scope="module")

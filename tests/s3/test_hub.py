@@ -1,6 +1,5 @@
 """Files and collections of Hugging Face's Hub are read as those of a disk; a collection is published there whole."""
 
-import dask
 import fsspec
 import numpy as np
 import pytest
@@ -10,14 +9,11 @@ from annbatch_dask.errors import CollectionError
 from tests.s3.hub import REPO, served
 from tests.s3.tools import batches, contents, epoch
 
-pytestmark = pytest.mark.chaos  # whose rule installs the client
+pytestmark = [
+    pytest.mark.chaos,  # whose rule installs the client
+    pytest.mark.usefixtures("in_this_process"),
+]
 URL = f"hf://datasets/{REPO}"
-
-
-@pytest.fixture(autouse=True)
-def synchronous():
-    with dask.config.set(scheduler="synchronous"):
-        yield
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import threading
 from http.server import ThreadingHTTPServer
 
-import dask
 import fsspec
 import numpy as np
 import pytest
@@ -14,11 +13,7 @@ from annbatch_dask.errors import CollectionError, IntegrityError, SourceError, S
 from tests.s3.tools import contents, epoch
 from tests.tools import RangeHandler
 
-
-@pytest.fixture(autouse=True)
-def synchronous():
-    with dask.config.set(scheduler="synchronous"):
-        yield
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 @pytest.fixture

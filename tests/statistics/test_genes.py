@@ -3,7 +3,6 @@
 import logging
 
 import anndata as ad
-import dask
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +12,8 @@ from annbatch_dask.errors import CollectionError, IntegrityError
 from tests.etl.inputs import dense_x
 from tests.statistics.made import adatas, build, joined, write
 from tests.statistics.reference import NAMES, sums_by, sums_of
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +29,6 @@ def stored(tmp_path_factory, paths):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, paths):
     return build(tmp_path_factory.mktemp("plain") / "c.zarr", paths)
-
-
-@pytest.fixture(autouse=True)
-def here():
-    with dask.config.set(scheduler="synchronous"):
-        yield
 
 
 def assert_is(frame, X):
