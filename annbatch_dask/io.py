@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from annbatch_dask.collection import DatasetCollection
 from annbatch_dask.etl.ours import link_name
 from annbatch_dask.manifest import ANNBATCH_ENCODING as V1_ENCODING
 from annbatch_dask.manifest import DATASET_PREFIX
-from annbatch_dask.sizes import parse_nbytes
+from annbatch_dask.sizes import check_positive, parse_nbytes
 
 if TYPE_CHECKING:
     import os
@@ -93,7 +94,7 @@ def write_sharded(  # noqa: PLR0913 - annbatch's arguments
     Raises
     ------
     ValueError
-        If a matrix has no rows.
+        If a matrix has no rows, or ``n_obs_per_chunk`` is below 1.
 
     Examples
     --------
@@ -101,6 +102,7 @@ def write_sharded(  # noqa: PLR0913 - annbatch's arguments
     >>> ad.io.read_zarr("one.zarr").n_obs
     300
     """
+    check_positive("n_obs_per_chunk", n_obs_per_chunk)
     codecs = tuple(compressors)
 
     def write(  # noqa: PLR0913 - anndata's callback
@@ -152,8 +154,8 @@ def _check_rows(name: str, element: Any) -> int:
 
 
 def _shard_rows(row_nbytes: float, shard_size: int | str) -> int:
-    if isinstance(shard_size, int):
-        return shard_size
+    if isinstance(shard_size, Integral):
+        return int(shard_size)
     return int(parse_nbytes("shard_size", shard_size) / max(row_nbytes, 1))
 
 

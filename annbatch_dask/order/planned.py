@@ -67,7 +67,7 @@ def expand(requests: Requests) -> Ints:
 
 def rows_or_runs(requests: Requests) -> tuple[Ints, Ints]:
     """The rows of a request, one by one, or the (n, 3) runs they come in, see ``lay_out``; the other is empty."""
-    if isinstance(requests, np.ndarray):
+    if isinstance(requests, np.ndarray) and requests.dtype != object:  # annbatch's own are arrays of slices
         if requests.ndim != 1 or (requests.dtype.kind not in "iu" and len(requests)):
             msg = (
                 "requests must be slices or a 1-D integer array (of a mask: np.flatnonzero(mask)), got dtype "

@@ -93,6 +93,7 @@ def test_what_is_no_row_or_position_is_refused_and_a_step_is_kept(collection, wh
 
     assert asked([slice(0, 10, 2), slice(100, 102)]) == [0, 2, 4, 6, 8, 100, 101]
     assert asked([slice(0, 10, 2)], [np.array([4, 0])]) == [8, 0]
+    assert asked(np.array([slice(7, 9), slice(100, 101)])) == [7, 8, 100]  # as annbatch's own samplers have them
     mask = np.arange(10) > 7
     for requests, splits, error, message in (
         ([slice(0, 10)], [mask], TypeError, r"a split must be a 1-D integer array.*flatnonzero.*got dtype bool"),

@@ -1,9 +1,12 @@
 """A size is one number wherever it is written."""
 
 import inspect
+import warnings
 
+import anndata as ad
 import numpy as np
 import pytest
+import zarr
 
 from annbatch_dask import DatasetCollection, Loader, write_sharded
 from annbatch_dask.engines.choose import choose_engine
@@ -68,6 +71,17 @@ def test_what_is_no_whole_number_is_refused():
         parse_rows_or_nbytes("dataset_size", 1.5)
     with pytest.raises(LayoutError, match="dataset_size is None; give a number of cells"):
         parse_rows_or_nbytes("dataset_size", None)
+
+
+@pytest.mark.parametrize("shard_size", [100, np.int64(100)])
+def test_write_sharded_takes_whole_numbers_of_rows(shard_size):
+    group = zarr.open_group(zarr.storage.MemoryStore(), mode="w", use_consolidated=False)
+    adata = ad.AnnData(np.zeros((300, 2), np.float32))
+    with pytest.raises(ValueError, match="n_obs_per_chunk must be 1 or more"):
+        write_sharded(group, adata, n_obs_per_chunk=0)
+    with warnings.catch_warnings(action="ignore"):  # of consolidated metadata
+        write_sharded(group, adata, n_obs_per_chunk=50, shard_size=shard_size)
+    assert group["X"].shards == (100, 2)
 
 
 def test_what_is_no_collection_or_state_is_refused():
