@@ -231,7 +231,7 @@ class DatasetCollection(MaintainedCollection):
             (awkward arrays) must be excluded.
         counts
             The matrix of the inputs that becomes X: ``"X"`` (default), ``"raw/X"`` or ``"layers/<key>"``, for all of
-            them, or by path for some.
+            them, or by path or pattern of paths for some (the first that fits).
         mode
             How a collection that holds cells is extended. ``"extend"`` (default) distributes the new cells over its
             datasets, in proportion to their sizes and at random positions; the number of datasets stays. ``"append"``
@@ -399,7 +399,7 @@ class DatasetCollection(MaintainedCollection):
         Parameters
         ----------
         path, storage_options
-            Where to, as for the class. Nothing may be there yet.
+            Where to, as for the class. Nothing may be there yet but what this call has written before.
         layout
             ``"packed"`` or ``"open"``, see :meth:`add_adatas`.
 

@@ -1,14 +1,26 @@
-"""Warnings that point at the line of the user's program."""
+"""Warnings that point at the line of the user's program, and some that are not heard."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["warn"]
+__all__ = ["muted", "warn"]
 
 _PACKAGE = str(Path(__file__).parent)
+_turn = threading.Lock()
+
+
+@contextlib.contextmanager
+def muted(pattern: str = "") -> Iterator[None]:
+    """Ignore warnings that begin so, one thread after another: filters are the process's, and each restores them."""
+    with _turn, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", pattern)
+        yield
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

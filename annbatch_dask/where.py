@@ -23,7 +23,7 @@ from annbatch_dask.errors import SelectionError
 __all__ = ["GRAMMAR", "Condition"]
 
 GRAMMAR = (
-    "columns (`in backticks` where a name has spaces), numbers, 'texts', True and False; "
+    "columns (`in backticks` where a name has spaces or dots), numbers, 'texts', True and False; "
     "== != < <= > >=, also chained; in and not in [...]; and & or | not ~ ( ); + - * / // %; "
     "column.isna() and .notna(), .isin([...]), .str.contains('...'), .str.startswith('...') and .str.endswith('...')"
 )

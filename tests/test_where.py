@@ -170,6 +170,7 @@ REFUSED = [
     ("", "cannot be read"),
     ("whole +", "cannot be read"),
     ("whole > 1; flag", "cannot be read"),
+    ("percent.mt < 5", "'percent.mt' is refused"),
     ("whole > 1\x00", "cannot be read"),
     ("(" * 5000 + "flag" + ")" * 5000, "cannot be read"),
     ("~" * 60 + "flag", "nested more than 50 deep"),
@@ -181,7 +182,7 @@ def test_what_is_no_condition_is_refused_before_a_column_is_read(text, message):
     with pytest.raises(SelectionError, match=message) as caught:
         Condition.parse(text)
     if "nested" not in message:
-        assert "it may hold columns (`in backticks`" in str(caught.value)
+        assert "it may hold columns (`in backticks` where a name has spaces or dots)" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -69,13 +69,13 @@ def layout_of(args: argparse.Namespace) -> dict[str, Any]:
         "merge": args.merge,
         "groupby": args.groupby,
         "elements": args.elements,
-        "counts": args.counts,
+        "counts": _by_pattern("--counts", args.counts) or "X",
         "allow_mixed_counts": args.allow_mixed_counts,
         "layout": args.layout,
         "gene_order": args.gene_order,
         "where": args.where,
         "qc": _qc(args),
-        "var_key": _keys(args.var_key),
+        "var_key": _by_pattern("--var-key", args.var_key),
         "gene_map": args.gene_map,
         "strip_versions": args.strip_versions,
         "on_duplicate_gene": args.on_duplicate_gene,
@@ -95,17 +95,17 @@ def _qc(args: argparse.Namespace) -> dict[str, Any] | None:
     return found if any(v not in (None, False, {}) for v in found.values()) else None
 
 
-def _keys(given: list[str] | None) -> str | dict[str, str] | None:
-    """Read ``COLUMN``, or ``PATTERN=COLUMN`` several times."""
+def _by_pattern(option: str, given: list[str] | None) -> str | dict[str, str] | None:
+    """Read ``NAME``, or ``PATTERN=NAME`` several times."""
     if given is None:
         return None
     pairs = [text.rpartition("=") for text in given]
     if len(given) == 1 and not pairs[0][1]:
         return given[0]
     if wrong := [text for text, (_, sign, _) in zip(given, pairs, strict=True) if not sign]:
-        msg = f"--var-key {wrong[0]}: give one column for all files, or PATTERN=COLUMN for each kind of them"
+        msg = f"{option} {wrong[0]}: give one name for all files, or PATTERN=NAME for each kind of them"
         raise AnnbatchDaskError(msg)
-    return {pattern: column for pattern, _, column in pairs}
+    return {pattern: name for pattern, _, name in pairs}
 
 
 def _read_names(path: Path) -> list[str]:

@@ -130,7 +130,10 @@ def add_layout_options(parser: argparse.ArgumentParser) -> None:
         help="carry only these: layers/counts,obsm,obs; or all except these: --elements=-raw,-obsm/X_umap",
     )
     parser.add_argument(
-        "--counts", default="X", metavar="NAME", help="the matrix that becomes X: X, raw/X or layers/<key> (default: X)"
+        "--counts",
+        action="append",
+        metavar="[PATTERN=]NAME",
+        help="the matrix that becomes X: X (default), raw/X, layers/<key>; for some files by a pattern of their paths",
     )
     parser.add_argument(
         "--allow-mixed-counts",
@@ -239,8 +242,8 @@ def _pair(text: str) -> tuple[str, str]:
 
 def positive(text: str) -> int:
     """Read a number of 1 or more."""
-    value = int(text.replace("_", ""))
-    if value < 1:
-        msg = f"must be 1 or more, not {value}"
+    plain = text.replace("_", "")
+    if not plain.isdecimal() or int(plain) < 1:
+        msg = f"must be a whole number, 1 or more, not {text}"
         raise argparse.ArgumentTypeError(msg)
-    return value
+    return int(plain)

@@ -20,6 +20,7 @@ from typing import Any
 import dask
 import psutil
 from distributed import Client, Scheduler, SpecCluster
+from distributed.comm import parse_address, parse_host_port
 from distributed.deploy.subprocess import SubprocessWorker
 from distributed.http.utils import get_handlers
 from distributed.utils import silence_logging_cmgr
@@ -42,6 +43,7 @@ def connect(address: str) -> Iterator[Client]:
         If no scheduler answers.
     """
     try:
+        parse_host_port(parse_address(address)[1])  # a client of what is no address would be waited for when it is gone
         client = Client(address, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
     except (OSError, TimeoutError, ValueError) as e:
         msg = f"no Dask scheduler answers at {address} ({e}); start one with `dask scheduler`, or check the address"

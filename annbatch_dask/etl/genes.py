@@ -27,7 +27,7 @@ from annbatch_dask.errors import (
 from annbatch_dask.etl.log import log_folder
 from annbatch_dask.formatting import plural
 from annbatch_dask.manifest import Manifest, NamingRecord
-from annbatch_dask.plan.naming import Naming, fits, key_of, strip_version
+from annbatch_dask.plan.naming import Naming, first_fit, fits, strip_version
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import SourceSchema
 from annbatch_dask.sources.open import SourceRef
@@ -240,14 +240,16 @@ def _check_key(
     target: Folder, manifest: Manifest, rules: NamingRecord, asked: AskedNames, refs: Sequence[SourceRef]
 ) -> None:
     """Refuse inputs whose genes would be named by a column that no input of the collection was named by."""
-    known = {key_of(() if b.naming is None else b.naming.var_key, path) for b in manifest.builds for path in b.sources}
+    known = {
+        first_fit(() if b.naming is None else b.naming.var_key, path) for b in manifest.builds for path in b.sources
+    }
     pairs = rules.var_key if asked.var_key is None else asked.var_key
     for ref in refs:
-        if (key := key_of(pairs, ref.label)) not in known:
-            remedy = "leave var_key out" if asked.var_key is not None else "give var_key for it"
+        if (key := first_fit(pairs, ref.label)) not in known:
             msg = (
                 f"{target.url} has its genes by {_key_words(sorted(known))}, and those of {ref.label} would be named "
-                f"by {_key_words([key])}; {remedy}, or give it such a column in load_adata"
+                f"by {_key_words([key])}; name them so with var_key, give it such a column in load_adata, or build a "
+                "new collection of all inputs, with var_key by path"
             )
             raise SchemaError(msg)
 
@@ -274,7 +276,7 @@ def keyed(refs: Sequence[SourceRef], naming: Naming) -> tuple[SourceRef, ...]:
     """Inputs with the column that names their genes."""
     if naming.is_plain:
         return tuple(refs)
-    return tuple(r if r.is_dataset else replace(r, var_key=key_of(naming.var_key, r.label)) for r in refs)
+    return tuple(r if r.is_dataset else replace(r, var_key=first_fit(naming.var_key, r.label)) for r in refs)
 
 
 def check_versions(schemas: Sequence[SourceSchema], naming: Naming) -> None:

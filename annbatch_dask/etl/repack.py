@@ -29,7 +29,7 @@ from annbatch_dask.storage.checksums import FileSums, checksum_of
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.lock import exclusive
 from annbatch_dask.storage.metadata import FILES, METADATA, group_document, is_metadata, nodes_of
-from annbatch_dask.storage.root import Root
+from annbatch_dask.storage.root import Root, open_group
 from annbatch_dask.storage.shards import ShardWriter
 
 __all__ = ["repack"]
@@ -50,7 +50,7 @@ def repack(root: Root, target: Folder, layout: str) -> None:
     Parameters
     ----------
     target
-        Where nothing is yet, but perhaps what such a call left.
+        Where nothing is yet, but perhaps what such a call left, or wrote to the end.
 
     Raises
     ------
@@ -70,7 +70,18 @@ def repack(root: Root, target: Folder, layout: str) -> None:
         msg = f"{root.path} {why}; there is nothing to repack"
         raise CollectionError(msg)
     with root.as_opened(), exclusive(target):
-        _repack(root.target, manifest, target, layout, root.other_attributes)
+        if _is_done(target, manifest, layout):
+            logger.info("%s is %s at %s already", root.path, layout, target.url)
+        else:
+            _repack(root.target, manifest, target, layout, root.other_attributes)
+
+
+def _is_done(target: Folder, manifest: Manifest, layout: str) -> bool:
+    """True if an earlier call has published the same cells, in the same order, in this layout."""
+    if target.version(METADATA) is None:
+        return False
+    there = Root(open_group(target, "r"), target).manifest
+    return there is not None and (there.identity, there.layout) == (manifest.identity, layout)
 
 
 def _repack(source: Folder, manifest: Manifest, target: Folder, layout: str, attributes: dict[str, Any]) -> None:

@@ -79,7 +79,8 @@ def concat_lazy(
     label
         Name of a categorical column of obs that says which file a row is from; None (default) adds none.
     counts
-        The matrix that becomes X: ``"X"`` (default), ``"raw/X"`` or ``"layers/<key>"``, for all files or by path.
+        The matrix that becomes X: ``"X"`` (default), ``"raw/X"`` or ``"layers/<key>"``, for all files, or by path
+        or pattern of paths.
     load_annotation_index
         Read the obs names, as in :func:`anndata.experimental.read_lazy`. False leaves them in the files, and numbers
         stand in their place until the view is in memory: opening takes a moment, whatever the number of rows.

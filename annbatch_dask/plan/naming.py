@@ -23,7 +23,7 @@ __all__ = [
     "Naming",
     "check_named",
     "fits",
-    "key_of",
+    "first_fit",
     "name_genes",
     "naming_record",
     "original_names",
@@ -72,15 +72,15 @@ def without_versions(gene_map: Mapping[str, str]) -> dict[str, str]:
     return out
 
 
-def key_of(pairs: Sequence[tuple[str, str]], label: str) -> str:
-    """The var column by which an input's genes are joined; ``""`` for the index.
+def first_fit(pairs: Sequence[tuple[str, str]], label: str) -> str:
+    """What is said of an input by paths or patterns of paths, such as the var column that names its genes; or ``""``.
 
-    ``pairs``: paths or patterns, and columns; a path counts before patterns, and of these the first that fits.
+    A path counts before patterns, and of these the first that fits.
     """
     exact = dict(reversed(pairs))
     if label in exact:
         return exact[label]
-    return next((column for pattern, column in pairs if fits(pattern, label)), "")
+    return next((said for pattern, said in pairs if fits(pattern, label)), "")
 
 
 def fits(pattern: str, label: str) -> bool:

@@ -288,7 +288,10 @@ def _check_classes(classes: Any) -> tuple[NDArray[np.integer[Any]], list[Any]]:
         raise TypeError(msg)
     codes = np.asarray(classes.codes)
     if (codes < 0).any():
-        msg = f"classes must not have NA values, {int((codes < 0).sum())} of {len(codes)} rows have"
+        msg = (
+            f"classes must not have NA values, {int((codes < 0).sum())} of {len(codes)} rows have; make them a class, "
+            "as in classes.add_categories('unknown').fillna('unknown')"
+        )
         raise ValueError(msg)
     return codes, list(classes.categories)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,14 +42,14 @@ from annbatch_dask.sources.matrices import (
     row_of,
 )
 from annbatch_dask.sources.picked import pick_rows
+from annbatch_dask.warn import muted
 
 __all__ = ["AnnDataSource", "read_legacy"]
 
 
 def read_legacy(item: Any) -> ad.AnnData:
     """A file of an old format, in memory: anndata knows them all."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the format is old is known, and the file is not ours to mend
+    with muted():  # that the format is old is known, and the file is not ours to mend
         if isinstance(item, zarr.Group) or os.path.isdir(item):
             return ad.io.read_zarr(item)
         return ad.read_h5ad(os.fspath(item))

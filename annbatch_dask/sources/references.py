@@ -15,6 +15,7 @@ import h5py
 import zarr
 
 from annbatch_dask.errors import CollectionError, SourceError
+from annbatch_dask.plan.naming import first_fit, fits
 from annbatch_dask.sources.identity import function_identity, where_of
 from annbatch_dask.sources.open import SourceRef
 from annbatch_dask.storage.folder import Folder, StorageOptions, folder_of
@@ -32,7 +33,7 @@ def references(
     storage_options: Mapping[str, Any] | None = None,
     counts: str | Mapping[str, str] = "X",
 ) -> tuple[SourceRef, ...]:
-    """The inputs, each named once, and the matrix of each that becomes X."""
+    """The inputs, each named once, and the matrix of each that becomes X: of all, or by path or pattern of paths."""
     if isinstance(paths, str | os.PathLike):
         msg = f"adata_paths is one path, {os.fspath(paths)!r}; give a list of paths"
         raise TypeError(msg)
@@ -46,17 +47,14 @@ def references(
     if not refs:
         msg = "adata_paths is empty; give at least one AnnData file"
         raise SourceError(msg)
-    labels = [r.label for r in refs]
     _refuse_twice(refs)
-    chosen = (
-        dict.fromkeys(labels, counts)
-        if isinstance(counts, str)
-        else {shown(os.fspath(k)): v for k, v in counts.items()}
-    )
-    if unknown := chosen.keys() - set(labels):
-        msg = f"counts names {min(unknown)}, which is none of the {len(labels)} inputs; give their paths"
+    if isinstance(counts, str):
+        return tuple(replace(r, counts=counts) for r in refs)
+    pairs = tuple((shown(os.fspath(pattern)), name) for pattern, name in counts.items())
+    if unknown := [pattern for pattern, _ in pairs if not any(fits(pattern, r.label) for r in refs)]:
+        msg = f"counts names {unknown[0]}, which is none of the {len(refs)} inputs; give paths, or patterns of them"
         raise SourceError(msg)
-    return tuple(replace(r, counts=chosen.get(r.label, "X")) for r in refs)
+    return tuple(replace(r, counts=first_fit(pairs, r.label) or "X") for r in refs)
 
 
 def _refuse_twice(refs: Sequence[SourceRef]) -> None:

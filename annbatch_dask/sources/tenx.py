@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import warnings
 from typing import TYPE_CHECKING
 
 import h5py
 
 from annbatch_dask.errors import MissingPackageError
+from annbatch_dask.warn import muted
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -41,8 +41,7 @@ def read_tenx(path: str) -> AnnData:
     except ImportError as e:
         msg = f"{path} is 10x Genomics' output, which scanpy reads, and that is not installed: pip install scanpy"
         raise MissingPackageError(msg) from e
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Variable names are not unique")  # they will be
+    with muted("Variable names are not unique"):  # they will be
         found: AnnData = sc.read_10x_mtx(path) if os.path.isdir(path) else sc.read_10x_h5(path)
     found.var_names_make_unique()
     return found

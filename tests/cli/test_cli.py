@@ -16,6 +16,7 @@ from distributed import LocalCluster
 from annbatch_dask import DatasetCollection, __version__
 from annbatch_dask.cli import main
 from annbatch_dask.errors import WorkersDiedError
+from annbatch_dask.testing import make_adata
 
 COMMANDS = ["shuffle", "plan", "info", "report", "stats", "stream", "mixing"]
 
@@ -85,6 +86,22 @@ def test_cells_are_chosen_by_obs_and_by_counts(h5ad_pair, tmp_path):
     assert collection.manifest.builds[-1].qc == qc
     assert {s.where for s in collection.manifest.sources} == {"cell_type != 'B'"}
     assert 0 < collection.n_obs < 500
+
+
+def test_the_matrix_of_some_files_is_chosen(tmp_path, capsys):
+    for name in ("a", "b"):
+        adata = make_adata(20, ["x", "y", "z"], seed=0)
+        adata.layers["counts"] = adata.X.copy()
+        adata.write_h5ad(tmp_path / f"{name}.h5ad")
+    files = [str(tmp_path / f"{name}.h5ad") for name in ("a", "b")]
+    for options, words in (
+        (["--counts", "layers/counts"], "layers/counts in 2 sources: whole"),
+        (["--counts", "*b.h5ad=layers/counts"], "X in 1 source: whole numbers; layers/counts in 1 source: whole"),
+    ):
+        assert run("plan", *files, *options) == 0
+        assert words in capsys.readouterr().out
+    assert run("plan", *files, "--counts", "X", "--counts", "*b.h5ad=X") == 1
+    assert "--counts X: give one name for all files, or PATTERN=NAME" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", [["--where", "nope == 1"], ["--min-counts", "1e9"], ["--gene-set", "mito=MT-"]])
@@ -368,6 +385,7 @@ def test_debug_shows_the_traceback(tmp_path):
         ["nonsense"],
         ["shuffle", "a.h5ad"],
         ["stream", "x.zarr", "--batch-size", "0"],
+        ["stream", "x.zarr", "--batch-size", "many"],
         ["plan", "a.h5ad", "--memory-limit", "much"],
         ["shuffle", "a.h5ad", "-o", "x.zarr", "--n-workers", "2", "--scheduler", "tcp://here:8786"],
     ],
@@ -376,7 +394,9 @@ def test_wrong_usage_exits_with_2(args, capsys):
     with pytest.raises(SystemExit) as caught:
         main(args)
     assert caught.value.code == 2
-    assert "usage: annbatch-dask" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "usage: annbatch-dask" in said
+    assert "_" not in said.splitlines()[-1]  # no name of a function
 
 
 @pytest.mark.parametrize("command", COMMANDS)

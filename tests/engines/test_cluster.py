@@ -240,3 +240,9 @@ def test_nobody_answers(tmp_path, h5ad_pair, capsys, monkeypatch):
         code = main(["shuffle", str(h5ad_pair[0]), "-o", str(tmp_path / "a.zarr"), "--scheduler", "tcp://127.0.0.1:9"])
     assert code == 1
     assert "no Dask scheduler answers at tcp://127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_an_address_without_a_port_begins_no_client(tmp_path, h5ad_pair, capsys, monkeypatch):
+    monkeypatch.setattr("annbatch_dask.engines.local_cluster.Client", None)
+    assert main(["shuffle", str(h5ad_pair[0]), "-o", str(tmp_path / "a.zarr"), "--scheduler", "head-node"]) == 1
+    assert "no Dask scheduler answers at head-node (missing port number" in capsys.readouterr().err

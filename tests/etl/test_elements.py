@@ -298,8 +298,13 @@ def test_the_counts_are_chosen_file_by_file(tmp_path):
     with pytest.raises(SchemaError, match=r"X of .*1\.h5ad holds whole numbers and X of .*0\.h5ad does not"):
         target.plan_adatas(paths, seed=0)
     assert "fractions" in repr(target.plan_adatas(paths, seed=0, allow_mixed_counts=True))
-    plan = target.plan_adatas(paths, seed=0, counts={str(paths[0]): "layers/counts"})
-    assert "X from   layers/counts in 1 source: whole numbers; X in 1 source: whole numbers" in repr(plan)
+    for counts in (
+        {str(paths[0]): "layers/counts"},
+        {"*0.h5ad": "layers/counts", "*": "X"},
+        {"*": "no", **dict.fromkeys(paths, "X"), paths[0]: "layers/counts"},
+    ):
+        plan = target.plan_adatas(paths, seed=0, counts=counts)
+        assert "X from   layers/counts in 1 source: whole numbers; X in 1 source: whole numbers" in repr(plan)
     collection = build(target.path, paths, counts={paths[0]: "layers/counts"}, left_out=OF_SEVERAL)
     out, _ = rows_of(collection)
     for a in (normal, plain):
@@ -313,6 +318,7 @@ def test_the_counts_are_chosen_file_by_file(tmp_path):
     [
         ("layers/none", "has no layers/none, which counts names"),
         ({"other.h5ad": "X"}, "counts names other.h5ad, which is none"),
+        ({"*.h5": "X"}, r"counts names \*.h5, which is none of the 1 inputs; give paths, or patterns of them"),
     ],
 )
 def test_counts_that_are_not_there_are_refused(tmp_path, counts, words):

@@ -602,7 +602,7 @@ def test_an_extension_by_another_key_is_refused(pair, tmp_path):
     for key, words in (("", "the index of var"), ("length", "var column 'length'")):
         with pytest.raises(
             SchemaError,
-            match=f"has its genes by var column 'gene_ids', and those of .*b.h5ad would be named by {words}; leave",
+            match=f"has its genes by var column 'gene_ids', and those of .*b.h5ad would be named by {words}; name",
         ):
             collection.add_adatas(pair[1:], var_key=key)
     with pytest.raises(SchemaError, match="was built with strip_versions=False, and strip_versions is True"):
@@ -613,7 +613,7 @@ def test_an_input_that_no_rule_names_is_not_named_by_chance(pair, tmp_path):
     options = {"on_duplicate_gene": "sum", "elements": ["obs"]}
     collection = build(tmp_path / "o.zarr", pair[:1], var_key={pair[0]: "gene_ids"}, **options)
     with pytest.raises(
-        SchemaError, match=r"those of .*b\.h5ad would be named by the index of var; give var_key for it"
+        SchemaError, match=r"those of .*b\.h5ad would be named by the index of var; name them so with var_key"
     ):
         collection.add_adatas(pair[1:], elements=["obs"])
 
@@ -778,7 +778,7 @@ def test_the_command_line_names_genes(pair, tmp_path, capsys):
     assert main(["plan", pair[0], "--var-key", "gene_ids", "--on-duplicate-gene", "first"]) == 0
     assert "the first of each kept" in capsys.readouterr().out
     assert main(["plan", *pair, "--var-key", "gene_ids", "--var-key", "x=y"]) == 1
-    assert "give one column for all files, or PATTERN=COLUMN" in capsys.readouterr().err
+    assert "give one name for all files, or PATTERN=NAME" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

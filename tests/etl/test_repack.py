@@ -92,6 +92,17 @@ def test_an_interrupted_one_goes_on(collection, tmp_path, monkeypatch, n_written
     assert not packed.verify().leftovers
 
 
+def test_one_that_is_done_is_not_done_again(collection, paths, tmp_path):
+    collection.repack(tmp_path / "b.zarr", "packed")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "b.zarr").rglob("*")}
+    assert collection.repack(tmp_path / "b.zarr", "packed").n_obs == collection.n_obs
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "b.zarr").rglob("*")} == before
+    with pytest.warns(UserWarning, match="is in .* already"):
+        build(tmp_path / "b.zarr", paths[:1], seed=7)
+    with pytest.raises(CollectionError, match="not of a repack"):  # it has other cells by now
+        collection.repack(tmp_path / "b.zarr", "packed")
+
+
 def test_it_can_be_extended(collection, paths, tmp_path):
     packed = collection.repack(tmp_path / "b.zarr", "packed")
     with pytest.warns(UserWarning, match="is in .* already"):

@@ -34,7 +34,7 @@ ALLOWED = {
     "storage": {"errors", "kernels", "manifest"},
     "plan": {"errors", "formatting", "html", "kernels", "manifest"},
     "planned": {"events", "plan"},
-    "sources": {"activities", "errors", "kernels", "manifest", "plan", "storage"},
+    "sources": {"activities", "errors", "kernels", "manifest", "plan", "storage", "warn"},
     "engines": {"activities", "errors", "events", "formatting", "plan", "sizes", "storage"},
     "chunks": {"errors", "kernels", "manifest", "storage"},
     "etl": {

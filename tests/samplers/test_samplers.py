@@ -126,6 +126,10 @@ def test_replacement_starts_anywhere():
         (lambda: RandomSampler(10, 2, 5, mask=slice(-1, 9)), "mask.start must be >= 0"),
         (lambda: SequentialSampler(10, 2, 5, mask=slice(9, 9)), "mask.start must be < mask.stop"),
         (lambda: list(SequentialSampler(10, 2, 5, mask=slice(0, 31)).sample(30)), r"mask.stop \(31\) exceeds loader"),
+        (
+            lambda: ClassSampler(2, 2, 2, classes=pd.Categorical(["a", None]), num_samples=2),
+            r"1 of 2 rows have; make them a class, as in classes.add_categories\('unknown'\)",
+        ),
         (lambda: list(SequentialSampler(10, 2, 5, mask=slice(30, None)).sample(30)), "must be < mask.stop"),
         (lambda: list(RandomSampler(10, 2, 5, num_samples=31).sample(30)), "cannot exceed the observation range"),
         (

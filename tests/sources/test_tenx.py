@@ -43,8 +43,6 @@ def build(path, paths):
         return DatasetCollection(path).add_adatas(paths, seed=0, merge="same")
 
 
-# What is ignored in one thread is not in another that leaves a block of its own meanwhile.
-@pytest.mark.filterwarnings("ignore:Variable names are not unique")
 def test_cells_of_cell_ranger_are_shuffled(tmp_path, paths):
     other = make_adata(30, ["MS4A1", "CD3E"], seed=9)
     other.write_h5ad(tmp_path / "x.h5ad")
