@@ -190,8 +190,8 @@ def _check_copy(target: Folder, record: DatasetRecord, copied: dict[str, Any], d
 
 
 def _recorded(manifest: Manifest) -> bool:
-    """True if every row's origin is recorded; it is not where annbatch wrote some."""
-    return all(d.fingerprint for d in manifest.datasets)
+    """True if every row's origin is recorded; it is not where annbatch wrote some, in these datasets or before them."""
+    return manifest.builds[0].mode == "create" and all(d.fingerprint for d in manifest.datasets)
 
 
 def check_dataset(target: Folder, record: DatasetRecord, n_vars: int) -> CheckResult:

@@ -9,6 +9,7 @@ import dask
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 import zarr
 
 from annbatch_dask import DatasetCollection, Loader
@@ -87,6 +88,25 @@ def test_we_read_annbatchs(theirs):
         got = epoch(Loader(**SIZES, shuffle=shuffle, preload_to_gpu=False).use_collection(collection))
         assert got.index.tolist() == sorted(want.index)
         np.testing.assert_array_equal(got.to_numpy(), want.drop(columns="row").sort_index().to_numpy())
+
+
+@pytest.mark.parametrize("mode", ["extend", "append", "reshuffle"])
+def test_annbatchs_extended_by_us_is_whole(tmp_path, theirs, mode):
+    """Where the rows that annbatch wrote come from is not recorded: verify did take that for damage."""
+    path, want = theirs
+    shutil.copytree(path, tmp_path / "a.zarr")
+    genes = want.columns.drop("row")
+    obs = pd.DataFrame({"row": np.arange(20) + 100, "kind": pd.Categorical(["new"] * 20)}, [f"n{i}" for i in range(20)])
+    more = ad.AnnData(sp.csr_matrix(np.ones((20, len(genes)), np.float32)), obs=obs, var=pd.DataFrame(index=genes))
+    more.write_h5ad(tmp_path / "more.h5ad")
+    collection = DatasetCollection(tmp_path / "a.zarr").add_adatas([tmp_path / "more.h5ad"], mode=mode, seed=0)
+    assert collection.n_obs == 80
+    assert collection.verify().problems == ()
+    assert collection.verify(against=[tmp_path / "more.h5ad"]).problems == ()
+    assert collection.obs()["row"].loc[want.index].tolist() == want["row"].tolist()
+    shard = tmp_path / "a.zarr" / collection.manifest.datasets[-1].name / "X/data/c/0"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert len(collection.verify().problems) == 1
 
 
 def test_both_loaders_yield_the_same_rows_of_a_live_collection(tmp_path, h5ad_pair):
