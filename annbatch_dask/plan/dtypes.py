@@ -15,6 +15,7 @@ __all__ = [
     "ValueRange",
     "common_dtype",
     "index_dtype",
+    "is_number",
     "is_wide",
     "merge_ranges",
     "signed_dtype",
@@ -124,6 +125,11 @@ def sum_dtype(dtype: str, n: int) -> str:
         return dtype
     low, high = (0, 1) if kind.kind == "b" else (int(np.iinfo(kind).min), int(np.iinfo(kind).max))
     return _integer_dtype(n * low, n * high).name
+
+
+def is_number(dtype: np.dtype) -> bool:
+    """True for numbers that zarr holds and kernels know: real ones, of 64 bits at most."""
+    return dtype.kind in "biuf" and dtype.itemsize <= 8  # noqa: PLR2004
 
 
 def is_wide(dtype: str) -> bool:

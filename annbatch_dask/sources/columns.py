@@ -13,6 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
+from annbatch_dask.plan.dtypes import is_number
 from annbatch_dask.plan.schema import Categories, ColumnSchema, ColumnSpec
 
 __all__ = [
@@ -85,15 +86,15 @@ def _describe_elem(name: str, elem: Any, categories: Any) -> ColumnSchema | None
         return ColumnSchema(name, "string", nullable=True)
     if encoding == "string-array" or (encoding == "array" and elem.dtype.kind in "OTUS"):
         return ColumnSchema(name, "string")
-    if encoding == "array" and elem.dtype.kind in "biuf" and elem.ndim == 1:
+    if encoding == "array" and is_number(elem.dtype) and elem.ndim == 1:
         return ColumnSchema(name, "numeric", dtype=elem.dtype.newbyteorder("=").name)
     return None
 
 
 def _stored_categories(about: Any, values: Any) -> Categories:
     ordered = bool(about.attrs.get("ordered", False))
-    if _encoding(values) == "nullable-string-array":
-        return Categories(tuple(_strings(values["values"], slice(None))), "str", ordered)
+    if _encoding(values).startswith("nullable"):  # none is missing: it would be no category
+        values = values["values"]
     if values.dtype.kind in "OTUS":
         return Categories(tuple(_strings(values, slice(None))), "str", ordered)
     return Categories(tuple(values[...].tolist()), values.dtype.newbyteorder("=").name, ordered)
@@ -142,23 +143,14 @@ def describe_series(name: str, series: pd.Series) -> ColumnSchema:
     Raises
     ------
     SchemaError
-        For dtypes that AnnData files cannot hold either.
+        For dtypes that AnnData files cannot hold either, and categories that are one as text.
     """
     dtype = series.dtype
     if isinstance(dtype, pd.CategoricalDtype):
-        index = dtype.categories
-        strings = index.dtype.kind not in "biuf"
-        values = tuple(map(str, index)) if strings else tuple(index.tolist())
-        return ColumnSchema(
-            name,
-            "categorical",
-            categories=Categories(values, "str" if strings else index.dtype.name, bool(dtype.ordered)),
-        )
-    if isinstance(dtype, np.dtype) and dtype.kind in "biuf":
-        return ColumnSchema(name, "numeric", dtype=dtype.name)
-    if pd.api.types.is_bool_dtype(dtype) or pd.api.types.is_numeric_dtype(dtype):
-        plain = str(dtype).lower().replace("boolean", "bool")
-        return ColumnSchema(name, "numeric", dtype=plain, nullable=not plain.startswith("float"))
+        return ColumnSchema(name, "categorical", categories=_categories_of(name, dtype))
+    if (plain := _plain(dtype)) is not None:
+        nullable = not isinstance(dtype, np.dtype) and plain.kind != "f"
+        return ColumnSchema(name, "numeric", dtype=plain.name, nullable=nullable)
     present = series[~series.isna()]
     if isinstance(dtype, pd.StringDtype) or all(isinstance(v, str) for v in present):
         check_text(f"obs column {name!r}", present)
@@ -167,6 +159,25 @@ def describe_series(name: str, series: pd.Series) -> ColumnSchema:
     other = next(type(v).__name__ for v in present if not isinstance(v, str))
     msg = f"obs column {name!r} of dtype {dtype} holds {other} values; convert it to numbers, strings or a categorical"
     raise SchemaError(msg)
+
+
+def _plain(dtype: Any) -> np.dtype | None:
+    """A dtype of numbers as numpy has it, without pandas' mask; None for any other."""
+    plain = getattr(dtype, "numpy_dtype", dtype)
+    return plain if isinstance(plain, np.dtype) and is_number(plain) else None
+
+
+def _categories_of(name: str, dtype: pd.CategoricalDtype) -> Categories:
+    plain, index = _plain(dtype.categories.dtype), dtype.categories
+    if plain is not None:
+        return Categories(tuple(index.to_numpy(plain).tolist()), plain.name, bool(dtype.ordered))
+    values = tuple(map(str, index))
+    if len(known := dict(zip(values, index, strict=True))) < len(values):
+        one, two = next((known[text], v) for text, v in zip(values, index, strict=True) if known[text] is not v)
+        same = f"the categories {two!r} and {one!r}, which are one as text"
+        msg = f"obs column {name!r} has {same}; rename one in load_adata"
+        raise SchemaError(msg)
+    return Categories(values, "str", bool(dtype.ordered))
 
 
 def check_text(what: str, strings: Iterable[Any]) -> None:

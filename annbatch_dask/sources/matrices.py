@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from annbatch_dask.errors import IntegrityError, SchemaError
 from annbatch_dask.kernels.rows import find_rows, offsets_of, place_columns
 from annbatch_dask.manifest import SOURCE_DTYPE
+from annbatch_dask.plan.dtypes import is_number
 from annbatch_dask.plan.schema import MatrixKind, MatrixSchema, heaviest_at
 from annbatch_dask.sources.hdf5 import SLAB_NBYTES, in_flight_nbytes, read_h5_rows, visit_h5
 from annbatch_dask.storage.transient import is_transient
@@ -122,7 +123,7 @@ def columnless(n_obs: int) -> Any:
 
 def is_matrix(name: str, dtype: np.dtype, ndim: int) -> bool:
     """True if rows of such an array can be carried: vectors of numbers, and in ``obsm`` arrays of any dimensions."""
-    return dtype.kind in "biuf" and (ndim == 2 or (ndim > 2 and name.startswith("obsm/")))
+    return is_number(dtype) and (ndim == 2 or (ndim > 2 and name.startswith("obsm/")))
 
 
 def row_of(shape: tuple[int, ...]) -> dict[str, Any]:

@@ -69,6 +69,22 @@ def reserved(a):
     a.var["_index"] = 1.0
 
 
+def a_wide_column(a):
+    a.obs["wide"] = np.zeros(a.n_obs, np.longdouble)
+
+
+def a_complex_column(a):
+    a.obs["complex"] = np.zeros(a.n_obs, np.complex128)
+
+
+def a_wide_layer(a):
+    a.layers["wide"] = np.zeros(a.shape, np.longdouble)
+
+
+def alike_as_text(a):
+    a.obs["alike"] = pd.Categorical([1, "1"] * (a.n_obs // 2))
+
+
 def surrogate_gene(a):
     a.var_names = [f"\ud800{i}" for i in range(a.n_vars)]
 
@@ -95,6 +111,10 @@ def surrogate_name(a):
         (nested_object, "uns/deep cannot be stored"),
         (a_time, "var cannot be stored"),
         (reserved, "var cannot be stored"),
+        (a_wide_column, "obs column 'wide' of dtype float128 holds longdouble values; convert it"),
+        (a_complex_column, "obs column 'complex' of dtype complex128 holds complex values; convert it"),
+        (a_wide_layer, "layers/wide"),
+        (alike_as_text, "obs column 'alike' has the categories 1 and '1', which are one as text"),
         (surrogate_gene, "var cannot be stored"),
         (surrogate, "obs column 'text': '.ud800' is no Unicode text"),
         (surrogate_category, "categories of obs/text: '.ud800' is no Unicode text"),
