@@ -209,7 +209,9 @@ def test_a_local_cluster_is_silent_to_the_end(caplog, monkeypatch):
 
     logger, shown = logging.getLogger("distributed"), io.StringIO()
     handler = logging.StreamHandler(shown)  # as Dask's own, which it leaves away under pytest
-    monkeypatch.setattr(logger, "handlers", [*logger.handlers, handler])
+    # Where Dask is imported before pytest listens, pytest's own handlers are among these, and silent too.
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "propagate", True)
     monkeypatch.setattr(Cluster, "_close", last)
     with caplog.at_level(logging.INFO, logger="distributed"):
         with local_client(n_workers=1, threads_per_worker=1, memory_limit=2**30) as client:
