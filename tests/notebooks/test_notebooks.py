@@ -67,6 +67,12 @@ def test_a_notebook_is_committed_as_one_run_left_it(path):
     assert not [o for cell in cells for o in cell.outputs if o.output_type == "error" or o.get("name") == "stderr"]
 
 
+def test_a_notebook_makes_folders_that_may_be_there(path):
+    """Whoever runs it again has them."""
+    source = "\n".join(cell.source for cell in code_cells(nbformat.read(path, as_version=4)))
+    assert not re.findall(r"\.mkdir\((?![^)]*exist_ok=True)", source)
+
+
 def test_a_committed_notebook_is_small_and_names_no_place_of_the_machine_it_ran_on(path):
     notebook = nbformat.read(path, as_version=4)
     assert path.stat().st_size < MAX_BYTES
