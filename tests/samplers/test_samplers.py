@@ -12,7 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from annbatch_dask.samplers import CellSets, ClassSampler, RandomSampler, SequentialSampler, WeightedClassSampler
+from annbatch_dask.samplers import (
+    CellSets,
+    ClassSampler,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    WeightedClassSampler,
+)
 from tests.samplers.tools import Minimal, batches, rng, rows
 
 
@@ -275,3 +282,24 @@ def test_sizes_may_be_integers_of_numpys(make, number):
     assert repr(numpys.n_batches(90)) == repr(plain.n_batches(90))
     identities = [repr(sampler.state_identity()) for sampler in (plain, numpys)]
     assert identities[0] == identities[1]
+
+
+def test_a_rank_that_is_done_before_another_begins_ends_nothing(monkeypatch):
+    """The store of torch's process group lives in rank 0, and goes with it."""
+
+    class Gone:
+        def add(self, *_):
+            msg = "Failed to recv, got 0 bytes. Connection was likely closed."
+            raise RuntimeError(msg)
+
+    dist = types.SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: True,
+        get_world_size=lambda: 2,
+        get_rank=lambda: 1,
+        distributed_c10d=types.SimpleNamespace(_get_default_store=Gone),
+    )
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch", types.SimpleNamespace(distributed=dist))
+        sampler = DistributedSampler(RandomSampler(4, 2, 8, seed=3), dist_info=(1, 2))
+    assert sum(map(len, batches(sampler, 64))) == 32
