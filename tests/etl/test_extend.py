@@ -157,6 +157,16 @@ def test_extending_deals_new_cells_evenly_and_keeps_old_ones_in_their_dataset(tm
         assert abs(places.mean() - 0.5) < 4 * np.sqrt(1 / 12 / len(places))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_names_of_genes_are_stored_alike_whichever_dtype_pandas_has_for_text(tmp_path, three, mode):
+    (first, second, _), _ = three
+    collection = create(tmp_path / "o.zarr", [first])
+    with dask.config.set(scheduler="synchronous"):
+        collection.add_adatas([second], mode=mode, seed=1)
+    indexes = [group[f"{frame}/_index"] for group in collection for frame in ("var", "obs")]
+    assert {index.attrs["encoding-type"] for index in indexes} == {"string-array"}
+
+
 def test_the_same_extension_gives_the_same_bytes_and_is_not_done_twice(tmp_path, three):
     paths, _ = three
     digests = []

@@ -387,6 +387,12 @@ def test_misuse(act, error, message):
         act()
 
 
+def test_genes_are_the_same_whichever_dtype_holds_their_names():
+    one, two = genes(), genes()
+    two.index = two.index.astype("string")
+    assert new().add_dataset(csr(), var=one).add_dataset(csr(), var=two).n_obs == 40
+
+
 def test_a_refused_dataset_leaves_the_loader_as_it_was():
     loader = new().add_dataset(csr(), obs=frame(20))
     with pytest.raises(ValueError, match="without obs"):
