@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
+from annbatch_dask.formatting import first_few
 from annbatch_dask.manifest import SRC_PATH
 from annbatch_dask.plan.columns import texts_of, unite_columns, unite_tags
 from annbatch_dask.plan.dtypes import common_dtype, sum_dtype
@@ -199,7 +200,9 @@ def _check_groupby(names: Sequence[str], sources: Sequence[SourceSchema]) -> Non
     for name in names:
         lacking = [s.path for s in sources if name != SRC_PATH and f"{OBS}/{name}" not in {c.path for c in s.columns}]
         if len(lacking) == len(sources):
-            msg = f"Could not find groupby columns: {name!r} is in no input's obs"
+            known = dict.fromkeys(c.name for s in sources for c in s.columns if c.frame == OBS)
+            there = first_few(map(repr, known), 10)
+            msg = f"Could not find groupby columns: {name!r} is in no input's obs, which has {there}"
             raise SchemaError(msg)
         if lacking:
             msg = f"groupby columns {name!r} not present in all anndatas: {lacking[0]} lacks it; add it in load_adata"

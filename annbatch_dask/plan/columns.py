@@ -13,6 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
+from annbatch_dask.formatting import first_few
 from annbatch_dask.manifest import SRC_PATH
 from annbatch_dask.plan.dtypes import ValueRange, common_dtype, is_wide
 from annbatch_dask.plan.genes import unite_names
@@ -203,7 +204,7 @@ def _unite_categories(
     sets = [(path, c.categories) for path, c in columns if c.categories is not None]
     families = {_family(c) for _, c in columns}
     if len(families) > 1:
-        shown = "; ".join(f"{path}: {c.dtype}" for path, c in sets)
+        shown = first_few((f"{path}: {c.dtype}" for path, c in sets), separator="; ")
         msg = f"obs column {name!r} has categories of clashing kinds ({shown}); make them one kind in load_adata"
         raise SchemaError(msg)
     if len({c.ordered for _, c in sets}) > 1:
@@ -247,12 +248,13 @@ def _merge_orders(name: str, sets: Sequence[tuple[str, Categories]]) -> Categori
             graph.add(value)
         for low, high in zip(c.values, c.values[1:], strict=False):
             graph.add(high, low)
-    shown = "; ".join(f"{path}: {' < '.join(map(str, c.values))}" for path, c in sets)
+    shown = first_few((f"{path}: {first_few(map(str, c.values), separator=' < ')}" for path, c in sets), separator="; ")
     remedy = "set the same ordered categories in all files with load_adata, or make the column unordered"
     try:
         graph.prepare()
-    except CycleError:
-        msg = f"obs column {name!r} is ordered in clashing ways ({shown}); {remedy}"
+    except CycleError as error:
+        circle = first_few(map(repr, error.args[1]), separator=" < ")
+        msg = f"obs column {name!r} is ordered in clashing ways ({shown}), so that {circle}; {remedy}"
         raise SchemaError(msg) from None
     values: list[object] = []
     while graph.is_active():

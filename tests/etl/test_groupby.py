@@ -107,7 +107,7 @@ def test_an_extension_sorts_old_and_new_rows(tmp_path, paths):
     [
         ([], ValueError, "must contain at least one"),
         (["batch", "batch"], ValueError, "must be unique"),
-        ("none", SchemaError, "Could not find groupby columns"),
+        ("none", SchemaError, "Could not find groupby columns: 'none' is in no input's obs, which has '"),
     ],
 )
 def test_columns_that_are_not_there_are_refused(tmp_path, paths, by, error, words):
