@@ -18,6 +18,7 @@ from annbatch_dask.etl.scan import raw_var
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import OBS, ColumnSpec
 from annbatch_dask.sources.columns import check_text, to_pandas
+from annbatch_dask.storage.frames import plainly_named
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -46,19 +47,14 @@ def _is_object(values: Any) -> bool:
 
 def annotation_frames(plan: Plan, found: AnnData | None) -> dict[str, Any]:
     """var, gene-wise elements in the order of the collection's genes, and uns, by name."""
-    out: dict[str, Any] = {"var": _plainly_named(plan.var)}
+    out: dict[str, Any] = {"var": plainly_named(plan.var)}
     if found is not None:
         ordered = found[:, plan.var.index]
         out |= {k: dict(getattr(ordered, k)) for k in ("varm", "varp", "uns") if len(getattr(ordered, k))}
     if "raw" in plan.genes:
-        out["raw/var"] = _plainly_named(plan.genes["raw"].frame(raw_var(plan.genes["raw"].genes, found)))
+        out["raw/var"] = plainly_named(plan.genes["raw"].frame(raw_var(plan.genes["raw"].genes, found)))
         out["raw/varm"] = {}
     return out
-
-
-def _plainly_named(var: pd.DataFrame) -> pd.DataFrame:
-    """The same with names as objects, which are stored alike whichever dtype pandas has for text."""
-    return var.set_axis(var.index.astype(object), axis=0)
 
 
 def write_frames(group: zarr.Group, elements: Mapping[str, Any]) -> None:

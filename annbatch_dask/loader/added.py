@@ -23,6 +23,7 @@ from annbatch_dask.loader.obs_tables import JoinedTables
 from annbatch_dask.loader.reading import Backed, Opening, load_dataset
 from annbatch_dask.loader.selection import Selected, Where, select
 from annbatch_dask.sizes import check_positive
+from annbatch_dask.storage.frames import plainly_named
 from annbatch_dask.storage.versions import Listing
 
 if TYPE_CHECKING:
@@ -348,7 +349,7 @@ class AddedData(Generic[BackingArray_T]):
                 f"{self._sources[0].shape[1:]}, got {source.shape[1:]}"
             )
             raise ValueError(msg)
-        if var is not None and self._var is not None and not _plainly_named(var).equals(_plainly_named(self._var)):
+        if var is not None and self._var is not None and not plainly_named(var).equals(plainly_named(self._var)):
             msg = "All datasets must have identical var DataFrames: that of the new one differs"
             raise ValueError(msg)
         if source.dtype != self._sources[0].dtype:
@@ -357,11 +358,6 @@ class AddedData(Generic[BackingArray_T]):
                 "batches get a dtype that holds both; pass dtype= to the Loader to fix one",
                 stacklevel=4,
             )
-
-
-def _plainly_named(var: pd.DataFrame) -> pd.DataFrame:
-    """The same with names as objects: builds on pandas 2 and on pandas 3 store text that is read as two dtypes."""
-    return var.set_axis(var.index.astype(object), axis=0)
 
 
 def _names(types: Iterable[type]) -> str:

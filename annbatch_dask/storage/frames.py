@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-__all__ = ["concat_obs", "n_rows", "read_obs", "unite_categories"]
+__all__ = ["concat_obs", "n_rows", "plainly_named", "read_obs", "unite_categories"]
 
 
 def n_rows(frame: Any) -> int:
@@ -34,6 +34,11 @@ def read_obs(frame: Any, columns: Sequence[str] | None, *, names: bool) -> pd.Da
     out = pd.DataFrame({name: ad.io.read_elem(frame[name]) for name in there}, index=rows, columns=there)
     out.index.name = None if index == "_index" or not names else index
     return out
+
+
+def plainly_named(frame: pd.DataFrame) -> pd.DataFrame:
+    """The same with names as objects, which are stored alike, and equal, whichever dtype pandas has for text."""
+    return frame.set_axis(frame.index.astype(object), axis=0)
 
 
 def concat_obs(frames: Sequence[pd.DataFrame], *, names: bool) -> pd.DataFrame:
