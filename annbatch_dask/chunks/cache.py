@@ -221,7 +221,10 @@ class RangeCache:
             used: dict[Path, float] = {}
             total = 0
             for path in self.folder.iterdir():
-                found = path.stat()
+                try:
+                    found = path.stat()
+                except FileNotFoundError:  # forgotten by another process, which takes no turns for that
+                    continue
                 total += found.st_blocks * 512
                 name = path.with_suffix("")
                 if path.suffix in (_LOG, _BYTES) and name not in own:
@@ -293,10 +296,10 @@ class _Kept:
 
     @classmethod
     def load(cls, name: Path, nbytes: int) -> _Kept:
-        for suffix in (_LOG, _BYTES):
-            with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError):  # forgotten by another process since it was listed
+            for suffix in (_LOG, _BYTES):
                 name.with_suffix(suffix).chmod(0o600)  # of a release that left it to the umask
-        os.utime(name.with_suffix(_LOG))  # in use
+            os.utime(name.with_suffix(_LOG))  # in use
         kept = cls(name, Spans())
         kept.read_log(nbytes)
         return kept

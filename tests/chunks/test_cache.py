@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -271,6 +272,29 @@ class TestDamage:
         assert [record.getMessage().split(",")[0] for record in caplog.records] == [
             f"{cache.folder} is not used as a cache any more"
         ]
+
+
+@pytest.mark.parametrize(("listing", "n_fetched"), [("iterdir", 1), ("glob", 2)])
+def test_what_another_process_forgets_meanwhile_does_not_end_its_use(cache, monkeypatch, listing, n_fetched):
+    """As room is made for another file, and as the file itself is opened."""
+    other, old = again(cache), Remote(MB, seed=1)
+    old.read(other, 0, MB)
+    other.flush()
+    listed, are_there = getattr(Path, listing), [True]
+
+    def forgotten_then(folder, *pattern):
+        names = list(listed(folder, *pattern))
+        if are_there and names:
+            are_there.clear()
+            other.forget(old.file)
+        return iter(names)
+
+    monkeypatch.setattr(Path, listing, forgotten_then)
+    remote = Remote(MB, seed=2) if listing == "iterdir" else Remote(MB, seed=1)
+    for _ in range(3):
+        assert remote.read(cache, 0, MB) == remote.content
+    assert not are_there
+    assert len(remote.fetched) == n_fetched
 
 
 def test_threads_share_one(tmp_path):
