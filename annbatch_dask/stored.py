@@ -13,6 +13,7 @@ from annbatch_dask.etl.prepare import dataset_refs
 from annbatch_dask.etl.status import CollectionStatus, status_of
 from annbatch_dask.etl.verify import check_readable
 from annbatch_dask.etl.versions import CollectionVersion, versions_of
+from annbatch_dask.formatting import plural
 from annbatch_dask.html import render
 from annbatch_dask.manifest import Manifest
 from annbatch_dask.report import Report, make_report
@@ -50,7 +51,7 @@ class StoredCollection(WithStatistics):
             return f"DatasetCollection({self.path!r}, empty)" if self.is_empty else f"DatasetCollection({self.path!r})"
         version = "" if self._root.pinned is None else f"version {self._root.pinned}, "
         shape = f"{self.n_obs:,} cells x {self.n_vars:,} genes"
-        return f"DatasetCollection({self.path!r}, {version}{len(self)} datasets, {shape})"
+        return f"DatasetCollection({self.path!r}, {version}{plural(len(self), 'dataset')}, {shape})"
 
     def _repr_html_(self) -> str:
         """Show path, size and sources in a notebook."""

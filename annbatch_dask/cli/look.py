@@ -93,7 +93,7 @@ def _facts(collection: DatasetCollection) -> Iterator[tuple[str, object]]:
     for build in manifest.builds:
         order = "{name}, version {version}".format(**build.permutation)
         layout = "" if build.layout == "open" else f", layout {build.layout}"
-        yield "build", f"{build.mode}, {len(build.sources)} sources, {order}, seed {build.seed}{layout}"
+        yield "build", f"{build.mode}, {plural(len(build.sources), 'source')}, {order}, seed {build.seed}{layout}"
         if build.naming is not None:
             yield "genes named", build.naming.rules
             yield from build.naming.effects

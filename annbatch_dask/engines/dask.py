@@ -30,7 +30,7 @@ from annbatch_dask.errors import (
     SchedulerError,
     WorkersDiedError,
 )
-from annbatch_dask.formatting import format_bytes
+from annbatch_dask.formatting import format_bytes, plural
 from annbatch_dask.plan.memory import Budget
 from annbatch_dask.storage import transient
 from annbatch_dask.storage.filesystems import check_parent
@@ -131,7 +131,8 @@ class ClusterEngine:
         """Readable name of the engine."""
         info = self.client.scheduler_info(n_workers=-1)
         workers = info["workers"].values()
-        return f"{info['address']}, {len(workers)} workers, {sum(w['nthreads'] for w in workers)} threads"
+        n_threads = sum(w["nthreads"] for w in workers)
+        return f"{info['address']}, {plural(len(workers), 'worker')}, {plural(n_threads, 'thread')}"
 
     @property
     def dashboard(self) -> str | None:

@@ -68,7 +68,10 @@ ALLOWED = {
     "testing": {"abc", "order", "samplers", "types"},
     "report": {"etl", "formatting", "html", "manifest", "mixing", "sources", "storage"},
     "statistics": {"errors", "etl", "formatting", "kernels", "lazy", "manifest", "storage", "warn"},
-    "stored": {"errors", "etl", "html", "lazy", "manifest", "report", "seeds", "splits", "statistics", "storage"},
+    "stored": {
+        *("errors", "etl", "formatting", "html", "lazy", "manifest", "report", "seeds", "splits", "statistics"),
+        "storage",
+    },
     "maintained": {"engines", "errors", "etl", "events", "progress", "sizes", "sources", "storage", "stored"},
     "documents": {"etl", "plan", "report", "stored"},
 }
