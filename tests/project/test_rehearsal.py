@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def test_a_root_document_grows_with_datasets_and_files(scale, capsys):
 
 
 @pytest.mark.chaos
-def test_a_stage_of_tasks_that_only_write_receipts(scale, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(PATH.parent)  # which workers inherit: they import what a script would send them
-    assert scale.rehearse_tasks(2000, 2)
-    assert json.loads(capsys.readouterr().out)["receipt_nbytes"] < 400
+def test_a_stage_of_tasks_that_only_write_receipts():
+    """In a process of its own: what others took before would hide what this takes, or be taken for it."""
+    command = [sys.executable, str(PATH), "tasks", "--tasks", "2000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["receipt_nbytes"] < 400
