@@ -27,7 +27,7 @@ from annbatch_dask.errors import (
 from annbatch_dask.etl.log import log_folder
 from annbatch_dask.formatting import plural
 from annbatch_dask.manifest import Manifest, NamingRecord
-from annbatch_dask.plan.naming import Naming, first_fit, fits, strip_version
+from annbatch_dask.plan.naming import Naming, check_fit, first_fit, strip_version
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import SourceSchema
 from annbatch_dask.sources.open import SourceRef
@@ -108,11 +108,7 @@ def _pairs(var_key: VarKey | None, refs: Sequence[SourceRef]) -> tuple[tuple[str
         msg = f"var_key is a {type(var_key).__name__}; give the name of a var column, or names by path"
         raise TypeError(msg)
     pairs = tuple((shown(os.fspath(k)), "" if v is None else str(v)) for k, v in var_key.items())
-    labels = [r.label for r in refs]
-    for pattern, _ in pairs:
-        if not any(fits(pattern, label) for label in labels):
-            msg = f"var_key names {pattern}, which is none of the {len(labels)} inputs; give their paths, or a pattern"
-            raise SourceError(msg)
+    check_fit("var_key", pairs, [r.label for r in refs])
     return pairs if any(column for _, column in pairs) else ()
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from numbers import Integral
 from typing import Any, Literal, get_args
 
-from annbatch_dask.errors import LayoutError, SelectionError
+from annbatch_dask.errors import LayoutError
 from annbatch_dask.etl.genes import AskedNames, ask_names
 from annbatch_dask.plan.elements import Elements
+from annbatch_dask.plan.naming import check_fit, first_fit
 from annbatch_dask.plan.options import Options
 from annbatch_dask.plan.qc import QC
 from annbatch_dask.seeds import resolve_seed
@@ -163,7 +163,9 @@ def with_conditions(refs: Sequence[SourceRef], where: str | Mapping[str, str] | 
     Raises
     ------
     SelectionError
-        If one cannot be read, or is for none of the inputs.
+        If one cannot be read.
+    SourceError
+        If one is for none of the inputs.
     """
     if where is None:
         return tuple(refs)
@@ -171,16 +173,10 @@ def with_conditions(refs: Sequence[SourceRef], where: str | Mapping[str, str] | 
     if not all(isinstance(text, str) for text in texts):
         msg = f"where is {where!r}; give a condition on obs as text, or conditions by path"
         raise TypeError(msg)
-    by_pattern = {"*": where} if isinstance(where, str) else {shown(os.fspath(k)): v for k, v in where.items()}
-    for text in by_pattern.values():
+    for text in texts:
         Condition.parse(text)
-    used: set[str] = set()
-    out = []
-    for ref in refs:
-        fits = [p for p in by_pattern if p == ref.label] or [p for p in by_pattern if fnmatchcase(ref.label, p)]
-        used.update(fits)
-        out.append(replace(ref, where=by_pattern[fits[0]]) if fits else ref)
-    if unknown := [p for p in by_pattern if p not in used]:
-        msg = f"where names {unknown[0]}, which is none of the {len(refs)} inputs; give paths, or patterns of them"
-        raise SelectionError(msg)
-    return tuple(out)
+    if isinstance(where, str):
+        return tuple(replace(ref, where=where) for ref in refs)
+    pairs = [(shown(os.fspath(pattern)), text) for pattern, text in where.items()]
+    check_fit("where", pairs, [r.label for r in refs])
+    return tuple(replace(ref, where=first_fit(pairs, ref.label) or ref.where) for ref in refs)

@@ -373,9 +373,6 @@ def _check_dataset(dataset: Any, obs: Any, var: Any) -> None:
     if not isinstance(dataset, _ACCEPTED):
         msg = f"Cannot add dataset of type {type(dataset)}; use one of {_names(_ACCEPTED)}"
         raise TypeError(msg)
-    if len(dataset.shape) < 2:  # noqa: PLR2004
-        msg = f"Cannot add a dataset of shape {dataset.shape}; it needs rows and columns"
-        raise ValueError(msg)
     if isinstance(dataset, CSRDataset) and not isinstance(dataset.group, zarr.Group):
         msg = "Cannot add CSRDataset backed by h5ad; shuffle the file into a collection first, or read it into memory"
         raise TypeError(msg)

@@ -169,7 +169,16 @@ def make_source(
 
     ``listing`` says what the files of a folder above are; by default they are as they are now. ``recorded`` says what
     is known of the values of one on disk.
+
+    Raises
+    ------
+    SourceError
+        If it has no columns.
     """
+    if len(dataset.shape) < 2:  # noqa: PLR2004
+        place = f"{dataset.store_path}: " if isinstance(dataset, zarr.Array) else ""
+        msg = f"{place}a dataset of shape {dataset.shape} has no columns; give one of rows and columns"
+        raise SourceError(msg)
     if isinstance(dataset, CSRDataset):
         return ZarrCsrSource(dataset.group, cache, listing, recorded)
     if isinstance(dataset, zarr.Array):
@@ -313,9 +322,6 @@ class ZarrArraySource(RowSource):
         recorded: ValueBounds | None = None,
     ) -> None:
         self._recorded = recorded
-        if array.ndim < 2:
-            msg = f"{array.store_path}: a dataset needs 2 dimensions or more, found {array.ndim}"
-            raise SourceError(msg)
         self._reader = RangeReader(array, cache=cache, listing=listing)
         self.shape = self._reader.shape
         self.stored_dtype = self._reader.dtype

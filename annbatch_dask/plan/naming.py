@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from annbatch_dask.errors import SchemaError
+from annbatch_dask.errors import SchemaError, SourceError
 from annbatch_dask.formatting import first_few, plural
 from annbatch_dask.manifest import NamingRecord
 from annbatch_dask.plan.schema import SourceSchema
@@ -21,8 +21,8 @@ from annbatch_dask.plan.schema import SourceSchema
 __all__ = [
     "INPUT_VAR_NAMES",
     "Naming",
+    "check_fit",
     "check_named",
-    "fits",
     "first_fit",
     "name_genes",
     "naming_record",
@@ -80,11 +80,23 @@ def first_fit(pairs: Sequence[tuple[str, str]], label: str) -> str:
     exact = dict(reversed(pairs))
     if label in exact:
         return exact[label]
-    return next((said for pattern, said in pairs if fits(pattern, label)), "")
+    return next((said for pattern, said in pairs if _fits(pattern, label)), "")
 
 
-def fits(pattern: str, label: str) -> bool:
-    """True if a path or a pattern of paths stands for an input."""
+def check_fit(what: str, pairs: Sequence[tuple[str, str]], labels: Sequence[str]) -> None:
+    """Refuse a path or pattern that stands for no input.
+
+    Raises
+    ------
+    SourceError
+        It says which, and that the argument ``what`` names it.
+    """
+    if unknown := [pattern for pattern, _ in pairs if not any(_fits(pattern, label) for label in labels)]:
+        msg = f"{what} names {unknown[0]}, which is none of the {len(labels)} inputs; give paths, or patterns of them"
+        raise SourceError(msg)
+
+
+def _fits(pattern: str, label: str) -> bool:
     return pattern == label or fnmatchcase(label, pattern)
 
 

@@ -15,7 +15,7 @@ import h5py
 import zarr
 
 from annbatch_dask.errors import CollectionError, SourceError
-from annbatch_dask.plan.naming import first_fit, fits
+from annbatch_dask.plan.naming import check_fit, first_fit
 from annbatch_dask.sources.identity import function_identity, where_of
 from annbatch_dask.sources.open import SourceRef
 from annbatch_dask.storage.folder import Folder, StorageOptions, folder_of
@@ -51,9 +51,7 @@ def references(
     if isinstance(counts, str):
         return tuple(replace(r, counts=counts) for r in refs)
     pairs = tuple((shown(os.fspath(pattern)), name) for pattern, name in counts.items())
-    if unknown := [pattern for pattern, _ in pairs if not any(fits(pattern, r.label) for r in refs)]:
-        msg = f"counts names {unknown[0]}, which is none of the {len(refs)} inputs; give paths, or patterns of them"
-        raise SourceError(msg)
+    check_fit("counts", pairs, [r.label for r in refs])
     return tuple(replace(r, counts=first_fit(pairs, r.label) or "X") for r in refs)
 
 

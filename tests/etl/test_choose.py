@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from annbatch_dask import DatasetCollection
-from annbatch_dask.errors import SelectionError
+from annbatch_dask.errors import SelectionError, SourceError
 from annbatch_dask.etl import choose
 from annbatch_dask.sources import chosen, picked
 from annbatch_dask.testing import make_adata
@@ -208,7 +208,6 @@ def test_groups_are_those_of_chosen_rows(tmp_path):
         ("nope == 1", r"obs of .*[0-2].h5ad has no column 'nope'; it has cell_type, n, "),
         ("n >", r"where='n >' cannot be read"),
         ("cell_type > 3", r"cannot be worked out"),
-        ({"other.h5ad": "n > 3"}, r"where names other.h5ad, which is none of the 3 inputs"),
     ],
 )
 def test_conditions_that_do_not_fit_are_refused_before_work(tmp_path, where, match):
@@ -219,6 +218,17 @@ def test_conditions_that_do_not_fit_are_refused_before_work(tmp_path, where, mat
             with pytest.raises(SelectionError, match=match):
                 call(paths, where=where)
     assert not (tmp_path / "a.zarr").exists()
+
+
+def test_conditions_by_path_are_each_for_an_input(tmp_path):
+    paths = files(tmp_path)
+    collection = DatasetCollection(tmp_path / "a.zarr")
+    with dask.config.set(scheduler="synchronous"):
+        with pytest.raises(SourceError, match=r"where names other.h5ad, which is none of the 3 inputs"):
+            collection.plan_adatas(paths, where={"other.h5ad": "n > 3"})
+        for given in ({str(paths[0]): "n < 50", "*": "n < 9"}, {"*": "n < 9", str(paths[0]): "n < 50"}):
+            plan = collection.plan_adatas(paths[:1], where=given)  # the path comes first, and the pattern has none left
+            assert plan.n_obs == collection.plan_adatas(paths[:1], where="n < 50").n_obs
 
 
 def test_missing_values_and_texts_mean_what_pandas_makes_of_them(tmp_path):

@@ -17,7 +17,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from annbatch_dask.errors import MissingPackageError
+from annbatch_dask.errors import MissingPackageError, SourceError
 from annbatch_dask.loader import Loader
 from annbatch_dask.loader.reading import load_all_aligned
 from annbatch_dask.samplers import RandomSampler, SequentialSampler
@@ -360,6 +360,8 @@ def new(**kwargs):
         (lambda: new().n_var, ValueError, "No datasets added yet"),
         (lambda: new().dataset_type, IndexError, "No datasets"),
         (lambda: new().add_dataset([[1]]), TypeError, "Cannot add dataset of type"),
+        (lambda: new().add_dataset(np.arange(5)), SourceError, r"of shape \(5,\) has no columns"),
+        (lambda: new().add_dataset(zarr.array(np.arange(5))), SourceError, r"of shape \(5,\) has no columns"),
         (lambda: new().add_dataset(sp.csc_matrix((3, 3))), TypeError, "Cannot add dataset of type"),
         (lambda: new().add_adata(ad.AnnData(sp.csc_matrix((3, 3)))), TypeError, "X of type"),
         (lambda: new().add_dataset(csr()).add_dataset(matrix(5)), ValueError, "must be of the same type"),
