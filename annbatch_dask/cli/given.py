@@ -90,7 +90,7 @@ def layout_of(args: argparse.Namespace) -> dict[str, Any]:
 def _qc(args: argparse.Namespace) -> dict[str, Any] | None:
     """Return the rules on counts that the options make; None for none."""
     found = {name: getattr(args, name) for name in ("min_counts", "max_counts", "min_genes", "max_genes")}
-    found |= {"max_fraction": {k: float(v) for k, v in args.max_fraction}, "gene_sets": dict(args.gene_set)}
+    found |= {"max_fraction": dict(args.max_fraction), "gene_sets": dict(args.gene_set)}
     found |= {"annotate": args.annotate_qc}
     return found if any(v not in (None, False, {}) for v in found.values()) else None
 

@@ -89,4 +89,6 @@ def _gc(args: argparse.Namespace) -> None:
     removed = DatasetCollection(args.collection).gc(
         keep_last=args.keep_last, dry_run=args.dry_run, abandoned=args.abandoned, scratch=args.scratch
     )
+    if not removed:
+        open_collection(args)  # a path that was mistyped has nothing to remove either
     say(f"{args.collection}: {'would remove' if args.dry_run else 'removed'} {', '.join(removed) or 'nothing'}")

@@ -160,7 +160,7 @@ def add_layout_options(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(f"--{end}-{kind}", type=float, metavar="N", help=f"keep cells of {what} of at {word} N")
     parser.add_argument(
         "--max-fraction",
-        type=_pair,
+        type=_share,
         action="append",
         default=[],
         metavar="SET=SHARE",
@@ -238,6 +238,15 @@ def _pair(text: str) -> tuple[str, str]:
         msg = f"{text!r} is not NAME=VALUE"
         raise argparse.ArgumentTypeError(msg)
     return name, value
+
+
+def _share(text: str) -> tuple[str, float]:
+    name, value = _pair(text)
+    try:
+        return name, float(value)
+    except ValueError:
+        msg = f"{text!r} is not SET=SHARE, such as mito=0.2"
+        raise argparse.ArgumentTypeError(msg) from None
 
 
 def positive(text: str) -> int:

@@ -21,6 +21,7 @@ import zarr
 import zarr.storage
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.utils import get_protocol
 
 from annbatch_dask.errors import CollectionBusyError, CollectionError, MissingPackageError
 from annbatch_dask.storage.ahead import AheadFile
@@ -113,6 +114,11 @@ class Folder:
             extra = _EXTRAS.get(self.url.partition("://")[0])
             remedy = "install it" if extra is None else f'pip install "annbatch-dask[{extra}]"'
             msg = f"{shown(self.url)} needs a package that is not installed ({e}): {remedy}"
+            raise MissingPackageError(msg) from e
+        except ValueError as e:
+            if (protocol := get_protocol(self.url)) in fsspec.available_protocols():
+                raise
+            msg = f"{shown(self.url)}: fsspec knows no {protocol}://; correct the path, or install what brings it"
             raise MissingPackageError(msg) from e
         return fs, str(path)
 

@@ -317,6 +317,23 @@ def test_a_value_that_the_library_refuses(h5ad_pair, tmp_path, capsys):
     assert "nonsense" in error_line(capsys)
 
 
+@pytest.mark.parametrize("command", [("info", "zzz://host/a.zarr"), ("shuffle", "zzz://host/a.h5ad", "-o", "o.zarr")])
+def test_a_protocol_that_there_is_not(command, capsys):
+    assert run(*command) == 1
+    assert re.search(r"zzz://host/a\.\w+: fsspec knows no zzz://; correct the path, or install", error_line(capsys))
+
+
+def test_gc_of_a_path_that_holds_nothing(tmp_path, capsys):
+    assert run("gc", tmp_path / "absent.zarr") == 1
+    assert "there is no collection at" in error_line(capsys)
+
+
+def test_a_share_that_is_no_number(capsys):
+    with pytest.raises(SystemExit):
+        run("shuffle", "a.h5ad", "-o", "o.zarr", "--max-fraction", "mito=0,2")
+    assert "'mito=0,2' is not SET=SHARE, such as mito=0.2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("url", "package", "extra"), [("s3://bucket/a.h5ad", "s3fs", "s3"), ("https://host/a.h5ad", "aiohttp", "http")]
 )
