@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -45,7 +46,8 @@ Sums = dict[str, tuple[int, str]]
 def repack(root: Root, target: Folder, layout: str) -> None:
     """Write a collection again in the other layout; what an interrupted call has written is kept.
 
-    Each dataset is read back, and its rows have the fingerprint they had, before the collection is there.
+    Each dataset is read back, and its rows have the fingerprint they had, before the collection is there. The original
+    is held meanwhile: one that builds replace is written as it was opened.
 
     Parameters
     ----------
@@ -69,7 +71,7 @@ def repack(root: Root, target: Folder, layout: str) -> None:
         why = "has no manifest" if manifest is None else f"has layout {layout!r} already"
         msg = f"{root.path} {why}; there is nothing to repack"
         raise CollectionError(msg)
-    with root.as_opened(), exclusive(target):
+    with closing(root.lease()), root.explained(), exclusive(target):
         if _is_done(target, manifest, layout):
             logger.info("%s is %s at %s already", root.path, layout, target.url)
         else:
@@ -90,7 +92,7 @@ def _repack(source: Folder, manifest: Manifest, target: Folder, layout: str, att
         raise CollectionError(msg)
     refuse_edited(source, manifest.datasets)
     _check_target(target, manifest)
-    records = []
+    records, inputs = [], known_inputs(source, manifest)  # which a build that replaces the original forgets
     for record in manifest.datasets:
         files = recorded_files(source, record)
         about = _about((source / record.name).read(METADATA), record.fingerprint, layout)
@@ -108,7 +110,7 @@ def _repack(source: Folder, manifest: Manifest, target: Folder, layout: str, att
     last = replace(last, naming=None, duplicates=None)
     repacked = replace(manifest, datasets=tuple(records), builds=(*manifest.builds, last), keep=1, kept=())
     copy_gene_maps(source, target, manifest)
-    write_root(target, repacked, known_inputs(source, manifest), attributes, version=None)
+    write_root(target, repacked, inputs, attributes, version=None)
 
 
 def _check_target(target: Folder, manifest: Manifest) -> None:

@@ -7,6 +7,7 @@ from annbatch_dask import DatasetCollection, Loader
 from annbatch_dask.cli import main
 from annbatch_dask.errors import CollectionError, IntegrityError, LayoutError
 from annbatch_dask.etl import repack as module
+from annbatch_dask.etl.inputs import known_inputs
 from annbatch_dask.storage.packed import PACKED
 from tests.etl.packed import assert_same, build, codecs_of, read
 
@@ -90,6 +91,28 @@ def test_an_interrupted_one_goes_on(collection, tmp_path, monkeypatch, n_written
     assert_same(read(packed), read(collection))
     assert packed.verify().ok
     assert not packed.verify().leftovers
+
+
+def test_one_that_builds_replace_meanwhile_is_written_as_it_was(collection, paths, tmp_path, monkeypatch):
+    publish = module.publish_dataset
+
+    def publishing(folder, *args):
+        if folder.url.endswith(f"/{collection.manifest.datasets[0].name}"):
+            with pytest.warns(UserWarning, match="is in .* already"):
+                build(tmp_path / "a.zarr", paths[:1], seed=7)
+        return publish(folder, *args)
+
+    before, manifest = read(collection), collection.manifest
+    inputs = known_inputs(collection._root.target, manifest)
+    assert all(i.content for i in inputs)
+    monkeypatch.setattr(module, "publish_dataset", publishing)
+    packed = collection.repack(tmp_path / "b.zarr", "packed")
+    assert DatasetCollection(tmp_path / "a.zarr").version == manifest.version + 1
+    assert packed.manifest.identity == manifest.identity
+    assert_same(read(packed), before)
+    assert packed.verify(against=paths).ok
+    assert known_inputs(packed._root.target, packed.manifest) == inputs
+    assert DatasetCollection(tmp_path / "a.zarr").gc()  # nothing holds the original any more
 
 
 def test_one_that_is_done_is_not_done_again(collection, paths, tmp_path):
