@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
@@ -235,6 +236,16 @@ def find_genes(
     return tuple(_find_set(name, wanted, label, names, column) for name, wanted in qc.gene_sets.items())
 
 
+def _flags(values: NDArray) -> NDArray[np.bool_] | None:
+    """Values that are true or false, of which missing ones are false; None where there are others."""
+    if values.dtype.kind not in "bO":
+        return None
+    try:
+        return pd.array(values, "boolean").to_numpy(bool, na_value=False)
+    except TypeError:  # pandas' word for others
+        return None
+
+
 def _find_set(
     name: str,
     wanted: GeneSet,
@@ -242,7 +253,7 @@ def _find_set(
     names: tuple[NDArray[np.object_], NDArray[np.object_]],
     column: Callable[[str], NDArray | None],
 ) -> NDArray[np.int32]:
-    if isinstance(wanted, str) and (flags := column(wanted)) is not None and flags.dtype.kind == "b":
+    if isinstance(wanted, str) and (values := column(wanted)) is not None and (flags := _flags(values)) is not None:
         return np.flatnonzero(flags).astype(np.int32)  # none is a word too: somebody looked
     if isinstance(wanted, Mapping):
         ((where, prefix),) = wanted.items()
@@ -251,7 +262,10 @@ def _find_set(
             msg = f"gene set {name!r}: var of {label} has no column {where!r}; add it in load_adata"
             raise SchemaError(msg)
         if prefix is True:
-            return np.flatnonzero(values.astype(bool)).astype(np.int32)
+            if (flags := _flags(values)) is None:
+                msg = f"gene set {name!r}: {where!r} of var of {label} is not true or false; mend it in load_adata"
+                raise SchemaError(msg)
+            return np.flatnonzero(flags).astype(np.int32)
         found = np.array([str(v).startswith(str(prefix)) for v in values], bool)
     elif isinstance(wanted, str):
         found = np.array([any(str(n).startswith(wanted) for n in both) for both in zip(*names, strict=True)], bool)

@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from annbatch_dask.errors import SelectionError
+from annbatch_dask.formatting import first_few
 
 __all__ = ["Controls", "number_groups"]
 
@@ -33,6 +34,20 @@ def number_groups(values: Any) -> tuple[Ints, Sequence[Any]]:
         joined = pd.factorize(joined * len(groups) + codes)[0].astype(np.int64)
     _, firsts = np.unique(joined, return_index=True)
     return joined, list(zip(*(np.asarray(groups, object)[codes[firsts]] for codes, groups in columns), strict=True))
+
+
+def _flags(values: ArrayLike) -> NDArray[np.bool_]:
+    """Values as true or false; texts and missing ones, all of which numpy calls true, are refused."""
+    given = np.asarray(values)
+    if given.dtype != bool:
+        others = [v for v in pd.unique(given.ravel()).tolist() if isinstance(v, str) or v not in {0, 1}]
+        if others:
+            msg = (
+                f"is_control holds {first_few(map(repr, others))}; give True or False for each row, such as "
+                "obs['perturbation'] == 'control'"
+            )
+            raise SelectionError(msg)
+    return given.astype(bool)
 
 
 @dataclass(frozen=True)
@@ -58,8 +73,11 @@ class Controls:
 
     @classmethod
     def of(cls, is_control: ArrayLike, match: Any) -> Controls:
-        """Sort controls by group; SelectionError if a group has cells that are none, and no control."""
-        controls = np.asarray(is_control, bool)
+        """Sort controls by group; SelectionError if a group has cells that are none, and no control.
+
+        ``is_control`` holds True and False, or 1 and 0.
+        """
+        controls = _flags(is_control)
         codes, groups = number_groups(match)
         if controls.shape != codes.shape:
             msg = f"is_control has shape {controls.shape}, match {codes.shape}; both need one value per row"

@@ -9,6 +9,7 @@ from pathlib import Path
 import anndata as ad
 import dask
 import numpy as np
+import pandas as pd
 import pytest
 import scanpy as sc
 import scipy.sparse as sp
@@ -143,7 +144,12 @@ def test_datasets_are_those_of_files_that_hold_the_kept_cells_alone(inputs, rule
 
 def test_gene_sets_are_prefixes_lists_and_columns(tmp_path):
     paths = files(tmp_path)
-    sets = ("MT-", [n for n in GENES if n.startswith("MT-")], "mt", {"symbol": "sMT-"}, {"mt": True})
+    for path in paths:
+        a = ad.read_h5ad(path)
+        a.var["maybe"] = pd.array(np.where(a.var["mt"], True, None), "boolean")
+        a.write_h5ad(path)
+    listed = [n for n in GENES if n.startswith("MT-")]
+    sets = ("MT-", listed, "mt", {"symbol": "sMT-"}, {"mt": True}, "maybe", {"maybe": True})
     want = None
     for k, genes in enumerate(sets):
         qc = {"max_fraction": {"mito": 0.25}, "gene_sets": {"mito": genes}}
@@ -345,6 +351,7 @@ def test_what_a_build_leaves_that_was_killed_before_it_scattered_is_swept(tmp_pa
         ),
         ({"gene_sets": {"mito": ["x", "y"]}, "max_fraction": {"mito": 0.1}}, r"has none of the 40 genes"),
         ({"gene_sets": {"mito": {"nope": "MT-"}}, "max_fraction": {"mito": 0.1}}, r"has no column 'nope'"),
+        ({"gene_sets": {"mito": {"text": True}}, "annotate": "q_"}, r"'text' of var of .* is not true or false"),
         ({"annotate": True}, r"obs has n_counts, which qc adds"),
     ],
 )
@@ -353,6 +360,10 @@ def test_rules_that_do_not_fit_an_input_are_refused_before_work(tmp_path, qc, ma
     a = ad.read_h5ad(paths[1])
     a.obs["n_counts"] = 1
     a.write_h5ad(paths[1])
+    for path in paths:
+        a = ad.read_h5ad(path)
+        a.var["text"] = "False"
+        a.write_h5ad(path)
     with pytest.raises(SchemaError, match=match):
         build(tmp_path / "a.zarr", paths, qc=qc)
     assert not (tmp_path / "a.zarr").exists()

@@ -159,6 +159,21 @@ BAD = [
         SelectionError,
         r"2 groups have perturbed cells and no control, such as \['b', 'c'\]",
     ),
+    *[
+        (
+            {"groups": SMALL, "is_control": what, "match": SMALL},
+            SelectionError,
+            f"is_control holds .*{shown}.*; give True",
+        )
+        for what, shown in (
+            (np.where(SMALL == "a", "True", "False"), "'False'"),
+            (pd.Categorical(SMALL), "'a'"),
+            (np.where(SMALL == "a", 1.0, np.nan), "nan"),
+            (np.where(SMALL == "a", True, None), "None"),
+            (pd.array(np.where(SMALL == "a", True, None), "boolean"), "<NA>"),
+            (np.where(SMALL == "a", 2, 0), "2"),
+        )
+    ],
     ({"groups": SMALL, "is_control": [True], "match": [0]}, SelectionError, "groups has 23 rows, match 1"),
     ({"groups": SMALL, "preload_nsets": 3}, ValueError, "must be divisible by sets_per_batch: 3 % 2 = 1"),
     ({"groups": SMALL, "small": "repeat"}, ValueError, "small must be 'error' or 'drop', got 'repeat'"),
