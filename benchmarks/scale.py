@@ -32,7 +32,6 @@ import inspect
 import json
 import os
 import pickle
-import resource
 import shutil
 import sys
 import tempfile
@@ -97,9 +96,10 @@ def report(figures: dict[str, Any], bounds: dict[str, float]) -> bool:
     return not too_much
 
 
-def peak_nbytes() -> int:
-    """Return the largest resident set of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_nbytes(pid: int | str = "self") -> int:
+    """Return the largest resident set of a process so far; ru_maxrss of a new one begins with that of its parent."""
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")), 0)
 
 
 # --- the plan ------------------------------------------------------------------------------------------------------
@@ -423,9 +423,7 @@ def peak_of_children() -> Iterator[list[int]]:
         while not over.wait(0.1):
             for child in psutil.Process().children(recursive=True):
                 with contextlib.suppress(OSError):
-                    status = Path(f"/proc/{child.pid}/status").read_text().splitlines()
-                    found = (line for line in status if line.startswith("VmHWM"))
-                    peak[0] = max([peak[0], *(int(line.split()[1]) * 1024 for line in found)])
+                    peak[0] = max(peak[0], peak_nbytes(child.pid))
 
     thread = threading.Thread(target=watch)
     thread.start()
