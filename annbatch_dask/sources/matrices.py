@@ -186,7 +186,7 @@ def _describe_stored_sparse(
     name: str, group: Any, *, metadata_only: bool, rows: NDArray[np.bool_] | None
 ) -> MatrixSchema | None:
     encoding = str(group.attrs.get("encoding-type", ""))
-    if encoding not in ("csr_matrix", "csc_matrix"):
+    if encoding not in ("csr_matrix", "csc_matrix") or not is_number(group["data"].dtype):
         return None
     kind: MatrixKind = "csr" if encoding == "csr_matrix" else "csc"
     n_rows, n_cols = (int(n) for n in group.attrs["shape"])

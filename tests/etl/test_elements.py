@@ -207,13 +207,15 @@ def test_what_cannot_be_carried_is_refused_by_name_unless_excluded(tmp_path, how
     one = make(0)
     one.obsm["lists"] = ak.Array([[0] * (i % 3) for i in range(one.n_obs)])
     one.obsm["times"] = np.zeros((one.n_obs, 2), complex)
+    one.obsm["waves"] = sp.csr_matrix(np.eye(one.n_obs, 2, dtype=complex))
     paths = write(tmp_path, [one])
     load = ad.read_h5ad if how == "memory" else None
     with pytest.raises(
-        SchemaError, match=r"obsm/lists, obsm/times cannot be carried.*\['-obsm/lists', '-obsm/times'\]"
+        SchemaError,
+        match=r"obsm/lists, obsm/times, obsm/waves cannot be carried.*\['-obsm/lists', '-obsm/times', '-obsm/waves'\]",
     ):
         DatasetCollection(tmp_path / "o.zarr").plan_adatas(paths, seed=0, load_adata=load)
-    elements = ["-obsm/times", "-obsm/lists", "-obsp"]
+    elements = ["-obsm/times", "-obsm/waves", "-obsm/lists", "-obsp"]
     collection = build(tmp_path / "o.zarr", paths, load_adata=load, elements=elements)
     assert "lists" not in ad.io.read_zarr(next(iter(collection))).obsm
 
