@@ -227,14 +227,14 @@ class _Dealing:
         names, (cell_type, perturbation, dataset) = config["datasets"], columns
         column = None if dataset is None else obs[dataset]
         found = {name: _rows_of(path, name, where, names, column, len(obs)) for name, where in names.items()}
-        perturbations = obs[perturbation].astype(object)
-        is_control = (perturbations == control).to_numpy(bool)
+        perturbations = _as_text(obs[perturbation])
+        is_control = (perturbations == str(control)).to_numpy(bool)
         if not is_control.any():
             some = ", ".join(map(repr, pd.unique(perturbations.dropna())[:5]))
             msg = f"no row of {perturbation!r} is the control {control!r}; there are {some}; say which one is, control="
             raise SelectionError(msg)
         masks = {part: np.zeros(len(obs), bool) for part in PARTS}
-        return cls(path, found, obs[cell_type].astype(object), perturbations, is_control, masks, missing)
+        return cls(path, found, _as_text(obs[cell_type]), perturbations, is_control, masks, missing)
 
     def deal(self, config: Mapping[str, Any], rng: np.random.Generator) -> None:
         """Whole datasets, without the cell types that have a rule of their own; then these."""
@@ -260,8 +260,9 @@ class _Dealing:
     def _deal_few(self, name: str, rows: Mask, lists: Mapping[str, list[str]], rng: np.random.Generator) -> None:
         """Listed perturbations to their parts, all others to train, and controls in proportion."""
         there = self.perturbations[rows & ~self.is_control]
+        lists = {part: list(map(str, listed)) for part, listed in lists.items()}
         for listed in lists.values():
-            for value in sorted(set(map(str, listed)) - set(map(str, there))):
+            for value in sorted(set(listed) - set(there)):
                 self._lack(f"the perturbation {value!r} of {name!r}", there)
         rest = perturbed = rows & ~self.is_control
         held = {part: perturbed & self.perturbations.isin(listed).to_numpy(bool) for part, listed in lists.items()}
@@ -305,6 +306,11 @@ def _rows_of(
         )
         raise SelectionError(msg)
     return column.isin(own).to_numpy(bool)
+
+
+def _as_text(column: pd.Series) -> pd.Series:
+    """Values as a file names them: TOML has no keys but text. Missing ones stay missing."""
+    return column.astype(object).map(str, na_action="ignore")
 
 
 def _lies_in(value: str, where: str) -> bool:

@@ -143,3 +143,14 @@ def test_what_the_collection_lacks_may_be_dropped(obs, write):
 def test_a_file_that_is_not_there(obs, tmp_path):
     with pytest.raises(SourceNotFoundError, match="gone.toml does not exist"):
         read_toml_splits(tmp_path / "gone.toml", obs)
+
+
+def test_names_that_are_numbers_are_found_as_text(obs, write):
+    numbers = {"jurkat": 0, "rpe1": 1, "k562": 2, "hep.g2": 3, "non-targeting": 0, "AARS": 1, "NUP107": 2, "RPUSD4": 3}
+    as_text = write()
+    expected = read_toml_splits(as_text, obs, seed=3)
+    text = TOML.replace(".jurkat", ".0").replace(".rpe1", ".1").replace(".hep.g2", ".3")
+    text = text.replace('val = ["AARS"]', 'val = ["1"]').replace('["AARS", "NUP107"]', "[1, 2]")
+    numbered = obs.assign(**{name: obs[name].astype(object).map(numbers).astype(int) for name in ("cell_type", "gene")})
+    found = read_toml_splits(write(text), numbered, control="0", seed=3)
+    assert all((found[part] == expected[part]).all() and expected[part].any() for part in expected)

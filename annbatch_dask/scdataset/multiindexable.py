@@ -166,5 +166,8 @@ def _take(member: Any, key: Any) -> Any:
         return member.iloc[key]
     if isinstance(member, list | tuple) and not isinstance(key, slice):
         rows = np.asarray(key)
+        if rows.dtype == bool and len(rows) != len(member):
+            msg = f"a mask of {len(rows)} rows does not fit a member of {len(member)}"
+            raise IndexError(msg)
         return [member[i] for i in (np.flatnonzero(rows) if rows.dtype == bool else rows).tolist()]
     return member[key]

@@ -67,6 +67,10 @@ class StrategySampler(SeededSampler):
         rng: np.random.Generator | None = None,
         seed: Seed | None = None,
     ) -> None:
+        for name, value in (("batch_size", batch_size), ("fetch_factor", fetch_factor)):
+            if value < 1:
+                msg = f"{name} must be 1 or more, got {value}"
+                raise ValueError(msg)
         self._strategy = strategy
         self._batch_size = index(batch_size)
         self._fetch_size = self._batch_size * index(fetch_factor)

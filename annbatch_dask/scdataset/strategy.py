@@ -111,7 +111,11 @@ class SamplingStrategy:
         return asked < other
 
     def _ask(self, data_collection: Any, key: Key) -> Order:
-        return Given(np.asarray(self.get_indices(data_collection, seed=_seed_of(key)), np.int64))
+        rows = np.asarray(self.get_indices(data_collection, seed=_seed_of(key)))
+        if rows.dtype == bool:
+            msg = f"get_indices of {type(self).__name__} returned a mask; return rows, np.flatnonzero(mask)"
+            raise TypeError(msg)
+        return Given(_check_indices(rows))
 
     def identity(self) -> tuple[object, ...]:
         """Identity of the order, apart from the seed."""

@@ -652,3 +652,27 @@ def test_sizes_of_lists_and_of_what_has_no_layers():
     with_x = [Duck(np.zeros((1, 50)))]
     assert estimate_sample_size(with_x, fetch_transform=lambda chunk: chunk[0]) >= 400
     assert suggest_parameters([[1, 2]] * 50, 8, verbose=True)["num_workers"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "error"), [([-1, 2], ValueError), ([1.5, 2.7], TypeError), (np.array([True, False, True]), TypeError)]
+)
+def test_what_a_strategy_of_ones_own_returns_is_rows(rows, error):
+    class Own(SamplingStrategy):
+        def get_indices(self, data_collection, seed=None, rng=None):
+            return rows
+
+    with pytest.raises(error, match="mask|integers|0 or more"):
+        list(scDataset(np.arange(3), Own(), 2, seed=0))
+
+
+@pytest.mark.parametrize("sizes", [(0, 1), (-4, 2), (4, 0), (4, -1)])
+def test_a_sampler_of_a_strategy_needs_sizes(sizes):
+    with pytest.raises(ValueError, match="must be 1 or more"):
+        StrategySampler(Streaming(), *sizes)
+
+
+@pytest.mark.parametrize("n_rows", [1, 5])
+def test_a_mask_has_a_value_for_every_row_of_a_list(n_rows):
+    with pytest.raises(IndexError, match=f"a mask of {n_rows} rows"):
+        MultiIndexable(list("abcd"))[np.ones(n_rows, bool)]
