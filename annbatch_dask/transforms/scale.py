@@ -85,10 +85,11 @@ class Scale:
                 msg = f"batches have {n_vars:,} genes without names, and stats {len(self.stats):,}; add var to the data"
                 raise ValueError(msg)
             genes = self.stats.index
-        if self._last is None or self._last[0] is not genes:  # batches share one index
-            object.__setattr__(self, "_last", (genes, self._find(genes)))
-        assert self._last is not None  # just now
-        return self._last[1]
+        last = self._last  # read once: another loader's thread may replace it
+        if last is None or last[0] is not genes:  # batches share one index
+            last = genes, self._find(genes)
+            object.__setattr__(self, "_last", last)
+        return last[1]
 
     def _find(self, genes: pd.Index) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         at = self.stats.index.get_indexer(genes)
