@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import zarr
 
-from annbatch_dask.errors import CollectionChangedError, CollectionError, IntegrityError
+from annbatch_dask.errors import AnnbatchDaskError, CollectionChangedError, CollectionError, IntegrityError
 from annbatch_dask.manifest import (
     ANNBATCH_ENCODING,
     DATASET_NAME,
@@ -313,13 +313,18 @@ class Root:
     def explained(self) -> Iterator[None]:
         """Raise CollectionChangedError in place of an error of the block, if the collection was replaced by then.
 
-        That is enough for a block that compares all it reads with what the manifest says.
+        That is enough for a block that compares all it reads with what the manifest says. What it missed otherwise, as
+        in a collection that was copied in part or is just being removed, is an IntegrityError.
         """
         try:
             yield
-        except Exception:
+        except Exception as e:
             self.check_as_opened()
-            raise
+            if isinstance(e, AnnbatchDaskError) or not isinstance(e, KeyError | FileNotFoundError):
+                raise
+            what = getattr(e, "filename", None) or e.__cause__ or e
+            msg = f"{self.path} cannot be read: {what} is missing; restore it (verify lists all), or build it anew"
+            raise IntegrityError(msg) from e
 
 
 class H5adRoot(Root):

@@ -126,3 +126,32 @@ def test_a_collection_read_through_zarr_is_checked_too(built, tmp_path):
     array = zarr.open_array(file.parents[len(file.parts) - 1 - file.parts.index("c")], mode="r")
     with pytest.raises(ValueError, match="(?i)checksum"):
         array[...]
+
+
+READS = {
+    "obs": lambda c, _: c.obs(),
+    "var": lambda c, _: c.var,
+    "split": lambda c, _: c.split({"a": 0.5, "b": 0.5}, by="cell_type"),
+    "report": lambda c, _: c.report(),
+    "to_lazy": lambda c, _: c.to_lazy(),
+    "repack": lambda c, tmp_path: c.repack(tmp_path / "packed.zarr", "packed"),
+}
+
+
+@pytest.mark.parametrize(
+    ("gone", "read"),
+    [
+        ("obs", "obs"),
+        ("obs/cell_type", "obs"),
+        ("var", "var"),
+        ("obs", "split"),
+        ("X", "report"),
+        ("obs/cell_type", "to_lazy"),
+        ("obs", "repack"),
+    ],
+)
+def test_what_is_missing_is_said_by_whatever_reads_it(built, tmp_path, gone, read):
+    copy = shutil.copytree(built[0], tmp_path / "o.zarr")
+    shutil.rmtree(copy / "dataset_0" / gone)
+    with pytest.raises(IntegrityError, match=rf"cannot be read: .*{gone.rpartition('/')[2]}.* is missing"):
+        READS[read](DatasetCollection(copy), tmp_path)
