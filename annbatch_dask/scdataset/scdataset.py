@@ -103,10 +103,6 @@ class scDataset(Resumable, IterableDataset):  # noqa: N801 - scDataset's name
         if not isinstance(strategy, SamplingStrategy):
             msg = f"strategy must be a SamplingStrategy, got {type(strategy).__name__}"
             raise TypeError(msg)
-        for name, value in (("batch_size", batch_size), ("fetch_factor", fetch_factor)):
-            if value < 1:
-                msg = f"{name} must be 1 or more, got {value}"
-                raise ValueError(msg)
         self.collection = data_collection
         self.strategy = strategy
         self.batch_size = index(batch_size)
