@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One measurement of annbatch_dask in a process of its own; prints a JSON line per measurement.
 
-jobs.py shuffle ATLAS_DIR OUT.zarr [--dataset-size 100000] [--layout open|packed]
+jobs.py shuffle ATLAS_DIR OUT.zarr [--dataset-size 100000] [--layout open|packed] [--stats]
 jobs.py load OUT.zarr [--output csr|dense|genes] [--epochs 3] [--package annbatch_dask|annbatch] [--busy-s 2.0]
 jobs.py tokens OUT.zarr [--output ranks|bins] [--epochs 3]
 jobs.py bounds OUT.zarr
@@ -60,9 +60,8 @@ def shuffle(args: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     collection = DatasetCollection(args.out)
-    collection.add_adatas(
-        sources(args.atlas), dataset_size=args.dataset_size, seed=0, progress=False, layout=args.layout
-    )
+    options = {"dataset_size": args.dataset_size, "layout": args.layout, "stats": args.stats}
+    collection.add_adatas(sources(args.atlas), seed=0, progress=False, **options)
     seconds = time.perf_counter() - start
     report("shuffle", seconds, cells=collection.n_obs, cells_per_s=round(collection.n_obs / seconds))
 
@@ -494,15 +493,21 @@ def fill(output: str, n_obs: int, arrays: list[tuple[int, str]]) -> None:
     report(f"write {output}", time.perf_counter() - start, n_bytes=n_bytes, cells=n_obs)
 
 
+def _add_build(job: argparse.ArgumentParser) -> None:
+    """Add the options of a job that builds."""
+    job.add_argument("atlas", type=Path)
+    job.add_argument("out", type=Path)
+    job.add_argument("--dataset-size", type=int, default=100_000)
+    job.add_argument("--layout", choices=("open", "packed"), default="open")
+
+
 def main() -> int:
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs = parser.add_subparsers(dest="job", required=True)
     job = jobs.add_parser("shuffle")
-    job.add_argument("atlas", type=Path)
-    job.add_argument("out", type=Path)
-    job.add_argument("--dataset-size", type=int, default=100_000)
-    job.add_argument("--layout", choices=("open", "packed"), default="open")
+    _add_build(job)
+    job.add_argument("--stats", action="store_true", help="with statistics of genes")
     job.set_defaults(run=shuffle)
     job = jobs.add_parser("load")
     job.add_argument("store", type=Path)
@@ -524,10 +529,7 @@ def main() -> int:
     job.add_argument("store", type=Path)
     job.set_defaults(run=disks)
     job = jobs.add_parser("gather")
-    job.add_argument("atlas", type=Path)
-    job.add_argument("out", type=Path)
-    job.add_argument("--dataset-size", type=int, default=100_000)
-    job.add_argument("--layout", choices=("open", "packed"), default="open")
+    _add_build(job)
     job.set_defaults(run=gather)
     job = jobs.add_parser("ranks")
     job.add_argument("store", type=Path)
