@@ -85,7 +85,7 @@ class CollectionChangedError(CollectionError, IntegrityError):
 
 
 class StorageError(AnnbatchDaskError, OSError):
-    """A disk is full, a quota used up, a folder open to others, or a file system or store silent for minutes."""
+    """A disk is full, a quota used up, a place not to be written or open to others, or a store silent for minutes."""
 
 
 class MissingPackageError(AnnbatchDaskError, ImportError):

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,6 +26,7 @@ __all__ = [
     "account_of",
     "cat_range",
     "check_parent",
+    "explain_refusals",
     "file_info",
     "is_refused",
     "knows_no_conditions",
@@ -253,6 +255,39 @@ def _room(path: str) -> str:
         return "no space is left on the store"
     found = shutil.disk_usage(folder)
     return f"{found.free:,} of {found.total:,} bytes are free on the disk of {folder}"
+
+
+@contextlib.contextmanager
+def explain_refusals(path: str, what: str = "") -> Iterator[None]:
+    """What the system says of a local file that may not be written, with whose place it is, and what to do.
+
+    Raises
+    ------
+    StorageError
+        With the file, and ``what`` it is for.
+    """
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        msg = (
+            f"{path}{what} cannot be written: {e.strerror}{_whose(path)}; give a path where this process may write, or "
+            "run as a user who may write there"
+        )
+        raise StorageError(msg) from e
+
+
+def _whose(path: str) -> str:
+    """Whose a local file is, or the folder that it would be in."""
+    while not os.path.lexists(path) and path != os.path.dirname(path):
+        path = os.path.dirname(path)
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ""
+    mode = stat.S_IMODE(found.st_mode)
+    return f" ({path} belongs to user {found.st_uid} and has mode {mode:o}, and this process runs as {os.geteuid()})"
 
 
 def check_parent(path: str) -> None:

@@ -31,6 +31,7 @@ from annbatch_dask.storage.filesystems import (
     RangeFile,
     RemoteRanges,
     cat_range,
+    explain_refusals,
     file_info,
     is_refused,
     name_errors,
@@ -263,7 +264,7 @@ class Folder:
         Raises
         ------
         StorageError
-            If the disk is full. Other errors of the system name the file.
+            If the disk is full, or the folder may not be written. Other errors of the system name the file.
         """
         with name_errors(f"{self.url}/{name}"):
             if self.is_local:
@@ -277,18 +278,21 @@ class Folder:
     def _create(self, name: str, *, durable: bool, parents: bool) -> Iterator[IO[bytes]]:
         path = f"{self.path}/{name}"
         folder, base = os.path.split(path)
-        if parents:
-            os.makedirs(folder, 0o700 if self.is_private else 0o777, exist_ok=True)
-        else:
-            _make_below(self.path, folder)
         tmp = os.path.join(folder, f"{_TMP}{uuid.uuid4().hex[:8]}-{base}")
         try:
-            with open(tmp, "xb", buffering=2**20, opener=_private_opener if self.is_private else None) as f:
+            with explain_refusals(path):
+                if parents:
+                    os.makedirs(folder, 0o700 if self.is_private else 0o777, exist_ok=True)
+                else:
+                    _make_below(self.path, folder)
+                file = open(tmp, "xb", buffering=2**20, opener=_private_opener if self.is_private else None)  # noqa: SIM115
+            with file as f:
                 yield f
                 f.flush()
                 if durable:
                     os.fsync(f.fileno())
-            os.replace(tmp, path)
+            with explain_refusals(path):
+                os.replace(tmp, path)
             if durable:
                 sync_path(folder)
         except BaseException:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from annbatch_dask.errors import CollectionBusyError, CollectionError
 from annbatch_dask.storage.conditions import check_takes_files
+from annbatch_dask.storage.filesystems import explain_refusals
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.metadata import METADATA
 
@@ -48,14 +49,17 @@ def exclusive(folder: Folder) -> Iterator[None]:
         If another process, or another call in this one, holds it.
     CollectionError
         If a file of that name is there that is no lock of ours: it stays as it is. Or if no build can work there.
+    StorageError
+        If it may not be written.
     """
     if not folder.is_local:
         check_takes_files(folder.fs, folder.url)
         yield
         return
     path = folder.path.rstrip("/") + LOCK_SUFFIX
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    fd, was_empty = _acquire(path, folder.url)
+    with explain_refusals(path, ", the lock of what is built there,"):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        fd, was_empty = _acquire(path, folder.url)
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import replace
 
 from annbatch_dask.errors import ForeignScratchError
+from annbatch_dask.storage.filesystems import explain_refusals
 from annbatch_dask.storage.folder import Folder
 
 __all__ = ["check_private", "make_private"]
@@ -29,14 +30,17 @@ def make_private(folder: Folder) -> Folder:
     ------
     ForeignScratchError
         If it is there, and another user's.
+    StorageError
+        If it cannot be made.
     """
     if not folder.is_local:
         return folder
     above = os.path.dirname(folder.path)
-    os.makedirs(os.path.dirname(above), exist_ok=True)
-    for path in (above, folder.path):
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700)
+    with explain_refusals(folder.path, ", a scratch folder,"):
+        os.makedirs(os.path.dirname(above), exist_ok=True)
+        for path in (above, folder.path):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o700)
     check_private(folder)
     os.chmod(folder.path, 0o700)  # what an earlier release made
     if (mode := stat.S_IMODE(os.stat(folder.path).st_mode)) & 0o022:

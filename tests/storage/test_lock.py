@@ -4,12 +4,14 @@ import errno
 import fcntl
 import logging
 import os
+import re
 
 import dask
 import pytest
 
 from annbatch_dask import DatasetCollection
-from annbatch_dask.errors import CollectionError
+from annbatch_dask.errors import CollectionError, StorageError
+from annbatch_dask.storage import folder as folder_module
 from annbatch_dask.storage import lock
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.lock import Lease, exclusive, is_held, keep_generation
@@ -185,3 +187,33 @@ def test_a_lock_is_released_and_a_strangers_file_of_its_name_stays(tmp_path):
     with pytest.raises(CollectionError, match="is another file"), exclusive(folder):
         pass
     assert (tmp_path / "o.lock").read_text() == "process 12 on node-7 and so on"
+
+
+@pytest.mark.parametrize("refused", ["o.zarr.lock", ".claim-", "scratch"])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_place_that_may_not_be_written_is_named_with_whose_it_is(tmp_path, build, monkeypatch, refused, number):
+    os_open, os_mkdir = os.open, os.mkdir
+
+    def checked(call, flag):
+        def forbidden(path, *args, **options):
+            if refused in str(path) and (not flag or args[0] & flag):
+                raise OSError(number, os.strerror(number), path)
+            return call(path, *args, **options)
+
+        return forbidden
+
+    def opened(file, *args, **options):
+        if refused in str(file):
+            raise OSError(number, os.strerror(number), file)
+        return open(file, *args, **options)
+
+    build(0)
+    whose = rf"belongs to user {os.geteuid()} and has mode .*, and this process runs as {os.geteuid()}\)"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", checked(os_open, os.O_CREAT))
+        patch.setattr(os, "mkdir", checked(os_mkdir, 0))
+        patch.setattr(folder_module, "open", opened, raising=False)
+        with pytest.raises(StorageError, match=rf"{re.escape(refused)}.* cannot be written: .*{whose}; give a path"):
+            build(1, scratch=tmp_path / "scratch" / "s")
+    assert DatasetCollection(tmp_path / "o.zarr").n_obs == 60
+    assert build(1).n_obs == 120
