@@ -23,6 +23,7 @@ from annbatch_dask.etl.genes import copy_gene_maps
 from annbatch_dask.etl.inputs import known_inputs
 from annbatch_dask.etl.ours import dataset_attributes, is_dataset_of, write_first_document
 from annbatch_dask.etl.request import MatrixLayout
+from annbatch_dask.etl.roots import attributes_of
 from annbatch_dask.etl.verify import check_dataset
 from annbatch_dask.etl.write import packing_of, publish_dataset
 from annbatch_dask.manifest import MANIFEST_KEY, Manifest
@@ -114,12 +115,25 @@ def _repack(source: Folder, manifest: Manifest, target: Folder, layout: str, att
 
 
 def _check_target(target: Folder, manifest: Manifest) -> None:
-    """Refuse a place where something else is than what a repack of this collection left there."""
-    names = {d.name for d in manifest.datasets}
-    for name in target.names():
-        if name not in names or not is_dataset_of((target / name).find(METADATA), (), [manifest.id]):
+    """Refuse a place where something else is than what a repack of this collection left there.
+
+    Datasets that it does not have any more are removed: of a repack that was interrupted before a build replaced them.
+    """
+    names, stale, there = {d.name for d in manifest.datasets}, [], target.names()
+    if METADATA in there:
+        msg = f"{target.url} holds a collection already, which is no repack of this one as it is now; give another path"
+        raise CollectionError(msg)
+    for name in there:
+        document = (target / name).find(METADATA)
+        is_ours = is_dataset_of(document, (), [manifest.id])
+        if is_ours and name not in names and "repacked" in attributes_of(document)[MANIFEST_KEY]:
+            stale.append(name)
+        elif not is_ours or name not in names:
             msg = f"{target.url} exists, and {name} in it is not of a repack of this collection; give another path"
             raise CollectionError(msg)
+    for name in stale:
+        logger.info("%s/%s is of an earlier state of the collection, and is removed", target.url, name)
+        (target / name).remove(last=METADATA)
 
 
 def _about(document: bytes, fingerprint: str, layout: str) -> dict[str, Any]:

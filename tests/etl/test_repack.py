@@ -1,5 +1,7 @@
 """repack: the same collection in the other layout, whatever interrupts it."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -93,6 +95,33 @@ def test_an_interrupted_one_goes_on(collection, tmp_path, monkeypatch, n_written
     assert not packed.verify().leftovers
 
 
+@pytest.mark.parametrize("mode", ["extend", "append"])
+def test_an_interrupted_one_of_a_collection_that_was_extended_since_starts_anew(
+    collection, paths, tmp_path, monkeypatch, mode
+):
+    written, publish = [], module.publish_dataset
+
+    def publishing(folder, *args):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(folder.url)
+        return publish(folder, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "publish_dataset", publishing)
+        collection.repack(tmp_path / "b.zarr", "packed")
+    with pytest.warns(UserWarning, match="is in .* already"):
+        extended = build(tmp_path / "a.zarr", paths[:1], seed=7, mode=mode)
+    packed = extended.repack(tmp_path / "b.zarr", "packed")
+    assert packed.manifest.identity == extended.manifest.identity
+    assert packed.verify().ok
+    assert not packed.verify().leftovers
+    assert {p.name for p in (tmp_path / "b.zarr").iterdir()} == {
+        *(d.name for d in packed.manifest.datasets),
+        "zarr.json",
+    }
+
+
 def test_one_that_builds_replace_meanwhile_is_written_as_it_was(collection, paths, tmp_path, monkeypatch):
     publish = module.publish_dataset
 
@@ -122,7 +151,7 @@ def test_one_that_is_done_is_not_done_again(collection, paths, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "b.zarr").rglob("*")} == before
     with pytest.warns(UserWarning, match="is in .* already"):
         build(tmp_path / "b.zarr", paths[:1], seed=7)
-    with pytest.raises(CollectionError, match="not of a repack"):  # it has other cells by now
+    with pytest.raises(CollectionError, match="no repack of this one as it is now"):  # it has other cells by now
         collection.repack(tmp_path / "b.zarr", "packed")
 
 
@@ -161,8 +190,12 @@ def test_nothing_else_is_written_over(collection, tmp_path):
     (tmp_path / "b.zarr" / "notes.txt").write_text("mine")
     with pytest.raises(CollectionError, match=r"notes\.txt in it is not of a repack"):
         collection.repack(tmp_path / "b.zarr", "packed")
-    with pytest.raises(CollectionError, match="not of a repack"):
+    with pytest.raises(CollectionError, match="holds a collection already"):
         collection.repack(tmp_path / "a.zarr", "packed")
+    shutil.copytree(tmp_path / "a.zarr" / "dataset_0", tmp_path / "c.zarr" / "dataset_7")
+    with pytest.raises(CollectionError, match=r"dataset_7 in it is not of a repack"):
+        collection.repack(tmp_path / "c.zarr", "packed")
+    shutil.rmtree(tmp_path / "c.zarr")
     with pytest.raises(CollectionError, match="has layout 'open' already"):
         collection.repack(tmp_path / "c.zarr", "open")
     with pytest.raises(LayoutError, match="'open' or 'packed'"):
