@@ -27,10 +27,11 @@ from annbatch_dask.errors import (
 from annbatch_dask.etl.log import log_folder
 from annbatch_dask.formatting import plural
 from annbatch_dask.manifest import Manifest, NamingRecord
-from annbatch_dask.plan.naming import Naming, check_fit, first_fit, strip_version
+from annbatch_dask.plan.naming import Naming, first_fit, strip_version
 from annbatch_dask.plan.plan import Plan
 from annbatch_dask.plan.schema import SourceSchema
 from annbatch_dask.sources.open import SourceRef
+from annbatch_dask.sources.references import by_path
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.secrets import shown
 from annbatch_dask.warn import warn
@@ -107,8 +108,7 @@ def _pairs(var_key: VarKey | None, refs: Sequence[SourceRef]) -> tuple[tuple[str
     if not isinstance(var_key, Mapping):
         msg = f"var_key is a {type(var_key).__name__}; give the name of a var column, or names by path"
         raise TypeError(msg)
-    pairs = tuple((shown(os.fspath(k)), "" if v is None else str(v)) for k, v in var_key.items())
-    check_fit("var_key", pairs, [r.label for r in refs])
+    pairs = by_path("var_key", {k: "" if v is None else str(v) for k, v in var_key.items()}, refs)
     return pairs if any(column for _, column in pairs) else ()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -11,14 +10,13 @@ from typing import Any, Literal, get_args
 from annbatch_dask.errors import LayoutError
 from annbatch_dask.etl.genes import AskedNames, ask_names
 from annbatch_dask.plan.elements import Elements
-from annbatch_dask.plan.naming import check_fit, first_fit
+from annbatch_dask.plan.naming import first_fit
 from annbatch_dask.plan.options import Options
 from annbatch_dask.plan.qc import QC
 from annbatch_dask.seeds import resolve_seed
 from annbatch_dask.sizes import check_positive, parse_rows_or_nbytes
 from annbatch_dask.sources.open import SourceRef
-from annbatch_dask.sources.references import check_portable, references
-from annbatch_dask.storage.secrets import shown
+from annbatch_dask.sources.references import by_path, check_portable, references
 from annbatch_dask.storage.shards import compressor_json
 from annbatch_dask.where import Condition
 
@@ -177,6 +175,5 @@ def with_conditions(refs: Sequence[SourceRef], where: str | Mapping[str, str] | 
         Condition.parse(text)
     if isinstance(where, str):
         return tuple(replace(ref, where=where) for ref in refs)
-    pairs = [(shown(os.fspath(pattern)), text) for pattern, text in where.items()]
-    check_fit("where", pairs, [r.label for r in refs])
+    pairs = by_path("where", where, refs)
     return tuple(replace(ref, where=first_fit(pairs, ref.label) or ref.where) for ref in refs)

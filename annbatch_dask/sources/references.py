@@ -24,7 +24,7 @@ from annbatch_dask.storage.secrets import shown, without_secrets
 if TYPE_CHECKING:
     import anndata as ad
 
-__all__ = ["check_portable", "references"]
+__all__ = ["by_path", "check_portable", "references"]
 
 
 def references(
@@ -50,9 +50,21 @@ def references(
     _refuse_twice(refs)
     if isinstance(counts, str):
         return tuple(replace(r, counts=counts) for r in refs)
-    pairs = tuple((shown(os.fspath(pattern)), name) for pattern, name in counts.items())
-    check_fit("counts", pairs, [r.label for r in refs])
+    pairs = by_path("counts", counts, refs)
     return tuple(replace(r, counts=first_fit(pairs, r.label) or "X") for r in refs)
+
+
+def by_path(what: str, given: Mapping[Any, str], refs: Sequence[SourceRef]) -> tuple[tuple[str, str], ...]:
+    """What was given by path or pattern of paths of inputs, for :func:`annbatch_dask.plan.naming.first_fit`.
+
+    Raises
+    ------
+    SourceError
+        If one stands for no input: it says which, and that the argument ``what`` names it.
+    """
+    pairs = tuple((shown(os.fspath(pattern)), said) for pattern, said in given.items())
+    check_fit(what, pairs, [r.label for r in refs])
+    return pairs
 
 
 def _refuse_twice(refs: Sequence[SourceRef]) -> None:
