@@ -43,7 +43,10 @@ WORKER_TIMEOUT_S = 86_400
 def choose_engine(client: Client | None, memory_limit: int | str | None) -> EngineChoice:
     """The engine to use: the client given, dask's configured scheduler, the current client, or a new local cluster."""
     scheduler = dask.config.get("scheduler", None)
-    if client is None and isinstance(scheduler, str) and scheduler in _LOCAL:
+    if client is None and isinstance(scheduler, Client):
+        client = scheduler
+    if client is None and isinstance(scheduler, str) and scheduler.lower() in _LOCAL:
+        scheduler = scheduler.lower()
         n_threads = 1 if scheduler.startswith("s") else dask.system.CPU_COUNT
         local = LocalEngine(scheduler, Budget(_nbytes(memory_limit, n_workers=1), n_threads))
         return EngineChoice(local, local.budget, lambda _: contextlib.nullcontext(local))
@@ -51,7 +54,7 @@ def choose_engine(client: Client | None, memory_limit: int | str | None) -> Engi
         with contextlib.suppress(ValueError):
             client = Client.current(allow_global=True)
     if client is not None:
-        _refuse_asynchronous(client)
+        _check_usable(client)
         cluster = ClusterEngine(client, _cluster_budget(client, memory_limit)).needing(Needs())
         return EngineChoice(cluster, cluster.budget, lambda _: contextlib.nullcontext(cluster))
     n_workers = max(1, min(dask.system.CPU_COUNT, int(MEMORY_LIMIT) // _WORKER_NBYTES))
@@ -98,12 +101,19 @@ def _nbytes(memory_limit: int | str | None, *, n_workers: int) -> int:
     return int(MEMORY_LIMIT) // n_workers
 
 
-def _refuse_asynchronous(client: Client) -> None:
+def _check_usable(client: Client) -> None:
+    """Refuse what is no client, or one that this call could only wait for in vain."""
+    if not isinstance(client, Client):
+        msg = f"client is a {type(client).__name__}; give a distributed.Client, such as distributed.Client(address)"
+        raise TypeError(msg)
     if client.asynchronous:
         msg = (
             "the client is asynchronous and this call would block the event loop that it needs; make the call in a "
             "thread, as in `await asyncio.to_thread(collection.add_adatas, files, client=client)`"
         )
+        raise SchedulerError(msg)
+    if client.status != "running":
+        msg = f"the client is {client.status}: it was closed, or its scheduler was lost; make a new client"
         raise SchedulerError(msg)
 
 

@@ -176,6 +176,20 @@ def test_an_asynchronous_client_is_refused_and_served_in_a_thread(tmp_path, h5ad
     assert DatasetCollection(tmp_path / "o.zarr", mode="r").n_obs == 500
 
 
+def test_a_client_that_leads_nowhere_is_refused_with_the_remedy(tmp_path, h5ad_pair):
+    collection = DatasetCollection(tmp_path / "o.zarr")
+    with LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0") as cluster:
+        client = Client(cluster, set_as_default=False)
+        with config.set(scheduler=client):
+            assert collection.add_adatas(h5ad_pair).status().last[0].engine.startswith(cluster.scheduler_address)
+        client.close()
+        for given in ({"client": client}, {}):
+            with config.set(scheduler=client), pytest.raises(SchedulerError, match="is closed.*make a new client"):
+                collection.add_adatas(h5ad_pair, seed=1, **given)
+    with pytest.raises(TypeError, match="client is a str; give a distributed.Client"):
+        collection.add_adatas(h5ad_pair, seed=1, client=cluster.scheduler_address)
+
+
 def engines(client):
     yield ClusterEngine(client, BUDGET)
     yield LocalEngine("threads", BUDGET)
