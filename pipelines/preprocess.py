@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Shuffle AnnData files into a collection, on the cluster that a YAML file describes.
 
-preprocess.py CONFIG.yaml [--plan | --job-script]
+preprocess.py CONFIG.yaml [--plan | --job-script] [--debug]
 
-The file names inputs (globs too), the output, options of DatasetCollection.add_adatas, and a cluster;
-pipelines/clusters has one for each kind. Workers must see inputs, output and scratch under the same paths or URLs.
+The file names inputs (globs too, ** for folders at any depth), the output, options of DatasetCollection.add_adatas, and
+a cluster; pipelines/clusters has one for each kind. Paths are relative to where this runs, and may hold ~ and variables
+of the environment ($DATA). Workers must see inputs, output and scratch under the same paths or URLs.
 
     files: [atlas/*.h5ad]
     output: atlas.zarr
@@ -22,6 +23,8 @@ import difflib
 import glob
 import importlib
 import inspect
+import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -65,19 +68,28 @@ def connect(cluster: dict[str, Any], stack: ExitStack) -> Client | None:
             options = {"n_workers": limits(cluster["workers"])[1]} | options
         if not options:
             return None
-        started = LocalCluster(**{"preload": ["annbatch_dask.preload"]} | options)
-        return stack.enter_context(Client(stack.enter_context(started)))
+        options = {"preload": ["annbatch_dask.preload"]} | options
+        return stack.enter_context(Client(start(kind, LocalCluster, options, stack)))
     if kind == "scheduler":
         try:
             return stack.enter_context(Client(options["address"]))
         except OSError as error:
             sys.exit(f"preprocess: no scheduler answers at {options['address']} ({error}); check the address")
-    started = stack.enter_context(deployer(kind)(**options))
+    started = start(kind, deployer(kind), options, stack)
     client = stack.enter_context(Client(started))
     if kind != "ssh":  # whose workers are its hosts
         minimum, maximum = limits(cluster["workers"])
         started.adapt(minimum=minimum, maximum=maximum)  # which also replaces jobs that ended, as scale does not
     return client
+
+
+def start(kind: str, of: Any, options: dict[str, Any], stack: ExitStack) -> Any:
+    """Start a cluster; end with what its class says of options that it does not take."""
+    try:
+        return stack.enter_context(of(**options))
+    except (RuntimeError, TypeError, ValueError) as error:
+        said = " ".join(str(error.__cause__ or error).split())
+        sys.exit(f"preprocess: a {kind} cluster does not start with these options: {said}")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -92,6 +104,9 @@ def read(path: Path) -> dict[str, Any]:
         if name not in ("self", "adata_paths", "client", *ENTRIES)
     ]
     check(str(path), config, ENTRIES, ("files", "output"))
+    for name in ("files", "output", "scratch", "performance_report"):
+        if name in ("files", "output") or config.get(name) is not None:
+            config[name] = expand_names(name, config[name])
     check("options", config.get("options"), known)
     cluster = config.get("cluster")
     check("cluster", cluster, ("kind", "workers", "options"))
@@ -120,6 +135,19 @@ def check(what: str, given: Any, known: Sequence[str], needed: Sequence[str] = (
         sys.exit(f"preprocess: {what}: there is no {missing[0]!r}; add it")
 
 
+def expand_names(what: str, given: Any) -> Any:
+    """Return a path, or the paths of the files, with variables of the environment and ~ in it replaced."""
+    if what == "files" and isinstance(given, list) and given:
+        return [expand_names("files", path) for path in given]
+    if not isinstance(given, str) or not given:
+        example = "[data/*.h5ad]" if what == "files" else "a path"
+        sys.exit(f"preprocess: {what} is {given!r}; it must be text, such as {example}")
+    found = os.path.expanduser(os.path.expandvars(given))
+    if lacking := re.search(r"\$(\w+|\{\w+\})", found):
+        sys.exit(f"preprocess: {what} is {given!r}, and {lacking[0]} is not set in the environment; export it")
+    return found
+
+
 def limits(workers: int | list[int]) -> tuple[int, int]:
     """Return how many workers there are at least, and at most."""
     match workers:
@@ -131,9 +159,9 @@ def limits(workers: int | list[int]) -> tuple[int, int]:
 
 
 def expand(patterns: str | list[str]) -> list[str]:
-    """Return the files of all patterns, sorted within each; URLs as they are."""
+    """Return the files of all patterns, sorted within each; URLs as they are; ``**`` is folders at any depth."""
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    found = [[p] if "://" in p else sorted(glob.glob(p)) for p in patterns]
+    found = [[p] if "://" in p else sorted(glob.glob(p, recursive=True)) for p in patterns]
     for pattern, paths in zip(patterns, found, strict=True):
         if not paths:
             sys.exit(f"preprocess: {pattern} matches no file")
@@ -147,6 +175,7 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--plan", action="store_true", help="print tasks, bytes and peak memory; run nothing")
     what.add_argument("--job-script", action="store_true", help="print what a slurm worker is submitted with")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     config = read(args.config)
     cluster = config.get("cluster") or {}
@@ -156,8 +185,10 @@ def main() -> int:
         return 0
     try:
         build(config, cluster, plan_only=args.plan)
-    except AnnbatchDaskError as error:
-        sys.exit(f"preprocess: {error}")
+    except (AnnbatchDaskError, TypeError, ValueError) as error:  # the latter two of options that make no sense
+        if args.debug:
+            raise
+        sys.exit("preprocess: " + "; ".join([str(error), *getattr(error, "__notes__", [])]))
     return 0
 
 
@@ -166,7 +197,8 @@ def build(config: dict[str, Any], cluster: dict[str, Any], *, plan_only: bool) -
     files, options = expand(config["files"]), config.get("options") or {}
     collection = DatasetCollection(config["output"])
     if plan_only:
-        print(collection.plan_adatas(files, **options).summary())
+        taken = inspect.signature(collection.plan_adatas).parameters
+        print(collection.plan_adatas(files, **{name: options[name] for name in options if name in taken}).summary())
         return
     means = {name: config.get(name) for name in ("scratch", "performance_report")}
     with ExitStack() as stack:

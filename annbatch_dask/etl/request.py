@@ -101,6 +101,10 @@ def _check_kinds(given: Mapping[str, Any]) -> None:
     if isinstance(given["var_subset"], str):
         msg = f"var_subset is the text {given['var_subset']!r}; give a list of names"
         raise TypeError(msg)
+    for name in ("shuffle", "allow_mixed_counts", "stats", "strip_versions"):
+        if isinstance(given[name], str):  # as a quoted 'no' of YAML is, which would be taken for True
+            msg = f"{name} is the text {given[name]!r}; give True or False"
+            raise TypeError(msg)
     if given["merge"] not in (None, *(known := ("same", "unique", "first", "only"))):
         msg = f"merge is {given['merge']!r}; give one of {', '.join(map(repr, known))}, or None"
         raise ValueError(msg)

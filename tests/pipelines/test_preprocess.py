@@ -1,6 +1,7 @@
 """pipelines/preprocess.py: a build from one YAML file."""
 
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import ExitStack, nullcontext
@@ -56,6 +57,42 @@ def test_a_build_and_its_plan(tmp_path, h5ad_pair, monkeypatch, capsys):
     assert DatasetCollection(tmp_path / "o.zarr").verify(against=h5ad_pair).ok
 
 
+def test_paths_hold_variables_and_folders_at_any_depth(tmp_path, h5ad_pair, monkeypatch, capsys, call):
+    (tmp_path / "in" / "deep" / "er").mkdir(parents=True)
+    for path, folder in zip(h5ad_pair, ("in", "in/deep/er"), strict=True):
+        shutil.copy(path, tmp_path / folder)
+    monkeypatch.setenv("HERE", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = config(tmp_path, h5ad_pair, files=["$HERE/in/**/*.h5ad"], output="~/${HERE}/o.zarr", scratch=None)
+    found = preprocess.read(path)
+    assert found["output"] == f"{tmp_path}/{tmp_path}/o.zarr"
+    assert len(preprocess.expand(found["files"])) == 2
+    assert call(preprocess, path, "--plan") == 0
+    assert "from 2 sources" in capsys.readouterr().out
+
+
+def test_a_plan_takes_the_options_of_a_build(tmp_path, h5ad_pair, call, capsys):
+    assert call(preprocess, config(tmp_path, h5ad_pair, options={"seed": 3, "progress": False}), "--plan") == 0
+    assert "seed 3" in capsys.readouterr().out
+
+
+def test_options_that_a_cluster_does_not_take_are_a_line(tmp_path, h5ad_pair, call, monkeypatch):
+    def refuse(**options):
+        raise RuntimeError("Nanny failed to start.") from TypeError(f"Worker got an unexpected {min(options)}")
+
+    monkeypatch.setattr(preprocess, "LocalCluster", refuse)
+    cluster = {"kind": "local", "options": {"foo": 1}}
+    with pytest.raises(
+        SystemExit, match="a local cluster does not start with these options: Worker got an unexp.* foo"
+    ):
+        call(preprocess, config(tmp_path, h5ad_pair, cluster=cluster))
+
+
+def test_debug_shows_the_traceback(tmp_path, h5ad_pair, call):
+    with pytest.raises(ValueError, match="mode is 'appendd'"):
+        call(preprocess, config(tmp_path, h5ad_pair, options={"mode": "appendd"}), "--debug")
+
+
 def test_rules_for_names_of_genes_stand_in_the_file(tmp_path, h5ad_pair, monkeypatch, capsys):
     genes = [ad.read_h5ad(path, backed="r").var_names for path in h5ad_pair]
     (tmp_path / "map.csv").write_text(f"alias,id\n{genes[0][0]},{genes[0][1]}\n")
@@ -87,6 +124,14 @@ def test_rules_for_names_of_genes_stand_in_the_file(tmp_path, h5ad_pair, monkeyp
         ({"cluster": {"kind": "ssh", "workers": 2}}, "cluster of kind ssh: 'workers' is not known; there may be kind,"),
         ({"cluster": {"kind": "scheduler"}}, "options of a scheduler: there is no 'address'; add it"),
         ({"options": {"counts": "raw/X", "elements": ["obs"]}}, "has no raw/X, which counts names"),
+        ({"files": 5}, "files is 5; it must be text, such as [data/*.h5ad]"),
+        ({"files": [None]}, "files is None; it must be text"),
+        ({"files": []}, "files is []; it must be text"),
+        ({"output": None}, "output is None; it must be text"),
+        ({"scratch": "/fast/$NOT_SET_HERE"}, "'/fast/$NOT_SET_HERE', and $NOT_SET_HERE is not set in the environment"),
+        ({"options": {"mode": "appendd"}}, "mode is 'appendd' and genes 'collection'; give 'extend', "),
+        ({"options": {"elements": "obs"}}, "elements is one string, 'obs'; give a list of names"),
+        ({"options": {"shuffle": "no"}}, "shuffle is the text 'no'; give True or False"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(tmp_path, h5ad_pair, more, words, monkeypatch):
