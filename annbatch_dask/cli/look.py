@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from annbatch_dask.cli.given import open_collection
 from annbatch_dask.cli.options import add_collection, add_command, add_json, add_of_version, positive
 from annbatch_dask.cli.output import say, say_json, visible
+from annbatch_dask.errors import AnnbatchDaskError
 from annbatch_dask.formatting import format_bytes, plural
 from annbatch_dask.storage.filesystems import check_parent
 
@@ -190,20 +191,31 @@ def add_stats(commands: Any) -> None:
     parser.add_argument(
         "--flavor",
         choices=("seurat", "cell_ranger", "seurat_v3"),
-        default="seurat",
         help="how they are found, as in scanpy (default: seurat)",
     )
     parser.add_argument("--batch-key", metavar="COLUMN", help="find them within each batch, and then those of most")
 
 
+def _check_fit(args: argparse.Namespace) -> None:
+    """Refuse options of a table for a list, and of a list for a table: they would have no effect."""
+    if args.highly_variable is not None and args.by is not None:
+        msg = f"--by {args.by} is of the table; for variable genes within each {args.by}, give --batch-key {args.by}"
+        raise AnnbatchDaskError(msg)
+    if args.highly_variable is None and (args.batch_key, args.flavor) != (None, None):
+        msg = "--flavor and --batch-key are of variable genes; give --highly-variable N too, or --by for a table"
+        raise AnnbatchDaskError(msg)
+
+
 def _stats(args: argparse.Namespace) -> None:
     check_parent(args.output)
+    _check_fit(args)
     collection = open_collection(args)
     if args.highly_variable is None:
         collection.gene_stats(args.by).to_csv(args.output)
         what = plural(collection.n_vars, "gene") + ("" if args.by is None else f" by {args.by}")
     else:
-        found = collection.highly_variable(args.highly_variable, flavor=args.flavor, batch_key=args.batch_key)
+        flavor = args.flavor or "seurat"
+        found = collection.highly_variable(args.highly_variable, flavor=flavor, batch_key=args.batch_key)
         Path(args.output).write_text("".join(f"{name}\n" for name in found), encoding="utf-8")
-        what = f"{plural(len(found), 'highly variable gene')}, {args.flavor}"
+        what = f"{plural(len(found), 'highly variable gene')}, {flavor}"
     say(f"{args.output}: {what}, of {collection.n_obs:,} cells")

@@ -11,6 +11,7 @@ from annbatch_dask.cli.given import open_collection
 from annbatch_dask.cli.options import add_command, add_order_options, positive
 from annbatch_dask.cli.output import say
 from annbatch_dask.errors import AnnbatchDaskError
+from annbatch_dask.seeds import check_seed
 from annbatch_dask.storage.filesystems import check_parent
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def _loader(args: argparse.Namespace) -> Any:
             shuffle=True,
             return_index=True,
             preload_to_gpu=False,
-            rng=np.random.default_rng(args.seed),
+            rng=np.random.default_rng(check_seed(args.seed)),
             dense=args.dense,
             dtype=np.float32 if args.dense else None,
             layers=(),

@@ -33,6 +33,8 @@ Flavor = Literal["seurat", "cell_ranger", "seurat_v3"]
 _MAD = 0.6744897501960817
 """Median of absolute deviations of a normal distribution of variance 1."""
 _SMALLEST_MEAN = 1e-12
+_N_FITTED = 3
+"""Points that a parabola takes: loess is handed no fewer."""
 
 
 def variable_genes(
@@ -229,6 +231,7 @@ def _regular_deviation(mean: NDArray, variance: NDArray, span: float) -> NDArray
     """Standard deviation that a gene of this mean has, by a fit over all that vary; 1 of those that do not."""
     varies, fitted = variance > 0, np.zeros(len(mean))
     if varies.any():
+        _check_span(span, int(varies.sum()))
         model = _loess()(np.log10(mean[varies]), np.log10(variance[varies]), span=span, degree=2)
         try:
             model.fit()
@@ -237,6 +240,16 @@ def _regular_deviation(mean: NDArray, variance: NDArray, span: float) -> NDArray
             raise
         fitted[varies] = model.outputs.fitted_values
     return np.sqrt(10**fitted)
+
+
+def _check_span(span: float, n_genes: int) -> None:
+    """Refuse a fit to fewer points than a parabola has, which ends the process where it does not fail."""
+    if not 0 < span <= 1 or int(span * n_genes) < _N_FITTED:
+        msg = (
+            f"span is {span}, a share of {n_genes:,} genes that vary, and the fit of flavor='seurat_v3' needs 0 < span "
+            f"<= 1 and {_N_FITTED} genes in it; give a larger span, or another flavor or batch_key"
+        )
+        raise CollectionError(msg)
 
 
 def _clipped_sums(

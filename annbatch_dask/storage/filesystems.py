@@ -291,7 +291,7 @@ def _whose(path: str) -> str:
 
 
 def check_parent(path: str) -> None:
-    """Refuse a local file to write, before what is to be in it is worked out, if its folder is not there.
+    """Refuse a local file to write, before what is to be in it is worked out, if it is a folder or in none.
 
     Raises
     ------
@@ -301,4 +301,7 @@ def check_parent(path: str) -> None:
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         msg = f"{path} cannot be written: there is no folder {folder}; make it, or give another path"
+        raise StorageError(msg)
+    if os.path.isdir(path):
+        msg = f"{path} cannot be written: it is a folder; give the path of a file"
         raise StorageError(msg)

@@ -273,6 +273,27 @@ def test_an_output_without_a_folder_is_refused_before_the_work(command, tmp_path
         monkeypatch.setattr(name, lambda _: pytest.fail("the work was begun"))
     assert run(command[0], "o.zarr", command[1], tmp_path / "absent" / "x.csv") == 1
     assert f"there is no folder {tmp_path / 'absent'}; make it" in error_line(capsys)
+    assert run(command[0], "o.zarr", command[1], tmp_path) == 1
+    assert "cannot be written: it is a folder; give the path of a file" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--highly-variable", 5, "--by", "donor"], "--by donor is of the table; .*give --batch-key donor"),
+        (["--batch-key", "donor"], "give --highly-variable N too, or --by"),
+        (["--flavor", "seurat_v3"], "give --highly-variable N too, or --by"),
+    ],
+)
+def test_options_of_a_list_and_of_a_table_of_genes_are_not_mixed(options, words, tmp_path, capsys):
+    assert run("stats", "o.zarr", "-o", tmp_path / "x.csv", *options) == 1
+    assert re.search(words, error_line(capsys))
+
+
+@pytest.mark.parametrize("command", ["stream", "mixing"])
+def test_a_seed_below_zero_is_refused(command, collection, capsys):
+    assert run(command, collection, "--seed", -1) == 1
+    assert "seed is -1; it must be 0 or more" in error_line(capsys)
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])

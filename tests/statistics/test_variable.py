@@ -188,6 +188,9 @@ def test_what_makes_no_sense_is_refused(tmp_path, collection):
         collection.highly_variable(2.5)
     with pytest.raises(CollectionError, match="obs has no column 'nobody'"):
         collection.highly_variable(10, batch_key="nobody")
+    for span in (0, 0.001, 1.5):  # of 0.001, loess aborts the process
+        with pytest.raises(CollectionError, match=f"span is {span}, a share of .* genes that vary.*give a larger span"):
+            collection.highly_variable(10, flavor="seurat_v3", span=span)
     files = adatas(n_vars=40)
     files[0].obs["donor"] = pd.Categorical(["alone", *["b"] * (files[0].n_obs - 1)])
     lone = build(tmp_path / "c.zarr", write(tmp_path, files))
