@@ -15,6 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SelectionError
+from annbatch_dask.warn import warn
 
 __all__ = ["Splits", "make_splits"]
 
@@ -63,7 +64,7 @@ class Splits(Mapping[str, NDArray[np.bool_]]):
         return len(self.fractions)
 
     def _refuse(self, name: str) -> NDArray[np.bool_]:
-        msg = f"no part is called {name!r}; there are {', '.join(self.fractions)}"
+        msg = f"no part is called {name!r}; there are {', '.join(map(str, self.fractions))}"
         raise KeyError(msg)
 
     @property
@@ -78,7 +79,7 @@ class Splits(Mapping[str, NDArray[np.bool_]]):
         """Write to one compressed file."""
         about = {
             "version": _VERSION,
-            "fractions": self.fractions,
+            "fractions": list(self.fractions.items()),  # names may be numbers, which keys of JSON are not
             "by": self.by,
             "stratify": self.stratify,
             "seed": self.seed,
@@ -86,7 +87,8 @@ class Splits(Mapping[str, NDArray[np.bool_]]):
             "collection_version": self.version,
         }
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, codes=self.codes, about=np.array(json.dumps(about)))
+        text = json.dumps(about, default=lambda name: name.item())  # a number of numpy's
+        np.savez_compressed(buffer, codes=self.codes, about=np.array(text))
         Path(path).write_bytes(buffer.getvalue())
 
     @classmethod
@@ -111,7 +113,7 @@ class Splits(Mapping[str, NDArray[np.bool_]]):
                 msg = f"{msg}, or open that version, if it is kept: DatasetCollection(path, version={was})"
             raise SelectionError(msg)
         parts = tuple(about["by"]), tuple(about["stratify"])
-        return cls(about["fractions"], codes, *parts, about["seed"], collection, version)
+        return cls(dict(about["fractions"]), codes, *parts, about["seed"], collection, version)
 
 
 def _named(collection: str, version: int | None) -> str:
@@ -137,10 +139,20 @@ def make_splits(  # noqa: PLR0913
     strata = _number(obs, stratify)
     rng = np.random.default_rng(seed)
     codes = _deal_groups(_number(obs, by), strata, shares, rng) if by else _deal_rows(strata, shares, rng)
-    return Splits(dict(fractions), codes, tuple(by), tuple(stratify), seed, collection, version)
+    found = Splits(
+        {name: float(share) for name, share in fractions.items()},
+        *(codes, tuple(by), tuple(stratify), seed, collection, version),
+    )
+    if empty := [str(name) for name, n in found.report["n_obs"].items() if not n]:
+        whole = f"whole groups of {', '.join(by)} go to one part: take fewer parts, or finer groups" if by else ""
+        warn(f"no row of {len(obs):,} is in {', '.join(empty)}; {whole or 'give these parts larger shares'}")
+    return found
 
 
 def _check_fractions(fractions: Mapping[str, float]) -> NDArray[np.float64]:
+    if not isinstance(fractions, Mapping):
+        msg = f"fractions is {fractions!r}; give shares by name, such as {{'train': 0.8, 'test': 0.2}}"
+        raise TypeError(msg)
     shares = np.array(list(fractions.values()), np.float64)
     if not 0 < len(shares) <= _MAX_PARTS or not (shares > 0).all() or abs(shares.sum() - 1) > 1e-6:
         msg = f"fractions must be positive and add up to 1, got {dict(fractions)}, which add up to {shares.sum():g}"

@@ -17,7 +17,7 @@ from annbatch_dask.chunks.reader import RangeReader
 from annbatch_dask.errors import SelectionError, StateError
 from annbatch_dask.manifest import DatasetRecord, Manifest
 from annbatch_dask.samplers import DistributedSampler, MatchedControlSampler
-from annbatch_dask.splits import make_splits
+from annbatch_dask.splits import Splits, make_splits
 from annbatch_dask.storage.root import Root
 from tests.loader.data import frame
 from tests.loader.loaders import SMALL, csr, make
@@ -140,6 +140,7 @@ def split(obs, fractions=THREE, by=(), stratify=(), seed=0):
     return make_splits(obs, fractions, by=by, stratify=stratify, seed=seed, collection="c")
 
 
+@pytest.mark.filterwarnings("ignore:no row of")
 @given(n_obs=st.integers(1, 300), n_donors=st.integers(1, 30), seed=st.integers(0, 9))
 def test_groups_are_never_torn(n_obs, n_donors, seed):
     obs = cells(n_obs, n_donors, seed)
@@ -149,6 +150,7 @@ def test_groups_are_never_torn(n_obs, n_donors, seed):
     assert sum(map(len, donors)) == obs["donor"].nunique()
 
 
+@pytest.mark.filterwarnings("ignore:no row of")
 @given(n_obs=st.integers(1, 300), seed=st.integers(0, 9))
 def test_cells_by_themselves_meet_the_fractions_in_every_stratum(n_obs, seed):
     obs = cells(n_obs, 5, seed)
@@ -181,11 +183,35 @@ def test_fractions_that_are_none_are_refused(fractions):
         split(cells(9, 2), fractions)
 
 
+def test_fractions_without_names_are_refused():
+    with pytest.raises(TypeError, match=r"fractions is \[0\.8, 0\.2\]; give shares by name, such as"):
+        split(cells(9, 2), [0.8, 0.2])
+
+
+def test_a_part_that_gets_no_row_is_warned_of():
+    with pytest.warns(
+        UserWarning, match="no row of 90 is in val, test; whole groups of donor go to one part: take fewer"
+    ):
+        parts = split(cells(90, 2), by=["donor"])
+    assert parts.report["n_obs"].tolist() == [90, 0, 0]
+    with pytest.warns(UserWarning, match="no row of 4 is in val, test; give these parts larger shares"):
+        split(cells(4, 2))
+
+
+@pytest.mark.parametrize("number", [int, np.int64])
+def test_folds_may_have_numbers(tmp_path, number):
+    folds = split(cells(90, 9), {number(k): np.float32(0.25) for k in range(4)})
+    folds.save(tmp_path / "folds.npz")
+    again = Splits.read(tmp_path / "folds.npz", "c", 90)
+    assert (again[2] == folds[2]).all()
+    assert again.fractions == {0: 0.25, 1: 0.25, 2: 0.25, 3: 0.25}
+
+
 def test_a_column_that_is_not_there_is_named():
     with pytest.raises(SelectionError, match="no column 'batch'; it has donor, kind"):
         split(cells(9, 2), by=["batch"])
     with pytest.raises(KeyError, match="no part is called 'tset'; there are train, val, test"):
-        split(cells(9, 2))["tset"]
+        split(cells(90, 2))["tset"]
 
 
 @pytest.mark.filterwarnings("ignore:It is customary")

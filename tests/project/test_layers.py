@@ -23,7 +23,7 @@ ALLOWED = {
     "sizes": {"errors"},
     "types": {"errors"},
     "transforms": {"errors", "formatting"},
-    "splits": {"errors"},
+    "splits": {"errors", "warn"},
     "toml_splits": {"errors"},
     "where": {"errors"},
     "records": {"formatting"},
