@@ -42,7 +42,7 @@ from annbatch_dask.sources.matrices import describe_matrix
 from annbatch_dask.sources.open import SourceRef
 from annbatch_dask.storage.frames import n_rows
 from annbatch_dask.storage.metadata import METADATA
-from annbatch_dask.storage.root import Root
+from annbatch_dask.storage.root import H5adRoot, Root
 from annbatch_dask.storage.uploads import UPLOAD_NBYTES
 from annbatch_dask.warn import warn
 
@@ -228,7 +228,10 @@ def warn_of_duplicates(root: Root, refs: Sequence[SourceRef], on_duplicate_sourc
 
 
 def dataset_refs(root: Root) -> list[SourceRef]:
-    """The datasets as inputs of a build that extends them, or of a view."""
+    """The datasets as inputs of a build that extends them, or of a view; CollectionError where they are h5ad files."""
+    if isinstance(root, H5adRoot):
+        msg = f"{root.path} is a folder of h5ad files; open them with concat_lazy, or build a zarr collection of them"
+        raise CollectionError(msg)
     if not root.has_folder:
         return [SourceRef(name, group, is_dataset=True) for name, group in zip(root.names(), root, strict=True)]
     folder, manifest = root.target, root.manifest

@@ -195,7 +195,8 @@ class View:
         """See :meth:`annbatch_dask.DatasetCollection.obs_dataset`."""
         rows = SourceRows.of(self.plan, self.refs, self.identities)
         variables = {c.name: rows.column(c, "obs") for c in self.columns if c.frame == OBS}
-        return xr.Dataset(variables, {"obs_names": rows.names("obs")})
+        names = "_index" if "obs_names" in variables else "obs_names"
+        return xr.Dataset(variables, {names: rows.names("obs")})
 
     def _frames(self, label: str | None, *, load_annotation_index: bool) -> dict[str, Dataset2D]:
         """obs, and the frames of obsm, by name."""

@@ -68,6 +68,9 @@ class QC:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float | np.number)):
                 msg = f"QC: {name} is {value!r}; give a number"
                 raise TypeError(msg)
+            if value is not None and np.isnan(value):
+                msg = f"QC: {name} is NaN, which no cell meets; give a number, or None for no limit"
+                raise ValueError(msg)
         for low, high in (("min_counts", "max_counts"), ("min_genes", "max_genes")):
             least, most = getattr(self, low), getattr(self, high)
             if least is not None and most is not None and least > most:

@@ -377,6 +377,7 @@ def test_rules_that_do_not_fit_an_input_are_refused_before_work(tmp_path, qc, ma
         ({"min_genes": 5, "max_genes": 4}, ValueError, "min_genes=5 is more than max_genes=4"),
         ({"max_fraction": {"mito": 0.2}}, ValueError, "max_fraction names 'mito', and gene_sets has none"),
         ({"max_fraction": {"mito": 20}, "gene_sets": {"mito": "MT-"}}, ValueError, "a share from 0 to 1"),
+        ({"max_counts": np.nan}, ValueError, "max_counts is NaN, which no cell meets"),
         ({"min_umis": 3}, TypeError, "some of min_counts"),
         (7, TypeError, "give QC"),
     ],

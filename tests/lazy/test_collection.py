@@ -1,6 +1,7 @@
 """A collection to look at, and lazy views as inputs of one."""
 
 from collections import Counter
+from pathlib import Path
 
 import anndata as ad
 import dask
@@ -49,6 +50,30 @@ def test_obs_as_an_xarray_dataset(collection):
     assert T["cell_type"].dtype.categories.tolist() == expected["cell_type"].cat.categories.tolist()
     means = obs[["cell_type", "score"]].groupby("cell_type").mean()["score"].to_series()
     assert means.to_dict() == pytest.approx(expected.groupby("cell_type", observed=True)["score"].mean().to_dict())
+
+
+def test_a_column_of_obs_may_be_called_as_the_names_are(paths, tmp_path):
+    with dask.config.set(scheduler="synchronous"):
+        one = DatasetCollection(tmp_path / "c.zarr").add_adatas(
+            paths[:1], seed=0, load_adata=lambda path: with_column(read(Path(path)), "obs_names")
+        )
+    obs, expected = one.obs_dataset(), one.obs()
+    assert obs["obs_names"].to_numpy().tolist() == expected["obs_names"].tolist()
+    assert obs["_index"].to_numpy().tolist() == expected.index.tolist()
+
+
+def with_column(adata, name):
+    adata.obs[name] = np.arange(adata.n_obs)
+    return adata
+
+
+@pytest.mark.filterwarnings("ignore:Loading h5ad is currently not supported")
+def test_a_folder_of_h5ad_files_says_how_to_look_at_them(paths, tmp_path):
+    with dask.config.set(scheduler="synchronous"):
+        h5ad = DatasetCollection(tmp_path / "c", is_collection_h5ad=True).add_adatas(paths, seed=0)
+    for look in (h5ad.to_lazy, h5ad.obs_dataset):
+        with pytest.raises(CollectionError, match="is a folder of h5ad files; open them with concat_lazy"):
+            look()
 
 
 def test_an_empty_collection_has_nothing_to_look_at(tmp_path):
