@@ -214,7 +214,7 @@ def _stats(args: argparse.Namespace) -> None:
         collection.gene_stats(args.by).to_csv(args.output)
         what = plural(collection.n_vars, "gene") + ("" if args.by is None else f" by {args.by}")
     else:
-        flavor = args.flavor or "seurat"
+        flavor: Any = args.flavor or "seurat"
         found = collection.highly_variable(args.highly_variable, flavor=flavor, batch_key=args.batch_key)
         Path(args.output).write_text("".join(f"{name}\n" for name in found), encoding="utf-8")
         what = f"{plural(len(found), 'highly variable gene')}, {flavor}"
