@@ -26,6 +26,7 @@ from annbatch_dask.loader.pool import spare_pool
 from annbatch_dask.loader.selection import Where
 from annbatch_dask.loader.state import Progress, Resumable, State, digest
 from annbatch_dask.loader.steps import Transform
+from annbatch_dask.order.planned import copy_request
 from annbatch_dask.samplers import DistributedSampler
 from annbatch_dask.samplers.distributed import DistInfo, EvenOrAuto, resolve_even
 from annbatch_dask.samplers.runs import default_sampler
@@ -325,7 +326,7 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         if isinstance(sampler, Sampler):
             requests = self._begin(progress, n_obs)
         else:  # annbatch's own: it numbers no epochs
-            requests = sampler.sample(n_obs)
+            requests = map(copy_request, sampler.sample(n_obs))
         return requests if selected is None else selected.translate(requests)
 
     def _data_digest(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from operator import index
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from annbatch_dask.kernels.row_runs import lay_out
 from annbatch_dask.types import LoadRequest
 
-__all__ = ["Planned", "as_runs", "cut", "expand", "plan_request", "rows_or_runs", "skip"]
+__all__ = ["Planned", "as_runs", "copy_request", "cut", "expand", "plan_request", "rows_or_runs", "skip"]
 
 Ints = NDArray[np.int64]
 AnyInts = NDArray[np.integer[Any]]
@@ -53,8 +54,14 @@ class Planned:
 
 
 def plan_request(request: LoadRequest) -> Planned:
-    """A request that exists already."""
-    return Planned(tuple(len(split) for split in request["splits"]), lambda: request)
+    """A request that exists already, as it is now."""
+    kept = copy_request(request)
+    return Planned(tuple(len(split) for split in kept["splits"]), lambda: kept)
+
+
+def copy_request(request: LoadRequest) -> LoadRequest:
+    """A request of somebody's own sampler, which may shuffle the same arrays for its next one before this is read."""
+    return {"requests": copy(request["requests"]), "splits": [np.array(split) for split in request["splits"]]}
 
 
 def expand(requests: Requests) -> Ints:
