@@ -11,7 +11,7 @@ import numpy as np
 from annbatch_dask.errors import LayoutError
 from annbatch_dask.warn import warn
 
-__all__ = ["Seed", "check_rng", "check_seed", "draw_seed", "only_one", "resolve_seed"]
+__all__ = ["Seed", "check_number", "check_rng", "check_seed", "draw_seed", "only_one", "resolve_seed"]
 
 Seed = int | np.random.Generator
 """What ``seed`` may be, beside None."""
@@ -32,6 +32,15 @@ def check_seed(seed: Seed | None) -> Seed | None:
     if seed < 0:
         msg = f"seed is {seed}; it must be 0 or more"
         raise LayoutError(msg)
+    return int(seed)
+
+
+def check_number(seed: int) -> int:
+    """The seed, where it has to be a number."""
+    if not _is_number(seed):
+        msg = f"seed must be a non-negative integer, got {seed!r}"
+        raise TypeError(msg)
+    check_seed(seed)
     return int(seed)
 
 

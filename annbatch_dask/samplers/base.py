@@ -13,7 +13,7 @@ from annbatch_dask.order.epoch import Epoch
 from annbatch_dask.order.keys import Key, permutation
 from annbatch_dask.order.planned import Planned
 from annbatch_dask.samplers.sampler import Sampler, check_mask
-from annbatch_dask.seeds import Seed, check_rng, check_seed, draw_seed, only_one
+from annbatch_dask.seeds import Seed, check_number, check_rng, check_seed, draw_seed, only_one
 from annbatch_dask.sizes import check_positive
 from annbatch_dask.types import LoadRequest
 
@@ -70,7 +70,7 @@ class SeededSampler(Sampler):
 
     @seed.setter
     def seed(self, value: int) -> None:
-        self._seed, self.epoch_counter.seed = int(value), None
+        self._seed, self.epoch_counter.seed = check_number(value), None
         self._seed_is_given = self._seed_is_number = True
 
     def restore_seed(self, seed: int) -> None:

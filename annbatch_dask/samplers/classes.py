@@ -306,7 +306,9 @@ def _check_weights(weights: Any, n_classes: int) -> NDArray[np.float64]:
     if checked.shape != (n_classes,):
         msg = f"class_weights needs one weight per class: {n_classes}, got shape {checked.shape}"
         raise ValueError(msg)
-    if not np.isfinite(checked).all() or not (checked > 0).any():
-        msg = "class_weights must be finite and have at least one positive weight"
+    with np.errstate(over="ignore"):
+        is_finite = np.isfinite(checked).all() and np.isfinite(np.maximum(checked, 0).sum())
+    if not is_finite or not (checked > 0).any():
+        msg = "class_weights must be finite, also in sum, and have at least one positive weight"
         raise ValueError(msg)
     return np.maximum(checked, 0)

@@ -118,7 +118,7 @@ class DistributedSampler(Sampler):
                 "even='drop' or 'pad'"
             )
             raise ValueError(msg)
-        self._n_batches: tuple[int, int] = (-1, -1)
+        self._n_batches: dict[tuple[int | None, ...], int] = {}
         if isinstance(self._sampler, SeededSampler) and self._world_size > 1:
             _check_seed(self._sampler, dist_info, self._rank, self._world_size)
 
@@ -147,6 +147,25 @@ class DistributedSampler(Sampler):
     def shuffle(self) -> bool | None:
         """The wrapped sampler's."""
         return self._sampler.shuffle
+
+    @property
+    def mask(self) -> slice:
+        """The wrapped sampler's."""
+        return self._sampler.mask
+
+    @mask.setter
+    def mask(self, value: slice) -> None:
+        self._sampler.mask = value
+
+    @property
+    def rng(self) -> np.random.Generator | None:
+        """The wrapped sampler's, which is set before it is wrapped: ranks then compare their seeds."""
+        return self._sampler.rng
+
+    @rng.setter
+    def rng(self, value: np.random.Generator | None) -> None:  # noqa: ARG002
+        msg = "give rng, or seed, to the sampler that is shared out, before it is: then ranks compare their seeds"
+        raise ValueError(msg)
 
     @property
     def sampler(self) -> Sampler:
@@ -181,11 +200,12 @@ class DistributedSampler(Sampler):
 
     def n_batches(self, n_obs: int) -> int:
         """Batches of this rank in one pass over ``n_obs`` rows."""
-        if self._n_batches[0] != n_obs:
+        of = n_obs, self.mask.start, self.mask.stop
+        if of not in self._n_batches:
             # What the ranks get depends on the sizes of all batches: they are counted, on a copy. None is made.
             planned = copy.deepcopy(self).plan_requests(n_obs, 0)
-            self._n_batches = n_obs, sum(len(item.sizes) for item in planned)
-        return self._n_batches[1]
+            self._n_batches = {of: sum(len(item.sizes) for item in planned)}
+        return self._n_batches[of]
 
     def state_identity(self) -> tuple[object, ...]:
         """Identity that a saved state and the sampler that resumes from it must share."""

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import context, reduction
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,9 @@ from annbatch_dask.order.share import Worker
 __all__ = ["EpochCounter"]
 
 _N_PASSES = 64
-_NEXT, _FOREIGN, _SEED, _FIRST = 0, 1, 2, 3
+_NEXT, _FOREIGN, _SEED, _FIRST = 0, 1, 2, 3  # of the seed its bytes, which are behind all cells
 _N_CELLS = _FIRST + 2 * _N_PASSES  # of each of the latest passes, who makes it: an id, and the number of a process
+_N_BYTES = 8 * _N_CELLS
 _NOBODY = -1
 
 
@@ -83,6 +85,9 @@ class EpochCounter:
 
     def set(self, epoch: int) -> None:
         """Let the next pass have this epoch."""
+        if index(epoch) < 0:
+            msg = f"epoch is {epoch}; it must be 0 or more"
+            raise ValueError(msg)
         with self._cells() as cells:
             cells[_FIRST:] = _NOBODY
             cells[_NEXT], cells[_FOREIGN] = epoch, 0
@@ -97,12 +102,16 @@ class EpochCounter:
     def seed(self) -> int | None:
         """The seed to continue with, whichever process was told; None where none was."""
         with self._cells() as cells:
-            return None if cells[_SEED] == _NOBODY else int(cells[_SEED])
+            n_bytes = int(cells[_SEED])
+            return None if n_bytes == _NOBODY else int.from_bytes(os.pread(self._fd, n_bytes, _N_BYTES), "little")
 
     @seed.setter
     def seed(self, value: int | None) -> None:
         with self._cells() as cells:
-            cells[_SEED] = _NOBODY if value is None else value
+            cells[_SEED] = _NOBODY
+            if value is not None:
+                raw = int(value).to_bytes(int(value).bit_length() // 8 + 1, "little")
+                cells[_SEED] = os.pwrite(self._fd, raw, _N_BYTES)
 
     def _next_pass(self, worker: Worker | None) -> tuple[int, int]:
         """Identify the next pass. Persistent workers make several under one seed, all equally many."""
@@ -116,7 +125,7 @@ class EpochCounter:
         """The shared numbers, to be read and changed by one process at a time."""
         fcntl.lockf(self._fd, fcntl.LOCK_EX)
         try:
-            before = os.pread(self._fd, 8 * _N_CELLS, 0)
+            before = os.pread(self._fd, _N_BYTES, 0)
             cells = np.frombuffer(before, np.int64).copy()
             yield cells
             if cells.tobytes() != before:

@@ -67,6 +67,8 @@ class MatchedControlSampler(RunSampler):
     32
     """
 
+    _takes_mask = False
+
     def __init__(  # noqa: PLR0913
         self,
         chunk_size: int,

@@ -62,6 +62,7 @@ class Sampler(ABC):
     """
 
     # Class attributes, so that a subclass with an __init__ of its own still has them.
+    _takes_mask: bool = True
     _mask: slice = slice(0, None)
     _rng: np.random.Generator | None = None
 
@@ -87,7 +88,13 @@ class Sampler(ABC):
 
     @mask.setter
     def mask(self, value: slice) -> None:
-        self._mask = check_mask(value)
+        mask = check_mask(value)
+        if not self._takes_mask and mask != slice(0, None):
+            msg = (
+                f"{type(self).__name__} was given what it draws from, and takes no mask: Loader(where=...) selects rows"
+            )
+            raise ValueError(msg)
+        self._mask = mask
 
     @property
     def rng(self) -> np.random.Generator | None:

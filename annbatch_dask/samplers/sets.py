@@ -89,6 +89,8 @@ class CellSets(SeededSampler):
     (64, 1, {'T'})
     """
 
+    _takes_mask = False
+
     def __init__(  # noqa: PLR0913
         self,
         set_size: int,

@@ -89,6 +89,9 @@ class MultiIndexable:
         if isinstance(key, str):
             msg = f"members have no names, so none is called {key!r}"
             raise KeyError(msg)
+        if np.ndim(key) > 1 or key is None or isinstance(key, tuple | bool | np.bool_) or key is Ellipsis:
+            msg = f"rows are given by a slice, a list, a mask or an array of one dimension, got {key!r}"
+            raise IndexError(msg)
         try:
             return self._with([_take(member, key) for member in self._members])
         except (IndexError, TypeError) as error:

@@ -57,6 +57,8 @@ class StrategySampler(SeededSampler):
     8
     """
 
+    _takes_mask = False
+
     def __init__(
         self,
         strategy: SamplingStrategy,

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from annbatch_dask.kernels.assemble import has_kernels
 from annbatch_dask.order.keys import Key
 from annbatch_dask.order.rows import Blocks, Given, InOrder, Order, Rounds, Weighted, WeightTable
 from annbatch_dask.warn import warn
@@ -216,7 +217,7 @@ class BlockShuffling(SamplingStrategy):
 
     def __init__(self, block_size: int = 8, indices: ArrayLike | None = None, drop_last: bool = False) -> None:  # noqa: FBT001, FBT002 - scDataset's interface
         super().__init__(indices)
-        self.block_size = _check_block_size(block_size)
+        self.block_size = _check_size("block_size", block_size)
         self.drop_last = drop_last
 
     def get_len(self, data_collection: Any) -> int:
@@ -276,11 +277,11 @@ class BlockWeightedSampling(SamplingStrategy):
         sampling_size: int | None = None,
     ) -> None:
         super().__init__(indices)
-        self.block_size = _check_block_size(block_size)
+        self.block_size = _check_size("block_size", block_size)
         self._weights = None if weights is None else _check_weights(np.asarray(weights))
-        self.total_size = total_size
+        self.total_size = None if total_size is None else _check_size("total_size", total_size, 0)
         self.replace = replace
-        self.sampling_size = sampling_size
+        self.sampling_size = None if sampling_size is None else _check_size("sampling_size", sampling_size)
         self._table: tuple[int, WeightTable] | None = None
         if self._weights is not None and self._indices is not None and len(self._indices):
             self._check_number(max(len(self._weights), int(self._indices[-1]) + 1))
@@ -416,11 +417,11 @@ def _digest(values: NDArray[Any] | None) -> str | None:
     return None if values is None else blake2b(values.tobytes(), digest_size=8).hexdigest()
 
 
-def _check_block_size(block_size: int) -> int:
-    if block_size < 1:
-        msg = f"block_size must be 1 or more, got {block_size}"
+def _check_size(name: str, size: int, least: int = 1) -> int:
+    if size < least:
+        msg = f"{name} must be {least} or more, got {size}"
         raise ValueError(msg)
-    return index(block_size)
+    return index(size)
 
 
 def _check_indices(indices: NDArray[Any]) -> Ints:
@@ -436,10 +437,12 @@ def _check_indices(indices: NDArray[Any]) -> Ints:
 
 
 def _check_weights(weights: NDArray[Any]) -> NDArray[Any]:
-    total = weights.sum(dtype=np.float64)
-    if weights.ndim != 1:
-        msg = f"weights must be a list of numbers, got an array of shape {weights.shape}"
+    if weights.ndim != 1 or weights.dtype.kind not in "biuf":
+        msg = f"weights must be a list of numbers, got an array of shape {weights.shape} of {weights.dtype}"
         raise ValueError(msg)
+    if not has_kernels(weights.dtype):
+        weights = weights.astype(np.float64)
+    total = weights.sum(dtype=np.float64)
     if not np.isfinite(total) or total <= 0 or weights.min() < 0:
         msg = f"weights must be 0 or more and have a positive sum, got a sum of {total}"
         raise ValueError(msg)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from annbatch_dask.transforms.scale import Scale
@@ -35,6 +36,6 @@ class NormalizeLog1p:
     target_sum: float = 1e4
 
     def __post_init__(self) -> None:
-        if not self.target_sum > 0:
-            msg = f"target_sum is {self.target_sum}; it must be greater than 0"
+        if not 0 < self.target_sum < math.inf:
+            msg = f"target_sum is {self.target_sum}; it must be greater than 0, and finite"
             raise ValueError(msg)

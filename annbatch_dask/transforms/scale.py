@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 __all__ = ["Scale"]
 
+_PREFIXES = {"log": "log_", "counts": ""}
+
 
 @dataclass(frozen=True, eq=False)
 class Scale:
@@ -52,24 +54,26 @@ class Scale:
     )
 
     def __post_init__(self) -> None:
-        kinds = {"log": "log_", "counts": ""}
-        if self.values not in kinds:
+        if self.values not in _PREFIXES:
             msg = f"values is {self.values!r}; give 'log' or 'counts'"
             raise ValueError(msg)
         if self.max_value is not None and not self.max_value > 0:
             msg = f"max_value is {self.max_value}; it must be greater than 0"
             raise ValueError(msg)
-        names = [f"{kinds[self.values]}{name}" for name in ("mean", "variance")]
+        names = self._names
         if isinstance(self.stats.index, pd.MultiIndex) or not set(names) <= set(self.stats.columns):
             msg = "stats are not those of genes over all cells; give collection.gene_stats()"
             raise ValueError(msg)
-        found = self.stats[names].set_axis(["mean", "std"], axis=1)
+        found = self.stats[names]
         if not np.isfinite(found.to_numpy()).all():
             n = int((~np.isfinite(found.to_numpy())).any(axis=1).sum())
             msg = f"{n:,} of {len(found):,} genes have no finite mean and variance of {self.values}; leave them out"
             raise ValueError(msg)
-        found["std"] = np.sqrt(found["std"]).replace(0, 1)
         object.__setattr__(self, "stats", found)  # the two columns that are needed travel to workers
+
+    @property
+    def _names(self) -> list[str]:
+        return [f"{_PREFIXES[self.values]}{name}" for name in ("mean", "variance")]
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Scale X of a batch, in the place of what it was."""
@@ -97,7 +101,10 @@ class Scale:
             missing = genes[at < 0]
             msg = f"{len(missing):,} of {len(genes):,} genes are not in stats: {missing[0]!r}; give those of this data"
             raise ValueError(msg)
-        return self.stats["mean"].to_numpy()[at], self.stats["std"].to_numpy()[at]
+        mean, std = (self.stats[name].to_numpy(np.float64)[at] for name in self._names)
+        np.sqrt(std, out=std)
+        std[std == 0] = 1
+        return mean, std
 
     def _dense(self, x: Any, mean: NDArray[np.float64], std: NDArray[np.float64]) -> Any:
         like = _like(x)

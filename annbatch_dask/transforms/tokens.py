@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
 from annbatch_dask.formatting import first_few
+from annbatch_dask.seeds import check_number
+from annbatch_dask.sizes import check_positive
 from annbatch_dask.transforms.vocabulary import GeneTable, read_medians, read_vocabulary
 
 __all__ = ["BinnedExpression", "RankTokens", "Tokens"]
@@ -51,6 +53,7 @@ class Tokens:
         if self.dtype not in ("int64", "int32"):
             msg = f"dtype must be 'int64' or 'int32', got {self.dtype!r}"
             raise ValueError(msg)
+        check_positive("max_length", self.max_length)
         named = [name for name in specials if name is not None]
         lacking = [name for name in (*named, self.pad) if name not in self.vocabulary]
         if lacking:
@@ -266,6 +269,8 @@ class BinnedExpression(Tokens):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vocabulary", read_vocabulary(self.vocabulary))
+        check_positive("n_bins", self.n_bins)
+        check_number(self.seed)
         if self.n_bins < 3:
             msg = f"n_bins is {self.n_bins}; there must be 3 or more: that of zeros, and two others"
             raise ValueError(msg)

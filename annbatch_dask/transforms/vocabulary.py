@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def read_vocabulary(given: GeneTable) -> dict[str, int]:
     found: dict[str, int] = {}
     owner: dict[int, str] = {}
     for gene, value in named.items():
-        if value != int(value) or not 0 <= value <= _MAX_TOKEN:
+        if not 0 <= value <= _MAX_TOKEN or value != int(value):
             msg = f"{numbers}: the token of {gene!r} is {value!r}; tokens are whole numbers from 0 to {_MAX_TOKEN:,}"
             raise SchemaError(msg)
         if (other := owner.setdefault(int(value), gene)) != gene:
@@ -47,7 +48,7 @@ def read_vocabulary(given: GeneTable) -> dict[str, int]:
 def read_medians(given: GeneTable) -> dict[str, float]:
     """The median of each gene; SchemaError if one is not greater than 0."""
     named, numbers = read_genes("medians", given)
-    bad = [gene for gene, value in named.items() if not 0 < value < float("inf")]
+    bad = [gene for gene, value in named.items() if not 0 < value <= sys.float_info.max]
     if bad:
         msg = (
             f"{numbers}: {len(bad):,} of {len(named):,} medians are not greater than 0, or no numbers, such as that of "
@@ -86,7 +87,7 @@ def read_genes(what: str, given: GeneTable) -> tuple[dict[str, float], str]:
         if gene in found:
             msg = f"{where}: {gene!r} is named twice, with {found[gene]!r} and {value!r}; name each gene once"
             raise SchemaError(msg)
-        if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating) or np.isnan(value):
+        if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating) or value != value:  # noqa: PLR0124
             msg = f"{where}: {gene!r} has {value!r}, which is no number"
             raise SchemaError(msg)
         found[gene] = value.item() if isinstance(value, np.generic) else value

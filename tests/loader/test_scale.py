@@ -1,5 +1,6 @@
 """transforms.Scale: what scanpy.pp.scale makes of all cells, batch by batch."""
 
+import dataclasses
 import pickle
 
 import dask
@@ -78,7 +79,15 @@ def test_other_arrays(collection, stats, to):
 
 def test_it_travels_with_two_columns(stats):
     scale = pickle.loads(pickle.dumps(Scale(stats)))
-    assert list(scale.stats) == ["mean", "std"]
+    assert list(scale.stats) == ["log_mean", "log_variance"]
+
+
+def test_another_is_made_of_one(collection, stats):
+    counts = Scale(stats, values="counts")
+    cut = dataclasses.replace(counts, max_value=2)
+    pd.testing.assert_frame_equal(cut.stats, counts.stats)
+    wanted = np.clip(all_rows(collection, dense=True, transform=counts), -2, 2)
+    np.testing.assert_array_equal(all_rows(collection, dense=True, transform=cut), wanted)
 
 
 def test_what_makes_no_sense_is_refused(collection, stats):

@@ -16,10 +16,13 @@ from annbatch_dask.samplers import (
     CellSets,
     ClassSampler,
     DistributedSampler,
+    MatchedControlSampler,
     RandomSampler,
     SequentialSampler,
     WeightedClassSampler,
 )
+from annbatch_dask.scdataset import Streaming
+from annbatch_dask.scdataset.sampler import StrategySampler
 from tests.samplers.tools import Minimal, batches, rng, rows
 
 
@@ -137,6 +140,12 @@ def test_replacement_starts_anywhere():
             lambda: ClassSampler(2, 2, 2, classes=pd.Categorical(["a", None]), num_samples=2),
             r"1 of 2 rows have; make them a class, as in classes.add_categories\('unknown'\)",
         ),
+        (
+            lambda: ClassSampler(
+                2, 2, 2, classes=pd.Categorical(list("aabb")), num_samples=2, class_weights=[1.7e308, 1.7e308]
+            ),
+            "class_weights must be finite, also in sum",
+        ),
         (lambda: list(SequentialSampler(10, 2, 5, mask=slice(30, None)).sample(30)), "must be < mask.stop"),
         (lambda: list(RandomSampler(10, 2, 5, num_samples=31).sample(30)), "cannot exceed the observation range"),
         (
@@ -148,6 +157,58 @@ def test_replacement_starts_anywhere():
 def test_what_cannot_work_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("bad", "error"), [(2.5, TypeError), ("3", TypeError), (True, TypeError), (-1, ValueError)])
+def test_a_seed_and_an_epoch_are_whole_numbers(bad, error):
+    sampler = RandomSampler(10, 2, 5)
+    sampler.seed = 4
+    with pytest.raises(error, match="seed"):
+        sampler.seed = bad
+    assert sampler.seed == 4
+    if bad is not True:
+        with pytest.raises(error):
+            sampler.set_epoch(bad)
+        assert sampler.epoch_counter.peek(None) == 0
+
+
+@pytest.mark.parametrize("seed", [0, 255, 2**63, 2**200 + 7])
+def test_a_seed_of_any_size_is_restored(seed):
+    sampler, other = RandomSampler(10, 2, 5, seed=1), RandomSampler(10, 2, 5, seed=1)
+    sampler.seed = seed
+    other.restore_seed(seed)
+    assert other.seed == other.epoch_counter.seed == seed
+    assert drawn(other, 50).tolist() == drawn(sampler, 50).tolist()
+
+
+GROUPS = np.repeat(["a", "b"], 20)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        CellSets(4, 2, groups=GROUPS),
+        MatchedControlSampler(4, 2, 4, is_control=np.arange(40) % 2 == 0, match=GROUPS),
+        StrategySampler(Streaming(), 4),
+    ],
+)
+def test_a_mask_that_would_change_nothing_is_refused(sampler):
+    sampler.mask = slice(0, None)
+    with pytest.raises(ValueError, match=r"takes no mask: Loader\(where=...\) selects rows"):
+        sampler.mask = slice(0, 20)
+    assert sampler.mask == slice(0, None)
+
+
+def test_the_mask_of_ranks_is_that_of_what_they_share():
+    sampler = DistributedSampler(RandomSampler(5, 2, 5, seed=0, mask=slice(0, 90)), dist_info=(0, 2))
+    assert (sampler.mask, sampler.n_batches(100)) == (slice(0, 90), 9)
+    sampler.mask = slice(20, 60)
+    assert (sampler.sampler.mask, sampler.n_batches(100)) == (slice(20, 60), 4)
+    sampler.sampler.mask = slice(40, 60)
+    assert len(batches(sampler, 100)) == sampler.n_batches(100) == 2
+    assert drawn(sampler, 100).min() >= 40
+    with pytest.raises(ValueError, match="before it is: then ranks compare"):
+        sampler.rng = rng()
 
 
 @pytest.mark.parametrize("bad", [True, 1.5, "1", np.random.RandomState(0)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from functools import partial
 from itertools import islice
 
 import anndata as ad
@@ -178,6 +179,12 @@ def test_rounds_need_a_size_that_can_be_filled():
         BlockWeightedSampling(sampling_size=30)
 
 
+def test_weights_of_other_dtypes_are_taken():
+    for dtype in ("float16", ">f8", "bool"):
+        given = epoch(BlockWeightedSampling(4, weights=(ROWS < 100).astype(dtype), total_size=60))
+        assert given == epoch(BlockWeightedSampling(4, weights=(ROWS < 100).astype(float), total_size=60))
+
+
 def test_a_table_of_weights_never_finds_a_row_without_one():
     weights = np.zeros(2000)
     weights[[0, 700, 701, 1999]] = [1, 1e-9, 3, 1e-12]
@@ -225,6 +232,14 @@ def test_a_strategy_of_the_users_needs_get_indices_only():
         (lambda: BlockWeightedSampling(weights=[1, -1]), ValueError, "0 or more and have a positive sum"),
         (lambda: BlockWeightedSampling(weights=[0, 0]), ValueError, "positive sum"),
         (lambda: BlockWeightedSampling(weights=[[1, 1]]), ValueError, r"an array of shape \(1, 2\)"),
+        (lambda: BlockWeightedSampling(total_size=2.5), TypeError, "float"),
+        (lambda: BlockWeightedSampling(total_size=-1), ValueError, "total_size must be 0 or more, got -1"),
+        (lambda: BlockWeightedSampling(replace=False, sampling_size=-3), ValueError, "sampling_size must be 1 or more"),
+        (
+            lambda: BlockWeightedSampling(weights=["1", "2"]),
+            ValueError,
+            r"a list of numbers, got .*shape \(2,\) of <U1",
+        ),
         (lambda: epoch(BlockWeightedSampling(indices=[], total_size=4)), ValueError, "no rows to draw 4 from"),
         (lambda: epoch(BlockWeightedSampling(weights=[1, 1])), ValueError, "2 weights for 203 rows"),
         (lambda: epoch(BlockWeightedSampling(indices=[3, 4], weights=ROWS < 3)), ValueError, "have weight 0"),
@@ -534,6 +549,9 @@ def test_names_survive_whatever_they_are():
     assert m[[0, 2]]["names"].tolist() == [0, 2]
 
 
+PAIRS = MultiIndexable(np.zeros((4, 2, 2)), np.zeros((4, 3)))
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -547,6 +565,10 @@ def test_names_survive_whatever_they_are():
         (lambda: MultiIndexable(a=[1])["b"], KeyError, "no member is called"),
         (lambda: MultiIndexable([1])["b"], KeyError, "members have no names"),
         (lambda: MultiIndexable([1])[1], IndexError, "out of range"),
+        *(
+            (partial(PAIRS.__getitem__, key), IndexError, "rows are given by")
+            for key in ((0, 1), None, ..., [[0, 1]], True)
+        ),
         (lambda: MultiIndexable(np.arange(2))[[5]], IndexError, "cannot take rows"),
     ],
 )
