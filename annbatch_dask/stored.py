@@ -10,8 +10,8 @@ import pandas as pd
 
 from annbatch_dask.errors import CollectionError, SelectionError
 from annbatch_dask.etl.prepare import dataset_refs
+from annbatch_dask.etl.readable import check_readable
 from annbatch_dask.etl.status import CollectionStatus, status_of
-from annbatch_dask.etl.verify import check_readable
 from annbatch_dask.etl.versions import CollectionVersion, versions_of
 from annbatch_dask.formatting import plural
 from annbatch_dask.html import render
@@ -165,6 +165,7 @@ class StoredCollection(WithStatistics):
         if self.is_empty or (columns is not None and not len(columns)):
             return pd.DataFrame()
         with self._root.as_opened(), self._root.obs_elements() as elements:
+            self._check_there("obs")
             frames = [read_obs(elem, _in_order(elem, columns), names=names) for elem in elements]
         return concat_obs(frames, names=names)
 
@@ -192,6 +193,7 @@ class StoredCollection(WithStatistics):
             msg = f"{self.path} holds no zarr datasets to report on; build it with add_adatas"
             raise CollectionError(msg)
         with self._root.as_opened():
+            self._check_there()
             target = self._root.target if self._root.has_folder else None
             return make_report(self.path, list(self._root.readable()), self.manifest, target, self._stored_sums())
 

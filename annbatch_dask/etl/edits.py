@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from annbatch_dask.errors import CollectionError, IntegrityError
-from annbatch_dask.etl.files import Recorded, recorded
+from annbatch_dask.etl.files import Recorded, recorded, recorded_by_itself
 from annbatch_dask.formatting import first_few
 from annbatch_dask.manifest import MANIFEST_KEY, DatasetRecord, Manifest
 from annbatch_dask.storage.checksums import checksum_of, checksums
@@ -25,7 +25,7 @@ from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.metadata import METADATA, SEAL, is_metadata
 from annbatch_dask.storage.versions import list_files
 
-__all__ = ["Look", "Problem", "is_of_system", "look_at_files", "recorded_datasets", "refuse_edited"]
+__all__ = ["Look", "Problem", "is_of_system", "look_at_files", "look_at_listed", "recorded_datasets", "refuse_edited"]
 
 State = Literal["intact", "damaged", "replaced", "changed", "added", "removed"]
 _OWNED = ("replaced", "added", "changed")
@@ -88,6 +88,16 @@ def look_at_files(target: Folder, record: DatasetRecord, reads: Callable[[str], 
         return Look(damage=(Problem(where, what),))
     if not was.files:  # annbatch wrote it, or somebody all of it anew
         return Look(edits=(Problem(record.name, _WORDS["replaced"], is_edit=True),) if was.is_edited else ())
+    return _look(folder, record.name, was, reads)
+
+
+def look_at_listed(folder: Folder) -> Look:
+    """Compare the sizes of a dataset's files with the list in its own document; where that has none, find nothing."""
+    was = recorded_by_itself(folder.find(METADATA))
+    return _look(folder, "", was, lambda _: False) if was.files else Look()
+
+
+def _look(folder: Folder, name: str, was: Recorded, reads: Callable[[str], bool]) -> Look:
     listing = list_files(folder)
     listed = folder.sizes() if listing is None else listing.sizes
     listed = listed or folder.sizes_of(was.files)  # a web server need not list what it has
@@ -98,7 +108,7 @@ def look_at_files(target: Folder, record: DatasetRecord, reads: Callable[[str], 
     strange = (differing | sizes.keys() | was.files.keys()) - (alike - differing)
     if not was.is_edited and not strange:
         return Look()
-    return _Sorting(folder, record.name, was, sizes, found).sort(strange)
+    return _Sorting(folder, name, was, sizes, found).sort(strange)
 
 
 def refuse_edited(target: Folder, records: Sequence[DatasetRecord]) -> None:
@@ -148,7 +158,7 @@ class _Sorting:
         damage, edits = [], {"": "changed"} if self.was.is_edited else {}
         for file in [n for n in self.was.files if n in set(strange)] + sorted(set(strange) - self.was.files.keys()):
             if (node := self._edited(file)) is None:
-                damage.append(Problem(f"{self.name}/{file}", self._what(file)))
+                damage.append(Problem(f"{self.name}/{file}".lstrip("/"), self._what(file)))
             else:
                 edits[node] = self._state(node)
         where = {_element(node): _WORDS[state] for node, state in sorted(edits.items(), reverse=True)}
@@ -156,7 +166,7 @@ class _Sorting:
         shown = (e for e in sorted(where) if not any(e.startswith(f"{w}/") for w in whole))
         return Look(
             tuple(damage),
-            tuple(Problem(f"{self.name}/{e}".rstrip("/"), where[e], is_edit=True) for e in shown),
+            tuple(Problem(f"{self.name}/{e}".strip("/"), where[e], is_edit=True) for e in shown),
         )
 
     @cached_property

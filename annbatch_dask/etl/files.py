@@ -13,7 +13,7 @@ from annbatch_dask.storage.checksums import FileSums, checksum_of
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.metadata import FILES, METADATA, copied_nodes, listed_files
 
-__all__ = ["Recorded", "recorded", "recorded_files"]
+__all__ = ["Recorded", "recorded", "recorded_by_itself", "recorded_files"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,16 @@ def recorded(target: Folder, record: DatasetRecord, document: bytes | None = Non
         return Recorded({}, is_edited=True)
     files = {name: (int(n), str(crc)) for name, (n, crc) in listed.items()} | {METADATA: found}
     return Recorded(files, document, is_edited=found != record.metadata)
+
+
+def recorded_by_itself(document: bytes | None) -> Recorded:
+    """What a dataset's group document alone says; no files where it lists none, or its list is damaged."""
+    attributes = None if document is None else _attributes(document)
+    listed = None if attributes is None else listed_files(attributes)
+    if document is None or listed is None:
+        return Recorded({})
+    files = {name: (int(n), str(crc)) for name, (n, crc) in listed.items()} | {METADATA: checksum_of(document)}
+    return Recorded(files, document)
 
 
 def _attributes(document: bytes) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.etl.choose import rows_where
+from annbatch_dask.etl.readable import check_dataset_there
 from annbatch_dask.kernels.values import range_of
 from annbatch_dask.manifest import STATS
 from annbatch_dask.plan.columns import unsure
@@ -27,6 +29,7 @@ from annbatch_dask.sources.identity import identity_of, unique_identity
 from annbatch_dask.sources.matrices import CsrRows
 from annbatch_dask.sources.open import Source, SourceRef, WholeSource, open_source
 from annbatch_dask.sources.transposed import visit_values
+from annbatch_dask.storage.metadata import FILES
 
 __all__ = ["Scanned", "look", "merge_annotations", "scan", "with_ranges"]
 
@@ -61,6 +64,8 @@ def scan(  # a task's arguments are positional
     ------
     SourceError
         If it cannot be read.
+    IntegrityError
+        If it is a dataset of this package, and a file of it is missing.
     SchemaError
         If it contradicts itself.
     SelectionError
@@ -69,6 +74,8 @@ def scan(  # a task's arguments are positional
     identity = identity_of(ref, at_a_glance=metadata_only) or unique_identity()
     try:
         with open_source(ref) as whole:
+            if ref.is_dataset or FILES in whole.attributes:
+                _check_there(ref)
             kept = rows_where(whole, ref.label, ref.where)
             source = choose_rows(whole, kept)
             schema = _with_shared_names(_keyed(whole, chosen_schema(whole, kept, metadata_only=metadata_only), ref))
@@ -86,6 +93,12 @@ def scan(  # a task's arguments are positional
     except Exception as e:
         e.add_note(f"while scanning {ref.label}")
         raise
+
+
+def _check_there(ref: SourceRef) -> None:
+    """Refuse a dataset of this package of which files are missing, where it is at a path."""
+    if isinstance(ref.item, str | os.PathLike):
+        check_dataset_there(ref.folder)
 
 
 def _gene_sets(source: WholeSource, schema: SourceSchema, qc: QC) -> tuple[NDArray[np.int32], ...]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
-
-import zarr
 
 from annbatch_dask.engines.base import Engine, run_stage
 from annbatch_dask.errors import AnnbatchDaskError, CollectionError, IntegrityError
@@ -29,13 +27,11 @@ from annbatch_dask.plan.memory import Budget
 from annbatch_dask.plan.naming import Naming, name_genes
 from annbatch_dask.plan.options import Extension, Options
 from annbatch_dask.plan.qc import QC
-from annbatch_dask.sources.matrices import n_rows_of
 from annbatch_dask.sources.open import SourceRef, open_source
 from annbatch_dask.storage.folder import Folder
-from annbatch_dask.storage.frames import n_rows
-from annbatch_dask.storage.metadata import METADATA, is_metadata, metadata_below, nodes_below, nodes_checksum
+from annbatch_dask.storage.metadata import is_metadata, metadata_below, nodes_below
 
-__all__ = ["CheckResult", "Problem", "Verification", "check_dataset", "check_readable", "verify"]
+__all__ = ["CheckResult", "Problem", "Verification", "check_dataset", "verify"]
 
 _ALL, _BY_INDEX = Elements(), Naming()
 _N_THREADS = 16
@@ -203,78 +199,6 @@ def check_dataset(target: Folder, record: DatasetRecord, n_vars: int) -> CheckRe
         ref = SourceRef(record.name, folder.url, is_dataset=True, options=folder.options)
         problems += _check_rows(ref, record, n_vars=n_vars, is_edited=bool(found.edits))
     return CheckResult(tuple(problems), record.n_obs, record.n_bytes)
-
-
-def check_readable(
-    target: Folder, manifest: Manifest, reads: Callable[[str], bool] | None = None, document: str = METADATA
-) -> dict[str, frozenset[str]]:
-    """Refuse a collection of which a file is missing or short, or of which damage would go unnoticed by a loader.
-
-    That is all but the shards of matrices, each chunk of which is checked when it is read.
-
-    Parameters
-    ----------
-    target, manifest
-        The collection.
-    reads
-        Which files, by path within a dataset, are read for their checksums; None for all but shards. Of the others
-        the sizes are looked at.
-    document
-        Name of the collection's root document.
-
-    Returns
-    -------
-    Elements that somebody edited since the build, by dataset: of those datasets no copy of metadata is true.
-
-    Raises
-    ------
-    IntegrityError
-        With the first of such files.
-    CollectionError
-        If a dataset was edited, and has another number of rows.
-    """
-    whole = reads or (lambda name: not manifest.is_shard(name))
-    pool = ThreadPoolExecutor(_N_THREADS, thread_name_prefix="check")
-    edited = {}
-    try:
-        looks = pool.map(lambda record: look_at_files(target, record, whole), manifest.datasets)
-        for record, look in zip(manifest.datasets, looks, strict=True):
-            if look.damage:
-                raise _unreadable(target, look.damage[0])
-            if look.edits:
-                edited[record.name] = look.edited(record.name)
-                _check_count(target, record)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    _check_copies(target, manifest, edited, document)
-    return edited
-
-
-def _check_copies(target: Folder, manifest: Manifest, edited: Collection[str], document: str) -> None:
-    """Refuse metadata beside the manifest that are neither the build's nor, of what was edited, zarr's of now."""
-    names = {d.name for d in manifest.datasets}  # others may have been added since
-    nodes = {path: node for path, node in nodes_below(target, document).items() if path.split("/")[0] in names}
-    if not manifest.metadata or not nodes or manifest.metadata == (found := nodes_checksum(nodes)):
-        return
-    now = {path: node for name in names if edited for path, node in metadata_below(target / name, name).items()}
-    if not edited or any(now.get(p) != node for p, node in nodes.items() if p.split("/")[0] not in edited):
-        raise _unreadable(target, Problem(document, f"its metadata have crc32c {found} and had {manifest.metadata}"))
-
-
-def _check_count(target: Folder, record: DatasetRecord) -> None:
-    group = zarr.open_group((target / record.name).zarr_store(read_only=True), mode="r", use_consolidated=False)
-    for name, found in (("obs", n_rows(group["obs"])), ("X", n_rows_of(group["X"]))):
-        if found != record.n_obs:
-            msg = (
-                f"{target.url}/{record.name} was edited: its {name} has {found:,} rows, and had {record.n_obs:,} when "
-                "it was built; an edit keeps rows and their order: write as many, or build a new collection of it"
-            )
-            raise CollectionError(msg)
-
-
-def _unreadable(target: Folder, problem: Problem) -> IntegrityError:
-    remedy = "verify() names all that is damaged; restore it, or write the whole element anew if that was an edit"
-    return IntegrityError(f"{target.url} cannot be read: {problem}; {remedy}")
 
 
 def _check_rows(ref: SourceRef, record: DatasetRecord, *, n_vars: int, is_edited: bool) -> list[Problem]:

@@ -73,6 +73,11 @@ class AnnDataSource:
         """Rows."""
         return int(self._adata.n_obs)
 
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        """None: it is no group."""
+        return {}
+
     def obs_columns(self) -> tuple[ColumnSchema, ...]:
         """Columns of obs."""
         return tuple(c for c in self._described() if c.frame == OBS)

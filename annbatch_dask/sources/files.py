@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,12 @@ class GroupSource:
     def n_obs(self) -> int:
         """Rows."""
         return n_rows(self._group["obs"])
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        """Attributes of its group."""
+        attributes: Mapping[str, Any] = self._group.attrs
+        return attributes
 
     def obs_columns(self) -> tuple[ColumnSchema, ...]:
         """Columns of obs, without looking at their values."""

@@ -6,7 +6,7 @@ import contextlib
 import glob
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -91,6 +91,10 @@ class WholeSource(PickedSource, Protocol):
     @property
     def n_obs(self) -> int:
         """Rows."""
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        """Attributes of the group that it is; none in memory."""
 
     def schema(self, *, metadata_only: bool = False, rows: NDArray[np.bool_] | None = None) -> SourceSchema:
         """Schema of the input. With ``metadata_only``, no matrix value is read; stored values per row are guessed.

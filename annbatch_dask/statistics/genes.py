@@ -14,8 +14,8 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from annbatch_dask.etl.prepare import dataset_refs
+from annbatch_dask.etl.readable import check_readable
 from annbatch_dask.etl.stats import GeneSums, add_rows, stored_sums
-from annbatch_dask.etl.verify import check_readable
 from annbatch_dask.kernels.gene_sums import SUMS, new_sums
 from annbatch_dask.lazy.blocks import lazy_matrix
 from annbatch_dask.lazy.view import View

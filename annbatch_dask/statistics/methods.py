@@ -9,6 +9,7 @@ import anndata as ad
 import pandas as pd
 
 from annbatch_dask.errors import CollectionError
+from annbatch_dask.etl.readable import check_there
 from annbatch_dask.storage.root import H5adRoot, Root
 
 if TYPE_CHECKING:
@@ -24,10 +25,16 @@ class WithStatistics:
     def __init__(self, root: Root) -> None:
         self._root = root
 
+    def _check_there(self, element: str = "", n_datasets: int | None = None) -> None:
+        """Refuse to read an element of which a file is missing: zarr would give zeros."""
+        if (manifest := self._root.manifest) is not None and self._root.has_folder:
+            check_there(self._root.target, manifest.datasets[:n_datasets], element)
+
     @property
     def var(self) -> pd.DataFrame:
         """Frame of the genes, the same for all datasets."""
         with self._root.as_opened():
+            self._check_there("var", 1)  # of the first dataset, the only one that is read
             for group in self._root.readable():
                 frame: pd.DataFrame = ad.io.read_elem(group["var"])
                 return frame
