@@ -206,7 +206,11 @@ def _even_ends(group: Any, n_rows: int) -> NDArray[np.float64]:
 def _row_ends(group: Any, kind: MatrixKind, n_rows: int) -> NDArray[np.integer]:
     """(n_rows,) stored values up to and with each row."""
     if kind == "csr":
-        return np.asarray(group["indptr"][1:])
+        ends = np.asarray(group["indptr"][1:])
+        if n_rows and not ends[-1] and (n := group["indices"].shape[0]):
+            msg = f"indptr gives no row any of {n:,} values, as zarr reads it where its file is missing; copy it again"
+            raise SchemaError(msg)
+        return ends
     counts, n = np.zeros(n_rows, np.int64), group["indices"].shape[0]
     for a in range(0, n, SLAB_NBYTES):
         rows = group["indices"][a : min(a + SLAB_NBYTES, n)]

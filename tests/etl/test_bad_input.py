@@ -317,6 +317,16 @@ def test_a_column_index_out_of_range(tmp_path):
     assert DatasetCollection(tmp_path / "o.zarr").is_empty
 
 
+def test_row_pointers_of_which_the_file_is_missing(out, tmp_path):
+    """zarr reads zeros there, which would be rows without values."""
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=3)
+    with ad.settings.override(auto_shard_zarr_v3=False):
+        ad.io.write_elem(group, "/", small())
+    (tmp_path / "a.zarr/X/indptr/c/0").unlink()
+    with pytest.raises(SchemaError, match="indptr gives no row any of 3 values, .*; copy it again"):
+        add(out, [tmp_path / "a.zarr"])
+
+
 def test_nan_and_infinite_values_are_data(tmp_path):
     a = small()
     a.X.data[:] = [np.nan, np.inf, -np.inf]
