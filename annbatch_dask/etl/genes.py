@@ -314,14 +314,15 @@ def check_shared(plan: Plan, schemas: Sequence[SourceSchema]) -> None:
     SchemaError
         With a gene of each.
     """
-    if plan.extension is None or plan.extension.union or plan.options.naming.is_plain:
+    if plan.extension is None or plan.extension.union or not plan.n_vars:
         return
     for k, s in ((k, s) for k, s in enumerate(schemas) if not s.is_dataset and s.n_obs):
         names = s.genes_of(s.x)
         if len(names) and not plan.n_genes_of(k):
             msg = (
                 f"{s.path}: none of its {len(names):,} genes, such as {names[0]}, is among the {plan.n_vars:,} of the "
-                f"collection, such as {plan.var.index[0]}; name them by another column with var_key, or by a gene_map"
+                f"collection, such as {plan.var.index[0]}; name them by another column with var_key, or by a gene_map; "
+                "if they are other genes, genes='union' adds them"
             )
             raise SchemaError(msg)
 

@@ -618,12 +618,14 @@ def test_an_input_that_no_rule_names_is_not_named_by_chance(pair, tmp_path):
         collection.add_adatas(pair[1:], elements=["obs"])
 
 
-def test_an_input_that_shares_no_gene_is_refused(pair, tmp_path):
-    collection = build(tmp_path / "o.zarr", pair[1:], strip_versions=True, elements=["obs"])
+@pytest.mark.parametrize("naming", [{"strip_versions": True}, {}], ids=["named", "plain"])
+@pytest.mark.parametrize("mode", ["extend", "append", "reshuffle"])
+def test_an_input_that_shares_no_gene_is_refused(pair, tmp_path, naming, mode):
+    collection = build(tmp_path / "o.zarr", pair[1:], elements=["obs"], **naming)
     with pytest.raises(
         SchemaError, match=r"none of its 4 genes, such as A, is among the 3 of the collection, such as E1"
     ):
-        collection.add_adatas(pair[:1], elements=["obs"])
+        collection.add_adatas(pair[:1], elements=["obs"], mode=mode)
     collection.add_adatas(pair[:1], elements=["obs"], genes="union")
     assert collection.n_vars == 7
 
