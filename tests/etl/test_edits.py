@@ -68,7 +68,7 @@ def write_whole(adata, path):
 
 def x_of_other_sparsity(group):
     n, m = group["X"].attrs["shape"]
-    write(group, "X", sp.random(n, m, 0.7, format="csr", rng=np.random.default_rng(1)).ceil().astype(np.float32))
+    write(group, "X", sp.random(n, m, 0.7, format="csr", random_state=1).ceil().astype(np.float32))
 
 
 def x_of_the_same_shape(group):

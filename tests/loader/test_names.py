@@ -133,7 +133,7 @@ def test_arguments_of_writing():
 
 @pytest.fixture
 def adata():
-    x = sp.random(50, 8, density=0.5, format="csr", dtype=np.float32, rng=np.random.default_rng(0))
+    x = sp.random(50, 8, density=0.5, format="csr", dtype=np.float32, random_state=np.random.default_rng(0))
     obs = pd.DataFrame({"kind": pd.Categorical(["a", "b"] * 25)}, index=[f"c{i}" for i in range(50)])
     var = pd.DataFrame(index=[f"g{i}" for i in range(8)])
     return ad.AnnData(x, obs, var, obsm={"pca": np.ones((50, 3))}, layers={"dense": x.toarray()})

@@ -15,7 +15,7 @@ from annbatch_dask.sources import hdf5 as h5ad
 from annbatch_dask.sources import matrices
 from annbatch_dask.sources.matrices import describe_matrix, matrix_rows
 
-X = sp.random(70, 23, 0.3, format="csr", rng=np.random.default_rng(0), dtype=np.float64)
+X = sp.random(70, 23, 0.3, format="csr", random_state=np.random.default_rng(0), dtype=np.float64)
 X.data = np.ceil(X.data * 100)
 
 

@@ -107,7 +107,7 @@ def test_zarr_passes_the_error_on():
 def dataset(tmp_path_factory):
     """An AnnData whose X is packed, and X."""
     path = tmp_path_factory.mktemp("packed") / "a.zarr"
-    counts = sp.random_array((200, 500), density=0.2, rng=np.random.default_rng(0), format="csr")
+    counts = sp.random_array((200, 500), density=0.2, random_state=np.random.default_rng(0), format="csr")
     counts.data = np.ceil(counts.data * 9)
     counts = sp.csr_matrix(counts.astype(np.uint16))
     group = zarr.open_group(path, mode="w", zarr_format=3)
