@@ -162,7 +162,7 @@ class StoredCollection(WithStatistics):
         if isinstance(columns, str):
             msg = f"columns is the text {columns!r}; give a list of names"
             raise TypeError(msg)
-        if self.is_empty or (columns is not None and not len(columns)):
+        if self.is_empty:
             return pd.DataFrame()
         with self._root.as_opened(), self._root.obs_elements() as elements:
             self._check_there("obs")
