@@ -52,6 +52,14 @@ def open_view(paths: list[str]) -> ad.AnnData:
     return concat_lazy(paths, label="file", load_annotation_index=False)
 
 
+def connect(address: str) -> Client:
+    """Find a cluster, or end."""
+    try:
+        return Client(address)
+    except OSError as error:
+        sys.exit(f"inspect_atlas: no scheduler answers at {address} ({error}); check the address")
+
+
 def category(view: ad.AnnData, by: str | None) -> xr.DataArray:
     """Read a column of obs: the one asked for, or cell_type, or the first categorical one."""
     obs = view.obs.ds
@@ -137,11 +145,15 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, default=Path("atlas.png"), metavar="FILE", help="(default: atlas.png)")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="Dask cluster to read X on (default: this process)")
     args = parser.parse_args()
+    if not args.plot.absolute().parent.is_dir():  # before X is read
+        parser.error(f"{args.plot} cannot be written: there is no folder {args.plot.absolute().parent}; make it")
+    if args.blocks is not None and args.blocks < 1:
+        parser.error(f"--blocks is {args.blocks}; it must be 1 or more")
     try:
         view = open_view(args.paths)
         print(f"{view.n_obs:,} cells x {view.n_vars:,} genes; X: {view.X.dtype}, {view.X.numblocks[0]:,} row blocks")
         column = category(view, args.by)
-        with Client(args.scheduler) if args.scheduler else nullcontext():
+        with connect(args.scheduler) if args.scheduler else nullcontext():
             found = look(view, column, args.blocks)
     except AnnbatchDaskError as error:
         sys.exit(f"inspect_atlas: {error}")

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
 from annbatch_dask import DatasetCollection, Loader
+from annbatch_dask.errors import AnnbatchDaskError
 from annbatch_dask.transforms import RankTokens
 
 BATCH_SIZE = 256
@@ -239,8 +240,13 @@ def main() -> int:
     parser.add_argument("--medians", type=Path, metavar="FILE", help="median of each gene, alike")
     parser.add_argument("--state", type=Path, metavar="FILE", help="save to, and go on from, this file")
     args = parser.parse_args()
-    collection = DatasetCollection(args.collection, mode="r")
-    train(collection, args.epochs, args.state, args.vocabulary, args.medians)
+    if args.state is not None and not args.state.absolute().parent.is_dir():  # before hours of work
+        parser.error(f"{args.state} cannot be written: there is no folder {args.state.absolute().parent}; make it")
+    try:
+        collection = DatasetCollection(args.collection, mode="r")
+        train(collection, args.epochs, args.state, args.vocabulary, args.medians)
+    except AnnbatchDaskError as error:
+        sys.exit(f"pretrain_tokens: {error}")
     return 0
 
 

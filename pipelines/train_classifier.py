@@ -28,6 +28,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from annbatch_dask import DatasetCollection, Loader
+from annbatch_dask.errors import AnnbatchDaskError
 from annbatch_dask.transforms import NormalizeLog1p
 
 BATCH_SIZE = 240  # of all ranks together: 2, 3, 4, 5, 6 and 8 of them share it evenly
@@ -183,10 +184,21 @@ def main() -> int:
     what.add_argument("--against", metavar="IN_ORDER.zarr", help="train on in-memory and on unshuffled batches too")
     what.add_argument("--distributed", action="store_true", help="share the batches among the processes of torchrun")
     args = parser.parse_args()
+    if args.plot is not None and not args.plot.absolute().parent.is_dir():  # before hours of work
+        parser.error(f"{args.plot} cannot be written: there is no folder {args.plot.absolute().parent}; make it")
+    try:
+        run(args)
+    except AnnbatchDaskError as error:
+        sys.exit(f"train_classifier: {error}")
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train what was asked for, and say how it went."""
     collection = DatasetCollection(args.collection, mode="r")
     if args.against is not None:
         report(compare(collection, DatasetCollection(args.against, mode="r"), args.column), args.plot)
-        return 0
+        return
     if args.distributed:
         dist.init_process_group("gloo")
     curves = train(collection, args.column, distributed=args.distributed)
@@ -194,7 +206,6 @@ def main() -> int:
         report(curves, args.plot)
     if args.distributed:
         dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":

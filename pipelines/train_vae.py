@@ -25,6 +25,7 @@ from torch.distributions import NegativeBinomial, Normal, kl_divergence
 from torch.nn.functional import log_softmax
 
 from annbatch_dask import DatasetCollection, Loader
+from annbatch_dask.errors import AnnbatchDaskError
 from annbatch_dask.transforms import NormalizeLog1p
 
 BATCH_SIZE = 256
@@ -232,8 +233,14 @@ def main() -> int:
     parser.add_argument("--state", type=Path, metavar="FILE", help="save to, and go on from, this file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the latent space; needs matplotlib")
     args = parser.parse_args()
-    collection = DatasetCollection(args.collection, mode="r")
-    found = train(collection, args.column, args.epochs, args.genes, args.state)
+    for path in (args.state, args.plot):
+        if path is not None and not path.absolute().parent.is_dir():  # before hours of work
+            parser.error(f"{path} cannot be written: there is no folder {path.absolute().parent}; make it")
+    try:
+        collection = DatasetCollection(args.collection, mode="r")
+        found = train(collection, args.column, args.epochs, args.genes, args.state)
+    except AnnbatchDaskError as error:
+        sys.exit(f"train_vae: {error}")
     if args.plot is not None:
         draw(*found, args.plot)
     return 0
