@@ -27,6 +27,7 @@ from annbatch_dask.storage.conditions import check_takes_files
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.lock import check_unchanged, exclusive
 from annbatch_dask.storage.root import Root
+from annbatch_dask.warn import warn
 
 __all__ = ["Means", "plan_and_run", "run_prepared"]
 
@@ -61,6 +62,7 @@ def plan_and_run(root: Root, request: Request, means: Means) -> None:
         extension, options = resolve(root, request)
         if is_done_already(root, request, options, means.room):
             _nothing_to_do(root, means)
+            _say_what_is_kept(root, request.keep)
             return
         _kept(root, found, request.keep)  # which may refuse
         warn_of_duplicates(root, request.refs, request.on_duplicate_source)
@@ -117,6 +119,15 @@ def _locked(root: Root, means: Means) -> Iterator[FolderContents]:
 def _nothing_to_do(root: Root, means: Means) -> None:
     logger.info("%s holds these inputs already: nothing to do", root.path)
     sweep_idle(root.target, Scratch(root.target, means.scratch.options))
+
+
+def _say_what_is_kept(root: Root, asked: int | None) -> None:
+    """Warn where a call that had nothing to do asked for another number of versions, which only a build notes."""
+    if root.manifest is not None and asked not in (None, root.manifest.keep):
+        warn(
+            f"{root.path} holds these inputs already, so keep={asked} is not noted: it keeps {root.manifest.keep}; "
+            "give keep with the next build"
+        )
 
 
 def _is_published(root: Root, prepared: Prepared) -> bool:

@@ -34,8 +34,9 @@ __all__ = [
 INPUT_VAR_NAMES = "input_var_names"
 """The var column that says what inputs called a gene which has another name in the collection."""
 
-_STABLE_ID = re.compile(r"(ENS[A-Z]*\d{11}|MGP_\w+?_G\d{7})\.\d+(?:_\d+)?(_PAR_Y)?")
-"""Ensembl's stable ids with a version, GENCODE's of lifted genes (``.5_2``) and of the Y chromosome among them."""
+_STABLE_ID = re.compile(r"(ENS[A-Z]*\d{11}|ENSGR\d{10}|MGP_\w+?_G\d{7})\.\d+(?:_\d+)?(_PAR_Y)?")
+"""Ensembl's stable ids with a version, GENCODE's of lifted genes (``.5_2``) and of the Y chromosome (``_PAR_Y``, and
+``ENSGR`` in old releases) among them."""
 _SHOWN = 32
 """Genes that the manifest lists by name; of others it has the number."""
 

@@ -437,3 +437,15 @@ def test_work_done_with_another_memory_is_said_to_be_lost(tmp_path, files, monke
     (work,) = (tmp_path / "o.zarr.scratch").iterdir()
     with pytest.warns(UserWarning, match=rf"{work.name} holds .* of this build, begun with workers of another memory"):
         assert build(tmp_path / "o.zarr", files).n_obs == 120
+
+
+def test_a_repeated_call_says_that_it_notes_no_other_number_of_versions(files, tmp_path):
+    out = tmp_path / "o.zarr"
+    DatasetCollection(out).add_adatas(files[:1], keep=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DatasetCollection(out).add_adatas(files[:1], keep=2)
+        DatasetCollection(out).add_adatas(files[:1])
+    with pytest.warns(UserWarning, match=r"keep=3 is not noted: it keeps 2; give keep with the next build"):
+        DatasetCollection(out).add_adatas(files[:1], keep=3)
+    assert DatasetCollection(out).manifest.keep == 2

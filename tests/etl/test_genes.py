@@ -789,6 +789,7 @@ def test_the_command_line_names_genes(pair, tmp_path, capsys):
         ("ENSG00000000003.15", "ENSG00000000003"),
         ("ENSMUSG00000000001.5", "ENSMUSG00000000001"),
         ("ENSG00000182378.15_PAR_Y", "ENSG00000182378_PAR_Y"),
+        ("ENSGR0000182378.10", "ENSGR0000182378"),
         ("ENSG00000223972.5_2", "ENSG00000223972"),
         ("MGP_C57BL6NJ_G0000001.1", "MGP_C57BL6NJ_G0000001"),
         *((same, same) for same in ("ENSG00000000003", "HLA-A.1", "RP11-34P13.7", "ERCC-00002", "AC000001.1", "")),
