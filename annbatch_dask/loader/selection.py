@@ -49,7 +49,7 @@ class Selected:
 
 def select(where: Where, table: ObsTable | None, n_obs: int) -> Selected:
     """The selected rows; SelectionError where ``where`` is not about these data or selects nothing."""
-    rows = _query(where, table) if isinstance(where, str) else _given(np.asarray(where), n_obs)
+    rows = _query(where, table) if isinstance(where, str) else _given(_as_array(where), n_obs)
     if not len(rows):
         msg = f"where selects none of {n_obs} rows: {where!r}"
         raise SelectionError(msg)
@@ -71,6 +71,14 @@ def _column(where: str, table: ObsTable, name: str) -> pd.Series:
         return table.names()
     msg = f"where={where!r}: {name!r} is not a column of obs, which has {', '.join(map(repr, table.columns))}"
     raise SelectionError(msg)
+
+
+def _as_array(where: Any) -> NDArray[Any]:
+    """A mask or indices; where pandas cannot say whether a row meets a condition, it does not, as in pandas itself."""
+    if str(getattr(where, "dtype", "")) == "boolean":
+        mask: NDArray[np.bool_] = where.to_numpy(bool, na_value=False)
+        return mask
+    return np.asarray(where)
 
 
 def _given(where: NDArray[Any], n_obs: int) -> Ints:

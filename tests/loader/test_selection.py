@@ -37,6 +37,8 @@ MASK = np.arange(221) % 3 == 1
         ("index == 'cell_7' or row / 2 >= 110", [7, 220]),
         (MASK, np.flatnonzero(MASK)),
         (pd.Series(MASK), np.flatnonzero(MASK)),
+        (pd.Series(np.where(MASK, True, None), dtype="boolean"), np.flatnonzero(MASK)),
+        (pd.array(MASK, dtype="boolean"), np.flatnonzero(MASK)),
         ([200, 3, 130, 129], [3, 129, 130, 200]),
     ],
 )
