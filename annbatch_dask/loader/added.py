@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
@@ -181,7 +182,10 @@ class AddedData(Generic[BackingArray_T]):
             msg = f"use_collection takes a DatasetCollection, got {collection!r}; open it: DatasetCollection(path)"
             raise TypeError(msg)
         if collection.is_empty:
-            msg = "DatasetCollection is empty"
+            msg = (
+                f"there is no collection at {getattr(collection, 'path', collection)}, or it has no cells; build it "
+                "with add_adatas (as annbatch says it: DatasetCollection is empty)"
+            )
             raise ValueError(msg)
         if self._collection_added:
             msg = (
@@ -201,16 +205,27 @@ class AddedData(Generic[BackingArray_T]):
         manifest = getattr(collection, "manifest", None)  # annbatch's has none
         recorded = recorded_values(manifest)
         adatas = opening.load(load, in_threads=load_adata is None)
-        for adata, listing, group in zip(adatas, opening.listings, opening.groups, strict=True):
-            is_edited = group.path.rpartition("/")[2] in edited  # then what is recorded of its values is of others
-            self._add_adata(adata, {} if is_edited else recorded, listing, is_ours=True)
-            if self._tables is not None and self.n_obs > _MAX_PLAIN_NAMES:
-                self._tables = tuple(table.packed() for table in self._tables)
+        with self._all_or_nothing():
+            for adata, listing, group in zip(adatas, opening.listings, opening.groups, strict=True):
+                is_edited = group.path.rpartition("/")[2] in edited  # then what is recorded of its values is of others
+                self._add_adata(adata, {} if is_edited else recorded, listing, is_ours=True)
+                if self._tables is not None and self.n_obs > _MAX_PLAIN_NAMES:
+                    self._tables = tuple(table.packed() for table in self._tables)
         self._collection_added = True
         self._collection_digest = "" if manifest is None else manifest.identity
         self._collection_version = None if manifest is None else manifest.version
         _warn_of_ranks(self._tables or (), [name for name, given in self._wanted.obs_codes.items() if given is None])
         return self
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Let a call that fails leave the loader as it was: who mends it and calls again would have some rows twice."""
+        before = dict(self.__dict__)
+        try:
+            yield
+        except BaseException:
+            self.__dict__.update(before)
+            raise
 
     def _columns_to_read(self) -> tuple[str, ...] | None:
         """Columns of obs that batches or the selection need; None for all."""
@@ -220,8 +235,9 @@ class AddedData(Generic[BackingArray_T]):
     def add_adatas(self, adatas: Sequence[ad.AnnData]) -> Self:
         """Add several AnnData objects; see :meth:`add_adata`."""
         check_positive("Number of adatas", len(adatas))
-        for adata in adatas:
-            self._add_adata(adata, {})
+        with self._all_or_nothing():
+            for adata in adatas:
+                self._add_adata(adata, {})
         return self
 
     def add_adata(self, adata: ad.AnnData) -> Self:
@@ -280,8 +296,9 @@ class AddedData(Generic[BackingArray_T]):
         check_positive("Number of datasets", len(datasets))
         all_obs = [None] * len(datasets) if obs is None else obs
         all_var = [None] * len(datasets) if var is None else var
-        for dataset, its_obs, its_var in zip(datasets, all_obs, all_var, strict=True):
-            self._add(dataset, its_obs, its_var)
+        with self._all_or_nothing():
+            for dataset, its_obs, its_var in zip(datasets, all_obs, all_var, strict=True):
+                self._add(dataset, its_obs, its_var)
         return self
 
     def add_dataset(

@@ -364,8 +364,7 @@ class CsrSource(RowSource):
     is_sparse = True
 
     def __init__(self, matrix: sp.csr_matrix | sp.csr_array) -> None:
-        self._values = np.ascontiguousarray(matrix.data)
-        self._columns = np.ascontiguousarray(matrix.indices)
+        self._values, self._columns = map(_native, (matrix.data, matrix.indices))
         self._indptr: Ints = matrix.indptr.astype(np.int64, copy=False)
         self.shape = tuple(matrix.shape)
         self.dtype = self.stored_dtype = self._values.dtype
@@ -388,6 +387,11 @@ class CsrSource(RowSource):
         return SparseBlock(self._values, self._columns, located.starts, located.lengths), []
 
 
+def _native(array: Array) -> Array:
+    """Values one behind the other, in the processor's byte order."""
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+
+
 class ArraySource(RowSource):
     """An array in memory; used where it is if its rows are contiguous, else copied row by row."""
 
@@ -400,7 +404,7 @@ class ArraySource(RowSource):
 
     def values(self) -> ValueBounds:
         """Bounds of all values."""
-        return ValueBounds.of(np.ascontiguousarray(self._array, self.dtype))
+        return ValueBounds.of(_native(self._array))
 
     @property
     def _is_direct(self) -> bool:

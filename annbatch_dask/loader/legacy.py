@@ -88,8 +88,9 @@ class ZarrSparseDataset(Loader):
         several = _columns_of_all(obs_keys, adatas)
         layers = _one_each(layer_keys, len(adatas))
         labels = [several] * len(adatas) if several else _one_each(obs_keys, len(adatas))
-        for adata, layer_key, obs_key in zip(adatas, layers, labels, strict=True):
-            self.add_anndata(adata, layer_key, obs_key)
+        with self._all_or_nothing():
+            for adata, layer_key, obs_key in zip(adatas, layers, labels, strict=True):
+                self.add_anndata(adata, layer_key, obs_key)
         return self
 
     def add_anndata(
@@ -104,8 +105,9 @@ class ZarrSparseDataset(Loader):
     def add_datasets(self, datasets: Sequence[Any], obs: Sequence[Labels] | None = None) -> Self:  # type: ignore[override]
         """Add several, each with its (n,) labels."""
         all_labels = [None] * len(datasets) if obs is None else obs
-        for dataset, labels in zip(datasets, all_labels, strict=True):
-            self.add_dataset(dataset, labels)
+        with self._all_or_nothing():
+            for dataset, labels in zip(datasets, all_labels, strict=True):
+                self.add_dataset(dataset, labels)
         return self
 
     def add_dataset(self, dataset: Any, obs: Labels | None = None) -> Self:  # type: ignore[override]

@@ -14,6 +14,7 @@ from annbatch_dask.kernels.row_runs import deal_request, lie_within
 from annbatch_dask.kernels.shared import address_of
 from annbatch_dask.loader.blocks import BatchRows, Loaded
 from annbatch_dask.order.planned import expand, rows_or_runs
+from annbatch_dask.storage.threads import unlocked_property
 from annbatch_dask.types import LoadRequest
 
 if TYPE_CHECKING:
@@ -71,8 +72,12 @@ class Window:
 
     def dealt(self, batch: int) -> slice:
         """Position of a batch among all batches."""
-        start = sum(map(len, self.splits[:batch]))
-        return slice(start, start + len(self.splits[batch]))
+        return slice(self._ends[batch], self._ends[batch + 1])
+
+    @unlocked_property
+    def _ends(self) -> list[int]:
+        """0, and where each batch ends among all; there may be as many as rows."""
+        return [0, *accumulate(map(len, self.splits))]
 
     def without_blocks(self) -> Window:
         """All but the bytes that were loaded."""

@@ -425,8 +425,52 @@ def test_collections(collection):
         loader.use_collection(collection)
     empty = copy.copy(collection)
     empty.is_empty = True
-    with pytest.raises(ValueError, match="DatasetCollection is empty"):
+    empty.path = "/data/c.zarr"
+    with pytest.raises(ValueError, match="no collection at /data/c.zarr.*DatasetCollection is empty"):
         new().use_collection(empty)
+
+
+def narrower_after(n_whole):
+    """A ``load_adata`` that finds fewer genes in what follows."""
+    loaded = []
+
+    def load(group):
+        loaded.append(load_all_aligned(group))
+        return loaded[-1] if len(loaded) <= n_whole else loaded[-1][:, :2].copy()
+
+    return load
+
+
+WIDE, NARROW = csr(20), csr(20)[:, :2]
+ADDED = {
+    "use_collection": lambda loader, c, bad: loader.use_collection(c, load_adata=narrower_after(1 if bad else 9)),
+    "add_adatas": lambda loader, c, bad: loader.add_adatas([ad.AnnData(WIDE), ad.AnnData(NARROW if bad else WIDE)]),
+    "add_datasets": lambda loader, c, bad: loader.add_datasets([WIDE, NARROW if bad else WIDE]),
+    "obs that lack one": lambda loader, c, bad: loader.add_datasets([WIDE] * 2, obs=[frame(20)] * (1 if bad else 2)),
+}
+
+
+@pytest.mark.parametrize("how", ADDED)
+def test_a_call_that_fails_adds_nothing(collection, how):
+    loader, add = new(), ADDED[how]
+    with pytest.raises((ValueError, TypeError)):
+        add(loader, collection, True)
+    assert loader.n_obs == 0
+    add(loader, collection, False)
+    rows = np.concatenate([batch["index"] for batch in loader])
+    assert len(rows) == (len(collection.obs) if how == "use_collection" else 40)
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_other_byte_orders(is_sparse):
+    x = matrix(20)
+    made = csr(20)
+    swapped = sp.csr_matrix((made.data.astype(">f4"), made.indices, made.indptr), shape=made.shape)
+    for options in ({}, {"dtype": "float16", "dense": True}, {"dense": True}):
+        loader = Loader(batch_size=20, preload_to_gpu=False, **options)
+        (batch,) = loader.add_dataset(swapped if is_sparse else x.astype(">f4"))
+        assert batch["X"].dtype.isnative
+        np.testing.assert_array_equal(dense(batch["X"]), x)
 
 
 def test_its_repr_says_what_it_has(collection):
