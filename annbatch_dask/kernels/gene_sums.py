@@ -160,7 +160,7 @@ def _add_values(sums, n_vars, order, groups, offsets, indices, values, target_su
         scale = target_sum / (total if total != 0 else 1.0)
         for k in range(offsets[row], offsets[row + 1]):
             if values[k] != 0:
-                value = float(values[k])
+                value = np.float64(values[k])  # float() of float32 stays it, and its square would be rounded
                 _count(line, value)
                 _fill(line, value * scale, np.log1p(value * scale))
                 add_line(line, U64(0), sums, U64(first + indices[k]) * U64(N_SUMS))
@@ -213,7 +213,7 @@ def _add_clipped(out, order, groups, offsets, indices, values, clip):  # type: i
     for row in order:
         sums, limits = out[groups[row]], clip[groups[row]]
         for k in range(offsets[row], offsets[row + 1]):
-            v = min(float(values[k]), limits[indices[k]])
+            v = min(np.float64(values[k]), limits[indices[k]])
             sums[indices[k], 0] += v
             sums[indices[k], 1] += v * v
 
