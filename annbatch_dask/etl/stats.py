@@ -65,7 +65,10 @@ class GeneSums:
         n, nothing = int(self.n_cells[group]), np.full(self.sums.shape[1], np.nan)
         total, squares = (self.sums[group, :, SUMS.index(f"{kind}{name}")] for name in ("sum", "sum_of_squares"))
         mean = total / n if n else nothing
-        variance = np.maximum(squares / n - mean**2, 0) * (n / (n - 1)) if n > 1 else nothing
+        if n < 2:
+            return mean, nothing
+        with np.errstate(over="ignore", invalid="ignore"):  # of infinite values it is NaN, as pandas has it
+            variance = np.maximum(squares / n - mean**2, 0) * (n / (n - 1))
         return mean, variance
 
 
