@@ -84,8 +84,7 @@ def recorded(target: Folder, record: DatasetRecord, document: bytes | None = Non
         listed = listed_files(attributes) if MANIFEST_KEY in attributes else None
     if listed is None:
         return Recorded({}, is_edited=True)
-    files = {name: (int(n), str(crc)) for name, (n, crc) in listed.items()} | {METADATA: found}
-    return Recorded(files, document, is_edited=found != record.metadata)
+    return _as_listed(listed, document, is_edited=found != record.metadata)
 
 
 def recorded_by_itself(document: bytes | None) -> Recorded:
@@ -94,8 +93,13 @@ def recorded_by_itself(document: bytes | None) -> Recorded:
     listed = None if attributes is None else listed_files(attributes)
     if document is None or listed is None:
         return Recorded({})
+    return _as_listed(listed, document)
+
+
+def _as_listed(listed: dict[str, Any], document: bytes, *, is_edited: bool = False) -> Recorded:
+    """A dataset as the list in its document says, and that document as it is."""
     files = {name: (int(n), str(crc)) for name, (n, crc) in listed.items()} | {METADATA: checksum_of(document)}
-    return Recorded(files, document)
+    return Recorded(files, document, is_edited=is_edited)
 
 
 def _attributes(document: bytes) -> dict[str, Any] | None:
