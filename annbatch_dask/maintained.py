@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from annbatch_dask.engines.choose import choose_engine
-from annbatch_dask.errors import CollectionError
+from annbatch_dask.errors import CollectionError, StorageError
 from annbatch_dask.etl.scratches import Scratch, default_scratch
 from annbatch_dask.etl.sweep import sweep
 from annbatch_dask.etl.verify import Verification, verify
@@ -15,13 +16,11 @@ from annbatch_dask.events import Callback, Callbacks
 from annbatch_dask.progress import default_callbacks
 from annbatch_dask.sizes import check_positive
 from annbatch_dask.sources.references import references
-from annbatch_dask.storage.folder import StorageOptions, absolute, folder_at
+from annbatch_dask.storage.folder import Folder, StorageOptions, absolute, folder_at
 from annbatch_dask.storage.lock import exclusive
 from annbatch_dask.stored import StoredCollection
 
 if TYPE_CHECKING:
-    import os
-
     import anndata as ad
     from distributed import Client
 
@@ -122,13 +121,24 @@ class MaintainedCollection(StoredCollection):
             If a build runs, or may run.
         CollectionError
             If something else is in the folder, which is named; nothing is removed.
+        StorageError
+            If there is no folder ``scratch`` on this disk.
         """
         self._root.check_unpinned("clean up")
         check_positive("keep_last", keep_last)
         roots = [default_scratch(self._root.target)]
         if scratch is not None:
-            roots.append(absolute(folder_at(scratch, scratch_options)))
+            roots.append(_there(absolute(folder_at(scratch, scratch_options))))
         with exclusive(self._root.target):
             self._root.refresh()
             known = Scratch(self._root.target, options=StorageOptions(scratch_options or {}))
             return sweep(self._root.target, known, *roots, keep_last=keep_last, dry_run=dry_run, abandoned=abandoned)
+
+
+def _there(scratch: Folder) -> Folder:
+    """Refuse a scratch folder that is none: a path that was mistyped has nothing to remove. A store has no folders."""
+    if scratch.is_local and not os.path.isdir(scratch.path):
+        what = "is a file" if os.path.exists(scratch.path) else "does not exist"
+        msg = f"scratch={scratch.path!r} {what}, so there is no scratch folder to search; check the path"
+        raise StorageError(msg)
+    return scratch

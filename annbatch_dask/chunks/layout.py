@@ -315,10 +315,11 @@ def _read_index(layout: ChunkLayout, key: str) -> tuple[Ints, Ints]:
             raw = checked(layout.files.read(key, start, start + nbytes, anew=True), path)
     entries = np.frombuffer(raw, dtype="<u8").reshape(n_chunks, 2)
     is_missing = entries[:, 0] == _EMPTY_ENTRY
-    entries = np.where(is_missing[:, None], 0, entries).astype(np.int64)
-    if (entries < 0).any() or (entries.sum(axis=1) > file_nbytes).any():
+    entries = np.where(is_missing[:, None], 0, entries)
+    if (entries > file_nbytes).any() or (entries.sum(axis=1) > file_nbytes).any():  # each by itself: sums overflow
         msg = f"the shard index of {path} points beyond the file's {file_nbytes} bytes"
         raise IntegrityError(msg)
+    entries = entries.astype(np.int64)
     return entries[:, 0], np.where(is_missing, _MISSING, entries[:, 1])
 
 

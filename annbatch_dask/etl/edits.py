@@ -49,12 +49,14 @@ _N_ROTTEN = 8
 class Problem:
     """Something that is not as it was written: ``where`` is a path within the collection, or a source's path.
 
-    ``is_edit``: somebody meant it to be so, see :mod:`annbatch_dask.etl.edits`.
+    ``is_edit``: somebody meant it to be so, see :mod:`annbatch_dask.etl.edits`. ``is_not_given``: a source that is none
+    of the inputs to compare with.
     """
 
     where: str
     what: str
     is_edit: bool = False
+    is_not_given: bool = False
 
     def __str__(self) -> str:
         """One line."""
@@ -111,7 +113,7 @@ def _look(folder: Folder, name: str, was: Recorded, reads: Callable[[str], bool]
     return _Sorting(folder, name, was, sizes, found).sort(strange)
 
 
-def refuse_edited(target: Folder, records: Sequence[DatasetRecord]) -> None:
+def refuse_edited(target: Folder, records: Sequence[DatasetRecord], remedy: str) -> None:
     """Refuse to write datasets anew that somebody edited: what is written anew is what builds have written.
 
     Raises
@@ -123,10 +125,7 @@ def refuse_edited(target: Folder, records: Sequence[DatasetRecord]) -> None:
         looks = list(pool.map(lambda record: look_at_files(target, record, is_metadata), records))
     if edits := [p for look in looks for p in look.edits]:
         shown = first_few(map(str, edits), 3, "; ")
-        msg = (
-            f"{target.url} was edited, which writing its datasets anew would lose: {shown}; add with mode='append', "
-            "which leaves them as they are, or build a new collection with these datasets as inputs"
-        )
+        msg = f"{target.url} was edited, which writing its datasets anew would lose: {shown}; {remedy}"
         raise CollectionError(msg)
 
 

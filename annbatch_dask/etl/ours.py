@@ -49,6 +49,10 @@ logger = logging.getLogger(__name__)
 
 ATTEMPT_NAME = re.compile(rf"\.attempt-[0-9a-f]{{8}}-({DATASET_PREFIX}_\d+)")
 """Folder of a dataset on a local disk until the build's commit, which gives it its name."""
+_ELSEWHERE = "give another path, move the collection elsewhere, or remove it if these edits may be lost"
+_APPEND = (
+    "add with mode='append', which leaves them as they are, or build a new collection with these datasets as inputs"
+)
 _N_THREADS = 16
 
 
@@ -157,15 +161,16 @@ class FolderContents:
             )
             raise CollectionError(msg)
 
-    def check_named(self) -> None:
-        """Refuse to replace datasets that somebody put files of their own into, or edited.
+    def check_named(self, *, replaces: bool) -> None:
+        """Refuse to write datasets anew, or to replace them all, that somebody put files of their own into, or edited.
 
         Raises
         ------
         CollectionError
             With the files, or the edited elements.
         """
-        refuse_edited(self.target, recorded_datasets(self.target.find(METADATA)))
+        remedy = _ELSEWHERE if replaces else _APPEND
+        refuse_edited(self.target, recorded_datasets(self.target.find(METADATA)), remedy)
         with ThreadPoolExecutor(_N_THREADS) as pool:  # each lists a folder
             added = pool.map(lambda name: added_files(self.target, name), sorted(self.named))
             replace(self, strangers=tuple(name for names in added for name in names)).check()

@@ -91,7 +91,7 @@ def _repack(source: Folder, manifest: Manifest, target: Folder, layout: str, att
     if any(d.metadata is None for d in manifest.datasets):
         msg = f"{source.url} has datasets without checksums, of annbatch or of an earlier release; build it anew"
         raise CollectionError(msg)
-    refuse_edited(source, manifest.datasets)
+    refuse_edited(source, manifest.datasets, "build a new collection with these datasets as inputs, in that layout")
     _check_target(target, manifest)
     records, inputs = [], known_inputs(source, manifest)  # which a build that replaces the original forgets
     for record in manifest.datasets:

@@ -67,7 +67,7 @@ def plan_and_run(root: Root, request: Request, means: Means) -> None:
         _kept(root, found, request.keep)  # which may refuse
         warn_of_duplicates(root, request.refs, request.on_duplicate_source)
         if extension is None or extension.mode != "append":
-            found.check_named()
+            found.check_named(replaces=extension is None)
         with means.room.ahead():
             _run(root, prepare(root, request, means.room), means, found)
 
@@ -98,7 +98,7 @@ def run_prepared(root: Root, prepared: Prepared, means: Means) -> None:
         for name, peak in zip(("scatter", "gather"), plan.peak_nbytes, strict=True):
             means.room.budget.check(f"a {name} task of the plan", peak, "plan again for these workers")
         if plan.extension is None or plan.extension.mode != "append":
-            found.check_named()
+            found.check_named(replaces=plan.extension is None)
         with means.room.ahead():
             _check_inputs(prepared, means.room)
             _run(root, prepared, means, found)

@@ -37,6 +37,7 @@ _ALL, _BY_INDEX = Elements(), Naming()
 _N_THREADS = 16
 _RENEW = "zarr.consolidate_metadata() of the collection renews it for those who read that by zarr alone"
 _RESTORE = "restore these files, or build it again"
+_GIVE = "give these files too, or build it again from the given ones alone if its cells should be no others"
 _BUDGET = Budget(2**40)
 """No limit: rows are read in blocks of the default size."""
 
@@ -97,6 +98,8 @@ class Verification:
         shown = "; ".join(map(str, (damage or self.problems)[:3]))
         problems = plural(len(self.problems), "problem")
         remedy = _RESTORE if damage else f"if these edits are not yours, {_RESTORE}"
+        if damage and all(p.is_not_given for p in damage):
+            remedy = _GIVE
         msg = f"{self.path} has {problems}: {shown}; {remedy}"
         raise IntegrityError(msg)
 
@@ -342,7 +345,7 @@ def _not_compared(
     accounted |= {c.index for some, r in zip(candidates, results, strict=True) if not r.matched for c in some}
     missing = [s for k, s in enumerate(manifest.sources) if k not in accounted]
     return [
-        Problem(s.path, f"was not given: {s.n_obs:,} cells were not compared")
+        Problem(s.path, f"was not given: {s.n_obs:,} cells were not compared", is_not_given=True)
         for s in sorted(missing, key=lambda s: s.path)
     ]
 

@@ -30,11 +30,18 @@ def check_tables(tables: Mapping[str, pd.DataFrame] | None) -> dict[str, pd.Data
             twice = table.index[table.index.duplicated()][0]
             msg = f"obs_tables[{name!r}] has more than one row for {twice!r}; give each value one"
             raise ValueError(msg)
-        if table.to_numpy().dtype.kind not in "biuf":
-            kinds = {str(column): str(dtype) for column, dtype in table.dtypes.items() if dtype.kind not in "biuf"}
-            msg = f"obs_tables[{name!r}] must hold numbers alone, and has {kinds}; leave such columns out"
+        plain = {str(column): getattr(dtype, "numpy_dtype", dtype) for column, dtype in table.dtypes.items()}
+        if others := {column: str(dtype) for column, dtype in plain.items() if dtype.kind not in "biuf"}:
+            msg = f"obs_tables[{name!r}] must hold numbers alone, and has {others}; leave such columns out"
             raise TypeError(msg)
-        found[str(name)] = table
+        if not plain:
+            msg = f"obs_tables[{name!r}] has no column; give it one, or leave it out"
+            raise ValueError(msg)
+        dtype = np.result_type(*plain.values())
+        if dtype.kind != "f" and table.isna().to_numpy().any():
+            msg = f"obs_tables[{name!r}] has missing values among {dtype.name}; fill them, or make its columns floats"
+            raise ValueError(msg)
+        found[str(name)] = table.astype(dtype)
     return found
 
 

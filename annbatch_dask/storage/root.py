@@ -31,6 +31,7 @@ from annbatch_dask.storage.metadata import METADATA, open_as_it_is, open_by_copy
 __all__ = ["H5adRoot", "Root", "open_group"]
 
 _N_THREADS = 16
+_READERS = ("anndata", "h5py", "zarr")
 _HIDDEN = ".shuffled.zarr"
 """In a folder of h5ad files, what they will be written from."""
 
@@ -313,18 +314,26 @@ class Root:
     def explained(self) -> Iterator[None]:
         """Raise CollectionChangedError in place of an error of the block, if the collection was replaced by then.
 
-        That is enough for a block that compares all it reads with what the manifest says. What it missed otherwise, as
-        in a collection that was copied in part or is just being removed, is an IntegrityError.
+        That is enough for a block that compares all it reads with what the manifest says. A file or an element that
+        was not there otherwise, as in a collection that was copied in part or is being removed, is an IntegrityError.
         """
         try:
             yield
         except Exception as e:
             self.check_as_opened()
-            if isinstance(e, AnnbatchDaskError) or not isinstance(e, KeyError | FileNotFoundError):
+            if isinstance(e, AnnbatchDaskError) or not (isinstance(e, FileNotFoundError) or _is_of_reader(e)):
                 raise
             what = getattr(e, "filename", None) or e.__cause__ or e
             msg = f"{self.path} cannot be read: {what} is missing; restore it (verify lists all), or build it anew"
             raise IntegrityError(msg) from e
+
+
+def _is_of_reader(error: Exception) -> bool:
+    """True of a KeyError with which a library says that an element is not there; one of ours is a mistake here."""
+    traceback = error.__traceback__ if isinstance(error, KeyError) else None
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and traceback.tb_frame.f_globals.get("__name__", "").partition(".")[0] in _READERS
 
 
 class H5adRoot(Root):

@@ -164,6 +164,19 @@ def test_damaged_index(tmp_path):
         read(array, [(0, 10)])
 
 
+@pytest.mark.parametrize("entry", [(2**63 - 1, 2**63 - 1), (2**64 - 2, 3), (2**62, 1), (1, 2**64 - 1), (0, 2**63)])
+def test_an_index_without_a_checksum_that_points_far_beyond_its_file(tmp_path, entry):
+    sharding = ShardingCodec(chunk_shape=(10,), codecs=[BytesCodec()], index_codecs=[BytesCodec()])
+    array = zarr.create_array(
+        tmp_path / "a", shape=(20,), chunks=(20,), dtype="uint16", serializer=sharding, compressors=None
+    )
+    array[...] = np.arange(20)
+    raw = shard(tmp_path / "a").read_bytes()
+    shard(tmp_path / "a").write_bytes(raw[:-32] + np.array(entry, "<u8").tobytes() + raw[-16:])
+    with pytest.raises(IntegrityError, match="the shard index of .* points beyond the file's 72 bytes"):
+        read(array, [(0, 10)])
+
+
 def test_truncated_shard(tmp_path):
     array = create(tmp_path / "a")
     shard(tmp_path / "a").write_bytes(b"12345")

@@ -174,3 +174,10 @@ def test_rows_are_grouped_by_halves(tmp_path):
     found = ad.io.read_elem(dataset["obs"])["half"]
     assert found.dtype == np.float16
     pd.testing.assert_series_equal(found, found.sort_values(kind="stable"))
+
+
+def test_a_mistake_of_ours_is_not_taken_for_a_missing_file(built):
+    with pytest.raises(KeyError, match="nothing"), built._root.explained():
+        {}["nothing"]
+    with pytest.raises(IntegrityError, match="nothing.* is missing; restore it"), built._root.explained():
+        next(iter(built))["nothing"]

@@ -11,7 +11,7 @@ import pytest
 
 from annbatch_dask import DatasetCollection, Loader
 from annbatch_dask.cli import main
-from annbatch_dask.errors import CollectionError
+from annbatch_dask.errors import CollectionError, StorageError
 from annbatch_dask.etl import build as run_module
 from annbatch_dask.etl import gather as gather_module
 from annbatch_dask.etl import spilled as spilled_module
@@ -305,6 +305,15 @@ def test_gc_finds_what_lies_in_a_scratch_folder_of_the_users_own(tmp_path, paths
     assert DatasetCollection(tmp_path / "other.zarr").gc() == []
     assert DatasetCollection(tmp_path / "other.zarr").gc(scratch=scratch) == [f"{scratch}/{other}"]
     assert names(scratch) == set()
+
+
+@pytest.mark.parametrize(("name", "what"), [("scrach", "does not exist"), ("0.h5ad", "is a file")])
+def test_gc_refuses_a_scratch_folder_that_was_mistyped(tmp_path, paths, capsys, name, what):
+    add(tmp_path / "o.zarr", paths[:1])
+    with pytest.raises(StorageError, match=f"{name}' {what}, so there is no scratch folder to search; check the path"):
+        DatasetCollection(tmp_path / "o.zarr").gc(scratch=tmp_path / name)
+    assert main(["gc", str(tmp_path / "o.zarr"), "--scratch", str(tmp_path / name)]) == 1
+    assert what in capsys.readouterr().err
 
 
 def test_a_removal_that_was_interrupted_is_taken_up(tmp_path, paths, monkeypatch):

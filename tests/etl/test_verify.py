@@ -159,6 +159,8 @@ def test_against_other_files(built, tmp_path):
     assert "has 50 rows and the collection has 90 of it" in found.problems[0].what
     found = verify(path, against=moved[::2])
     assert "was not given: 90 cells were not compared" in found.problems[0].what
+    with pytest.raises(IntegrityError, match="; give these files too, or build it again from the given ones alone"):
+        found.raise_for_problems()
     other = shutil.copy(paths[0], tmp_path / "other.h5ad")
     with pytest.raises(CollectionError, match=r"other.h5ad is none of the 3 sources of the collection \("):
         verify(path, against=[other])

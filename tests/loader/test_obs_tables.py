@@ -61,11 +61,30 @@ def test_a_missing_value_has_no_row():
 
 
 @pytest.mark.parametrize(
+    ("columns", "dtype"),
+    [
+        ({"n": [1, 2, 3, 4], "is_control": [True, False, False, True]}, "i8"),
+        ({"n": pd.array([1, 2, 3, 4], "Int32"), "is_control": pd.array([True, False, False, True])}, "i4"),
+        ({"dose": pd.array([0.5, None, 1.0, 2.0], "Float32"), "n": np.arange(4, dtype="i2")}, "f4"),
+    ],
+)
+def test_kinds_of_numbers_become_the_one_that_holds_them_all(collection, columns, dtype):
+    table = pd.DataFrame(columns, index=TABLE.index)
+    batch = next(iter(make(collection, obs_tables={"kind": table})))
+    expected = table.astype(dtype).loc[collection.obs["kind"].iloc[batch["index"]].astype(str)]
+    np.testing.assert_array_equal(batch["obs_tables"]["kind"], expected.to_numpy())
+    assert batch["obs_tables"]["kind"].dtype == dtype
+
+
+@pytest.mark.parametrize(
     ("table", "error", "message"),
     [
         ([1], TypeError, "must be a DataFrame indexed by the values of 'kind', got"),
         (pd.concat([TABLE, TABLE.iloc[:1]]), ValueError, "has more than one row for 'c'; give each value one"),
         (TABLE.assign(name="x"), TypeError, r"must hold numbers alone, and has \{'name': "),
+        (TABLE.assign(n=1, name="x")[["n", "name"]], TypeError, r"must hold numbers alone, and has \{'name': "),
+        (TABLE[[]], ValueError, "has no column; give it one, or leave it out"),
+        (pd.DataFrame({"n": pd.array([1, None], "Int64")}, ["a", "b"]), ValueError, "has missing values among int64"),
     ],
 )
 def test_what_is_no_table_is_refused(table, error, message):
