@@ -6,8 +6,6 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from annbatch_dask.errors import AnnbatchDaskError
 
 if TYPE_CHECKING:
@@ -49,7 +47,9 @@ def _worker_options(n_workers: int, memory_limit: int | None) -> dict[str, Any]:
     """Return equal shares of this machine's cores and memory."""
     from dask.system import CPU_COUNT
 
-    memory = psutil.virtual_memory().total // n_workers if memory_limit is None else memory_limit
+    from annbatch_dask.storage.machine import memory_nbytes
+
+    memory = memory_nbytes() // n_workers if memory_limit is None else memory_limit
     return {
         "n_workers": n_workers,
         "threads_per_worker": max(CPU_COUNT // n_workers, 1),

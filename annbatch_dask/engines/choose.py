@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import dask
 import dask.system
 from distributed import Client
-from distributed.system import MEMORY_LIMIT
 
 from annbatch_dask.engines.base import Engine, EngineChoice
 from annbatch_dask.engines.dask import ClusterEngine, LocalEngine
@@ -24,6 +23,7 @@ from annbatch_dask.errors import SchedulerError
 from annbatch_dask.formatting import format_bytes
 from annbatch_dask.plan.memory import Budget
 from annbatch_dask.sizes import parse_nbytes
+from annbatch_dask.storage.machine import memory_nbytes
 
 if TYPE_CHECKING:
     import subprocess
@@ -57,7 +57,7 @@ def choose_engine(client: Client | None, memory_limit: int | str | None) -> Engi
         _check_usable(client)
         cluster = ClusterEngine(client, _cluster_budget(client, memory_limit)).needing(Needs())
         return EngineChoice(cluster, cluster.budget, lambda _: contextlib.nullcontext(cluster))
-    n_workers = max(1, min(dask.system.CPU_COUNT, int(MEMORY_LIMIT) // _WORKER_NBYTES))
+    n_workers = max(1, min(dask.system.CPU_COUNT, memory_nbytes() // _WORKER_NBYTES))
     budget = Budget(_nbytes(memory_limit, n_workers=n_workers), dask.system.CPU_COUNT // n_workers)
     own = _OwnCluster(n_workers, budget)
     return EngineChoice(LocalEngine("threads", budget), budget, own.start, own.ahead)
@@ -98,7 +98,7 @@ def _nbytes(memory_limit: int | str | None, *, n_workers: int) -> int:
     """Memory of each of ``n_workers`` on this machine: what was asked for, or an equal share."""
     if memory_limit is not None:
         return parse_nbytes("memory_limit", memory_limit)
-    return int(MEMORY_LIMIT) // n_workers
+    return memory_nbytes() // n_workers
 
 
 def _check_usable(client: Client) -> None:
@@ -166,7 +166,7 @@ def _worker_limits(client: Client, workers: Mapping[str, Mapping[str, Any]]) -> 
     unlimited = [address for address, w in workers.items() if not w["memory_limit"]]
     if unlimited:
         n_on = Counter(w["host"] for w in workers.values())
-        memory = client.run(_host_memory, workers=unlimited)
+        memory = client.run(memory_nbytes, workers=unlimited)
         shares = [n_bytes // n_on[workers[address]["host"]] for address, n_bytes in memory.items()]
         logger.warning(
             "%d of %d workers have no memory limit: each is taken to have an equal share of its host's memory, %s or "
@@ -177,7 +177,3 @@ def _worker_limits(client: Client, workers: Mapping[str, Mapping[str, Any]]) -> 
         )
         limits += shares
     return limits
-
-
-def _host_memory() -> int:
-    return int(MEMORY_LIMIT)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
-from annbatch_dask.storage.threads import n_cpus
+from annbatch_dask.storage.machine import n_cpus
 
 __all__ = ["THREAD_PREFIX", "Closed", "Helpers", "LoaderThread", "SharedJob", "count_threads"]
 

@@ -160,8 +160,13 @@ def in_flight_nbytes(dataset: h5py.Dataset) -> int:
 
 
 def _fast_filters(dataset: h5py.Dataset) -> bool | None:
-    """True if bytes are shuffled, for a chunked dataset with deflate, or shuffle and deflate; None for any other."""
+    """True if bytes are shuffled, for a chunked dataset with deflate, or shuffle and deflate; None for any other.
+
+    Nor for one whose values are not stored as numpy has them, as float32 of two bytes: HDF5 converts these.
+    """
     if dataset.chunks is None or dataset.dtype.hasobject:
+        return None
+    if dataset.id.get_type() != h5py.h5t.py_create(dataset.dtype, logical=True):
         return None
     plist = dataset.id.get_create_plist()
     codes = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]

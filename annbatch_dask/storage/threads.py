@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, TypeVar
 
-from dask.system import cpu_count
+from annbatch_dask.storage.machine import n_cpus
 
 __all__ = ["MAX_THREADS", "codec_pool", "map_ordered", "one_ahead", "unlocked_property"]
 
@@ -23,11 +23,6 @@ R = TypeVar("R")
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 MAX_THREADS = 4
-
-
-def n_cpus() -> int:
-    """Processors this process may use: fewer than it sees where it, or its container, was given a share."""
-    return int(cpu_count())
 
 
 def codec_pool() -> ThreadPoolExecutor:

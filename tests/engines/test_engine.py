@@ -148,7 +148,7 @@ def test_a_scheduler_that_gives_up_waiting_is_named():
 
 
 def test_workers_without_a_limit_share_their_host(caplog, monkeypatch):
-    monkeypatch.setattr(choose, "MEMORY_LIMIT", 3000 * MIB)
+    monkeypatch.setattr(choose, "memory_nbytes", lambda: 3000 * MIB)
     with cluster(n_workers=3, memory_limit=0) as (_, client):
         assert choose_engine(client, None).budget == Budget(1000 * MIB, 2)
         assert "3 of 3 workers have no memory limit: each is taken to have an equal share" in caplog.text

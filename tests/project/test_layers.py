@@ -63,7 +63,7 @@ ALLOWED = {
         *("formatting", "seeds", "sizes", "warn"),
     },
     "lightning": {"errors", "loader"},
-    "scdataset": {"errors", "kernels", "loader", "order", "samplers", "seeds", "types", "warn"},
+    "scdataset": {"errors", "kernels", "loader", "order", "samplers", "seeds", "storage", "types", "warn"},
     "utils": {"loader", "order", "sizes"},
     "testing": {"abc", "order", "samplers", "types"},
     "report": {"etl", "formatting", "html", "manifest", "mixing", "sources", "storage"},

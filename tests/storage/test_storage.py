@@ -34,6 +34,36 @@ FILTERS = [
 ]
 
 
+def _brain_float():
+    """float32 without its lower half: h5py gives it as float32."""
+    kind = h5py.h5t.IEEE_F32LE.copy()
+    kind.set_fields(15, 7, 8, 0, 7)
+    kind.set_size(2)
+    kind.set_ebias(127)
+    return kind
+
+
+def _twelve_bits():
+    """The upper twelve of sixteen bits: h5py gives them as uint16."""
+    kind = h5py.h5t.STD_U16LE.copy()
+    kind.set_precision(12)
+    kind.set_offset(4)
+    return kind
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(_brain_float(), np.float32), (_twelve_bits(), np.uint16)])
+def test_hdf5_values_that_are_not_stored_as_numpy_has_them_equal_h5py(tmp_path, kind, dtype):
+    values = np.arange(200, dtype=dtype)
+    with h5py.File(tmp_path / "x.h5", "w") as f:
+        options = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        options.set_chunk((64,))
+        options.set_deflate(4)
+        stored = h5py.h5d.create(f.id, b"x", kind, h5py.h5s.create_simple((200,)), options)
+        stored.write(h5py.h5s.ALL, h5py.h5s.ALL, values)
+        np.testing.assert_array_equal(f["x"][:], values)
+        np.testing.assert_array_equal(read_h5_rows(f["x"], 0, 200), values)
+
+
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 @pytest.mark.parametrize("dtype", ["<f4", ">f4", "<i8", "u1", "bool"])
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])

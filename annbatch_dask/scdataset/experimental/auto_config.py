@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from annbatch_dask.scdataset.multiindexable import MultiIndexable
 from annbatch_dask.scdataset.scdataset import take_rows
 from annbatch_dask.scdataset.strategy import count_rows
+from annbatch_dask.storage.machine import memory_nbytes, n_cpus
 
 logger = logging.getLogger(__name__)
 
@@ -101,10 +101,11 @@ def suggest_parameters(  # noqa: PLR0913, PLR0917 - scDataset's interface
     hooks = (fetch_callback, fetch_transform, batch_callback, batch_transform)
     row_nbytes = max(estimate_sample_size(data_collection, 16, *hooks), 1)
     memory = psutil.virtual_memory()
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    total, n_cores = memory_nbytes(), n_cpus()
+    available = min(memory.available, total)
     n_workers = min(max(n_cores // 2, min_workers), max_workers)
     # Twice: a fetch, and the batches made of it.
-    fitting = int(target_ram_fraction * memory.available / (2 * batch_size * n_workers * row_nbytes))
+    fitting = int(target_ram_fraction * available / (2 * batch_size * n_workers * row_nbytes))
     fetch_factor = min(max(fitting, 1), _MAX_FETCH_FACTOR)
     fetch_mb = fetch_factor * batch_size * row_nbytes / 1e6
     found = {
@@ -117,8 +118,8 @@ def suggest_parameters(  # noqa: PLR0913, PLR0917 - scDataset's interface
         "estimated_memory_per_fetch_mb": fetch_mb,
         "estimated_total_memory_mb": 2 * fetch_mb * n_workers,
         "system_info": {
-            "available_ram_gb": memory.available / 1e9,
-            "total_ram_gb": memory.total / 1e9,
+            "available_ram_gb": available / 1e9,
+            "total_ram_gb": total / 1e9,
             "cpu_count": n_cores,
             "estimated_sample_size_bytes": row_nbytes,
         },
