@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -13,7 +13,7 @@ from annbatch_dask.etl.prepare import dataset_refs
 from annbatch_dask.etl.readable import check_readable
 from annbatch_dask.etl.status import CollectionStatus, status_of
 from annbatch_dask.etl.versions import CollectionVersion, versions_of
-from annbatch_dask.formatting import plural
+from annbatch_dask.formatting import first_few, plural
 from annbatch_dask.html import render
 from annbatch_dask.manifest import Manifest
 from annbatch_dask.report import Report, make_report
@@ -151,23 +151,38 @@ class StoredCollection(WithStatistics):
         Parameters
         ----------
         columns
-            Which to read; None reads all, names that do not exist are ignored.
+            Which to read, in this order; None reads all. Where a dataset lacks one that others have, it is missing.
         names
             Read the obs names, which may take more memory than all columns; False numbers the rows instead.
 
         Returns
         -------
         (n_obs, n_columns) frame, indexed by obs names.
+
+        Raises
+        ------
+        SelectionError
+            If no dataset has one of the columns.
         """
         if isinstance(columns, str):
             msg = f"columns is the text {columns!r}; give a list of names"
             raise TypeError(msg)
         if self.is_empty:
             return pd.DataFrame()
+        if columns is not None:
+            self._check_columns(columns)
         with self._root.as_opened(), self._root.obs_elements() as elements:
             self._check_there("obs")
             frames = [read_obs(elem, _in_order(elem, columns), names=names) for elem in elements]
-        return concat_obs(frames, names=names)
+        obs = concat_obs(frames, names=names)
+        return obs if columns is None else obs[list(dict.fromkeys(columns))]
+
+    def _check_columns(self, columns: Iterable[str]) -> None:
+        with self._root.as_opened(), self._root.obs_elements() as elements:
+            there = dict.fromkeys(column for elem in elements for column in elem.attrs["column-order"])
+        if lacking := [column for column in columns if column not in there]:
+            msg = f"obs has no column {lacking[0]!r}; it has {first_few(map(repr, there), 20)}"
+            raise SelectionError(msg)
 
     def report(self) -> Report:
         """Look at the collection: sources and their shared genes, cells per category, sizes, mixing, builds.
@@ -302,11 +317,6 @@ class StoredCollection(WithStatistics):
         """
         groups, strata = ([c] if isinstance(c, str) else list(c or ()) for c in (by, stratify))
         obs = self.obs([*groups, *strata], names=False) if groups or strata else pd.DataFrame(index=range(self.n_obs))
-        if lacking := [name for name in (*groups, *strata) if name not in obs.columns]:
-            with self._root.as_opened(), self._root.obs_elements() as elements:
-                there = ", ".join(map(repr, dict.fromkeys(c for e in elements for c in e.attrs["column-order"])))
-            msg = f"obs has no column {lacking[0]!r}; it has {there}"
-            raise SelectionError(msg)
         number, digest = resolve_seed(seed), self._root.digest
         return make_splits(
             obs, fractions, by=groups, stratify=strata, seed=number, collection=digest, version=self.version

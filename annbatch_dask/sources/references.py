@@ -37,6 +37,9 @@ def references(
     if isinstance(paths, str | os.PathLike):
         msg = f"adata_paths is one path, {os.fspath(paths)!r}; give a list of paths"
         raise TypeError(msg)
+    if isinstance(paths, set | frozenset | dict):
+        msg = f"adata_paths is a {type(paths).__name__}; give a list, whose order is the same each time: sorted(paths)"
+        raise TypeError(msg)
     if not isinstance(counts, str | Mapping):
         msg = f"counts is {counts!r}; give the name of a matrix, such as 'raw/X', or names by path"
         raise TypeError(msg)

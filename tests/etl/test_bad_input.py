@@ -109,6 +109,8 @@ def test_an_empty_list_and_a_bare_path(out, h5ad_pair):
         add(out, [])
     with pytest.raises(TypeError, match="give a list of paths"):
         add(out, str(h5ad_pair[0]))
+    with pytest.raises(TypeError, match=r"adata_paths is a set; give a list, .*sorted\(paths\)"):
+        add(out, set(h5ad_pair))
 
 
 def test_the_same_file_twice(out, h5ad_pair):

@@ -13,7 +13,7 @@ import pytest
 import zarr
 
 from annbatch_dask import DatasetCollection
-from annbatch_dask.errors import IntegrityError
+from annbatch_dask.errors import IntegrityError, SelectionError
 from annbatch_dask.manifest import MatrixRecord
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.metadata import open_by_copy
@@ -316,12 +316,14 @@ def test_a_zarr_group_as_target_and_as_input(tmp_path, h5ad_pair):
 
 def test_obs_reads_columns_across_datasets(tmp_path, h5ad_pair):
     out = build(tmp_path / "o.zarr", h5ad_pair)
-    frame = out.obs(columns=["cell_type", "src_path", "no such"])
-    assert frame.columns.tolist() == ["cell_type", "src_path"]
+    frame = out.obs(columns=["src_path", "cell_type"])
+    assert frame.columns.tolist() == ["src_path", "cell_type"]
     assert len(frame) == 500
     assert isinstance(frame["src_path"].dtype, pd.CategoricalDtype)
     assert frame["src_path"].cat.categories.tolist() == [str(p) for p in h5ad_pair]
     assert out.obs(columns=[]).shape == (out.n_obs, 0)
+    with pytest.raises(SelectionError, match=r"obs has no column 'no such'; it has .*'cell_type'.*'src_path'"):
+        out.obs(["cell_type", "no such"])
 
 
 def test_folder_publishes_whole_files_or_none(tmp_path):
