@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import zarr
 from anndata.abc import CSRDataset
+from typing_extensions import TypeVar
 
 from annbatch_dask.chunks.cache import RangeCache
 from annbatch_dask.loader.backing import RowSource, ValueBounds, make_source
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AddedData"]
 
-BackingArray_T = TypeVar("BackingArray_T")
+BackingArray_T = TypeVar("BackingArray_T", default=Any)
 
 _MAX_PLAIN_NAMES = 1_000_000
 """Obs names of a collection of more rows are kept compressed, which takes a millisecond of Python a window."""

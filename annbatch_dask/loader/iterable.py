@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING
 __all__ = ["IterableDataset"]
 
 if TYPE_CHECKING:
-
-    class IterableDataset:
-        """torch's, or nothing."""
-
+    from torch.utils.data.dataset import IterableDataset
 else:
     try:
         from torch.utils.data import IterableDataset

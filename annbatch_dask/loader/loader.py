@@ -8,10 +8,11 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike
+from typing_extensions import TypeVar
 
 from annbatch_dask.chunks.cache import RangeCache
 from annbatch_dask.loader.added import AddedData, BackingArray_T
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Loader"]
 
-OutputInMemoryArray_T = TypeVar("OutputInMemoryArray_T")
+OutputInMemoryArray_T = TypeVar("OutputInMemoryArray_T", default=Any)
 
 
 class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[BackingArray_T, OutputInMemoryArray_T]):
@@ -292,6 +293,7 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         return self.__dict__ | {"_passes": set(), "_progress": Progress()}
 
     def __len__(self) -> int:
+        self._check_filled()
         return self._batch_sampler.n_batches(self.n_selected)
 
     def __repr__(self) -> str:

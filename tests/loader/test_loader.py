@@ -358,6 +358,7 @@ def new(**kwargs):
         (lambda: next(iter(new())), ValueError, "must be greater than 1"),
         (lambda: new().add_adatas([]), ValueError, "must be greater than 1"),
         (lambda: new().n_var, ValueError, "No datasets added yet"),
+        (lambda: len(new()), ValueError, "No datasets added yet"),
         (lambda: new().dataset_type, IndexError, "No datasets"),
         (lambda: new().add_dataset([[1]]), TypeError, "Cannot add dataset of type"),
         (lambda: new().add_dataset(np.arange(5)), SourceError, r"of shape \(5,\) has no columns"),
