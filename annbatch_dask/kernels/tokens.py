@@ -54,7 +54,7 @@ class Frame(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Entries that cannot be taken: their column does not exist, or their value is negative or no number."""
+    """Entries that cannot be taken: their column does not exist, or their value is negative, infinite or no number."""
 
     n_outside: int
     n_bad: int
@@ -150,7 +150,7 @@ def keep(rows: PickedRows, i: int, genes: Genes, kept: Tokens, scaled: Floats, f
         value = np.float64(row_values[j])
         if tokens[column] < 0 or value == 0:
             continue
-        found[N_BAD] += not value > 0
+        found[N_BAD] += not 0 < value < np.inf
         kept[n], scaled[n] = tokens[column], value / scales[column]
         n += 1
     return n

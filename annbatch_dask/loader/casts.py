@@ -10,10 +10,11 @@ import zarr
 from anndata.abc import CSRDataset
 
 from annbatch_dask.errors import SchemaError
-from annbatch_dask.loader.backing import RowSource, ValueBounds
+from annbatch_dask.loader.backing import ArraySource, CsrSource, RowSource, ValueBounds
 from annbatch_dask.manifest import DATASET_NAME, MatrixRecord
+from annbatch_dask.warn import warn
 
-__all__ = ["Recorded", "check_cast", "recorded_values", "values_of"]
+__all__ = ["Recorded", "check_cast", "recorded_values", "values_of", "warn_of_negatives"]
 
 Recorded = Mapping[str, ValueBounds]
 """What a collection knows of the values of its matrices, by their names in a dataset."""
@@ -65,6 +66,17 @@ def check_cast(name: str, source: RowSource, dtype: Any) -> None:
         f"{holds.high:g}; ask for a wider dtype, or pass casting='unsafe' to cast them as numpy does"
     )
     raise SchemaError(msg)
+
+
+def warn_of_negatives(source: RowSource) -> None:
+    """Warn of a collection whose values may have no logarithm, as scaled ones; arrays in memory are not read for it."""
+    if source.stored_dtype.kind not in "if" or isinstance(source, CsrSource | ArraySource):
+        return
+    if (known := source.values()) is not None and known.low < 0:
+        warn(
+            f"NormalizeLog1p is for counts, and the least value of X is {known.low:g}: log(1 + x) may be NaN; "
+            "build the collection from what has the counts, counts='raw/X' or 'layers/<key>'"
+        )
 
 
 def _fits(values: ValueBounds, dtype: np.dtype[Any]) -> bool:

@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 from annbatch_dask.kernels.gpu import knows
 from annbatch_dask.loader.backing import RowSource
 from annbatch_dask.loader.batch import Form, Selection
-from annbatch_dask.loader.casts import check_cast
+from annbatch_dask.loader.casts import check_cast, warn_of_negatives
 from annbatch_dask.loader.gpu.device import Device, Placed
 from annbatch_dask.loader.gpu.find import check_device, find_device, has_device
 from annbatch_dask.loader.obs import Categories, Labels, ObsTable
@@ -260,6 +260,8 @@ class BatchSpec:
             if key.kind == "layers" and other.shape != source.shape:
                 msg = f"{key} has shape {other.shape}, X has {source.shape}"
                 raise ValueError(msg)
+        if self.normalize is not None:
+            warn_of_negatives(source)
         if tokens is not None:
             check_counts(source, tokens)
             self._tokens_of(var)

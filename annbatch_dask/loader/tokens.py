@@ -163,7 +163,8 @@ def _fill(form: TokenForm, picked: Picked, numbers: Ints, out: dict[str, Array],
         counts = Counts(counts.n_outside + more.n_outside, counts.n_bad + more.n_bad)
     check_columns(counts.n_outside, len(form.tokens))
     if counts.n_bad:
-        _refuse(type(form.transform).__name__, f"{counts.n_bad:,} values of a batch are negative or no number")
+        found = f"{counts.n_bad:,} values of a batch are negative, infinite or no number"
+        _refuse(type(form.transform).__name__, found)
 
 
 def _write(form: TokenForm, picked: Picked, numbers: Ints, out: dict[str, Array], places: Ints) -> tuple[Counts, Ints]:

@@ -7,6 +7,7 @@ import pickle
 from copy import copy
 
 import anndata as ad
+import dask
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,6 +15,7 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import IntegrityError, SchemaError, SourceError, SourceNotFoundError
 from annbatch_dask.loader import Loader
 from annbatch_dask.transforms import BinnedExpression, NormalizeLog1p, RankTokens
@@ -389,15 +391,26 @@ def test_what_cannot_be_is_refused_before_any_work(make_it, error, message):
 
 
 @pytest.mark.parametrize("kind", [RankTokens, BinnedExpression])
-def test_values_found_not_to_be_counts_end_the_iteration(collection, kind):
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_found_not_to_be_counts_end_the_iteration(collection, kind, value):
     """Of a collection without a record of its values only the batch shows what they are."""
     x = matrix(12)
-    x[5, 3] = np.nan
+    x[5, 3] = value
     loader = Loader(**QUIET, transform=kind(NAMED)).add_adata(adata_of(sp.csr_matrix(x)))
     with pytest.raises(
-        SchemaError, match="needs counts, which are 0 or more, and 1 values of a batch are negative or no"
+        SchemaError, match="needs counts, which are 0 or more, and 1 values of a batch are negative, infinite or no"
     ):
         list(loader)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_logarithms_of_negative_values_are_warned_of(tmp_path):
+    adata_of(matrix(12) - 2).write_h5ad(tmp_path / "a.h5ad")
+    with dask.config.set(scheduler="synchronous"):
+        scaled = DatasetCollection(tmp_path / "c.zarr").add_adatas([tmp_path / "a.h5ad"], seed=0)
+    with pytest.warns(UserWarning, match=r"NormalizeLog1p is for counts, and the least value of X is -2: log"):
+        Loader(**QUIET, transform=NormalizeLog1p()).use_collection(scaled)
+    assert next(iter(Loader(**QUIET).use_collection(scaled)))["X"].min() == -2
 
 
 def test_a_column_that_does_not_exist_is_damage():
