@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["column_of", "sum_blocks", "whole_counts"]
 
 T = TypeVar("T")
+_MANY = 100
+"""Groups above which it is asked whether a column is one of groups."""
 _SPLIT_EVERY = 8
 """Results that are added up by one task: few are in memory at once."""
 
@@ -58,7 +60,7 @@ def column_of(root: Root, name: str, only: Sequence[str] | None = None) -> pd.Ca
     Raises
     ------
     CollectionError
-        If obs lacks it.
+        If obs lacks it, or nearly each cell would be a group.
     """
     elements: list[Any] = [group["obs"] for group in root.readable()]
     there = list(dict.fromkeys(column for e in elements for column in e.attrs["column-order"]))
@@ -67,7 +69,19 @@ def column_of(root: Root, name: str, only: Sequence[str] | None = None) -> pd.Ca
         raise CollectionError(msg)
     chosen = [e for e, known in zip(elements, root.names(), strict=True) if only is None or known in only]
     joined = concat_obs([read_obs(e, [name], names=False) for e in chosen], names=False)
-    return pd.Categorical(joined[name] if name in joined else np.full(len(joined), None, object))
+    column = pd.Categorical(joined[name] if name in joined else np.full(len(joined), None, object))
+    n_groups, n_cells = len(np.unique(column.dropna().codes)), int((column.codes >= 0).sum())
+    if (
+        len(chosen) == len(elements)
+        and n_groups > _MANY
+        and (column.categories.dtype.kind == "f" or n_groups > n_cells / 2)
+    ):
+        msg = (
+            f"{root.path}: obs column {name!r} has {n_groups:,} different values in {n_cells:,} cells, and each would "
+            "be a group; name one of few values, such as pd.cut makes of numbers, in load_adata before a build"
+        )
+        raise CollectionError(msg)
+    return column
 
 
 def whole_counts(values: NDArray) -> NDArray:

@@ -172,6 +172,23 @@ def test_what_is_not_there_is_refused(tmp_path, stored):
         DatasetCollection(tmp_path / "new.zarr").gene_stats()
 
 
+def test_a_column_that_would_make_a_group_of_nearly_each_cell_is_refused(tmp_path):
+    (a,) = adatas(n_vars=20, sizes=(240,), donors=(("b", "a"),))
+    a.obs["share"], a.obs["third"] = np.arange(240) / 240, np.arange(240) // 3 / 10
+    a.obs["barcode"], a.obs["pair"] = pd.Categorical(a.obs_names), pd.Categorical((np.arange(240) // 2).astype(str))
+    collection = build(tmp_path / "c.zarr", write(tmp_path, [a]))
+    for name in ("share", "barcode"):
+        for method in (collection.gene_stats, collection.aggregate):
+            with pytest.raises(
+                CollectionError, match=rf"obs column '{name}' has 240 different values in 240 cells, and"
+            ):
+                method(name)
+        with pytest.raises(CollectionError, match=f"obs column '{name}' has 240 different values"):
+            collection.highly_variable(5, batch_key=name)
+    assert len(collection.gene_stats("pair")) == 120 * 20
+    assert collection.aggregate("third").shape == (80, 20)
+
+
 def test_other_readers_see_datasets_as_they_were(stored, plain):
     for a, b in zip(stored, plain, strict=True):
         one, two = ad.io.read_zarr(a), ad.io.read_zarr(b)
