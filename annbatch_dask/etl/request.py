@@ -101,6 +101,10 @@ def _check_kinds(given: Mapping[str, Any]) -> None:
     if isinstance(given["var_subset"], str):
         msg = f"var_subset is the text {given['var_subset']!r}; give a list of names"
         raise TypeError(msg)
+    for name in ("var_subset", "elements", "groupby"):
+        if not isinstance(given[name], Iterable | None):
+            msg = f"{name} is {given[name]!r}; give a list of names"
+            raise TypeError(msg)
     for name in ("shuffle", "allow_mixed_counts", "stats", "strip_versions"):
         if isinstance(given[name], str):  # as a quoted 'no' of YAML is, which would be taken for True
             msg = f"{name} is the text {given[name]!r}; give True or False"

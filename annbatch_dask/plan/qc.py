@@ -76,17 +76,15 @@ class QC:
             if least is not None and most is not None and least > most:
                 msg = f"QC: {low}={least} is more than {high}={most}, so that no cell is kept; give a range"
                 raise ValueError(msg)
-        for name, most in self.max_fraction.items():
-            if name not in self.gene_sets:
-                known = ", ".join(self.gene_sets) or "none"
-                msg = f"QC: max_fraction names {name!r}, and gene_sets has {known}; add gene_sets={{{name!r}: 'MT-'}}"
-                raise ValueError(msg)
-            if not 0 <= most <= 1:
-                msg = f"QC: max_fraction of {name!r} is {most}; give a share from 0 to 1, such as 0.2 for 20 %"
-                raise ValueError(msg)
+        _check_sets(self.gene_sets)
+        _check_fractions(self.max_fraction, self.gene_sets)
         if len(self.gene_sets) > _MAX_SETS:
             msg = f"QC: {len(self.gene_sets)} gene_sets; give {_MAX_SETS} or fewer"
             raise ValueError(msg)
+        is_quoted = isinstance(self.annotate, str) and self.annotate.lower() in ("true", "false")
+        if is_quoted or not isinstance(self.annotate, bool | str):
+            msg = f"QC: annotate is {self.annotate!r}; give True or False, or a text to put before the names"
+            raise TypeError(msg)
         if not self.rules and not self.annotate:
             msg = "QC has no rule and annotates nothing; give one, such as min_genes=200, or annotate=True"
             raise ValueError(msg)
@@ -172,6 +170,42 @@ class QC:
             )
             raise SchemaError(msg)
         return replace(source, columns=(*source.columns, *added))
+
+
+def _check_sets(sets: Any) -> None:
+    """Refuse what does not say of any gene whether it is in a set."""
+    if not isinstance(sets, Mapping):
+        msg = f"QC: gene_sets is {sets!r}; give each a name, such as {{'mito': 'MT-'}}"
+        raise TypeError(msg)
+    for name, wanted in sets.items():
+        if isinstance(wanted, Mapping):
+            is_set = len(wanted) == 1 and all(v is True or (isinstance(v, str) and v) for v in wanted.values())
+        else:
+            is_set = isinstance(wanted, Sequence | np.ndarray | pd.Index) and len(wanted) > 0
+        if not is_set:
+            msg = (
+                f"QC: gene set {name!r} is {wanted!r}; give a prefix of names, a list of names, the name of a boolean "
+                "column of var, or {'<column of var>': '<prefix>'}"
+            )
+            raise TypeError(msg)
+
+
+def _check_fractions(fractions: Any, sets: Mapping[str, GeneSet]) -> None:
+    """Refuse what is no share of the counts for a gene set."""
+    if not isinstance(fractions, Mapping):
+        msg = f"QC: max_fraction is {fractions!r}; give a share for a gene set, such as {{'mito': 0.2}}"
+        raise TypeError(msg)
+    for name, most in fractions.items():
+        if not isinstance(most, int | float | np.number):
+            msg = f"QC: max_fraction of {name!r} is {most!r}; give a share from 0 to 1, such as 0.2 for 20 %"
+            raise TypeError(msg)
+        if name not in sets:
+            known = ", ".join(sets) or "none"
+            msg = f"QC: max_fraction names {name!r}, and gene_sets has {known}; add gene_sets={{{name!r}: 'MT-'}}"
+            raise ValueError(msg)
+        if not 0 <= most <= 1:
+            msg = f"QC: max_fraction of {name!r} is {most}; give a share from 0 to 1, such as 0.2 for 20 %"
+            raise ValueError(msg)
 
 
 def _plain(value: Any) -> Any:

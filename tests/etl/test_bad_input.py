@@ -353,6 +353,8 @@ def test_every_error_is_also_a_builtin():
     ("options", "error", "message"),
     [
         ({"var_subset": "ab"}, TypeError, "var_subset is the text 'ab'; give a list of names"),  # not genes a and b
+        ({"elements": 5}, TypeError, "elements is 5; give a list of names"),
+        ({"groupby": 5}, TypeError, "groupby is 5; give a list of names"),
         ({"shuffle": "no"}, TypeError, "shuffle is the text 'no'; give True or False"),  # not True
         ({"stats": "false"}, TypeError, "stats is the text 'false'; give True or False"),
         ({"merge": "all"}, ValueError, "merge is 'all'; give one of 'same'"),

@@ -380,6 +380,16 @@ def test_rules_that_do_not_fit_an_input_are_refused_before_work(tmp_path, qc, ma
         ({"max_counts": np.nan}, ValueError, "max_counts is NaN, which no cell meets"),
         ({"min_umis": 3}, TypeError, "some of min_counts"),
         (7, TypeError, "give QC"),
+        ({"max_fraction": 0.2, "gene_sets": {"mito": "MT-"}}, TypeError, r"max_fraction is 0.2; give a share for a"),
+        ({"max_fraction": {"m": "0.2"}, "gene_sets": {"m": "MT-"}}, TypeError, "max_fraction of 'm' is '0.2'; give"),
+        ({"gene_sets": "MT-", "annotate": True}, TypeError, "gene_sets is 'MT-'; give each a name"),
+        ({"gene_sets": {"m": None}, "annotate": True}, TypeError, "gene set 'm' is None; give a prefix"),
+        ({"gene_sets": {"m": ""}, "annotate": True}, TypeError, "gene set 'm' is ''; give a prefix"),
+        ({"gene_sets": {"m": {}}, "annotate": True}, TypeError, "gene set 'm' is {}; give a prefix"),
+        ({"gene_sets": {"m": {"a": "x", "b": "y"}}, "annotate": True}, TypeError, "gene set 'm' is {'a': 'x', 'b'"),
+        ({"gene_sets": {"m": {"a": False}}, "annotate": True}, TypeError, "gene set 'm' is {'a': False}; give"),
+        ({"annotate": "true"}, TypeError, "annotate is 'true'; give True or False, or a text to put before"),
+        ({"annotate": 1}, TypeError, "annotate is 1; give True or False"),
     ],
 )
 def test_rules_that_make_no_sense_are_refused(tmp_path, h5ad_pair, qc, error, match):
