@@ -24,12 +24,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from annbatch_dask.errors import MissingPackageError
+from annbatch_dask.errors import MissingPackageError, StorageError
 from annbatch_dask.order.planned import expand
+from annbatch_dask.storage.filesystems import check_parent
 
 if TYPE_CHECKING:
     import os
@@ -157,9 +159,28 @@ def load_figure() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        msg = f"mixing is drawn by matplotlib, which cannot be imported ({error}): pip install matplotlib"
+        msg = f"pictures are drawn by matplotlib, which cannot be imported ({error}): pip install matplotlib"
         raise MissingPackageError(msg) from error
     return Figure
+
+
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """Refuse the path of a picture that could not be drawn, before what is to be in it is worked out.
+
+    Raises
+    ------
+    StorageError
+        If it is a folder, or in none, or its suffix is no format that matplotlib writes.
+    MissingPackageError
+        Without matplotlib.
+    """
+    check_parent(str(path))
+    formats = load_figure()().canvas.get_supported_filetypes()
+    if (suffix := PurePath(path).suffix) and suffix[1:].lower() in formats:
+        return
+    known = ", ".join(f".{name}" for name in formats)
+    msg = f"{path} cannot be drawn: {suffix!r} is no format of a picture; end it in one of {known}"
+    raise StorageError(msg)
 
 
 def plot_mixing(mixing: Mixing, path: str | os.PathLike[str], *, title: str = "") -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +25,8 @@ from distributed import Client
 from numpy.typing import NDArray
 
 from annbatch_dask import DatasetCollection, concat_lazy
-from annbatch_dask.errors import AnnbatchDaskError, CollectionError
+from annbatch_dask.errors import AnnbatchDaskError, CollectionError, MissingPackageError
+from annbatch_dask.mixing import check_picture
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -145,11 +146,11 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, default=Path("atlas.png"), metavar="FILE", help="(default: atlas.png)")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="Dask cluster to read X on (default: this process)")
     args = parser.parse_args()
-    if not args.plot.absolute().parent.is_dir():  # before X is read
-        parser.error(f"{args.plot} cannot be written: there is no folder {args.plot.absolute().parent}; make it")
     if args.blocks is not None and args.blocks < 1:
         parser.error(f"--blocks is {args.blocks}; it must be 1 or more")
     try:
+        with suppress(MissingPackageError):  # the tables are printed all the same
+            check_picture(args.plot)  # before X is read
         view = open_view(args.paths)
         print(f"{view.n_obs:,} cells x {view.n_vars:,} genes; X: {view.X.dtype}, {view.X.numblocks[0]:,} row blocks")
         column = category(view, args.by)

@@ -151,6 +151,8 @@ def expand_names(what: str, given: Any) -> Any:
 def limits(workers: int | list[int]) -> tuple[int, int]:
     """Return how many workers there are at least, and at most."""
     match workers:
+        case bool():  # of YAML's yes and no, which are whole numbers too
+            pass
         case int(n) | [int(n)] if n > 0:
             return n, n
         case [int(low), int(high)] if 0 <= low <= high and high > 0:

@@ -21,6 +21,7 @@ import argparse
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from torch.nn.functional import cross_entropy
 
 from annbatch_dask import DatasetCollection, Loader
 from annbatch_dask.errors import AnnbatchDaskError
+from annbatch_dask.storage.filesystems import check_parent
 from annbatch_dask.transforms import RankTokens
 
 BATCH_SIZE = 256
@@ -197,14 +199,28 @@ def make_transform(
     return RankTokens(known, scales, max_length=MAX_LENGTH, missing=missing)
 
 
+def load(path: Path) -> Any:
+    """Read a state that this script saved, or end."""
+    try:
+        saved = torch.load(path, map_location="cpu")
+    except (EOFError, RuntimeError, UnpicklingError):
+        saved = None
+    if not isinstance(saved, dict) or "vocabulary" not in saved:
+        sys.exit(f"pretrain_tokens: {path} is no state that this script saved; give another --state, or remove it")
+    return saved
+
+
 def train(
     collection: DatasetCollection, n_epochs: int, state: Path | None, vocabulary: Path | None, medians: Path | None
 ) -> Training:
     """Train a model, or go on with one."""
     splits = collection.split({"train": 0.9, "held out": 0.1}, seed=0)
-    saved = torch.load(state, map_location="cpu") if state and state.exists() else None
+    saved = load(state) if state and state.exists() else None
     if saved:
         transform = RankTokens(saved["vocabulary"], saved["medians"], max_length=MAX_LENGTH, missing="drop")
+        given = RankTokens(vocabulary or saved["vocabulary"], medians or saved["medians"], max_length=MAX_LENGTH)
+        if (given.vocabulary, given.medians) != (transform.vocabulary, transform.medians):
+            sys.exit(f"pretrain_tokens: {state} is of another vocabulary or other medians; give these, or none")
     else:
         transform = make_transform(collection, splits["train"], vocabulary, medians)
     if "<mask>" not in transform.vocabulary:
@@ -240,9 +256,11 @@ def main() -> int:
     parser.add_argument("--medians", type=Path, metavar="FILE", help="median of each gene, alike")
     parser.add_argument("--state", type=Path, metavar="FILE", help="save to, and go on from, this file")
     args = parser.parse_args()
-    if args.state is not None and not args.state.absolute().parent.is_dir():  # before hours of work
-        parser.error(f"{args.state} cannot be written: there is no folder {args.state.absolute().parent}; make it")
+    if args.epochs < 1:
+        parser.error(f"--epochs is {args.epochs}; it must be 1 or more")
     try:
+        if args.state is not None:
+            check_parent(str(args.state))  # before hours of work
         collection = DatasetCollection(args.collection, mode="r")
         train(collection, args.epochs, args.state, args.vocabulary, args.medians)
     except AnnbatchDaskError as error:

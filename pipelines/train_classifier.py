@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from annbatch_dask import DatasetCollection, Loader
 from annbatch_dask.errors import AnnbatchDaskError
+from annbatch_dask.mixing import check_picture
 from annbatch_dask.transforms import NormalizeLog1p
 
 BATCH_SIZE = 240  # of all ranks together: 2, 3, 4, 5, 6 and 8 of them share it evenly
@@ -184,9 +185,9 @@ def main() -> int:
     what.add_argument("--against", metavar="IN_ORDER.zarr", help="train on in-memory and on unshuffled batches too")
     what.add_argument("--distributed", action="store_true", help="share the batches among the processes of torchrun")
     args = parser.parse_args()
-    if args.plot is not None and not args.plot.absolute().parent.is_dir():  # before hours of work
-        parser.error(f"{args.plot} cannot be written: there is no folder {args.plot.absolute().parent}; make it")
     try:
+        if args.plot is not None:
+            check_picture(args.plot)  # before hours of work
         run(args)
     except AnnbatchDaskError as error:
         sys.exit(f"train_classifier: {error}")

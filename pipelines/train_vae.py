@@ -15,10 +15,12 @@ import argparse
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from torch.distributions import NegativeBinomial, Normal, kl_divergence
@@ -26,11 +28,14 @@ from torch.nn.functional import log_softmax
 
 from annbatch_dask import DatasetCollection, Loader
 from annbatch_dask.errors import AnnbatchDaskError
+from annbatch_dask.mixing import check_picture
+from annbatch_dask.storage.filesystems import check_parent
 from annbatch_dask.transforms import NormalizeLog1p
 
 BATCH_SIZE = 256
 LEARNING_RATE = 2e-3
 N_HIDDEN, N_LATENT = 128, 10
+N_GENES = 2_000
 N_HELD_OUT = 5_000  # at most
 N_SAMPLED = 4_096  # cells that genes are chosen by
 SAVE_EVERY = 100  # batches
@@ -160,7 +165,7 @@ def most_variable(collection: DatasetCollection, rows: NDArray[np.bool_], n_gene
         **options, transform=NormalizeLog1p(), layers=[], obsm=[], obs_columns=[], preload_to_gpu=False
     )
     (batch,) = loader.use_collection(collection)
-    X = batch["X"]
+    X = sp.csr_matrix(batch["X"])
     variance = np.asarray(X.power(2).mean(0)).ravel() - np.asarray(X.mean(0)).ravel() ** 2
     return batch["var"].index[np.sort(np.argsort(-variance, kind="stable")[:n_genes])].tolist()
 
@@ -184,11 +189,24 @@ def hold_out(
     return X.to(DEVICE), batch["obs"][column]
 
 
-def train(collection: DatasetCollection, column: str, n_epochs: int, n_genes: int, state: Path | None) -> Any:
+def load(path: Path) -> Any:
+    """Read a state that this script saved, or end."""
+    try:
+        saved = torch.load(path, map_location="cpu")
+    except (EOFError, RuntimeError, UnpicklingError):
+        saved = None
+    if not isinstance(saved, dict) or "genes" not in saved:
+        sys.exit(f"train_vae: {path} is no state that this script saved; give another --state, or remove it")
+    return saved
+
+
+def train(collection: DatasetCollection, column: str, n_epochs: int, n_genes: int | None, state: Path | None) -> Any:
     """Train a model, or go on with one; return it, cells held out, and their values of the column."""
     splits = collection.split({"train": 0.9, "held out": 0.1}, stratify=column, seed=0)
-    saved = torch.load(state, map_location="cpu") if state and state.exists() else None
-    genes = saved["genes"] if saved else most_variable(collection, splits["train"], n_genes)
+    saved = load(state) if state and state.exists() else None
+    genes = saved["genes"] if saved else most_variable(collection, splits["train"], n_genes or N_GENES)
+    if saved and n_genes and min(n_genes, collection.n_vars) != len(genes):
+        sys.exit(f"train_vae: --genes is {n_genes}, and {state} has a model of {len(genes)}; leave out one of them")
     held_out, values = hold_out(collection, column, splits["held out"], genes)
     training = Training.of(collection, genes, splits["train"])
     if saved:
@@ -229,14 +247,18 @@ def main() -> int:
     parser.add_argument("collection", metavar="OUT.zarr")
     parser.add_argument("column", metavar="COLUMN", help="obs column to colour the picture by, e.g. cell_type")
     parser.add_argument("--epochs", type=int, default=20, metavar="N", help="in all (default: 20)")
-    parser.add_argument("--genes", type=int, default=2_000, metavar="N", help="the most variable ones (default: 2,000)")
+    parser.add_argument("--genes", type=int, metavar="N", help=f"the most variable ones (default: {N_GENES:,})")
     parser.add_argument("--state", type=Path, metavar="FILE", help="save to, and go on from, this file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the latent space; needs matplotlib")
     args = parser.parse_args()
-    for path in (args.state, args.plot):
-        if path is not None and not path.absolute().parent.is_dir():  # before hours of work
-            parser.error(f"{path} cannot be written: there is no folder {path.absolute().parent}; make it")
+    for name in ("epochs", "genes"):
+        if vars(args)[name] is not None and vars(args)[name] < 1:
+            parser.error(f"--{name} is {vars(args)[name]}; it must be 1 or more")
     try:
+        if args.state is not None:  # before hours of work
+            check_parent(str(args.state))
+        if args.plot is not None:
+            check_picture(args.plot)
         collection = DatasetCollection(args.collection, mode="r")
         found = train(collection, args.column, args.epochs, args.genes, args.state)
     except AnnbatchDaskError as error:

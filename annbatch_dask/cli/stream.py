@@ -12,7 +12,6 @@ from annbatch_dask.cli.options import add_command, add_order_options, positive
 from annbatch_dask.cli.output import say
 from annbatch_dask.errors import AnnbatchDaskError
 from annbatch_dask.seeds import check_seed
-from annbatch_dask.storage.filesystems import check_parent
 
 if TYPE_CHECKING:
     import argparse
@@ -78,22 +77,17 @@ def add_mixing(commands: Any) -> None:
 
 
 def _mixing(args: argparse.Namespace) -> None:
-    from annbatch_dask.mixing import load_figure, measure_mixing, plot_mixing, sampled_batches
+    from annbatch_dask.mixing import check_picture, measure_mixing, plot_mixing, sampled_batches
 
     if args.plot is not None:
-        check_parent(args.plot)
-        load_figure()
+        check_picture(args.plot)
     column, codes = _classes(open_collection(args), args.by)
     mixing = measure_mixing(sampled_batches(_loader(args).batch_sampler, codes))
     line = _mixing_line(column, mixing)
     say(f"{args.collection}: {line}: {mixing.mean_entropy:.3f} of {mixing.ideal_entropy:.3f} bits")
     if args.plot is None:
         return
-    try:
-        plot_mixing(mixing, args.plot, title=f"mixing of {column} in batches of {args.batch_size:,}")
-    except ValueError as error:  # a suffix that is no format of a picture
-        msg = f"{args.plot}: {error}"
-        raise AnnbatchDaskError(msg) from error
+    plot_mixing(mixing, args.plot, title=f"mixing of {column} in batches of {args.batch_size:,}")
     say(f"picture: {args.plot}")
 
 

@@ -112,6 +112,7 @@ def test_rules_for_names_of_genes_stand_in_the_file(tmp_path, h5ad_pair, monkeyp
         ({"files": ["none/*.h5ad"]}, "none/*.h5ad matches no file"),
         ({"cluster": {"kind": "fake", "workers": [4, 2]}}, "workers is [4, 2]; it must be a number such as 8, or two"),
         ({"cluster": {"kind": "fake", "workers": 0}}, "workers is 0; it must be"),
+        ({"cluster": {"kind": "fake", "workers": True}}, "workers is True; it must be"),
         ({"scrach": "/fast"}, "config.yaml: 'scrach' is not known; did you mean 'scratch'?"),
         ({"optoins": {"seed": 1}}, "config.yaml: 'optoins' is not known; did you mean 'options'?"),
         ({"options": {"seeed": 1}}, "options: 'seeed' is not known; did you mean 'seed'?"),

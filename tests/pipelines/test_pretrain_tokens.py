@@ -81,4 +81,9 @@ def test_tables_of_others_are_taken(atlas, tmp_path, run):
     with pytest.raises(SystemExit, match="the vocabulary has no token <mask>"):
         run(atlas / "shuffled.zarr", *options)
     table.write_text(json.dumps(json.loads(table.read_text()) | {"<mask>": 1}))
+    options += ("--state", tmp_path / "s.pt")
     assert run(atlas / "shuffled.zarr", *options) == 0
+    assert run(atlas / "shuffled.zarr", *options) == 0  # the state is of these
+    (tmp_path / "medians.csv").write_text("".join(f"{gene},2.5\n" for gene in genes))
+    with pytest.raises(SystemExit, match=r"s.pt is of another vocabulary or other medians; give these, or none"):
+        run(atlas / "shuffled.zarr", *options)

@@ -76,6 +76,24 @@ def test_a_run_that_is_interrupted_goes_on_with_the_same_batches_to_the_same_mod
         torch.testing.assert_close(models[1][name], values, rtol=0, atol=0)
 
 
+def test_a_state_of_other_genes_is_refused(atlas, tmp_path, run):
+    options = (atlas / "shuffled.zarr", "cell_type", "--epochs", 1, "--state", tmp_path / "s.pt")
+    run(*options, "--genes", 50)
+    with pytest.raises(SystemExit, match=r"^train_vae: --genes is 40, and .*s.pt has a model of 50; leave out one"):
+        run(*options, "--genes", 40)
+    assert run(*options) == 0
+
+
+def test_dense_counts_are_learnt_from(tmp_path, run, capsys):
+    adata = make_adata(200, [f"gene_{g}" for g in range(20)], seed=0)
+    adata.X = adata.X.toarray()
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with dask.config.set(scheduler="synchronous"):
+        DatasetCollection(tmp_path / "dense.zarr").add_adatas([tmp_path / "a.h5ad"], seed=0)
+    assert run(tmp_path / "dense.zarr", "cell_type", "--epochs", 1) == 0
+    assert "epoch   1: ELBO a cell" in capsys.readouterr().out
+
+
 def test_what_is_no_count_is_refused(tmp_path, run):
     adata = make_adata(200, [f"gene_{g}" for g in range(20)], seed=0)
     adata.X = adata.X / 2

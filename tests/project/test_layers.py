@@ -57,7 +57,7 @@ ALLOWED = {
     "order": {"errors", "kernels", "types"},
     "samplers": {"errors", "formatting", "order", "seeds", "sizes", "types", "warn"},
     "abc": {"samplers"},
-    "mixing": {"errors", "order", "samplers"},
+    "mixing": {"errors", "order", "samplers", "storage"},
     "loader": {
         *("errors", "kernels", "manifest", "storage", "chunks", "order", "samplers", "transforms", "types", "where"),
         *("formatting", "seeds", "sizes", "warn"),
