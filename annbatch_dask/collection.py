@@ -315,7 +315,8 @@ class DatasetCollection(MaintainedCollection):
             Generator; annbatch's name for ``seed``.
         client
             A client of the Dask cluster to use. None uses the scheduler set in dask's configuration, or the current
-            client, or starts a cluster of subprocesses on this machine and closes it afterwards.
+            client, or the cluster at dask's ``scheduler-address`` (``DASK_SCHEDULER_ADDRESS``), or starts a cluster of
+            subprocesses on this machine and closes it afterwards.
         memory_limit
             Memory of a worker, in bytes or as a string such as ``"4GB"``; None uses the workers' own limits. The plan
             must fit.
@@ -337,6 +338,8 @@ class DatasetCollection(MaintainedCollection):
 
         Raises
         ------
+        SchedulerError
+            If dask is set to use a scheduler that is not there, or that it does not know.
         SourceError, SchemaError, LayoutError, SelectionError, MemoryBudgetError
             Before any work, if an input cannot be read, inputs contradict each other, sizes cannot be met, or no cell
             is kept.

@@ -53,7 +53,8 @@ class MaintainedCollection(StoredCollection):
         load_adata
             The function the build used, if it used one.
         client
-            A client of the Dask cluster to use; None uses the threads of this process.
+            A client of the Dask cluster to use; None uses what dask is set to use, as :meth:`add_adatas` does, or else
+            the threads of this process.
         storage_options
             fsspec's, for inputs that are URLs.
         callbacks, progress

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import dask
 import dask.system
+from dask.base import named_schedulers
 from distributed import Client
 
 from annbatch_dask.engines.base import Engine, EngineChoice
 from annbatch_dask.engines.dask import ClusterEngine, LocalEngine
-from annbatch_dask.engines.local_cluster import local_client, workers_process
+from annbatch_dask.engines.local_cluster import client_at, local_client, workers_process
 from annbatch_dask.engines.needs import Needs
 from annbatch_dask.engines.waiting import NO_WORKER_S
 from annbatch_dask.errors import SchedulerError
@@ -32,7 +33,12 @@ __all__ = ["choose_engine"]
 
 logger = logging.getLogger(__name__)
 
-_LOCAL = ("synchronous", "sync", "single-threaded", "threads", "threading", "threaded")
+_LOCAL = ("synchronous", "sync", "single-threaded", "threads", "threading")
+_PROCESSES = ("processes", "multiprocessing")
+"""Those of a local cluster."""
+_DISTRIBUTED = ("distributed", "dask.distributed")
+_clients: dict[str, Client] = {}
+"""By the address that dask is set to use, for as long as this process is there."""
 _WORKER_NBYTES = 2**30
 """Of a worker of the local cluster, at least. As many workers as cores where memory allows, so that none shares
 Python's lock, or HDF5's (measured, two cores: a seventh faster than one process of two threads)."""
@@ -41,18 +47,23 @@ WORKER_TIMEOUT_S = 86_400
 
 
 def choose_engine(client: Client | None, memory_limit: int | str | None) -> EngineChoice:
-    """The engine to use: the client given, dask's configured scheduler, the current client, or a new local cluster."""
-    scheduler = dask.config.get("scheduler", None)
-    if client is None and isinstance(scheduler, Client):
-        client = scheduler
-    if client is None and isinstance(scheduler, str) and scheduler.lower() in _LOCAL:
-        scheduler = scheduler.lower()
-        n_threads = 1 if scheduler.startswith("s") else dask.system.CPU_COUNT
-        local = LocalEngine(scheduler, Budget(_nbytes(memory_limit, n_workers=1), n_threads))
-        return EngineChoice(local, local.budget, lambda _: contextlib.nullcontext(local))
+    """The engine to use.
+
+    The client given; else what dask is set to use, which is a client, a scheduler in this process, or the address of a
+    cluster; else the current client, or a new local cluster.
+
+    Raises
+    ------
+    SchedulerError
+        If dask is set to use what it does not know, or a cluster is not there.
+    """
     if client is None:
-        with contextlib.suppress(ValueError):
-            client = Client.current(allow_global=True)
+        scheduler = _configured_scheduler()
+        if scheduler in _LOCAL:
+            n_threads = 1 if scheduler.startswith("s") else dask.system.CPU_COUNT
+            local = LocalEngine(scheduler, Budget(_nbytes(memory_limit, n_workers=1), n_threads))
+            return EngineChoice(local, local.budget, lambda _: contextlib.nullcontext(local))
+        client = None if scheduler in _PROCESSES else _configured_client(scheduler)
     if client is not None:
         _check_usable(client)
         cluster = ClusterEngine(client, _cluster_budget(client, memory_limit)).needing(Needs())
@@ -92,6 +103,43 @@ class _OwnCluster:
             process=process,
         ) as client:
             yield ClusterEngine(client, self.budget, is_own=True)
+
+
+def _configured_scheduler() -> str:
+    """Name of the scheduler that dask is set to use, as for :func:`dask.compute`; "" where it is not set."""
+    found = dask.config.get("scheduler", None)
+    if not found or isinstance(found, Client):
+        return ""
+    names: list[str] = [name for name, get in named_schedulers.items() if get is found] or [str(found).lower()]
+    if names[0] not in (*_LOCAL, *_PROCESSES, *_DISTRIBUTED):
+        msg = (
+            f"dask is set to use scheduler={found!r} (dask.config, or DASK_SCHEDULER), which is none of threads, "
+            "synchronous, processes, distributed; correct it, or for a running cluster give its address: "
+            "client=distributed.Client(address), or --scheduler"
+        )
+        raise SchedulerError(msg)
+    return names[0]
+
+
+def _configured_client(scheduler: str) -> Client | None:
+    """The client that dask is set to use, the current one, or one of the address that it is set to use; else None."""
+    found = dask.config.get("scheduler", None)
+    if isinstance(found, Client):
+        return found
+    with contextlib.suppress(ValueError):
+        return Client.current(allow_global=True)
+    if address := dask.config.get("scheduler-address", None):
+        client = _clients.get(address)
+        if client is None or client.status != "running":
+            client = _clients[address] = client_at(address)
+        return client
+    if scheduler:
+        msg = (
+            f"dask is set to use scheduler={scheduler!r}, and there is no client; make one with "
+            "distributed.Client(address), or unset it to build on a cluster of this machine"
+        )
+        raise SchedulerError(msg)
+    return None
 
 
 def _nbytes(memory_limit: int | str | None, *, n_workers: int) -> int:

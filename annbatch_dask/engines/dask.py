@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import itertools
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,17 +97,48 @@ class LocalEngine:
         describe: Describe,  # noqa: ARG002 - who dies here cannot tell
         on_retry: OnRetry = _ignored,  # noqa: ARG002 - nor is anything handed out again
     ) -> list[Any]:
-        """Run the tasks in this process."""
-        call = functools.partial(patiently, fn) if self.patient else fn
-        graph = _delayed(name, call, tasks)
+        """Run the tasks in this process; on any error, wait for those that run, and begin no other."""
+        running = _Running(fn)
+        graph = _delayed(name, functools.partial(patiently, running) if self.patient else running, tasks)
         index = {t.key: i for i, t in enumerate(graph)}
 
         def posttask(key: str, result: Any, *_: Any) -> None:
             if key in index:
                 on_result(index[key], result)
 
-        with DaskCallback(posttask=posttask):
-            return list(compute(*graph, scheduler=self.scheduler, optimize_graph=False))
+        try:
+            with DaskCallback(posttask=posttask):
+                return list(compute(*graph, scheduler=self.scheduler, optimize_graph=False))
+        finally:
+            running.end()
+
+
+class _Running:
+    """A function whose calls in other threads can be ended: Dask leaves them alone when one of them has failed.
+
+    The caller is about to give up the lock under which they write.
+    """
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self._fn, self._n, self._is_over, self._changed = fn, 0, False, threading.Condition()
+
+    def __call__(self, *args: Any) -> Any:
+        with self._changed:
+            if self._is_over:
+                return None  # nobody asks for it
+            self._n += 1
+        try:
+            return self._fn(*args)
+        finally:
+            with self._changed:
+                self._n -= 1
+                self._changed.notify_all()
+
+    def end(self) -> None:
+        """Wait for the calls that run; later ones do nothing."""
+        with self._changed:
+            self._is_over = True
+            self._changed.wait_for(lambda: not self._n)
 
 
 @dataclass(frozen=True)

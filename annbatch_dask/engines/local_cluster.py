@@ -27,7 +27,7 @@ from distributed.utils import silence_logging_cmgr
 
 from annbatch_dask.errors import SchedulerError
 
-__all__ = ["connect", "local_client", "workers_process"]
+__all__ = ["client_at", "connect", "local_client", "workers_process"]
 
 CONNECT_TIMEOUT_S = 10
 START_TIMEOUT_S = 120
@@ -42,14 +42,24 @@ def connect(address: str) -> Iterator[Client]:
     SchedulerError
         If no scheduler answers.
     """
+    with client_at(address) as client:
+        yield client
+
+
+def client_at(address: str) -> Client:
+    """A client of a running cluster, which the caller closes.
+
+    Raises
+    ------
+    SchedulerError
+        If no scheduler answers.
+    """
     try:
         parse_host_port(parse_address(address)[1])  # a client of what is no address would be waited for when it is gone
-        client = Client(address, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
+        return Client(address, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
     except (OSError, TimeoutError, ValueError) as e:
         msg = f"no Dask scheduler answers at {address} ({e}); start one with `dask scheduler`, or check the address"
         raise SchedulerError(msg) from e
-    with client:
-        yield client
 
 
 class _LateDashboard:

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from annbatch_dask.errors import AnnbatchDaskError, SourceError
 from annbatch_dask.etl.choose import rows_where
 from annbatch_dask.etl.readable import check_dataset_there
 from annbatch_dask.kernels.values import range_of
@@ -92,7 +93,20 @@ def scan(  # a task's arguments are positional
         return Scanned(replace(schema, identity=identity), annotations)
     except Exception as e:
         e.add_note(f"while scanning {ref.label}")
+        if _is_of_file(e) and ref.load_adata is None and not ref.is_dataset:
+            text = e.args[0] if isinstance(e, KeyError) and e.args else e
+            msg = (
+                f"{ref.label} is not as anndata writes files: {type(e).__name__}: {text}; it is damaged, or another "
+                "program wrote it: write it anew with anndata, or read it in load_adata"
+            )
+            raise SourceError(msg) from e
         raise
+
+
+def _is_of_file(error: Exception) -> bool:
+    """True of what libraries raise, and our own code, where a file lacks what anndata writes."""
+    kinds = (LookupError, AttributeError, TypeError, ValueError)
+    return isinstance(error, kinds) and not isinstance(error, AnnbatchDaskError)
 
 
 def _check_there(ref: SourceRef) -> None:

@@ -63,8 +63,9 @@ class AnnDataSource:
         obsm = {f"obsm/{k}": v for k, v in adata.obsm.items()}
         frames = {OBS: adata.obs} | {k: v for k, v in obsm.items() if hasattr(v, "columns")}
         self._frames = {k: _DataFrame(f) if isinstance(f, pd.DataFrame) else _LazyFrame(f) for k, f in frames.items()}
-        for name, frame in self._frames.items():
-            _check_names(label, name, frame.columns)
+        for name, frame in (frames | _gene_frames(adata)).items():
+            _check_names(label, name, self._frames[name].columns if name in self._frames else frame.columns)
+            _check_index(label, name, frame)
         self._columns = {(f, str(k)): k for f, frame in self._frames.items() for k in frame.columns}
         self._blocks: dict[str, _DaskBlocks] = {}
 
@@ -206,6 +207,19 @@ class AnnDataSource:
     def names(self, start: int, stop: int) -> NDArray[np.object_]:
         """Obs names of rows [start, stop)."""
         return np.asarray(self._frames[OBS].names(start, stop).astype(str), object)
+
+
+def _gene_frames(adata: ad.AnnData) -> dict[str, Any]:
+    """Frames of genes, by name."""
+    return {"var": adata.var} | ({} if adata.raw is None else {"raw.var": adata.raw.var})
+
+
+def _check_index(label: str, name: str, frame: Any) -> None:
+    """Refuse names of several parts: a store has one for each row."""
+    if isinstance(frame, pd.DataFrame) and isinstance(frame.index, pd.MultiIndex):
+        n = frame.index.nlevels
+        msg = f"{label}: the index of {name} is a MultiIndex of {n} levels; give each row one name in load_adata"
+        raise SchemaError(msg)
 
 
 def _check_names(label: str, frame: str, columns: Iterable[Any]) -> None:

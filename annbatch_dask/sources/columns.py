@@ -104,7 +104,8 @@ def _strings(elem: Any, rows: slice) -> NDArray[np.object_]:
     if isinstance(elem, h5py.Dataset):
         elem = elem.asstr() if h5py.check_string_dtype(elem.dtype) else elem
     try:
-        return np.asarray(elem[rows]).astype(object)
+        found = np.asarray(elem[rows])
+        return (found.astype(str) if is_number(found.dtype) else found).astype(object)  # names may be numbers
     except UnicodeDecodeError as e:
         msg = f"{elem.name}: {e.object[:20]!r} is no Unicode text ({e.reason}); write the file anew"
         raise SchemaError(msg) from e

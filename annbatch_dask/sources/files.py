@@ -97,7 +97,7 @@ class GroupSource:
             if described is None:
                 unsupported.append(name)
             else:
-                check_rows(self._label, described, n_rows_of(elem), n_obs)
+                check_rows(self._label, name, n_rows_of(elem), n_obs)
                 integral = are_whole(elem) if genes and not metadata_only else None
                 matrices.append(replace(described, genes=genes, integral=integral))
         return SourceSchema(
@@ -146,11 +146,22 @@ class GroupSource:
     def _described(self, frame: str, *, metadata_only: bool = True) -> dict[str, ColumnSchema | None]:
         group = self._group[frame]
         beside = group["__categories"] if "__categories" in group else {}
-        names = map(str, group.attrs["column-order"])
+        names = list(map(str, group.attrs["column-order"]))
+        if not metadata_only:
+            self._check_lengths(frame, names)
         return {
             c: describe_elem(c, group[c], beside[c] if c in beside else None, metadata_only=metadata_only)
             for c in names
         }
+
+    def _check_lengths(self, frame: str, names: list[str]) -> None:
+        """Refuse columns that have not a value for each cell."""
+        for name in names:
+            elem = self._group[frame][name]
+            parts = [elem[k] for k in ("codes", "values", "mask") if k in elem] if hasattr(elem, "keys") else [elem]
+            for part in parts:
+                check_rows(self._label, f"{frame}/{name}", part.shape[0] if part.ndim else 1, self.n_obs)
+        check_rows(self._label, frame, n_rows(self._group[frame]), self.n_obs)
 
     def _gene_names(self, frame: str) -> NDArray[np.object_]:
         var = self._group[frame]

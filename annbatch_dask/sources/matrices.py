@@ -82,10 +82,10 @@ def n_rows_of(elem: Any) -> int:
     return int(shape[0])
 
 
-def check_rows(label: str, matrix: MatrixSchema, n_rows: int, n_obs: int) -> None:
-    """Refuse a matrix that is not aligned with obs."""
+def check_rows(label: str, name: str, n_rows: int, n_obs: int) -> None:
+    """Refuse a matrix or column that is not aligned with obs."""
     if n_rows != n_obs:
-        msg = f"{label}: {matrix.name} has {n_rows:,} rows and obs has {n_obs:,}; the file is damaged, write it anew"
+        msg = f"{label}: {name} has {n_rows:,} rows and obs has {n_obs:,}; the file is damaged, write it anew"
         raise SchemaError(msg)
 
 

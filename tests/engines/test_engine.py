@@ -14,6 +14,8 @@ from functools import partial
 import psutil
 import pytest
 from dask import config
+from dask.local import get_sync
+from dask.threaded import get as dask_threads
 from distributed import Client, LocalCluster
 from distributed.core import Status
 
@@ -86,6 +88,68 @@ def test_a_worker_that_does_not_come_is_an_error(monkeypatch):
         pytest.raises(SchedulerError, match=r"no worker has joined .* within 0.1 s; start some"),
     ):
         choose_engine(client, None)
+
+
+@pytest.mark.parametrize("name", ["tcp://head:8786", "thread", "slurm", print])
+def test_a_scheduler_that_dask_does_not_know_is_refused(tmp_path, h5ad_pair, name):
+    """It would be a local cluster instead, of which nobody knows."""
+    collection = DatasetCollection(tmp_path / "o.zarr")
+    with config.set(scheduler=name):
+        for call in (collection.plan_adatas, collection.add_adatas):
+            with pytest.raises(
+                SchedulerError, match=r"dask is set to use scheduler=.*, which is none of threads, sync"
+            ):
+                call(h5ad_pair)
+    assert not (tmp_path / "o.zarr").exists()
+
+
+def test_a_client_that_dask_is_set_to_use_has_to_be_there():
+    with config.set(scheduler="distributed"), pytest.raises(SchedulerError, match="and there is no client; make one"):
+        choose_engine(None, None)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "name"), [("Threads", "threads"), (dask_threads, "threads"), (get_sync, "sync"), ("sync", "sync")]
+)
+def test_schedulers_in_this_process_by_name_or_function(scheduler, name):
+    with config.set(scheduler=scheduler):
+        assert choose_engine(None, None).scanner.name == f"dask's {name} scheduler"
+
+
+def test_the_address_that_dask_is_set_to_use(monkeypatch):
+    monkeypatch.setattr(choose, "_clients", {})
+    with cluster(n_workers=1, memory_limit="600MiB", protocol="tcp://") as (started, _):
+        with config.set({"scheduler-address": started.scheduler_address}):
+            with contextlib.closing(choose_engine(None, None).scanner.client) as client:
+                assert client.scheduler.address == started.scheduler_address
+                assert choose_engine(None, None).scanner.client is client
+                with config.set(scheduler="threads"):
+                    assert isinstance(choose_engine(None, None).scanner, LocalEngine)
+            with contextlib.closing(choose_engine(None, None).scanner.client) as another:  # the first one was closed
+                assert another.status == "running"
+    with (
+        config.set({"scheduler-address": "tcp://127.0.0.1:9"}),
+        pytest.raises(SchedulerError, match="no Dask scheduler answers at tcp://127.0.0.1:9"),
+    ):
+        choose_engine(None, None)
+
+
+def test_tasks_in_threads_end_before_an_error_is_told():
+    """Their build is about to give up the lock under which they write."""
+    runs, may_end, ended = threading.Event(), threading.Event(), []
+
+    def task(kind):
+        if kind == "fails":
+            assert runs.wait(60)
+            threading.Thread(target=may_end.set).start()
+            raise SourceError("a task")
+        runs.set()
+        assert may_end.wait(60)
+        ended.append(kind)
+
+    with config.set(num_workers=2), pytest.raises(SourceError, match="a task"):
+        LocalEngine("threads", BUDGET).run("tasks", task, [("runs",), ("fails",)], lambda *_: None, str)
+    assert ended == ["runs"]
 
 
 class Said:

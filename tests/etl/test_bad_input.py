@@ -329,6 +329,115 @@ def test_row_pointers_of_which_the_file_is_missing(out, tmp_path):
         add(out, [tmp_path / "a.zarr"])
 
 
+def listed(h, name):
+    """Say in a file that obs has a column of this name."""
+    h["obs"].attrs["column-order"] = np.array([*h["obs"].attrs["column-order"], name], dtype=object)
+
+
+def a_column_that_is_not_there(h):
+    listed(h, "lost")
+
+
+def a_short_column(h):
+    h["obs"].create_dataset("short", data=np.arange(2)).attrs.update({"encoding-type": "array"})
+    listed(h, "short")
+
+
+def a_long_column(h):
+    h["obs"].create_dataset("long", data=np.arange(4)).attrs.update({"encoding-type": "array"})
+    listed(h, "long")
+
+
+def too_few_codes(h):
+    del h["obs/kind/codes"]
+    h["obs/kind/codes"] = np.zeros(2, "i1")
+
+
+def no_order_of_columns(h):
+    del h["obs"].attrs["column-order"]
+
+
+def no_index(h):
+    h["obs"].attrs["_index"] = "lost"
+
+
+def no_row_pointers(h):
+    del h["X/indptr"]
+
+
+def no_shape(h):
+    del h["X"].attrs["shape"]
+
+
+def a_shape_of_three(h):
+    h["X"].attrs["shape"] = [3, 4, 1]
+
+
+def a_link_that_leads_nowhere(h):
+    del h["X"]
+    h["X"] = h5py.SoftLink("/lost")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (a_column_that_is_not_there, SourceError, r"a\.h5ad is not as anndata writes files: KeyError: .*'lost'"),
+        (a_short_column, SchemaError, r"a\.h5ad: obs/short has 2 rows and obs has 3; the file is damaged"),
+        (a_long_column, SchemaError, "obs/long has 4 rows and obs has 3"),
+        (too_few_codes, SchemaError, "obs/kind has 2 rows and obs has 3"),
+        (no_order_of_columns, SourceError, r"KeyError: .*'column-order'"),
+        (no_index, SourceError, r"KeyError: .*'lost'.*; it is damaged, or another program wrote it"),
+        (no_row_pointers, SourceError, r"KeyError: .*'indptr'"),
+        (no_shape, SourceError, r"KeyError: .*'shape'"),
+        (a_shape_of_three, SourceError, "ValueError: too many values.*: write it anew with anndata, or read it in"),
+        (a_link_that_leads_nowhere, SourceError, "KeyError: "),
+    ],
+)
+def test_a_file_that_anndata_did_not_write_so(out, tmp_path, spoil, error, message):
+    small(kind=ordered("early", "late")).write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as h:
+        spoil(h)
+    with pytest.raises(error, match=message):
+        add(out, [tmp_path / "a.h5ad"])
+
+
+def test_names_of_cells_may_be_numbers(tmp_path):
+    """Files of other programs have them; anndata makes text of them, too."""
+    small().write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as h:
+        name = h["obs"].attrs["_index"]
+        del h["obs"][name]
+        h["obs"].create_dataset(name, data=[7, 8, 9]).attrs.update({"encoding-type": "array"})
+    collection = add(tmp_path / "o.zarr", [tmp_path / "a.h5ad"], seed=0)
+    assert sorted(collection.obs().index) == ["7", "8", "9"]
+    assert collection.verify(against=[tmp_path / "a.h5ad"]).ok
+
+
+def twice(a):
+    a.var = pd.concat([a.var.assign(symbol="x")] * 2, axis=1)
+
+
+def levels(a):
+    a.obs.index = pd.MultiIndex.from_arrays([[1, 2, 3], [4, 5, 6]])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (twice, "a: var has columns 'symbol' and 'symbol', which are stored under one name; rename one in load_adata"),
+        (levels, "a: the index of obs is a MultiIndex of 2 levels; give each row one name in load_adata"),
+    ],
+)
+def test_frames_in_memory_that_no_file_can_hold(out, spoil, message):
+    def load(_):
+        a = small()
+        spoil(a)
+        return a
+
+    with pytest.raises(SchemaError, match=message):
+        add(out, ["a"], load_adata=load)
+
+
 def test_nan_and_infinite_values_are_data(tmp_path):
     a = small()
     a.X.data[:] = [np.nan, np.inf, -np.inf]
