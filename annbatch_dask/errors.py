@@ -12,6 +12,7 @@ True True
 """
 
 __all__ = [
+    "AccessError",
     "AnnbatchDaskError",
     "CollectionBusyError",
     "CollectionChangedError",
@@ -86,6 +87,10 @@ class CollectionChangedError(CollectionError, IntegrityError):
 
 class StorageError(AnnbatchDaskError, OSError):
     """A disk is full, a quota used up, a place not to be written or open to others, or a store silent for minutes."""
+
+
+class AccessError(StorageError, PermissionError):
+    """A store refuses access: credentials are wrong, have expired, or do not suffice."""
 
 
 class MissingPackageError(AnnbatchDaskError, ImportError):

@@ -214,6 +214,8 @@ def _overtaken(job: Job) -> CollectionBusyError | None:
         check_unchanged(job.target, job.base_version)
     except CollectionBusyError as busy:
         return busy
+    except Exception as e:  # noqa: BLE001 - of a store that fails: the error that is on its way tells of it
+        logger.warning("%s: %s", job.target.url, e)
     return None
 
 

@@ -14,10 +14,12 @@ from typing import Any, Protocol
 
 import fsspec
 import fsspec.asyn
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from annbatch_dask.errors import AnnbatchDaskError, StorageError
+from annbatch_dask.errors import AccessError, AnnbatchDaskError, StorageError
 from annbatch_dask.storage.objects import is_s3, object_ranges
+from annbatch_dask.storage.secrets import shown
 
 __all__ = [
     "LocalRanges",
@@ -31,12 +33,15 @@ __all__ = [
     "is_refused",
     "knows_no_conditions",
     "name_errors",
+    "name_refusals",
     "protocols",
     "version_of",
 ]
 
 _VERSION_KEYS = ("ETag", "etag", "generation", "blob_id", "mtime", "LastModified", "Last-Modified", "created", "CRC")
 """Where file systems say which content a file has, the surest first."""
+_BAD_REQUEST = "400"
+"""All that S3 says to a request for a file's size with credentials that have expired, or in another region."""
 
 
 def version_of(info: Mapping[str, Any]) -> str:
@@ -52,17 +57,20 @@ def file_info(fs: Any, path: str) -> dict[str, Any]:
     ------
     FileNotFoundError
         If there is no file; on S3 also where there is a folder.
+    AccessError
+        If the store refuses to say.
     """
-    if is_s3(fs):
-        bucket, key, version = fs.split_path(path)
-        if key and version is None:
-            found = fs.call_s3("head_object", fs.kwargs, Bucket=bucket, Key=key)
-            return {"type": "file", "size": found["ContentLength"]} | {
-                k: found.get(k) for k in ("ETag", "LastModified")
-            }
-    fs.invalidate_cache(path)  # or a listing of old would be asked
-    info: dict[str, Any] = fs.info(path)
-    return info
+    with name_refusals(fs, path):
+        if is_s3(fs):
+            bucket, key, version = fs.split_path(path)
+            if key and version is None:
+                found = fs.call_s3("head_object", fs.kwargs, Bucket=bucket, Key=key)
+                return {"type": "file", "size": found["ContentLength"]} | {
+                    k: found.get(k) for k in ("ETag", "LastModified")
+                }
+        fs.invalidate_cache(path)  # or a listing of old would be asked
+        info: dict[str, Any] = fs.info(path)
+        return info
 
 
 def protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
@@ -195,7 +203,8 @@ def cat_range(fs: fsspec.AbstractFileSystem, path: str, start: int, stop: int | 
     """Bytes [start, stop) of a file, those there are."""
     options = {"cache_type": "none"} if "hf" in protocols(fs) else {}  # which would read some megabytes more
     try:
-        return bytes(fs.cat_file(path, start=start, end=stop, **options))
+        with name_refusals(fs, path):
+            return bytes(fs.cat_file(path, start=start, end=stop, **options))
     except OSError as e:
         if _error_code(e) in ("InvalidRange", "416"):  # the file ends before
             return b""
@@ -224,6 +233,28 @@ def _get_version(fs: Any, path: str, start: int, stop: int, tag: str) -> bytes:
             return b""
         raise
     return found
+
+
+@contextlib.contextmanager
+def name_refusals(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[None]:
+    """Where a store refuses access in the block, say to what, and what to do: its own error says neither.
+
+    Raises
+    ------
+    AccessError
+        With the URL.
+    """
+    try:
+        yield
+    except OSError as e:
+        is_refusal = isinstance(e, PermissionError) or _error_code(e) == _BAD_REQUEST
+        if not is_refusal or isinstance(e, AnnbatchDaskError) or isinstance(fs, LocalFileSystem):
+            raise
+        msg = (
+            f"{shown(fs.unstrip_protocol(path))}: the store refuses access ({e}); check the credentials, whether they "
+            "have expired, and the region, and call again: what is finished is kept"
+        )
+        raise AccessError(msg) from e
 
 
 @contextlib.contextmanager

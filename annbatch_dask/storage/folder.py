@@ -35,6 +35,7 @@ from annbatch_dask.storage.filesystems import (
     file_info,
     is_refused,
     name_errors,
+    name_refusals,
     protocols,
     version_of,
 )
@@ -144,7 +145,7 @@ class Folder:
 
     def unlink(self, name: str) -> None:
         """Remove a file; no error where there is none."""
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), name_refusals(self.fs, f"{self.path}/{name}"):
             self.fs.rm_file(f"{self.path}/{name}")
 
     def read(self, name: str) -> bytes:
@@ -203,7 +204,8 @@ class Folder:
         """Bytes of every file below, by path within the folder, sorted."""
         root = self.path.rstrip("/")
         self.fs.invalidate_cache(root)
-        found = self.fs.find(root, detail=True)
+        with name_refusals(self.fs, root):
+            found = self.fs.find(root, detail=True)
         sizes = {p[p.rindex(root) + len(root) :].lstrip("/"): info["size"] for p, info in found.items()}
         # A web server's page of names has no sizes.
         sizes |= self.sizes_of(name for name, size in sizes.items() if size is None)
@@ -248,7 +250,7 @@ class Folder:
         """Remove files, in few requests; none of them need be there."""
         paths = [f"{self.path}/{name}".rstrip("/") for name in names]
         if paths:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError), name_refusals(self.fs, self.path):
                 self.fs.rm(paths)
 
     @contextlib.contextmanager
@@ -266,7 +268,7 @@ class Folder:
         StorageError
             If the disk is full, or the folder may not be written. Other errors of the system name the file.
         """
-        with name_errors(f"{self.url}/{name}"):
+        with name_errors(f"{self.url}/{name}"), name_refusals(self.fs, f"{self.path}/{name}"):
             if self.is_local:
                 created = self._create(name, durable=durable, parents=parents)
             else:
@@ -312,7 +314,8 @@ class Folder:
     def write(self, name: str, payload: bytes, *, durable: bool = True, parents: bool = True) -> None:
         """Write a whole file, atomically."""
         if not self.is_local:
-            self.fs.pipe_file(f"{self.path}/{name}", payload)
+            with name_refusals(self.fs, f"{self.path}/{name}"):
+                self.fs.pipe_file(f"{self.path}/{name}", payload)
             return
         with self.create(name, durable=durable, parents=parents) as f:
             f.write(payload)
@@ -320,7 +323,8 @@ class Folder:
     def write_all(self, files: Mapping[str, bytes]) -> None:
         """Write whole files into a folder that is there; many at a time where each costs a round trip."""
         if not self.is_local:
-            self.fs.pipe({f"{self.path}/{name}": payload for name, payload in files.items()})
+            with name_refusals(self.fs, self.path):
+                self.fs.pipe({f"{self.path}/{name}": payload for name, payload in files.items()})
             return
         for name, payload in files.items():
             self.write(name, payload, durable=False, parents=False)
@@ -337,13 +341,14 @@ class Folder:
         """
         path = f"{self.path}/{name}"
         try:
-            if self.is_local:
-                self.write(name, payload)
-            elif not put_if(self.fs, path, payload, version):
-                if self.version(name) != version:
-                    raise FileExistsError(path)
-                warn_plain(self.fs, path)
-                self.write(name, payload)
+            with name_refusals(self.fs, path):
+                if self.is_local:
+                    self.write(name, payload)
+                elif not put_if(self.fs, path, payload, version):
+                    if self.version(name) != version:
+                        raise FileExistsError(path)
+                    warn_plain(self.fs, path)
+                    self.write(name, payload)
         except OSError as e:
             if not is_refused(e):
                 raise

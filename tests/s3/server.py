@@ -17,8 +17,10 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 SECRET = "s3cr3t-" + "x" * 20
 ERROR = '<?xml version="1.0"?><Error><Code>{}</Code><Message>{}</Message></Error>'
 FAULTS = {
+    "400": ("400 Bad Request", ERROR.format("ExpiredToken", "The provided token has expired.")),
     "501": ("501 Not Implemented", ERROR.format("NotImplemented", "A header you provided is not implemented.")),
     "500": ("500 Internal Server Error", ERROR.format("InternalError", "We encountered an internal error.")),
+    "403": ("403 Forbidden", ERROR.format("AccessDenied", "Access Denied")),
     "503": ("503 Slow Down", ERROR.format("SlowDown", "Please reduce your request rate.")),
 }
 
@@ -135,6 +137,7 @@ class S3Server:
         else:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         status, body = FAULTS[fault]
+        body = "" if request.method == "HEAD" else body
         start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
         return [body.encode()]
 
@@ -185,7 +188,7 @@ class S3Server:
 
     @contextlib.contextmanager
     def failing(self, fault):
-        """Fail as a function of the request says: "500", "503", "reset", "lost", or None for not at all."""
+        """Fail as a function of the request says: "403", "500", "503", "reset", "lost", or None for not at all."""
         self._fault, self.n_faults = fault, 0
         try:
             yield

@@ -1,12 +1,14 @@
 """A store that fails, and one that is asked for little and told no secrets."""
 
 import logging
+import threading
 import traceback
 
 import numpy as np
 import pytest
 
 from annbatch_dask import DatasetCollection
+from annbatch_dask.errors import AccessError
 from tests.s3.server import SECRET, counts
 from tests.s3.tools import At, CrashError, build, contents, crash, epoch
 
@@ -39,6 +41,34 @@ def test_a_store_that_never_answers_is_an_error_that_says_where(bucket, atlas, s
     assert f"while writing {bucket}/o.zarr/dataset_0" in caught.value.__notes__
     assert not atlas.fs.exists(f"{bucket}/o.zarr/zarr.json")
     assert build(f"{bucket}/o.zarr", atlas, server, dataset_size="2GB").verify().ok  # and goes on
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        ("400", "HEAD"),
+        ("403", "LIST"),
+        ("400", "PUT"),
+        pytest.param("403", "HEAD", marks=pytest.mark.chaos),
+        pytest.param("400", "GET", marks=pytest.mark.chaos),
+        pytest.param("403", "PUT", marks=pytest.mark.chaos),
+    ],
+)
+def test_credentials_that_expire_are_told_with_the_place_and_cost_nothing(bucket, atlas, server, local, fault, kind):
+    url, is_over = f"{bucket}/o.zarr", threading.Event()
+    key = bucket.removeprefix("s3://atlas/")
+
+    def fail(request):
+        of_it = request.key.startswith(key) or request.query.get("prefix", "").startswith(key)
+        return fault if is_over.is_set() and of_it and request.kind == kind else None
+
+    with server.failing(fail), pytest.raises(AccessError, match=rf"s3://atlas/{key}/.*: the store refuses access \(.*"):
+        build(url, atlas, server, callbacks=[At("scatter", is_over.set)])
+    again = At()
+    collection = build(url, atlas, server, callbacks=[again])
+    assert again.reused["scatter"] == 2
+    assert contents(atlas.fs, url) == local[1]
+    assert collection.gc() == []
 
 
 def test_few_requests_and_no_listing_of_the_bucket(bucket, atlas, server):
