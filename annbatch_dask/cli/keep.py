@@ -51,7 +51,7 @@ def _verify(args: argparse.Namespace) -> None:
         say(f"{name}: does not belong to the collection; `annbatch-dask gc` removes it")
     found.raise_for_problems()
     size = f"{found.n_obs:,} cells in {plural(found.n_datasets, 'dataset')}, {format_bytes(found.n_bytes)}"
-    proof = f"; they are the cells of {len(found.against)} files" if found.against else ""
+    proof = f"; they are the cells of {plural(len(found.against), 'file')}" if found.against else ""
     say(f"{args.collection}: {size}: every file and every row is as it was written{proof}")
 
 

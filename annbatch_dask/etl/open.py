@@ -55,6 +55,7 @@ def open_root(
 
 
 def _open_version(folder: Folder, version: int) -> Root:
+    _open(folder, "r")  # which says so of what is no collection
     return Root(open_version(folder, version), folder, pinned=version)
 
 

@@ -134,7 +134,10 @@ def verify(
     results = _run_check(engine, "verify", check_dataset, tasks, callback, size, [d.name for d in manifest.datasets])
     problems += [problem for r in results for problem in r.problems]
     if refs:
-        problems += _compare(target, manifest, refs, engine, callback)
+        damaged = [
+            d.name for d, r in zip(manifest.datasets, results, strict=True) if not all(p.is_edit for p in r.problems)
+        ]
+        problems += _compare(target, manifest, refs, engine, callback, damaged)
     return Verification(
         path=target.url,
         problems=tuple(problems),
@@ -147,14 +150,26 @@ def verify(
 
 
 def _compare(
-    target: Folder, manifest: Manifest, refs: Sequence[SourceRef], engine: Engine, callback: Callback
+    target: Folder,
+    manifest: Manifest,
+    refs: Sequence[SourceRef],
+    engine: Engine,
+    callback: Callback,
+    damaged: Sequence[str],
 ) -> list[Problem]:
-    """Compare inputs with what the manifest says of them."""
+    """Compare inputs with what the manifest says of them, as a dataset that is whole has them."""
     candidates = _match_sources([r.label for r in refs], target, manifest)
-    first = SourceRef("dataset", (target / manifest.datasets[0].name).url, is_dataset=True, options=target.options)
+    names = [d.name for d in manifest.datasets]
+    name = next((n for n in names if n not in damaged), names[0])
+    first = SourceRef(name, (target / name).url, is_dataset=True, options=target.options)
     tasks = [(ref, some, first) for ref, some in zip(refs, candidates, strict=True)]
     size = (sum(some[0].record.n_obs for some in candidates), 0)
-    results = _run_check(engine, "compare", _check_source, tasks, callback, size, [r.label for r in refs])
+    try:
+        results = _run_check(engine, "compare", _check_source, tasks, callback, size, [r.label for r in refs])
+    except AnnbatchDaskError as e:
+        if name not in damaged:
+            raise
+        return [Problem(r.label, f"was not compared, for lack of a dataset that can be read: {e}") for r in refs]
     return [*_not_compared(manifest, candidates, results), *(p for r in results for p in r.problems)]
 
 

@@ -21,7 +21,7 @@ from uuid import uuid4
 import numpy as np
 
 from annbatch_dask.errors import SourceError
-from annbatch_dask.sources.open import SourceRef, hiding_secrets_of, is_hdf5
+from annbatch_dask.sources.open import SourceRef, hiding_secrets_of, is_hdf5, may_be_input
 from annbatch_dask.storage.filesystems import account_of, file_info, protocols, version_of
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.metadata import METADATA
@@ -167,6 +167,8 @@ def _look(ref: SourceRef, *, at_a_glance: bool, fresh: bool, was_file: bool) -> 
         if folder.is_local:
             if not os.path.isdir(folder.path):
                 return _stamp_of_file(folder.path)
+            if ref.load_adata is None and not may_be_input(folder.path):
+                return ""  # and may be as large as a disk
             return _local_glance(folder) if at_a_glance else _store(_local_stamps(folder.path, fresh=fresh))
         if was_file or _is_file(ref):
             info = file_info(folder.fs, folder.path)

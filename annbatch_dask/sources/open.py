@@ -30,7 +30,16 @@ from annbatch_dask.storage.transient import is_transient
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["PickedSource", "Source", "SourceRef", "WholeSource", "hiding_secrets_of", "is_hdf5", "open_source"]
+__all__ = [
+    "PickedSource",
+    "Source",
+    "SourceRef",
+    "WholeSource",
+    "hiding_secrets_of",
+    "is_hdf5",
+    "may_be_input",
+    "open_source",
+]
 
 
 @dataclass(frozen=True)
@@ -176,6 +185,11 @@ def _checked(ref: SourceRef, found: Any) -> AnnData:
 
 def _is_tenx_folder(ref: SourceRef) -> bool:
     return isinstance(ref.item, str | os.PathLike) and ref.folder.is_local and is_tenx_folder(ref.folder.path)
+
+
+def may_be_input(path: str) -> bool:
+    """True if a local folder has what a zarr store or a folder of 10x Genomics' has."""
+    return any(os.path.exists(f"{path}/{name}") for name in _ZARR_ROOTS) or is_tenx_folder(path)
 
 
 def _tenx_source(ref: SourceRef) -> WholeSource:

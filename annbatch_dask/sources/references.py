@@ -87,6 +87,9 @@ def _refuse_twice(refs: Sequence[SourceRef]) -> None:
 def _reference(item: Any, load_adata: Callable[[Any], ad.AnnData] | None, options: StorageOptions) -> SourceRef:
     if isinstance(item, str | os.PathLike):
         path = os.fspath(item)
+        if not path:
+            msg = "an input's path is empty, which would be the current folder; give its path, or '.'"
+            raise SourceError(msg)
         folder = Folder(path, options)
         if folder.is_local:
             return SourceRef(path, os.path.abspath(folder.path), load_adata)

@@ -12,6 +12,7 @@ from hashlib import blake2b
 from typing import Any, Literal
 
 import zarr
+from zarr.errors import ContainsArrayError
 
 from annbatch_dask.errors import AnnbatchDaskError, CollectionChangedError, CollectionError, IntegrityError
 from annbatch_dask.manifest import (
@@ -384,6 +385,9 @@ def _root_group(folder: Folder, mode: Literal["r", "r+"]) -> zarr.Group | None:
         return None
     try:
         return zarr.open_group(folder.zarr_store(), mode=mode, zarr_format=3)
+    except ContainsArrayError as e:
+        msg = f"{folder.url} exists and is not a collection but a zarr array; give another path"
+        raise CollectionError(msg) from e
     except (ValueError, KeyError, TypeError, FileNotFoundError) as e:  # of no JSON, or of one that lacks what it needs
         if folder.version(METADATA) is None:
             return None

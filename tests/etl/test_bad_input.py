@@ -483,3 +483,25 @@ def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CollectionError, match="the path is empty"):
         DatasetCollection("")
+    with pytest.raises(SourceError, match="an input's path is empty"):
+        DatasetCollection("o.zarr").plan_adatas([""])
+
+
+def test_an_array_is_no_collection(tmp_path):
+    zarr.create_array(tmp_path / "a.zarr", shape=(3,), dtype="i4")
+    with pytest.raises(CollectionError, match="exists and is not a collection but a zarr array; give another path"):
+        DatasetCollection(tmp_path / "a.zarr")
+
+
+def test_a_version_of_what_is_no_collection(tmp_path):
+    zarr.create_group(tmp_path / "a.zarr", attributes={"encoding-type": "anndata", "encoding-version": "0.1.0"})
+    with pytest.raises(CollectionError, match="exists and is not a collection but anndata; give another path"):
+        DatasetCollection(tmp_path / "a.zarr", version=1)
+
+
+def test_a_folder_that_is_no_input_is_not_walked_through(out, tmp_path):
+    """It may be a whole disk; this one cannot be."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/round").symlink_to(tmp_path / "disk")
+    with pytest.raises(SourceError, match="is no HDF5 file and not a zarr AnnData store"):
+        add(out, [tmp_path / "disk"])

@@ -133,6 +133,16 @@ def test_files_short_gone_or_too_many(copy, what, capsys):
     assert str(file.relative_to(copy)) in capsys.readouterr().out
 
 
+def test_inputs_are_compared_where_a_dataset_is_missing(copy, built):
+    shutil.rmtree(copy / "dataset_0")
+    found = verify(copy, against=built[1])
+    assert {p.where.split("/")[0] for p in found.problems} == {"dataset_0", "zarr.json"}
+    for record in DatasetCollection(copy).manifest.datasets[1:]:
+        shutil.rmtree(copy / record.name)
+    left_out = [p.where for p in verify(copy, against=built[1]).problems if "was not compared, for lack of" in p.what]
+    assert left_out == list(map(str, built[1]))
+
+
 def test_rows_that_do_not_fit_the_manifest_are_found(copy):
     """Somebody rewrote a dataset and its checksums: the rows' fingerprints still tell."""
     root = json.loads((copy / "zarr.json").read_text())
