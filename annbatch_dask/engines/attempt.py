@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import cloudpickle
+from distributed import get_worker
 from distributed.metrics import context_meter
 
 from annbatch_dask.engines.base import Timed
@@ -17,6 +18,8 @@ from annbatch_dask.errors import AnnbatchDaskError
 from annbatch_dask.storage.transient import is_transient, patiently
 
 __all__ = ["Failed", "Unfit", "attempt"]
+
+_PLACE = ": workers must see inputs under the same paths as the process that builds, or as URLs of a store"
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ def attempt(needs: Needs | None, stage: str, fn: Callable[..., Any], *args: Any)
     try:
         result = patiently(fn, *args)
     except Exception as e:  # noqa: BLE001 - all of them travel to the client
+        if needs is not None:
+            e.add_note(f"on worker {get_worker().address}{_PLACE if isinstance(e, FileNotFoundError) else ''}")
         return Failed(_portable(e), isinstance(e, AnnbatchDaskError) and not is_transient(e))
     if isinstance(result, Timed):  # Dask's fine performance metrics, which it sums by span and activity
         for name, seconds in result.activities.items():
