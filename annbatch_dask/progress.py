@@ -84,7 +84,7 @@ def default_callbacks(*, progress: bool | None) -> list[Callback]:
     progress
         True or False to force the bars on or off; None shows them on a terminal and in a notebook.
     """
-    wanted = (sys.stderr.isatty() or _in_notebook()) if progress is None else progress
+    wanted = (_is_terminal() or _in_notebook()) if progress is None else progress
     return [ProgressBars()] if wanted else []
 
 
@@ -94,6 +94,10 @@ def _tqdm() -> Any:
         warnings.simplefilter("ignore")
         from tqdm.auto import tqdm
     return tqdm
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()  # a daemon may have none
 
 
 def _in_notebook() -> bool:

@@ -65,3 +65,8 @@ def test_sizes_in_words(n_bytes, text):
 @pytest.mark.parametrize(("n", "text"), [(0, ""), (1, "0"), (3, "0; 1; 2"), (4, "0; 1; 2; ...")])
 def test_the_first_few_of_many_words_are_listed(n, text):
     assert first_few(map(str, range(n)), 3, "; ") == text
+
+
+def test_a_process_without_standard_error_builds_without_bars(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert default_callbacks(progress=None) == []

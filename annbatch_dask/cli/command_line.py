@@ -14,7 +14,7 @@ import annbatch_dask
 from annbatch_dask.cli.build import add_plan, add_repack, add_shuffle
 from annbatch_dask.cli.keep import add_gc, add_verify
 from annbatch_dask.cli.look import add_info, add_report, add_stats, add_status, add_versions
-from annbatch_dask.cli.output import ReaderGoneError, say
+from annbatch_dask.cli.output import ReaderGoneError, say_aside
 from annbatch_dask.cli.stream import add_mixing, add_stream
 from annbatch_dask.errors import AnnbatchDaskError
 
@@ -103,9 +103,9 @@ def _one_line(error: Exception) -> str:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    say(f"annbatch-dask: warning: {message}", sys.stderr)
+    say_aside(f"annbatch-dask: warning: {message}")
 
 
 def _fail(message: str, *, code: int) -> int:
-    say(f"annbatch-dask: error: {message}", sys.stderr)
+    say_aside(f"annbatch-dask: error: {message}")
     return code

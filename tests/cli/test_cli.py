@@ -344,6 +344,13 @@ def test_a_protocol_that_there_is_not(command, capsys):
     assert re.search(r"zzz://host/a\.\w+: fsspec knows no zzz://; correct the path, or install", error_line(capsys))
 
 
+def test_warnings_and_errors_are_no_output_where_there_is_no_place_for_them(tmp_path, capsys, monkeypatch):
+    """As after ``2>&-``; print would take standard output."""
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run("info", tmp_path / "absent") == 1
+    assert capsys.readouterr().out == ""
+
+
 def test_gc_of_a_path_that_holds_nothing(tmp_path, capsys):
     assert run("gc", tmp_path / "absent.zarr") == 1
     assert "there is no collection at" in error_line(capsys)
