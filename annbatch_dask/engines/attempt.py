@@ -19,7 +19,7 @@ from annbatch_dask.storage.transient import is_transient, patiently
 
 __all__ = ["Failed", "Unfit", "attempt"]
 
-_PLACE = ": workers must see inputs under the same paths as the process that builds, or as URLs of a store"
+_PLACE = "workers must see inputs under the same paths as the process that builds, or as URLs of a store"
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def attempt(needs: Needs | None, stage: str, fn: Callable[..., Any], *args: Any)
     try:
         result = patiently(fn, *args)
     except Exception as e:  # noqa: BLE001 - all of them travel to the client
-        if needs is not None:
-            e.add_note(f"on worker {get_worker().address}{_PLACE if isinstance(e, FileNotFoundError) else ''}")
+        if needs is not None and isinstance(e, FileNotFoundError):
+            e.add_note(f"on worker {get_worker().address}: {_PLACE}")
         return Failed(_portable(e), isinstance(e, AnnbatchDaskError) and not is_transient(e))
     if isinstance(result, Timed):  # Dask's fine performance metrics, which it sums by span and activity
         for name, seconds in result.activities.items():

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import urllib.request
@@ -234,10 +235,9 @@ def test_an_error_on_a_worker_names_the_file_and_reaches_the_caller(tmp_path, h5
     with Client(scheduler, set_as_default=False) as client, pytest.raises(SchemaError, match="999") as caught:
         DatasetCollection(tmp_path / "a.zarr").add_adatas([bad], client=client, seed=0)
     assert any("bad.h5ad" in note for note in caught.value.__notes__)
-    assert any(note.startswith("on worker tcp://") for note in caught.value.__notes__)
     with Client(scheduler, set_as_default=False) as client, pytest.raises(SourceNotFoundError) as caught:
         DatasetCollection(tmp_path / "a.zarr").add_adatas([tmp_path / "elsewhere.h5ad"], client=client, seed=0)
-    assert any("workers must see inputs under the same paths as the" in note for note in caught.value.__notes__)
+    assert re.fullmatch(r"on worker tcp://.*: workers must see inputs under the same .*", caught.value.__notes__[-1])
 
 
 def test_nobody_answers(tmp_path, h5ad_pair, capsys, monkeypatch):
