@@ -6,19 +6,25 @@ from numbers import Integral, Real
 
 from annbatch_dask.errors import LayoutError
 
-__all__ = ["check_positive", "parse_nbytes", "parse_rows_or_nbytes"]
+__all__ = ["check_positive", "check_whole", "parse_nbytes", "parse_rows_or_nbytes"]
 
 
 def check_positive(name: str, value: object) -> None:
     """ValueError for a number below 1, in which are annbatch's words; TypeError for what is no whole number."""
-    if value is None:
-        return
-    if not isinstance(value, Integral):
-        msg = f"{name} is {value!r}; it must be a whole number"
-        raise TypeError(msg)
-    if value < 1:
+    if value is not None and check_whole(name, value) < 1:
         msg = f"{name} must be 1 or more (as annbatch says it: {name} must be greater than 1, got {value})"
         raise ValueError(msg)
+
+
+def check_whole(name: str, value: object, least: int | None = None) -> int:
+    """A whole number, as one of Python's; TypeError for anything else, ValueError for one that is too small."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        msg = f"{name} is {value!r}; it must be a whole number"
+        raise TypeError(msg)
+    if least is not None and value < least:
+        msg = f"{name} must be {least} or more, got {value}"
+        raise ValueError(msg)
+    return int(value)
 
 
 def parse_nbytes(name: str, value: float | str) -> int:
@@ -37,10 +43,10 @@ def parse_nbytes(name: str, value: float | str) -> int:
     from dask.utils import parse_bytes  # not needed by those who only count
 
     try:
-        if isinstance(value, str) and not any(map(str.isdigit, value)):
-            raise ValueError(value)  # noqa: TRY301 - dask takes "" for one byte
+        if isinstance(value, bool) or (isinstance(value, str) and not any(map(str.isdigit, value))):
+            raise ValueError(value)  # noqa: TRY301 - dask takes True and "" for one byte
         n_bytes = int(parse_bytes(value))
-    except (ValueError, TypeError, AttributeError) as e:  # dask's, of what is neither number nor text
+    except (ValueError, TypeError, AttributeError, OverflowError) as e:  # dask's, of what is neither number nor text
         msg = f"{name} is {value!r}; give a number of bytes, or a size such as '2GB' or '2GiB'"
         raise LayoutError(msg) from e
     if n_bytes < 1:

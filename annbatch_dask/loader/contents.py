@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import DTypeLike, NDArray
 
+from annbatch_dask.flags import check_flag
 from annbatch_dask.kernels.gpu import knows
 from annbatch_dask.loader.backing import RowSource
 from annbatch_dask.loader.batch import Form, Selection
@@ -162,6 +163,7 @@ class BatchSpec:
         obs_tables: Mapping[str, pd.DataFrame] | None,
     ) -> BatchSpec:
         """Make the spec from the arguments of the Loader."""
+        preload_to_gpu = check_flag("preload_to_gpu", preload_to_gpu)
         check_framework(to, preload_to_gpu=preload_to_gpu)
         made = _where_dense(dense, preload_to_gpu=preload_to_gpu)
         if made == "gpu":
@@ -361,14 +363,14 @@ class BatchSpec:
 
 def _where_dense(dense: Dense, *, preload_to_gpu: bool) -> Literal["cpu", "gpu"] | None:
     """Device on which dense batches are made; None for sparse batches."""
-    if dense is False:
-        return None
-    if dense is True:
-        return "gpu" if preload_to_gpu else "cpu"
-    if dense not in ("cpu", "gpu"):
+    if isinstance(dense, str) and dense in {"cpu", "gpu"}:
+        return dense
+    try:
+        is_dense = check_flag("dense", dense)
+    except TypeError:
         msg = f"dense must be True, False, 'cpu' or 'gpu', got {dense!r}"
-        raise ValueError(msg)
-    return dense
+        raise ValueError(msg) from None
+    return ("gpu" if preload_to_gpu else "cpu") if is_dense else None
 
 
 def _as_it_is(built: Any) -> Any:
@@ -380,6 +382,9 @@ def _names(argument: str, names: Iterable[str] | None) -> tuple[str, ...] | None
         return None
     if isinstance(names, str):
         msg = f"{argument} is the text {names!r}; give a list of names"
+        raise TypeError(msg)
+    if not isinstance(names, Iterable):
+        msg = f"{argument} is {names!r}; give a list of names"
         raise TypeError(msg)
     given = tuple(str(name) for name in names)
     if len(set(given)) < len(given):
@@ -396,6 +401,9 @@ def _codes(codes: Codes | None) -> dict[str, Categories]:
         return dict.fromkeys(names)
     given: dict[str, Categories] = {}
     for name, listed in codes.items():
+        if isinstance(listed, str) or not isinstance(listed, Iterable | None):
+            msg = f"obs_codes gives {listed!r} as the categories of {name!r}; give a list of them, or None"
+            raise TypeError(msg)
         values = () if listed is None else tuple(listed)
         given[str(name)] = None if listed is None else values
         if len(set(values)) < len(values):
@@ -413,4 +421,12 @@ def _checked_dtype(dtype: Any) -> Any:
     name = str(dtype).removeprefix("torch.")
     if dtype is None or name in (STORED, "bfloat16"):
         return None if dtype is None else name
-    return np.dtype(name if str(dtype).startswith("torch.") else dtype)
+    try:
+        found = np.dtype(name if str(dtype).startswith("torch.") else dtype)
+    except TypeError as error:
+        msg = f"dtype is {dtype!r}; give one of numpy's, 'bfloat16', 'stored' or None"
+        raise TypeError(msg) from error
+    if found.kind not in "biufc":
+        msg = f"dtype is {dtype!r}, which holds no numbers; give one that does"
+        raise TypeError(msg)
+    return found

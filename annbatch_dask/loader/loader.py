@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -15,6 +16,7 @@ from numpy.typing import DTypeLike
 from typing_extensions import TypeVar
 
 from annbatch_dask.chunks.cache import RangeCache
+from annbatch_dask.flags import check_flag
 from annbatch_dask.loader.added import AddedData, BackingArray_T
 from annbatch_dask.loader.backing import RowSource
 from annbatch_dask.loader.contents import BatchSpec, Casting, Codes, Dense, Key
@@ -33,13 +35,11 @@ from annbatch_dask.samplers.distributed import DistInfo, EvenOrAuto, resolve_eve
 from annbatch_dask.samplers.runs import default_sampler
 from annbatch_dask.samplers.sampler import Sampler
 from annbatch_dask.seeds import Seed
-from annbatch_dask.sizes import check_positive, parse_nbytes
+from annbatch_dask.sizes import check_positive, check_whole, parse_nbytes
 from annbatch_dask.types import LoadRequest
 from annbatch_dask.where import Condition
 
 if TYPE_CHECKING:
-    import os
-
     import pandas as pd
 
 
@@ -226,7 +226,7 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         to_torch: bool | None = None,
     ) -> None:
         if to_torch is not None:
-            to = _older_to(to, to_torch=to_torch)
+            to = _older_to(to, to_torch=check_flag("to_torch", to_torch))
         given: dict[str, Any] = {
             "chunk_size": chunk_size,
             "preload_nchunks": preload_nchunks,
@@ -246,6 +246,11 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
             raise ValueError(msg)
         for name in ("chunk_size", "preload_nchunks", "batch_size", "global_batch_size"):
             check_positive(name, given[name])
+        for name in ("shuffle", "drop_last"):
+            given[name] = given[name] is not None and check_flag(name, given[name])
+        if batch_sampler is not None and (isinstance(batch_sampler, type) or not hasattr(batch_sampler, "sample")):
+            msg = f"batch_sampler must be a Sampler, such as a RandomSampler, got {batch_sampler!r}"
+            raise TypeError(msg)
         self._wanted = BatchSpec.of(
             to=to,
             preload_to_gpu=preload_to_gpu,
@@ -262,25 +267,32 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         )
         self._all_of = {kind for kind, names in (("layers", layers), ("obsm", obsm)) if names == "all"}
         size = global_batch_size or batch_size or 1
-        self._batch_sampler: Sampler = batch_sampler or default_sampler(
-            chunk_size, preload_nchunks, size, shuffle=bool(shuffle), drop_last=bool(drop_last), rng=rng, seed=seed
-        )
+        if batch_sampler is None:
+            batch_sampler = default_sampler(
+                *(chunk_size, preload_nchunks, size),
+                shuffle=given["shuffle"],
+                drop_last=given["drop_last"],
+                rng=rng,
+                seed=seed,
+            )
+        even = resolve_even(even, batch_sampler)
+        self._batch_sampler: Sampler = batch_sampler
         if dist_info is not None or global_batch_size is not None:
             self._batch_sampler = DistributedSampler(
                 self._batch_sampler,
                 dist_info=dist_info or (0, 1),
-                even=resolve_even(even, self._batch_sampler),
+                even=even,
                 global_batches=global_batch_size is not None,
             )
         AddedData.__init__(self)
         self._where = where
         self._where_columns = Condition.parse(where).columns if isinstance(where, str) else ()
-        self._return_index = return_index
+        self._return_index = check_flag("return_index", return_index)
         self._prefetch_nbytes = parse_nbytes("prefetch_bytes", prefetch_bytes)
         check_positive("max_requests", max_requests)
-        self._max_requests = max_requests
+        self._max_requests = check_whole("max_requests", max_requests)
         cache_nbytes = parse_nbytes("cache_bytes", cache_bytes)
-        self._cache = None if cache_dir is None else RangeCache(Path(cache_dir).absolute(), cache_nbytes)
+        self._cache = None if cache_dir is None else RangeCache(_cache_path(cache_dir), cache_nbytes)
         if self._cache is not None:
             self._cache.check_private()
         self._progress = Progress()
@@ -361,6 +373,14 @@ def _older_to(to: Framework | None, *, to_torch: bool) -> Framework | None:
     # stacklevel: user -> __init__ -> here
     warnings.warn("to_torch is an older name, pass to='torch' (or None) to the Loader", FutureWarning, stacklevel=3)
     return "torch" if to_torch else None
+
+
+def _cache_path(cache_dir: str | os.PathLike[str]) -> Path:
+    """The folder as an absolute path. An empty text would be the folder of the moment."""
+    if not isinstance(cache_dir, str | os.PathLike) or not os.fspath(cache_dir):
+        msg = f"cache_dir is {cache_dir!r}; give the path of a folder, or None"
+        raise TypeError(msg)
+    return Path(cache_dir).absolute()
 
 
 def _let_go(sources: Iterable[RowSource], cache: RangeCache | None) -> None:

@@ -21,6 +21,9 @@ Ints = NDArray[np.int64]
 
 def check_tables(tables: Mapping[str, pd.DataFrame] | None) -> dict[str, pd.DataFrame]:
     """The tables by column; ValueError or TypeError where one has no numbers, or two rows for a value."""
+    if tables is not None and not isinstance(tables, Mapping):
+        msg = f"obs_tables must be a mapping from columns of obs to DataFrames, got {type(tables)}"
+        raise TypeError(msg)
     found: dict[str, pd.DataFrame] = {}
     for name, table in (tables or {}).items():
         if not isinstance(table, pd.DataFrame):

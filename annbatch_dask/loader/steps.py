@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from annbatch_dask.transforms import BinnedExpression, NormalizeLog1p, RankTokens
+from annbatch_dask.transforms import BinnedExpression, NormalizeLog1p, RankTokens, Scale
 
 __all__ = ["Fused", "Transform", "split_transform"]
 
@@ -20,6 +20,10 @@ def split_transform(
 ) -> tuple[Fused | None, Callable[[Any], Any] | None]:
     """Split a transform into the fused part and the functions called with the batch."""
     steps: list[Any] = [] if transform is None else list(transform) if isinstance(transform, Sequence) else [transform]
+    for step in steps:
+        if isinstance(step, type) and issubclass(step, (Fused, Scale)):
+            msg = f"transform is the class {step.__name__}; give one of it, {step.__name__}(...)"
+            raise TypeError(msg)
     fused = steps.pop(0) if steps and isinstance(steps[0], Fused) else None
     functions: list[Callable[[Any], Any]] = []
     for step in steps:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from annbatch_dask.flags import check_flag
 from annbatch_dask.order.epoch import Epoch
 from annbatch_dask.order.keys import Key, permutation
 from annbatch_dask.order.planned import Planned
@@ -129,7 +130,7 @@ class RunSampler(SeededSampler):
         # Of numpy's integers some overflow, and saved states spell them otherwise.
         self._chunk_size, self._preload_nchunks, self._batch_size = map(int, (chunk_size, preload_nchunks, batch_size))
         _check_batch_size(self._batch_size, self.window)
-        self._drop_last = drop_last
+        self._drop_last = check_flag("drop_last", drop_last)
         self._mask = check_mask(slice(0, None) if mask is None else mask)
         self._epochs = self.epoch_counter  # before any worker is started
 

@@ -302,7 +302,11 @@ def _check_weights(weights: Any, n_classes: int) -> NDArray[np.float64]:
         raise TypeError(msg)
     if weights is None:
         return np.ones(n_classes)
-    checked = np.array(weights, np.float64)
+    try:
+        checked = np.array(weights, np.float64)
+    except (TypeError, ValueError) as error:
+        msg = f"class_weights must be an array of numbers in the order of the categories, got {weights!r}"
+        raise TypeError(msg) from error
     if checked.shape != (n_classes,):
         msg = f"class_weights needs one weight per class: {n_classes}, got shape {checked.shape}"
         raise ValueError(msg)

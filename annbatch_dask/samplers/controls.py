@@ -26,6 +26,9 @@ def number_groups(values: Any) -> tuple[Ints, Sequence[Any]]:
     if isinstance(values, pd.DataFrame) and len(values.columns) == 1:
         values = values.iloc[:, 0]
     if not isinstance(values, pd.DataFrame):
+        if np.ndim(values) > 1:
+            msg = f"an array of shape {np.shape(values)} has several values a row; give a frame of these columns"
+            raise SelectionError(msg)
         codes, groups = pd.factorize(pd.Series(values), use_na_sentinel=False)
         return codes.astype(np.int64), list(groups)
     columns = [pd.factorize(values[name], use_na_sentinel=False) for name in values.columns]

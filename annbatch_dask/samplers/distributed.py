@@ -8,11 +8,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
+from operator import index
 from typing import Any, Literal
 
 import numpy as np
 
 from annbatch_dask.errors import MissingPackageError, RankError
+from annbatch_dask.flags import check_flag
 from annbatch_dask.order.lanes import by_lane, count_lanes
 from annbatch_dask.order.planned import Planned
 from annbatch_dask.order.share import Even, by_rank, slice_batches
@@ -32,6 +34,9 @@ EvenOrAuto = Even | Literal["auto"] | None
 
 def resolve_even(even: EvenOrAuto, sampler: Sampler) -> Even | None:
     """Resolve ``"auto"``: every row once for a pass in order that drops nothing, else equal numbers of batches."""
+    if even not in ("auto", "drop", "pad", None):
+        msg = f"even must be 'drop', 'pad', None or 'auto', got {even!r}"
+        raise ValueError(msg)
     if even != "auto":
         return even
     return None if sampler.shuffle is False and not getattr(sampler, "drops_last", False) else "drop"
@@ -96,6 +101,11 @@ class DistributedSampler(Sampler):
         even: Even | None = "drop",
         global_batches: bool = False,
     ) -> None:
+        if not hasattr(sampler, "batch_size") or isinstance(sampler, type):
+            msg = f"sampler must be a Sampler, such as a RandomSampler, got {sampler!r}"
+            raise TypeError(msg)
+        enforce_equal_batches = check_flag("enforce_equal_batches", enforce_equal_batches)
+        global_batches = check_flag("global_batches", global_batches)
         self._rank, self._world_size = _resolve(dist_info)
         self._sampler = copy.deepcopy(sampler)
         if isinstance(self._sampler, SeededSampler) and not self._sampler.seed_is_given:
@@ -285,19 +295,23 @@ def _ask_jax_seed(seed: int) -> int | None:
 
 
 def _resolve(dist_info: DistInfo) -> tuple[int, int]:
-    if isinstance(dist_info, tuple):
-        rank, world_size = dist_info
-    elif callable(dist_info):
-        rank, world_size = dist_info()
-    elif dist_info in _ASK:
+    given: Any = dist_info
+    if callable(dist_info):
+        given = dist_info()
+    elif isinstance(dist_info, str) and dist_info in _ASK:
         try:
-            rank, world_size = _ASK[dist_info]()
+            given = _ASK[dist_info]()
         except ModuleNotFoundError as error:
             msg = f"dist_info={dist_info!r} needs {dist_info} ({error}): pip install 'annbatch-dask[{dist_info}]'"
             raise MissingPackageError(msg) from error
-    else:
+    elif not isinstance(dist_info, tuple):
         msg = f"Unknown dist_info {dist_info!r}: give 'torch', 'jax', 'env', a pair (rank, world size), or a function"
         raise ValueError(msg)
+    try:
+        rank, world_size = map(index, given)
+    except (TypeError, ValueError) as error:
+        msg = f"dist_info says {given!r}; it must be a pair of whole numbers, (rank, world size)"
+        raise TypeError(msg) from error
     if not 0 <= rank < world_size:
         msg = f"rank {rank} of {world_size}: the rank must be 0 or more and below the number of ranks"
         raise ValueError(msg)

@@ -17,6 +17,7 @@ from annbatch_dask.samplers.base import DRAW, RunSampler, mixed
 from annbatch_dask.samplers.controls import Controls
 from annbatch_dask.samplers.runs import shuffled_runs
 from annbatch_dask.seeds import Seed
+from annbatch_dask.sizes import check_positive
 from annbatch_dask.types import LoadRequest
 
 __all__ = ["MatchedControlSampler"]
@@ -82,12 +83,14 @@ class MatchedControlSampler(RunSampler):
         rng: np.random.Generator | None = None,
         seed: Seed | None = None,
     ) -> None:
-        n_together = 1 + n_controls
-        if n_controls < 1 or batch_size % n_together:
+        for name, value in (("batch_size", batch_size), ("n_controls", n_controls)):
+            check_positive(name, value)
+        n_together = 1 + int(n_controls)
+        if batch_size % n_together:
             msg = f"a batch of {batch_size} rows cannot hold whole groups of a cell and {n_controls} controls"
             raise ValueError(msg)
         super().__init__(chunk_size, preload_nchunks, batch_size // n_together, drop_last=drop_last, mask=None)
-        self._n_controls = n_controls
+        self._n_controls = n_together - 1
         self._controls = Controls.of(is_control, match)
         self._perturbed = np.flatnonzero(~self._controls.is_control)
         self._n_obs = len(self._controls.groups)

@@ -8,10 +8,11 @@ from functools import partial
 
 import numpy as np
 
+from annbatch_dask.flags import check_flag
 from annbatch_dask.order.epoch import Epoch
 from annbatch_dask.order.keys import Key, Shuffled, generator
 from annbatch_dask.samplers.base import DRAW, ORDER, RunSampler, cyclic_run, mixed
-from annbatch_dask.seeds import Seed
+from annbatch_dask.seeds import Seed, check_rng, check_seed, only_one
 from annbatch_dask.sizes import check_positive
 
 __all__ = ["RandomSampler", "SequentialSampler", "default_sampler", "shuffled_runs"]
@@ -72,7 +73,7 @@ class RandomSampler(RunSampler):
         super().__init__(chunk_size, preload_nchunks, batch_size, drop_last=drop_last, mask=mask)
         check_positive("num_samples", num_samples)
         self.take_seed(seed, rng)
-        self._replacement = replacement
+        self._replacement = check_flag("replacement", replacement)
         self._num_samples = None if num_samples is None else int(num_samples)
 
     @property
@@ -262,7 +263,8 @@ def default_sampler(
     """The sampler of a loader that was given none: chunks whose number makes whole batches."""
     chunk_size = chunk_size or _CHUNK_SIZE
     preload_nchunks = preload_nchunks or _fitting_preload(chunk_size, batch_size)
-    if not shuffle:
+    if not shuffle:  # which draws nothing: a seed is checked all the same
+        only_one(check_seed(seed), check_rng(rng))
         return SequentialSampler(chunk_size, preload_nchunks, batch_size, drop_last=drop_last)
     return RandomSampler(chunk_size, preload_nchunks, batch_size, drop_last=drop_last, rng=rng, seed=seed)
 

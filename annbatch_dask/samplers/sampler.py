@@ -20,7 +20,10 @@ __all__ = ["Sampler", "check_mask", "count_rows"]
 
 
 def check_mask(mask: slice) -> slice:
-    """The mask with its start filled in; ValueError unless it is a plain ascending range."""
+    """The mask with its start filled in; TypeError or ValueError unless it is a plain ascending range."""
+    if not isinstance(mask, slice) or not all(hasattr(end, "__index__") for end in (mask.start or 0, mask.stop or 0)):
+        msg = f"mask is {mask!r}; give a range of rows, slice(start, stop)"
+        raise TypeError(msg)
     if mask.step not in (None, 1):
         msg = f"mask.step must be 1, but got {mask.step}"
         raise ValueError(msg)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from annbatch_dask.errors import SelectionError
+from annbatch_dask.flags import check_flag
 from annbatch_dask.formatting import first_few
 from annbatch_dask.order.epoch import Epoch
 from annbatch_dask.order.keys import Key, Shuffled, generator
@@ -17,7 +18,7 @@ from annbatch_dask.order.rows import Blocks
 from annbatch_dask.samplers.base import DRAW, ORDER, SeededSampler
 from annbatch_dask.samplers.controls import Controls, number_groups
 from annbatch_dask.seeds import Seed
-from annbatch_dask.sizes import check_positive
+from annbatch_dask.sizes import check_positive, check_whole
 
 __all__ = ["CellSets"]
 
@@ -118,7 +119,7 @@ class CellSets(SeededSampler):
             msg = "is_control says which cells are controls, and match which of them are a cell's: give both, or none"
             raise ValueError(msg)
         self._set_size, self._chunk_size, self._sets_per_batch = map(int, (set_size, chunk_size, sets_per_batch))
-        self._drop_last, self._fills = drop_last, short == "fill"
+        self._drop_last, self._fills = check_flag("drop_last", drop_last), short == "fill"
         self._controls = None if is_control is None else Controls.of(is_control, match)
         self._preload_nsets = self._checked_preload(preload_nsets)
         codes, names = number_groups(groups)
@@ -126,7 +127,7 @@ class CellSets(SeededSampler):
         if self._controls is not None and len(self._controls.groups) != self._n_obs:
             msg = f"groups has {self._n_obs} rows, match {len(self._controls.groups)}; both need one value per row"
             raise SelectionError(msg)
-        self._take_groups(codes, names, max(min_cells, 1 if self._fills else set_size), small)
+        self._take_groups(codes, names, max(check_whole("min_cells", min_cells), 1 if self._fills else set_size), small)
         self._epochs = self.epoch_counter  # before any worker is started
         self.take_seed(seed, rng)
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
-from operator import index
 from typing import Any, Self
 
 import numpy as np
 
+from annbatch_dask.flags import check_flag
 from annbatch_dask.order.epoch import Epoch
 from annbatch_dask.order.keys import Key
 from annbatch_dask.order.rows import Order
 from annbatch_dask.samplers.base import SeededSampler, mixed
 from annbatch_dask.scdataset.strategy import Ints, SamplingStrategy, Streaming
 from annbatch_dask.seeds import Seed
+from annbatch_dask.sizes import check_whole
 
 __all__ = ["Lent", "StrategySampler"]
 
@@ -69,14 +70,13 @@ class StrategySampler(SeededSampler):
         rng: np.random.Generator | None = None,
         seed: Seed | None = None,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("fetch_factor", fetch_factor)):
-            if value < 1:
-                msg = f"{name} must be 1 or more, got {value}"
-                raise ValueError(msg)
+        if not isinstance(strategy, SamplingStrategy):
+            msg = f"strategy must be a SamplingStrategy, got {strategy!r}"
+            raise TypeError(msg)
         self._strategy = strategy
-        self._batch_size = index(batch_size)
-        self._fetch_size = self._batch_size * index(fetch_factor)
-        self._drop_last = drop_last
+        self._batch_size = check_whole("batch_size", batch_size, 1)
+        self._fetch_size = self._batch_size * check_whole("fetch_factor", fetch_factor, 1)
+        self._drop_last = check_flag("drop_last", drop_last)
         self.lent = Lent()
         self.take_seed(seed, rng)
 

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
-from operator import index
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from annbatch_dask.flags import check_flag
 from annbatch_dask.loader.iterable import IterableDataset
 from annbatch_dask.loader.state import Progress, Resumable, State, digest
 from annbatch_dask.order.planned import expand
@@ -22,6 +22,7 @@ from annbatch_dask.samplers.distributed import DistributedSampler, EvenOrAuto, r
 from annbatch_dask.scdataset.sampler import StrategySampler
 from annbatch_dask.scdataset.strategy import SamplingStrategy
 from annbatch_dask.seeds import Seed, resolve_seed
+from annbatch_dask.sizes import check_whole
 from annbatch_dask.types import LoadRequest
 
 __all__ = ["scDataset", "take_rows"]
@@ -105,10 +106,16 @@ class scDataset(Resumable, IterableDataset):  # noqa: N801 - scDataset's name
             raise TypeError(msg)
         self.collection = data_collection
         self.strategy = strategy
-        self.batch_size = index(batch_size)
-        self.fetch_factor = index(fetch_factor)
+        self.batch_size = check_whole("batch_size", batch_size, 1)
+        self.fetch_factor = check_whole("fetch_factor", fetch_factor, 1)
         self.fetch_size = self.batch_size * self.fetch_factor
-        self.drop_last = drop_last
+        self.drop_last = check_flag("drop_last", drop_last)
+        _check_callable(
+            fetch_callback=fetch_callback,
+            fetch_transform=fetch_transform,
+            batch_callback=batch_callback,
+            batch_transform=batch_transform,
+        )
         self.fetch_callback = fetch_callback
         self.fetch_transform = fetch_transform
         self.batch_callback = batch_callback
@@ -118,7 +125,7 @@ class scDataset(Resumable, IterableDataset):  # noqa: N801 - scDataset's name
         self.rank, self.world_size = _resolve_ranks(rank, world_size)
         self.sort_before_fetch = True
         sampler = StrategySampler(
-            strategy, self.batch_size, self.fetch_factor, drop_last=drop_last, rng=np.random.default_rng(0)
+            strategy, self.batch_size, self.fetch_factor, drop_last=self.drop_last, rng=np.random.default_rng(0)
         )
         sampler.seed = _agree_on_seed(self.world_size) if seed is None else resolve_seed(seed)
         self._base_seed = sampler.seed
@@ -245,6 +252,13 @@ def take_rows(data: Any, rows: Ints) -> Any:
         return [data[row] for row in rows.tolist()]
     taken = data.iloc[rows] if hasattr(data, "iloc") else data[rows]
     return taken.to_memory() if getattr(taken, "isbacked", False) else taken
+
+
+def _check_callable(**hooks: object) -> None:
+    for name, hook in hooks.items():
+        if hook is not None and not callable(hook):
+            msg = f"{name} must be a function, got {hook!r}"
+            raise TypeError(msg)
 
 
 def _resolve_ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:

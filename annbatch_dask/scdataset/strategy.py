@@ -5,16 +5,17 @@ from __future__ import annotations
 import warnings
 from functools import cached_property
 from hashlib import blake2b
-from operator import index
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from annbatch_dask.flags import check_flag
 from annbatch_dask.kernels.assemble import has_kernels
 from annbatch_dask.order.keys import Key
 from annbatch_dask.order.rows import Blocks, Given, InOrder, Order, Rounds, Weighted, WeightTable
+from annbatch_dask.sizes import check_whole
 from annbatch_dask.warn import warn
 
 __all__ = [
@@ -55,12 +56,15 @@ class SamplingStrategy:
     """
 
     _shuffle_before_yield: bool | None = None
+    _n_masked: int | None = None
 
     def __init__(self, indices: ArrayLike | None = None) -> None:
         self._rank_of_given: Ints | None = None
         self._indices: Ints | None = None
         if indices is not None:
-            given = _check_indices(np.asarray(indices))
+            asked = np.asarray(indices)
+            given = _check_indices(asked)
+            self._n_masked = len(asked) if asked.dtype == bool else None
             order = np.argsort(given, kind="stable")
             if len(given) and (given[1:] < given[:-1]).any():
                 msg = f"{len(given):,} indices were not sorted, and are now; the strategy decides the order of an epoch"
@@ -143,6 +147,9 @@ class SamplingStrategy:
             return int(self._indices[-1]) + 1 if len(self._indices) else 0
 
     def _check_range(self, n_obs: int) -> None:
+        if self._n_masked not in {None, n_obs}:
+            msg = f"indices is a mask of {self._n_masked} rows, the collection has {n_obs}"
+            raise ValueError(msg)
         if self._indices is not None and len(self._indices) and self._indices[-1] >= n_obs:
             msg = f"indices go up to {self._indices[-1]}, the collection has {n_obs} rows"
             raise ValueError(msg)
@@ -181,8 +188,7 @@ class Streaming(SamplingStrategy):
 
     def __init__(self, indices: ArrayLike | None = None, shuffle: bool = False) -> None:  # noqa: FBT001, FBT002 - scDataset's interface
         super().__init__(indices)
-        self.shuffle = shuffle
-        self._shuffle_before_yield = shuffle
+        self.shuffle = self._shuffle_before_yield = check_flag("shuffle", shuffle)
 
     def get_len(self, data_collection: Any) -> int:
         """Rows of one epoch."""
@@ -217,8 +223,8 @@ class BlockShuffling(SamplingStrategy):
 
     def __init__(self, block_size: int = 8, indices: ArrayLike | None = None, drop_last: bool = False) -> None:  # noqa: FBT001, FBT002 - scDataset's interface
         super().__init__(indices)
-        self.block_size = _check_size("block_size", block_size)
-        self.drop_last = drop_last
+        self.block_size = check_whole("block_size", block_size, 1)
+        self.drop_last = check_flag("drop_last", drop_last)
 
     def get_len(self, data_collection: Any) -> int:
         """Rows of one epoch."""
@@ -277,18 +283,18 @@ class BlockWeightedSampling(SamplingStrategy):
         sampling_size: int | None = None,
     ) -> None:
         super().__init__(indices)
-        self.block_size = _check_size("block_size", block_size)
+        self.block_size = check_whole("block_size", block_size, 1)
         self._weights = None if weights is None else _check_weights(np.asarray(weights))
-        self.total_size = None if total_size is None else _check_size("total_size", total_size, 0)
-        self.replace = replace
-        self.sampling_size = None if sampling_size is None else _check_size("sampling_size", sampling_size)
+        self.total_size = None if total_size is None else check_whole("total_size", total_size, 0)
+        self.replace = check_flag("replace", replace)
+        self.sampling_size = None if sampling_size is None else check_whole("sampling_size", sampling_size, 1)
         self._table: tuple[int, WeightTable] | None = None
         if self._weights is not None and self._indices is not None and len(self._indices):
             self._check_number(max(len(self._weights), int(self._indices[-1]) + 1))
-        if not replace and sampling_size is None:
+        if not self.replace and sampling_size is None:
             msg = "sampling_size, the rows of a round, is needed with replace=False"
             raise ValueError(msg)
-        if replace and sampling_size is not None:
+        if self.replace and sampling_size is not None:
             warnings.warn("sampling_size is ignored with replace=True", UserWarning, stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -417,15 +423,8 @@ def _digest(values: NDArray[Any] | None) -> str | None:
     return None if values is None else blake2b(values.tobytes(), digest_size=8).hexdigest()
 
 
-def _check_size(name: str, size: int, least: int = 1) -> int:
-    if size < least:
-        msg = f"{name} must be {least} or more, got {size}"
-        raise ValueError(msg)
-    return index(size)
-
-
 def _check_indices(indices: NDArray[Any]) -> Ints:
-    if indices.dtype == bool:
+    if indices.dtype == bool and indices.ndim == 1:
         return np.flatnonzero(indices)
     if indices.ndim != 1 or (indices.dtype.kind not in "iu" and len(indices)):
         msg = f"indices must be integers or a mask, got an array of {indices.dtype} of shape {indices.shape}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 from annbatch_dask.transforms.scale import Scale
 from annbatch_dask.transforms.tokens import BinnedExpression, RankTokens
@@ -36,6 +37,9 @@ class NormalizeLog1p:
     target_sum: float = 1e4
 
     def __post_init__(self) -> None:
+        if not isinstance(self.target_sum, Real) or isinstance(self.target_sum, bool):
+            msg = f"target_sum is {self.target_sum!r}; it must be a number"
+            raise TypeError(msg)
         if not 0 < self.target_sum < math.inf:
             msg = f"target_sum is {self.target_sum}; it must be greater than 0, and finite"
             raise ValueError(msg)

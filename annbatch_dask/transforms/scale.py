@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
+
+from annbatch_dask.flags import check_flag
 
 __all__ = ["Scale"]
 
@@ -57,9 +60,16 @@ class Scale:
         if self.values not in _PREFIXES:
             msg = f"values is {self.values!r}; give 'log' or 'counts'"
             raise ValueError(msg)
+        if self.max_value is not None and (not isinstance(self.max_value, Real) or isinstance(self.max_value, bool)):
+            msg = f"max_value is {self.max_value!r}; it must be a number, or None"
+            raise TypeError(msg)
         if self.max_value is not None and not self.max_value > 0:
             msg = f"max_value is {self.max_value}; it must be greater than 0"
             raise ValueError(msg)
+        object.__setattr__(self, "zero_center", check_flag("zero_center", self.zero_center))
+        if not isinstance(self.stats, pd.DataFrame):
+            msg = f"stats must be a DataFrame, collection.gene_stats(), got {type(self.stats)}"
+            raise TypeError(msg)
         names = self._names
         if isinstance(self.stats.index, pd.MultiIndex) or not set(names) <= set(self.stats.columns):
             msg = "stats are not those of genes over all cells; give collection.gene_stats()"

@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
+from annbatch_dask.flags import check_flag
 from annbatch_dask.formatting import first_few
 from annbatch_dask.seeds import check_number
 from annbatch_dask.sizes import check_positive
@@ -271,6 +272,7 @@ class BinnedExpression(Tokens):
         object.__setattr__(self, "vocabulary", read_vocabulary(self.vocabulary))
         check_positive("n_bins", self.n_bins)
         check_number(self.seed)
+        object.__setattr__(self, "sample", check_flag("sample", self.sample))
         if self.n_bins < 3:
             msg = f"n_bins is {self.n_bins}; there must be 3 or more: that of zeros, and two others"
             raise ValueError(msg)

@@ -78,6 +78,9 @@ def read_genes(what: str, given: GeneTable) -> tuple[dict[str, float], str]:
         pairs = [(str(gene), value) for gene, value in given.items()]
     elif isinstance(given, Mapping):
         pairs = [(str(gene), value) for gene, value in given.items()]
+    elif not isinstance(given, str | os.PathLike):
+        msg = f"{what} must be a mapping, a series or the path of a file, got {type(given)}"
+        raise TypeError(msg)
     else:
         path = Path(os.fspath(given))
         where = f"{what} of {path}"

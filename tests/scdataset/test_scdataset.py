@@ -232,7 +232,7 @@ def test_a_strategy_of_the_users_needs_get_indices_only():
         (lambda: BlockWeightedSampling(weights=[1, -1]), ValueError, "0 or more and have a positive sum"),
         (lambda: BlockWeightedSampling(weights=[0, 0]), ValueError, "positive sum"),
         (lambda: BlockWeightedSampling(weights=[[1, 1]]), ValueError, r"an array of shape \(1, 2\)"),
-        (lambda: BlockWeightedSampling(total_size=2.5), TypeError, "float"),
+        (lambda: BlockWeightedSampling(total_size=2.5), TypeError, "must be a whole number"),
         (lambda: BlockWeightedSampling(total_size=-1), ValueError, "total_size must be 0 or more, got -1"),
         (lambda: BlockWeightedSampling(replace=False, sampling_size=-3), ValueError, "sampling_size must be 1 or more"),
         (
