@@ -39,7 +39,8 @@ def resolve_even(even: EvenOrAuto, sampler: Sampler) -> Even | None:
         raise ValueError(msg)
     if even != "auto":
         return even
-    return None if sampler.shuffle is False and not getattr(sampler, "drops_last", False) else "drop"
+    is_in_order = getattr(sampler, "shuffle", None) is False  # some of the user's have none
+    return None if is_in_order and not getattr(sampler, "drops_last", False) else "drop"
 
 
 class DistributedSampler(Sampler):
