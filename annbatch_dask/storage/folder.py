@@ -206,6 +206,8 @@ class Folder:
         self.fs.invalidate_cache(root)
         with name_refusals(self.fs, root):
             found = self.fs.find(root, detail=True)
+        if found.get(root, {}).get("type") == "directory":  # s3fs: its first file appeared while it was listed
+            del found[root]
         sizes = {p[p.rindex(root) + len(root) :].lstrip("/"): info["size"] for p, info in found.items()}
         # A web server's page of names has no sizes.
         sizes |= self.sizes_of(name for name, size in sizes.items() if size is None)

@@ -338,3 +338,12 @@ def test_a_store_whose_package_is_missing_says_which_extra_has_it(monkeypatch, u
     monkeypatch.setattr("fsspec.core.url_to_fs", missing)
     with pytest.raises(MissingPackageError, match=rf'pip install "annbatch-dask\[{extra}\]"'):
         _ = Folder(url).fs
+
+
+def test_a_folder_whose_first_file_appears_while_it_is_listed_is_not_in_itself(monkeypatch):
+    """s3fs finds nothing below it, asks again what it is, and calls it a folder that is all there is below."""
+    folder = Folder("memory://appears/o.zarr")
+    root = {"name": folder.path, "type": "directory", "size": 0}
+    monkeypatch.setattr(MemoryFileSystem, "find", lambda *_, **__: {folder.path.rstrip("/"): root})
+    assert folder.names() == []
+    assert folder.sizes() == {}
