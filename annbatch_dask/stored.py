@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -169,20 +169,18 @@ class StoredCollection(WithStatistics):
             raise TypeError(msg)
         if self.is_empty:
             return pd.DataFrame()
-        if columns is not None:
-            self._check_columns(columns)
+        there: dict[str, None] = {}
+        frames = []
         with self._root.as_opened(), self._root.obs_elements() as elements:
             self._check_there("obs")
-            frames = [read_obs(elem, _in_order(elem, columns), names=names) for elem in elements]
-        obs = concat_obs(frames, names=names)
-        return obs if columns is None else obs[list(dict.fromkeys(columns))]
-
-    def _check_columns(self, columns: Iterable[str]) -> None:
-        with self._root.as_opened(), self._root.obs_elements() as elements:
-            there = dict.fromkeys(column for elem in elements for column in elem.attrs["column-order"])
-        if lacking := [column for column in columns if column not in there]:
+            for elem in elements:
+                there |= dict.fromkeys(elem.attrs["column-order"])
+                frames.append(read_obs(elem, _in_order(elem, columns), names=names))
+        if lacking := [column for column in columns or () if column not in there]:
             msg = f"obs has no column {lacking[0]!r}; it has {first_few(map(repr, there), 20)}"
             raise SelectionError(msg)
+        obs = concat_obs(frames, names=names)
+        return obs if columns is None else obs[list(dict.fromkeys(columns))]
 
     def report(self) -> Report:
         """Look at the collection: sources and their shared genes, cells per category, sizes, mixing, builds.

@@ -70,18 +70,20 @@ def column_of(root: Root, name: str, only: Sequence[str] | None = None) -> pd.Ca
     chosen = [e for e, known in zip(elements, root.names(), strict=True) if only is None or known in only]
     joined = concat_obs([read_obs(e, [name], names=False) for e in chosen], names=False)
     column = pd.Categorical(joined[name] if name in joined else np.full(len(joined), None, object))
+    if len(chosen) == len(elements) and len(column.categories) > _MANY:
+        _check_groups(root, name, column)
+    return column
+
+
+def _check_groups(root: Root, name: str, column: pd.Categorical) -> None:
+    """Refuse a column of which nearly each cell would be a group."""
     n_groups, n_cells = len(np.unique(column.dropna().codes)), int((column.codes >= 0).sum())
-    if (
-        len(chosen) == len(elements)
-        and n_groups > _MANY
-        and (column.categories.dtype.kind == "f" or n_groups > n_cells / 2)
-    ):
+    if n_groups > _MANY and (column.categories.dtype.kind == "f" or n_groups > n_cells / 2):
         msg = (
             f"{root.path}: obs column {name!r} has {n_groups:,} different values in {n_cells:,} cells, and each would "
             "be a group; name one of few values, such as pd.cut makes of numbers, in load_adata before a build"
         )
         raise CollectionError(msg)
-    return column
 
 
 def whole_counts(values: NDArray) -> NDArray:
