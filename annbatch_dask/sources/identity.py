@@ -81,9 +81,19 @@ def identity_of(ref: SourceRef, *, at_a_glance: bool = False, fresh: bool = Fals
         return _digest([ref.label, *inside]) if all(inside) else ""
     if not isinstance(ref.item, str | os.PathLike) or (ref.load_adata is not None and not ref.loader):
         return ""
-    with hiding_secrets_of(ref):
+    with hiding_secrets_of(ref), _named(ref):
         found = _look(ref, at_a_glance=at_a_glance, fresh=fresh, was_file=was_file)
     return f"{found}/{ref.loader}" if found and ref.loader else found
+
+
+@contextlib.contextmanager
+def _named(ref: SourceRef) -> Iterator[None]:
+    """Errors in the block say which input was looked at: those of connections do not."""
+    try:
+        yield
+    except Exception as e:
+        e.add_note(f"while looking at {ref.label}")
+        raise
 
 
 def has_many_files(identity: str) -> bool:

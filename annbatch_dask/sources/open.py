@@ -15,13 +15,14 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from annbatch_dask.errors import SourceError, SourceNotFoundError
+from annbatch_dask.errors import AnnbatchDaskError, SourceError, SourceNotFoundError
 from annbatch_dask.plan.schema import ColumnSchema, MatrixSchema, SourceSchema
 from annbatch_dask.sources.columns import ColumnRows
 from annbatch_dask.sources.files import GroupSource, is_current
 from annbatch_dask.sources.garbage import no_garbage_collection
 from annbatch_dask.sources.matrices import CsrRows
 from annbatch_dask.sources.tenx import is_tenx_file, is_tenx_folder, read_tenx
+from annbatch_dask.storage.filesystems import name_refusals
 from annbatch_dask.storage.folder import Folder, StorageOptions
 from annbatch_dask.storage.metadata import METADATA, open_as_it_is
 from annbatch_dask.storage.secrets import hiding_secrets
@@ -135,13 +136,20 @@ def open_source(ref: SourceRef) -> Iterator[WholeSource]:
     SourceError
         If it is no AnnData file, or cut short.
     """
-    with hiding_secrets_of(ref), _opened(ref) as source:
+    with hiding_secrets_of(ref), _naming_refusals(ref), _opened(ref) as source:
         yield source
 
 
 def hiding_secrets_of(ref: SourceRef) -> contextlib.AbstractContextManager[None]:
     """Errors in the block do not show what an input's URL holds."""
     return hiding_secrets(os.fspath(ref.item) if isinstance(ref.item, str | os.PathLike) else "")
+
+
+def _naming_refusals(ref: SourceRef) -> contextlib.AbstractContextManager[None]:
+    """Refusals of access in the block say so with the input: zarr leaves them in the store's words."""
+    if ref.load_adata is not None or not isinstance(ref.item, str | os.PathLike):
+        return contextlib.nullcontext()
+    return name_refusals(ref.folder.fs, ref.folder.path)
 
 
 @contextlib.contextmanager
@@ -212,7 +220,7 @@ def _open_group(ref: SourceRef, files: contextlib.ExitStack) -> Any:
             files.enter_context(no_garbage_collection())
             return files.enter_context(h5py.File(files.enter_context(folder.open()), "r"))
         except OSError as e:
-            if is_transient(e):  # says nothing about the file
+            if is_transient(e) or isinstance(e, AnnbatchDaskError | FileNotFoundError):  # says nothing about the file
                 raise
             if isinstance(e, PermissionError):
                 msg = f"{ref.label} may not be read by this user ({e}); have its owner allow it, or leave it out"

@@ -12,7 +12,10 @@ from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from weakref import WeakValueDictionary
 
+from annbatch_dask.errors import StorageError
 from annbatch_dask.storage.filesystems import RemoteRanges
+from annbatch_dask.storage.objects import is_s3
+from annbatch_dask.storage.secrets import shown
 
 __all__ = ["AheadFile", "ahead_file"]
 
@@ -37,6 +40,8 @@ class AheadFile(io.RawIOBase):
     ------
     FileExistsError
         From reads, if S3 has another version of it by now.
+    StorageError
+        From reads, if it ends before it should.
     """
 
     def __init__(self, ranges: RemoteRanges, version: tuple[str, int]) -> None:
@@ -85,8 +90,10 @@ class AheadFile(io.RawIOBase):
         while self._at < stop:
             k, first = divmod(self._at, _BLOCK_NBYTES)
             found = self._block(k)[first : first + stop - self._at]
-            if not len(found):  # it is shorter now
-                break
+            if not len(found):  # h5py would take what its buffer held before
+                ends = f"{shown(self._ranges.path)} ends at byte {self._at:,}"
+                msg = f"{ends}, and had {self._nbytes:,} bytes when it was opened"
+                raise StorageError(msg)
             view[self._at - start : self._at - start + len(found)] = found
             self._at += len(found)
         return self._at - start
@@ -121,7 +128,7 @@ class AheadFile(io.RawIOBase):
 
     def _read(self, k: int) -> memoryview:
         start, stop = k * _BLOCK_NBYTES, min((k + 1) * _BLOCK_NBYTES, self._nbytes)
-        is_compared = self._version[0].startswith('"')  # S3's, which compares it in the same request
+        is_compared = is_s3(self._ranges.fs) and self._version[0].startswith('"')  # which it does in the same request
         return self._ranges.get(start, stop, self._version if is_compared else None)
 
 

@@ -20,6 +20,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from annbatch_dask.errors import AccessError, AnnbatchDaskError, StorageError
 from annbatch_dask.storage.objects import is_s3, object_ranges
 from annbatch_dask.storage.secrets import shown
+from annbatch_dask.storage.transient import status_of
+from annbatch_dask.storage.web import is_web, web_range
 
 __all__ = [
     "LocalRanges",
@@ -40,6 +42,8 @@ __all__ = [
 
 _VERSION_KEYS = ("ETag", "etag", "generation", "blob_id", "mtime", "LastModified", "Last-Modified", "created", "CRC")
 """Where file systems say which content a file has, the surest first."""
+_REFUSALS = (401, 403, 407)
+"""What a web server answers to who may not read a file."""
 _BAD_REQUEST = "400"
 """All that S3 says to a request for a file's size with credentials that have expired, or in another region."""
 
@@ -187,6 +191,9 @@ class RemoteRanges:
             info = file_info(self.fs, self.path)
         except FileNotFoundError:
             return None
+        if info["size"] is None:
+            msg = f"{shown(self.path)}: the web server does not say how large it is; download it, and give that file"
+            raise StorageError(msg)
         return version_of(info), int(info["size"])
 
     def read_into(self, start: int, out: memoryview) -> int:
@@ -204,6 +211,8 @@ def cat_range(fs: fsspec.AbstractFileSystem, path: str, start: int, stop: int | 
     options = {"cache_type": "none"} if "hf" in protocols(fs) else {}  # which would read some megabytes more
     try:
         with name_refusals(fs, path):
+            if stop is not None and is_web(fs):
+                return web_range(fs, path, start, stop)
             return bytes(fs.cat_file(path, start=start, end=stop, **options))
     except OSError as e:
         if _error_code(e) in ("InvalidRange", "416"):  # the file ends before
@@ -246,8 +255,8 @@ def name_refusals(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as e:
-        is_refusal = isinstance(e, PermissionError) or _error_code(e) == _BAD_REQUEST
+    except Exception as e:
+        is_refusal = isinstance(e, PermissionError) or _error_code(e) == _BAD_REQUEST or status_of(e) in _REFUSALS
         if not is_refusal or isinstance(e, AnnbatchDaskError) or isinstance(fs, LocalFileSystem):
             raise
         msg = (

@@ -57,7 +57,7 @@ UNFINISHED = re.compile(rf"{re.escape(_TMP)}[0-9a-f]{{8}}-(?P<name>.+)")
 _BLOCK_NBYTES = 4 * 2**20
 _N_BLOCKS = 8
 """A remote file read here and there keeps this many blocks, read whole and once as long as they stay."""
-_OBJECT_STORES = {"s3", "gs", "abfs"}
+_OF_MANY_THREADS = {"s3", "gs", "abfs", "http"}
 """Their clients take requests of many threads."""
 _N_REMOVALS = 10
 """How often a folder is removed into which somebody still writes."""
@@ -173,7 +173,7 @@ class Folder:
 
     def open(self) -> IO[bytes] | AheadFile:
         """The file at this path, for reads anywhere in it; a remote one is read in blocks."""
-        if not _OBJECT_STORES.isdisjoint(protocols(self.fs)):
+        if not _OF_MANY_THREADS.isdisjoint(protocols(self.fs)):
             if (version := (ranges := RemoteRanges(self.fs, self.path)).identity()) is None:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.url)
             return AheadFile(ranges, version)

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 from annbatch_dask.errors import AnnbatchDaskError, StorageError
 
-__all__ = ["PAUSES_S", "is_transient", "patiently", "raise_not_found", "seen_before"]
+__all__ = ["PAUSES_S", "is_transient", "patiently", "raise_not_found", "seen_before", "status_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,9 @@ def is_transient(error: BaseException) -> bool:
     """True if an error, or what caused it, may be gone at the next try. A full disk and a damaged file stay."""
     chain = list(_causes(error))
     for e in chain:  # a store's status says more than the errno that fsspec made of it
-        if (status := _status(e)) is not None:
+        if _is_of_client(e):  # aiohttp has a status for a body that is cut, too
+            return True
+        if (status := status_of(e)) is not None:
             return status in _PASSING_STATUS or status >= _SERVER_ERROR
     return any(map(_is_passing, chain))
 
@@ -61,7 +63,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
     """The HTTP status that an error of aiohttp, botocore, gcsfs or requests carries."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
@@ -124,7 +126,7 @@ def _given_up(error: Exception) -> StorageError:
 
 def _first(error: BaseException) -> tuple[str, list[str]]:
     """The cause in its own words, not what an error above it took it for; and where it was met."""
-    first = next(e for e in _causes(error) if _status(e) is not None or _is_passing(e))
+    first = next(e for e in _causes(error) if status_of(e) is not None or _is_passing(e))
     notes = [note for e in _causes(error) for note in getattr(e, "__notes__", ())]
     return " ".join(f"{type(first).__name__}: {first}".split()), notes
 

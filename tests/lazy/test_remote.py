@@ -12,7 +12,7 @@ import scipy.sparse as sp
 import zarr
 
 from annbatch_dask import concat_lazy, read_lazy
-from annbatch_dask.storage import folder as publish
+from annbatch_dask.storage import ahead
 from tests.lazy.files import assert_equal, make, read, write
 from tests.s3.server import S3Server
 from tests.tools import RangeHandler
@@ -114,7 +114,7 @@ def test_a_view_on_s3_equals_the_local_one(folder, s3, kind):
 
 
 def test_opening_and_slicing_a_remote_hdf5_file_leaves_its_matrices_where_they_are(folder, web, monkeypatch):
-    monkeypatch.setattr(publish, "_BLOCK_NBYTES", 4096)
+    monkeypatch.setattr(ahead, "_BLOCK_NBYTES", 4096)
     X = sp.random(2000, 300, density=0.5, format="csr", dtype=np.float32, random_state=0)
     obs = pd.DataFrame({"cell_type": pd.Categorical(["B", "T"] * 1000)}, index=[f"c{i}" for i in range(2000)])
     ad.AnnData(X, obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(300)])).write_h5ad(folder / "large.h5ad")
