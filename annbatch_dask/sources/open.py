@@ -164,10 +164,17 @@ def _opened(ref: SourceRef) -> Iterator[WholeSource]:
         return
     with contextlib.ExitStack() as files:
         group = _open_group(ref, files)
-        if "obs" not in group or "var" not in group:
-            if isinstance(group, h5py.Group) and is_tenx_file(group):
-                yield _tenx_source(ref)
-                return
+        has_frames = "obs" in group and "var" in group
+        if not has_frames and isinstance(group, h5py.Group) and is_tenx_file(group):
+            yield _tenx_source(ref)
+            return
+        if "X" not in group and (names := _parts(group)):
+            msg = (
+                f"{ref.label} holds several AnnData ({', '.join(names)}); give one of them: its path within a .zarr, "
+                "or its group of zarr or h5py, or load_adata=, which returns it"
+            )
+            raise SourceError(msg)
+        if not has_frames:
             msg = f"{ref.label} has no obs and var, so it is not an AnnData file; it holds {sorted(group)[:5]}"
             raise SourceError(msg)
         if is_current(group):
@@ -179,6 +186,12 @@ def _opened(ref: SourceRef) -> Iterator[WholeSource]:
                 msg = f"{ref.label} is of a format before anndata 0.7, read from local disks only; copy it there"
                 raise SourceError(msg)
             yield AnnDataSource(ref.label, read_legacy(ref.item))
+
+
+def _parts(group: Any) -> list[str]:
+    """Places of the AnnData in a MuData, which has obs and var too, or a SpatialData."""
+    found = [(name, group[name]) for name in ("mod", "tables") if name in group]
+    return [f"{name}/{part}" for name, g in found if isinstance(g, h5py.Group | zarr.Group) for part in sorted(g)]
 
 
 def _checked(ref: SourceRef, found: Any) -> AnnData:

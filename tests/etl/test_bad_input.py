@@ -77,6 +77,19 @@ def test_a_text_file_named_h5ad(out, tmp_path):
         add(out, [tmp_path / "t.h5ad"])
 
 
+@pytest.mark.parametrize(("parts", "frames"), [("mod", ["obs", "var"]), ("tables", [])])
+def test_a_file_of_several_anndata_says_where_they_are(parts, frames, out, tmp_path, h5ad_pair):
+    with h5py.File(h5ad_pair[0]) as one, h5py.File(tmp_path / "several.h5mu", "w") as several:
+        for name in ("rna", "protein"):
+            one.copy("/", several.require_group(parts), name)
+        for name in frames:  # a MuData has those of all modalities
+            one.copy(name, several)
+    with pytest.raises(SourceError, match=f"holds several AnnData .{parts}/protein, {parts}/rna.; give one of them"):
+        add(out, [tmp_path / "several.h5mu"])
+    with h5py.File(tmp_path / "several.h5mu") as several:
+        assert add(tmp_path / "a.zarr", [several[f"{parts}/rna"]]).n_obs == ad.read_h5ad(h5ad_pair[0]).n_obs
+
+
 def test_a_file_that_is_not_anndata(out, tmp_path):
     import h5py
 
