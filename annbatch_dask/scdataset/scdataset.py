@@ -23,6 +23,7 @@ from annbatch_dask.scdataset.sampler import StrategySampler
 from annbatch_dask.scdataset.strategy import SamplingStrategy
 from annbatch_dask.seeds import Seed, resolve_seed
 from annbatch_dask.sizes import check_whole
+from annbatch_dask.storage.hdf5_filters import register_filters
 from annbatch_dask.types import LoadRequest
 
 __all__ = ["scDataset", "take_rows"]
@@ -215,6 +216,7 @@ class _BackedRows:
         """Reopen with a file handle of this process."""
         import anndata as ad
 
+        register_filters()
         adata = ad.read_h5ad(self.path, backed="r")
         adata.obs = self.obs
         return adata

@@ -15,7 +15,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from annbatch_dask.errors import AnnbatchDaskError, SourceError, SourceNotFoundError
+from annbatch_dask.errors import AnnbatchDaskError, MissingPackageError, SourceError, SourceNotFoundError
 from annbatch_dask.plan.schema import ColumnSchema, MatrixSchema, SourceSchema
 from annbatch_dask.sources.columns import ColumnRows
 from annbatch_dask.sources.files import GroupSource, is_current
@@ -24,6 +24,7 @@ from annbatch_dask.sources.matrices import CsrRows
 from annbatch_dask.sources.tenx import is_tenx_file, is_tenx_folder, read_tenx
 from annbatch_dask.storage.filesystems import name_refusals
 from annbatch_dask.storage.folder import Folder, StorageOptions
+from annbatch_dask.storage.hdf5_filters import missing_filter, register_filters
 from annbatch_dask.storage.metadata import METADATA, open_as_it_is
 from annbatch_dask.storage.secrets import hiding_secrets
 from annbatch_dask.storage.transient import is_transient
@@ -154,6 +155,7 @@ def _naming_refusals(ref: SourceRef) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _opened(ref: SourceRef) -> Iterator[WholeSource]:
+    register_filters()
     if ref.load_adata is not None:
         from annbatch_dask.sources.adata import AnnDataSource  # imports anndata, which takes seconds
 
@@ -178,7 +180,8 @@ def _opened(ref: SourceRef) -> Iterator[WholeSource]:
             msg = f"{ref.label} has no obs and var, so it is not an AnnData file; it holds {sorted(group)[:5]}"
             raise SourceError(msg)
         if is_current(group):
-            yield GroupSource(ref.label, group)
+            with _name_filters(ref, group):
+                yield GroupSource(ref.label, group)
         else:
             from annbatch_dask.sources.adata import AnnDataSource, read_legacy  # imports anndata
 
@@ -186,6 +189,22 @@ def _opened(ref: SourceRef) -> Iterator[WholeSource]:
                 msg = f"{ref.label} is of a format before anndata 0.7, read from local disks only; copy it there"
                 raise SourceError(msg)
             yield AnnDataSource(ref.label, read_legacy(ref.item))
+
+
+@contextlib.contextmanager
+def _name_filters(ref: SourceRef, group: Any) -> Iterator[None]:
+    """Where HDF5 lacks a filter, say what to install: its own error names a folder of plugins alone."""
+    try:
+        yield
+    except OSError as e:
+        if (
+            not isinstance(group, h5py.Group)
+            or isinstance(e, AnnbatchDaskError)
+            or not (found := missing_filter(group))
+        ):
+            raise
+        msg = f"{ref.label}: {found}, which HDF5 lacks here; pip install hdf5plugin, on workers as well"
+        raise MissingPackageError(msg) from e
 
 
 def _parts(group: Any) -> list[str]:
