@@ -18,7 +18,7 @@ from annbatch_dask.errors import SelectionError
 from annbatch_dask.formatting import first_few
 from annbatch_dask.kernels.references import take_references
 from annbatch_dask.loader.requests import Assignment
-from annbatch_dask.storage.frames import unite_categories
+from annbatch_dask.storage.frames import stack
 
 __all__ = ["Categories", "Labels", "Names", "ObsTable"]
 
@@ -159,7 +159,11 @@ class ObsTable:
         if len(tables) == 1:
             return tables[0]
         names = dict.fromkeys(name for table in tables for name in table.columns)
-        columns = {name: _stacked([table.series(name) for table in tables]) for name in names}
+        sizes = [table.n_rows for table in tables]
+        columns = {  # categories in order of first appearance, ordered or not: codes stay when datasets are appended
+            name: stack([t.series(name) if name in t.columns else None for t in tables], sizes, ordered=False)
+            for name in names
+        }
         bounds = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(table.bounds) for table in tables]))])
         indexes = tuple(index for table in tables for index in table.indexes)
         whole = _united(indexes)
@@ -367,21 +371,3 @@ def _taken(index: Names | pd.Index | None, rows: Ints) -> Any:
 
 def _array(column: pd.Series) -> Any:
     return column.to_numpy() if isinstance(column.dtype, np.dtype) else column.array
-
-
-def _stacked(parts: Sequence[pd.Series]) -> Any:
-    """Parts of a column as one array."""
-    if any(part.dtype != parts[0].dtype for part in parts):
-        common = _common_dtype(parts)
-        parts = [part.astype(common) for part in parts]
-    return _array(pd.concat(parts, ignore_index=True))
-
-
-def _common_dtype(columns: Sequence[pd.Series[Any]]) -> Any:
-    if all(isinstance(column.dtype, pd.CategoricalDtype) for column in columns):
-        return pd.CategoricalDtype(unite_categories(column.cat.categories for column in columns))
-    dtypes = [cast("Any", column.dtype) for column in columns]
-    try:
-        return np.result_type(*dtypes)
-    except TypeError:  # pandas' own dtypes, such as its two kinds of text
-        return pd.concat([column.iloc[:1] for column in columns]).dtype
