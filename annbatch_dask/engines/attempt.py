@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import traceback
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import cloudpickle
-from distributed import get_worker
+from distributed import Client, get_worker, secede
 from distributed.metrics import context_meter
 
 from annbatch_dask.engines.base import Timed
@@ -17,7 +18,7 @@ from annbatch_dask.engines.needs import Needs, lacking_in_task
 from annbatch_dask.errors import AnnbatchDaskError
 from annbatch_dask.storage.transient import is_transient, patiently
 
-__all__ = ["Failed", "Unfit", "attempt"]
+__all__ = ["Failed", "Unfit", "attempt", "leave_thread"]
 
 _PLACE = "workers must see inputs under the same paths as the process that builds, or as URLs of a store"
 
@@ -55,6 +56,14 @@ def attempt(needs: Needs | None, stage: str, fn: Callable[..., Any], *args: Any)
         for name, seconds in result.activities.items():
             context_meter.digest_metric(name, seconds, "seconds")
     return result
+
+
+def leave_thread(client: Client) -> None:
+    """Where this is a task of that cluster, let its worker's thread take others, as those it is about to wait for."""
+    with contextlib.suppress(ValueError):  # no worker
+        if get_worker().scheduler.address == client.scheduler.address:
+            with contextlib.suppress(KeyError):  # it has done so before
+                secede()
 
 
 class _WorkerTracebackError(Exception):

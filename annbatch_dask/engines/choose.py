@@ -18,7 +18,7 @@ from distributed import Client
 from annbatch_dask.engines.base import Engine, EngineChoice
 from annbatch_dask.engines.dask import ClusterEngine, LocalEngine
 from annbatch_dask.engines.local_cluster import client_at, local_client, workers_process
-from annbatch_dask.engines.needs import Needs
+from annbatch_dask.engines.needs import SILENT_S, Needs, answers
 from annbatch_dask.engines.waiting import NO_WORKER_S
 from annbatch_dask.errors import SchedulerError
 from annbatch_dask.formatting import format_bytes
@@ -214,14 +214,17 @@ def _worker_limits(client: Client, workers: Mapping[str, Mapping[str, Any]]) -> 
     unlimited = [address for address, w in workers.items() if not w["memory_limit"]]
     if unlimited:
         n_on = Counter(w["host"] for w in workers.values())
-        memory = client.run(memory_nbytes, workers=unlimited)
-        shares = [n_bytes // n_on[workers[address]["host"]] for address, n_bytes in memory.items()]
+        memory = answers(client, memory_nbytes, workers=unlimited, seconds=SILENT_S)
+        shares = [n // n_on[workers[address]["host"]] for address, n in memory.items() if isinstance(n, int)]
+        if not (limits or shares):
+            msg = f"none of {len(workers)} workers answers within {SILENT_S:.0f} s; stop them, and start others"
+            raise SchedulerError(msg)
         logger.warning(
             "%d of %d workers have no memory limit: each is taken to have an equal share of its host's memory, %s or "
             "more; start workers with --memory-limit, or give memory_limit",
             len(unlimited),
             len(workers),
-            format_bytes(min(shares)),
+            format_bytes(min(shares, default=0)),
         )
         limits += shares
     return limits

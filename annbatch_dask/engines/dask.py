@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,16 +22,16 @@ from distributed import CancelledError, Client, as_completed, span
 from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker, NoValidWorkerError, NoWorkerError
 
-from annbatch_dask.engines.attempt import Failed, Unfit, attempt
+from annbatch_dask.engines.attempt import Failed, Unfit, attempt, leave_thread
 from annbatch_dask.engines.base import Describe, OnResult, OnRetry
+from annbatch_dask.engines.ends import DEATHS, what_ended, workers_died
 from annbatch_dask.engines.needs import NFS_PAUSES_S, Needs, workers_lacking
 from annbatch_dask.engines.waiting import Left, missing_workers_said
 from annbatch_dask.errors import (
     MissingPackageError,
     SchedulerError,
-    WorkersDiedError,
 )
-from annbatch_dask.formatting import format_bytes, plural
+from annbatch_dask.formatting import plural
 from annbatch_dask.plan.memory import Budget
 from annbatch_dask.storage import transient
 from annbatch_dask.storage.filesystems import check_parent
@@ -44,8 +44,6 @@ logger = logging.getLogger(__name__)
 
 RETRIES = 2
 """How often a task that failed is handed out again, perhaps to another worker; our own errors last, and are not."""
-DEATHS = 8
-"""So many workers may die on a task that had the cluster to itself, until they are taken to die of it."""
 UNFIT = 8
 """So many workers may turn out to be unfit while no task is done, until it is taken that no other kind will come."""
 
@@ -230,13 +228,12 @@ class ClusterEngine:
         """Run the tasks on the cluster; on any error, cancel what is left."""
         run = _ClusterRun(self.client, name, fn, tasks, on_result, describe, on_retry, self.needs)
         try:
+            leave_thread(self.client)
             with missing_workers_said(name, self.states_of_workers, run.left):
                 run.all()
         except (CancelledError, CommClosedError) as e:
-            msg = (
-                f"the scheduler was lost in {name} ({type(e).__name__}); finished "
-                "tasks are kept: start it anew and call again to go on"
-            )
+            what, remedy = what_ended(self.client, e)
+            msg = f"{what} in {name} ({type(e).__name__}); finished tasks are kept: {remedy} to go on"
             raise SchedulerError(msg) from e
         except (NoWorkerError, NoValidWorkerError) as e:
             msg = (
@@ -246,7 +243,7 @@ class ClusterEngine:
             )
             raise SchedulerError(msg) from e
         if run.lost:
-            raise _workers_died(name, {describe(i): run.deaths[i] for i in run.lost}, self.budget)
+            raise workers_died(name, {describe(i): run.deaths[i] for i in run.lost}, self.budget)
         return run.results
 
 
@@ -428,12 +425,3 @@ class _ClusterRun:
             futures: list[Any] = self.client.compute(graph, optimize_graph=False)
         index.update((f.key, i) for f, i in zip(futures, which, strict=True))
         return {f.key: f for f in futures}
-
-
-def _workers_died(name: str, deaths: Mapping[str, int], budget: Budget) -> WorkersDiedError:
-    what = "; ".join(f"{n} workers with {task}" for task, n in deaths.items())
-    return WorkersDiedError(
-        f"{name}: {what} died, the last {DEATHS} or more with nothing else to do. All other tasks are done, and kept. "
-        f"Mostly it is memory that they lack: they had {format_bytes(budget.worker_nbytes)} for {budget.n_threads} "
-        "threads each. Start workers with more memory or fewer threads, or leave the input out, and call again"
-    )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import importlib
 import importlib.metadata
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -22,13 +23,26 @@ from annbatch_dask.storage import transient
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.transient import PAUSES_S
 
-__all__ = ["NFS_PAUSES_S", "Needs", "SharedFile", "installed", "lacking_in_task", "workers_lacking"]
+__all__ = [
+    "NFS_PAUSES_S",
+    "SILENT_S",
+    "Needs",
+    "SharedFile",
+    "answers",
+    "installed",
+    "lacking_in_task",
+    "workers_lacking",
+]
+
+logger = logging.getLogger(__name__)
 
 _PACKAGE = __name__.partition(".")[0]
 _OTHERS = ("anndata", "numcodecs", "zarr")
 """Packages that decide on the bytes of a collection, too."""
 NFS_PAUSES_S = PAUSES_S[:6]
 """For so long, together a minute, a client of NFS may believe that a file is not there."""
+SILENT_S = 20.0
+"""For a worker to answer at all; tasks that hold Python's lock delay it."""
 _ANSWER_S = 60.0
 """For a worker to look at the folders: those of a file server that hangs never answer."""
 
@@ -146,7 +160,7 @@ def lacking_in_task(needs: Needs, stage: str) -> tuple[str, str] | None:
 
 def workers_lacking(client: Client, needs: Needs) -> dict[str, str]:
     """What workers lack of packages and folders, by their addresses; those that leave meanwhile lack nothing."""
-    found: dict[str, str | Exception] = client.run(_lacking, needs, on_error="return")
+    found = answers(client, _lacking, needs, seconds=SILENT_S + (_ANSWER_S if needs.files else 0))
     lacks = {}
     for address, lack in found.items():
         if isinstance(lack, Exception) and not isinstance(lack, OSError):  # what is sent is read by modules of ours
@@ -155,6 +169,33 @@ def workers_lacking(client: Client, needs: Needs) -> dict[str, str]:
         elif lack and not isinstance(lack, OSError):  # else it is gone
             lacks[address] = lack
     return lacks
+
+
+def answers(
+    client: Client, function: Callable[..., Any], *args: Any, workers: Sequence[str] | None = None, seconds: float
+) -> dict[str, Any]:
+    """What a function returns, or the error it raises, on each worker, by their addresses.
+
+    Of a worker that does not answer, as one that is frozen, it is a TimeoutError: until Dask takes it for dead, after
+    some minutes, it would be waited for.
+    """
+
+    async def ask(address: str) -> Any:
+        asking = client.run(function, *args, workers=[address], on_error="return")
+        try:
+            return (await asyncio.wait_for(asking, seconds))[address]
+        except TimeoutError as e:
+            logger.warning(
+                "worker %s does not answer within %.0f s: its tasks wait until it is closed", address, seconds
+            )
+            return e
+
+    async def ask_all() -> dict[str, Any]:
+        asked = (await client.scheduler.identity(n_workers=-1))["workers"] if workers is None else workers
+        return dict(zip(asked, await asyncio.gather(*map(ask, asked)), strict=True))
+
+    found: dict[str, Any] = client.sync(ask_all)
+    return found
 
 
 def _words(versions: Mapping[str, str]) -> str:

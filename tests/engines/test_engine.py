@@ -16,7 +16,7 @@ import pytest
 from dask import config
 from dask.local import get_sync
 from dask.threaded import get as dask_threads
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, get_client
 from distributed.core import Status
 
 from annbatch_dask import DatasetCollection
@@ -252,6 +252,52 @@ def test_a_client_that_leads_nowhere_is_refused_with_the_remedy(tmp_path, h5ad_p
                 collection.add_adatas(h5ad_pair, seed=1, **given)
     with pytest.raises(TypeError, match="client is a str; give a distributed.Client"):
         collection.add_adatas(h5ad_pair, seed=1, client=cluster.scheduler_address)
+
+
+def build_in_a_task(path, inputs):
+    collection = DatasetCollection(path)
+    for seed in (0, 1):  # of which the second finds that the thread was given back
+        collection.add_adatas(inputs, client=get_client(), seed=seed, on_duplicate_source="warn")
+    return collection.n_obs
+
+
+@pytest.mark.filterwarnings("ignore:.* is in .* already")
+def test_a_build_in_a_task_leaves_its_thread_to_the_build_s_own(tmp_path, h5ad_pair):
+    with cluster(n_workers=1, threads_per_worker=1) as (_, client):
+        assert client.submit(build_in_a_task, tmp_path / "o.zarr", h5ad_pair).result(60) == 1000
+
+
+BEGUN, OVER = threading.Event(), threading.Event()
+
+
+def begin():
+    BEGUN.set()
+    OVER.wait(60)
+
+
+def restart(client):
+    client.restart(wait_for_workers=False)
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        (restart, "the cluster was restarted in scatter .*: call again to go on"),
+        (Client.close, "the client is clos.* .it was closed, .* call again with a new client"),
+    ],
+)
+def test_what_ends_all_tasks_is_said(end, words):
+    BEGUN.clear()
+    OVER.clear()
+    with cluster(n_workers=1) as (_, client), ThreadPoolExecutor(1) as pool:
+        doing = pool.submit(ClusterEngine(client, BUDGET).run, "scatter", begin, [()], lambda *_: None, str)
+        assert BEGUN.wait(60)
+        ending = threading.Thread(target=end, args=(client,))
+        ending.start()
+        with pytest.raises(SchedulerError, match=words):
+            doing.result(60)
+        OVER.set()
+        ending.join()
 
 
 def engines(client):

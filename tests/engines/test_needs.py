@@ -7,6 +7,7 @@ from dask import config
 from distributed import Client, LocalCluster
 
 from annbatch_dask import DatasetCollection
+from annbatch_dask.engines import choose
 from annbatch_dask.engines import needs as module
 from annbatch_dask.engines.choose import choose_engine
 from annbatch_dask.engines.dask import UNFIT, ClusterEngine
@@ -122,3 +123,33 @@ def test_an_own_cluster_is_not_asked():
 
 def test_versions_are_checked_where_an_engine_is_chosen(cluster):
     assert choose_engine(cluster[1], None).scanner.needs.versions == installed()
+
+
+async def never(*_):
+    await asyncio.Event().wait()
+
+
+def test_a_worker_that_does_not_answer_is_not_waited_for(cluster, monkeypatch, caplog):
+    """As one that is frozen: Dask would wait for minutes, until it takes it for dead."""
+    _, client = cluster
+    first, second = client.scheduler_info(n_workers=-1)["workers"]
+    found = module.answers(client, never, workers=[first], seconds=0.1)
+    assert isinstance(found[first], TimeoutError)
+    assert f"worker {first} does not answer within 0 s" in caplog.text
+    monkeypatch.setattr(module, "_lacking", never)
+    monkeypatch.setattr(module, "SILENT_S", 0.1)
+    assert module.workers_lacking(client, Needs()) == {}
+    assert second in caplog.text
+
+
+def test_workers_without_a_limit_of_which_none_answers(monkeypatch):
+    monkeypatch.setattr(choose, "memory_nbytes", never)
+    monkeypatch.setattr(choose, "SILENT_S", 0.1)
+    options = {"processes": False, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
+    with (
+        config.set(NEVER_FULL),
+        LocalCluster(n_workers=1, memory_limit=0, **options) as started,
+        Client(started, set_as_default=False) as client,
+        pytest.raises(SchedulerError, match="none of 1 workers answers within 0 s"),
+    ):
+        choose_engine(client, None)

@@ -95,7 +95,7 @@ MAY_IMPORT_DISTRIBUTED = {
     "collection.py",
     "maintained.py",
     "planned.py",
-    *(f"engines/{name}.py" for name in ("attempt", "choose", "dask", "local_cluster", "needs", "workers")),
+    *(f"engines/{name}.py" for name in ("attempt", "choose", "dask", "ends", "local_cluster", "needs", "workers")),
 }
 SLOW = ("bokeh", "matplotlib", "scipy.stats", "torch")
 """Each takes a second or more to import, in every process that opens a collection."""
