@@ -91,12 +91,15 @@ class EngineChoice:
         The engine for a build, given its number of tasks, as a context manager.
     ahead
         A context manager for all that leads to a build: what takes long about ``start`` begins meanwhile.
+    is_apart
+        Whether tasks run in processes that the build starts, which do not see this one's memory.
     """
 
     scanner: Engine
     budget: Budget
     start: Callable[[int], AbstractContextManager[Engine]]
     ahead: Callable[[], AbstractContextManager[None]] = nullcontext
+    is_apart: bool = False
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def choose_engine(client: Client | None, memory_limit: int | str | None) -> Engi
     n_workers = max(1, min(dask.system.CPU_COUNT, memory_nbytes() // _WORKER_NBYTES))
     budget = Budget(_nbytes(memory_limit, n_workers=n_workers), dask.system.CPU_COUNT // n_workers)
     own = _OwnCluster(n_workers, budget)
-    return EngineChoice(LocalEngine("threads", budget), budget, own.start, own.ahead)
+    return EngineChoice(LocalEngine("threads", budget), budget, own.start, own.ahead, is_apart=True)
 
 
 @dataclass

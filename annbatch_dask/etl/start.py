@@ -5,11 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from annbatch_dask.engines.base import Engine, EngineChoice
-from annbatch_dask.errors import CollectionBusyError, CollectionChangedError, CollectionError, SourceError
+from annbatch_dask.errors import (
+    CollectionBusyError,
+    CollectionChangedError,
+    CollectionError,
+    SchedulerError,
+    SourceError,
+)
 from annbatch_dask.etl.build import build
 from annbatch_dask.etl.job import Job, say_what_is_lost, work_folder
 from annbatch_dask.etl.log import Recorder
@@ -22,6 +28,7 @@ from annbatch_dask.etl.watch import Watch
 from annbatch_dask.events import Callback, Callbacks
 from annbatch_dask.manifest import DATASET_NAME, dataset_number
 from annbatch_dask.sources.identity import raise_if_changed
+from annbatch_dask.sources.open import SourceRef
 from annbatch_dask.storage.claims import Work, claim_numbers
 from annbatch_dask.storage.conditions import check_takes_files
 from annbatch_dask.storage.folder import Folder
@@ -64,6 +71,7 @@ def plan_and_run(root: Root, request: Request, means: Means) -> None:
             _nothing_to_do(root, means)
             _say_what_is_kept(root, request.keep)
             return
+        _check_seen(root, request.refs, means)
         _kept(root, found, request.keep)  # which may refuse
         warn_of_duplicates(root, request.refs, request.on_duplicate_source)
         if extension is None or extension.mode != "append":
@@ -95,6 +103,7 @@ def run_prepared(root: Root, prepared: Prepared, means: Means) -> None:
         if prepared.is_done:
             _nothing_to_do(root, means)
             return
+        _check_seen(root, prepared.refs, means)
         for name, peak in zip(("scatter", "gather"), plan.peak_nbytes, strict=True):
             means.room.budget.check(f"a {name} task of the plan", peak, "plan again for these workers")
         if plan.extension is None or plan.extension.mode != "append":
@@ -114,6 +123,20 @@ def _locked(root: Root, means: Means) -> Iterator[FolderContents]:
         found.check()
         root.refresh()
         yield found
+
+
+def _check_seen(root: Root, refs: Iterable[SourceRef], means: Means) -> None:
+    """Refuse what is in this process's memory where tasks run in others: they would look for it for minutes."""
+    if not means.room.is_apart:
+        return
+    places = {root.target.url: root.target.url, means.scratch.url: means.scratch.url}
+    places |= {str(ref.item): ref.label for ref in refs if isinstance(ref.item, str)}
+    if unseen := [shown for place, shown in places.items() if "memory://" in place]:
+        msg = (
+            f"{unseen[0]} is in the memory of this process, which the worker processes of a build do not see: build "
+            "in this process, with dask.config.set(scheduler='threads'), or give paths on a disk"
+        )
+        raise SchedulerError(msg)
 
 
 def _nothing_to_do(root: Root, means: Means) -> None:

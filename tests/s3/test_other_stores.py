@@ -3,13 +3,14 @@
 import threading
 from http.server import ThreadingHTTPServer
 
+import dask
 import fsspec
 import numpy as np
 import pytest
 import zarr
 
 from annbatch_dask import DatasetCollection
-from annbatch_dask.errors import CollectionError, IntegrityError, SourceError, SourceNotFoundError
+from annbatch_dask.errors import CollectionError, IntegrityError, SchedulerError, SourceError, SourceNotFoundError
 from tests.s3.tools import contents, epoch
 from tests.tools import RangeHandler
 
@@ -47,6 +48,22 @@ def test_all_in_memory(memory, h5ad_pair, tmp_path):
     opened = DatasetCollection("memory://o.zarr", mode="r")
     np.testing.assert_array_equal(np.concatenate(epoch(opened)), np.concatenate(epoch(local)))
     assert not [path for path in memory.find("/") if ".scratch" in path or ".claim" in path]
+
+
+@pytest.mark.parametrize("where", ["output", "scratch", "input", "plan"])
+def test_what_is_in_memory_is_refused_where_tasks_run_in_other_processes(where, memory, h5ad_pair, tmp_path):
+    """They looked for it for two minutes, and said then that it had been there before."""
+    out = tmp_path / "o.zarr" if where in ("scratch", "input") else "memory://o.zarr"
+    paths = ["memory://in/a.h5ad"] if where == "input" else h5ad_pair
+    memory.pipe_file("memory://in/a.h5ad", h5ad_pair[0].read_bytes())
+    options = {"scratch": "memory://scratch"} if where == "scratch" else {}
+    collection = DatasetCollection(out)
+    with dask.config.set(scheduler="processes"), pytest.raises(SchedulerError, match=r"memory://.*scheduler='threads'"):
+        if where == "plan":
+            collection.plan_adatas(paths).run()
+        else:
+            collection.add_adatas(paths, **options)
+    assert collection.is_empty
 
 
 def test_inputs_from_a_web_server_and_no_word_of_their_signature(web, h5ad_pair, tmp_path):
