@@ -71,7 +71,7 @@ class ValueSummary:
     min, median, mean, max
         Over all cells.
     bins
-        Cells in equally wide bins from ``min`` to ``max``.
+        Cells in bins from ``min`` on, each of as many whole numbers; the last may go beyond ``max``.
     """
 
     min: int
@@ -329,10 +329,10 @@ def _values(groups: Sequence[zarr.Group]) -> ValueSummary | None:
     present, n_obs = np.flatnonzero(counts), int(counts.sum())
     low, high = int(present[0]), int(present[-1])
     middle = np.searchsorted(np.cumsum(counts), [(n_obs - 1) // 2, n_obs // 2], side="right")
-    numbers = np.arange(low, high + 1)
-    bins, _ = np.histogram(numbers, min(_N_BINS, len(numbers)), weights=counts[low : high + 1])
-    mean = float(numbers @ counts[low : high + 1]) / n_obs
-    return ValueSummary(low, float(middle.mean()), mean, high, tuple(bins.astype(int).tolist()))
+    width = -(-(high - low + 1) // _N_BINS)  # a bin of one number more than others would look like a peak
+    bins = np.add.reduceat(counts, np.arange(low, high + 1, width))
+    mean = float(np.arange(len(counts)) @ counts) / n_obs
+    return ValueSummary(low, float(middle.mean()), mean, high, tuple(bins.tolist()))
 
 
 def _files(groups: Sequence[zarr.Group], manifest: Manifest | None, target: Folder | None) -> Counter[str]:

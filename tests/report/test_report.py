@@ -11,6 +11,7 @@ import dask
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -91,7 +92,17 @@ def test_values_are_those_of_the_rows(built, report):
     n = np.concatenate([ad.io.read_zarr(group).X.getnnz(axis=1) for group in built[0]])
     found = report.values
     assert (found.min, found.median, found.mean, found.max) == (n.min(), np.median(n), pytest.approx(n.mean()), n.max())
-    assert found.bins == tuple(np.histogram(n, len(found.bins))[0])
+    assert found.bins == tuple(np.histogram(n, np.arange(n.min(), n.max() + 2))[0])
+
+
+def test_values_spread_evenly_are_drawn_evenly(tmp_path):
+    """Where some bins held three numbers and others two, they stood out as peaks."""
+    x = np.tril(np.ones((111, 111), "f4"))[11:]  # one cell of each number of values from 12 to 111
+    ad.AnnData(sp.csr_matrix(x)).write_h5ad(tmp_path / "a.h5ad")
+    with dask.config.set(scheduler="synchronous"):
+        found = DatasetCollection(tmp_path / "o.zarr").add_adatas([tmp_path / "a.h5ad"]).report().values
+    assert (found.min, found.max) == (12, 111)
+    assert found.bins == (3,) * 33 + (1,)
 
 
 def test_sizes_are_those_of_the_arrays(built, report):
@@ -291,6 +302,22 @@ def test_a_browser_shows_the_page_without_an_error(report, browser, tmp_path):
         assert page.evaluate("document.documentElement.scrollWidth") == width
         assert "620" in text
         assert ODD in text
+
+
+def test_names_of_files_are_not_squeezed_into_a_letter_a_line(browser, tmp_path):
+    paths = [tmp_path / f"a_rather_long_name_of_a_file_of_a_study_{k}.h5ad" for k in range(2)]
+    for seed, path in enumerate(paths):
+        make_adata(20, [f"gene_{g}" for g in range(10)], seed=seed).write_h5ad(path)
+    named = {"gene_map": {"gene_1": "gene_2"}, "on_duplicate_gene": "sum", "where": "cell_type != 'B'"}
+    with dask.config.set(scheduler="synchronous"):
+        DatasetCollection(tmp_path / "o.zarr").add_adatas(paths, **named).report().save(tmp_path / "report.html")
+    for width in (1200, 700, 520):
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        page.goto((tmp_path / "report.html").as_uri())
+        widths = page.evaluate("[...document.querySelectorAll('.long td.path')].map(cell => cell.clientWidth)")
+        assert len(widths) == 6
+        assert min(widths) > 130
+        assert page.evaluate("document.documentElement.scrollWidth") == width
 
 
 def test_it_prints_dark_on_white_and_keeps_sections_whole(report, browser, tmp_path):
