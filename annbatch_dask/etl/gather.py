@@ -124,7 +124,8 @@ def _new_dataset(job: Job, dataset: str) -> Iterator[Folder]:
         with _locked(folder, first_document(about)):
             yield folder
     except BaseException:
-        folder.remove(last=METADATA)
+        with contextlib.suppress(OSError):  # the next attempt removes it; the error that brought us here says more
+            folder.remove(last=METADATA)
         raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import stat
@@ -15,7 +16,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from annbatch_dask.errors import AnnbatchDaskError, MissingPackageError, SourceError, SourceNotFoundError
+from annbatch_dask.errors import AnnbatchDaskError, MissingPackageError, SourceError, SourceNotFoundError, StorageError
 from annbatch_dask.plan.schema import ColumnSchema, MatrixSchema, SourceSchema
 from annbatch_dask.sources.columns import ColumnRows
 from annbatch_dask.sources.files import GroupSource, is_current
@@ -252,6 +253,9 @@ def _open_group(ref: SourceRef, files: contextlib.ExitStack) -> Any:
             files.enter_context(no_garbage_collection())
             return files.enter_context(h5py.File(files.enter_context(folder.open()), "r"))
         except OSError as e:
+            if folder.is_local and "unable to lock file" in str(e):  # HDF5 locks what is open to be written
+                msg = "another process has it open to write: close it there, or give a copy of it"
+                raise StorageError(errno.EAGAIN, msg, ref.label) from e
             if is_transient(e) or isinstance(e, AnnbatchDaskError | FileNotFoundError):  # says nothing about the file
                 raise
             if isinstance(e, PermissionError):

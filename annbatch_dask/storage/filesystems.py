@@ -273,17 +273,28 @@ def name_errors(path: str) -> Iterator[None]:
     Raises
     ------
     StorageError
-        For a full disk.
+        For a disk that is full, or takes no writes or no file so large.
     """
     try:
         yield
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT) and not isinstance(e, AnnbatchDaskError):
-            msg = f"{path} cannot be written: {_room(path)}; make room, or give another scratch folder, and call again"
-            raise StorageError(f"{msg} to go on") from e
+        if e.errno in _NO_WRITES and not isinstance(e, AnnbatchDaskError):
+            why, remedy = _NO_WRITES[e.errno]
+            msg = f"{path} cannot be written: {why or _room(path)}; {remedy}, and call again to go on"
+            raise StorageError(msg) from e
         if e.errno is None or e.filename is not None:  # no error of the system, or it says where
             raise
         raise OSError(e.errno, e.strerror, path) from e
+
+
+_FULL = "", "make room, or give another scratch folder"
+_NO_WRITES = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EROFS: ("the file system is read-only", "have it mounted for writing, or give another folder"),
+    errno.EFBIG: ("no file may be so large", "raise the limit (ulimit -f), or give a folder on another file system"),
+}
+"""Why a file cannot be written, "" where its disk is to be asked, and what to do."""
 
 
 def _room(path: str) -> str:

@@ -300,7 +300,7 @@ class Folder:
             if durable:
                 sync_path(folder)
         except BaseException:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # the error that brought us here says more
                 os.unlink(tmp)
             raise
 

@@ -4,6 +4,7 @@ import errno
 import io
 import itertools
 import os
+import resource
 import subprocess
 
 import dask
@@ -14,7 +15,7 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import StorageError
 from annbatch_dask.testing import make_adata
-from tests.tools import Counter, tree_digest
+from tests.tools import At, Counter, tree_digest
 
 GENES = [f"g{i}" for i in range(40)]
 N_CELLS = 800
@@ -74,6 +75,33 @@ def test_a_full_scratch_disk(paths, undisturbed, tmp_path, small):
     add(out, paths[:1], scratch=scratch, callbacks=[seen])
     assert 0 < seen.reused < seen.tasks["scatter"]
     assert tree_digest(out) == undisturbed[0]
+
+
+def test_a_scratch_disk_that_becomes_read_only(paths, undisturbed, tmp_path, small):
+    """As the system does with one that fails."""
+    out, scratch = tmp_path / "o.zarr", small(10_000_000)
+
+    def mount(how):
+        subprocess.run(["mount", "-o", f"remount,{how}", str(scratch)], check=True)
+
+    with pytest.raises(StorageError, match=rf"{scratch}/.*/.* cannot be written: .*[Rr]ead-only file system"):
+        add(out, paths[:1], scratch=scratch, callbacks=[At("scatter", 2, lambda: mount("ro"))])
+    mount("rw")
+    add(out, paths[:1], scratch=scratch)
+    assert tree_digest(out) == undisturbed[0]
+
+
+def test_files_that_may_not_be_so_large(paths, undisturbed, tmp_path):
+    def limit(n_bytes):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
+
+    try:
+        with pytest.raises(StorageError, match=r"cannot be written: no file may be so large; raise the limit"):
+            add(tmp_path / "o.zarr", paths[:1], callbacks=[At("scatter", 1, lambda: limit(5000))])
+    finally:
+        limit(resource.RLIM_INFINITY)
+    add(tmp_path / "o.zarr", paths[:1])
+    assert tree_digest(tmp_path / "o.zarr") == undisturbed[0]
 
 
 @pytest.mark.chaos

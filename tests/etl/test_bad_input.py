@@ -1,5 +1,7 @@
 """Bad input fails before any work, with a message that says what to do, and touches nothing."""
 
+import fcntl
+
 import anndata as ad
 import h5py
 import numpy as np
@@ -17,7 +19,9 @@ from annbatch_dask.errors import (
     SchemaError,
     SourceError,
     SourceNotFoundError,
+    StorageError,
 )
+from annbatch_dask.storage import transient
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -69,6 +73,15 @@ def test_a_file_that_may_not_be_read(out, h5ad_pair, monkeypatch):
     monkeypatch.setattr(h5py, "File", refused)
     with pytest.raises(SourceError, match=r"may not be read by this user .*Permission denied"):
         add(out, h5ad_pair)
+
+
+def test_a_file_that_another_process_writes(out, h5ad_pair, monkeypatch):
+    """HDF5 locks it, and tells of an errno."""
+    monkeypatch.setattr(transient, "sleep", lambda _: None)
+    with open(h5ad_pair[1], "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(StorageError, match=r"another process has it open to write: close it there, .*part_1.h5ad"):
+            add(out, h5ad_pair)
 
 
 def test_a_text_file_named_h5ad(out, tmp_path):
