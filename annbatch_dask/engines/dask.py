@@ -97,7 +97,7 @@ class LocalEngine:
     ) -> list[Any]:
         """Run the tasks in this process; on any error, wait for those that run, and begin no other."""
         running = _Running(fn)
-        graph = _delayed(name, functools.partial(patiently, running) if self.patient else running, tasks)
+        graph = _delayed(name, functools.partial(patiently, running, is_first=True) if self.patient else running, tasks)
         index = {t.key: i for i, t in enumerate(graph)}
 
         def posttask(key: str, result: Any, *_: Any) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
+from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary
 
 import fsspec
 import fsspec.asyn
@@ -20,7 +22,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from annbatch_dask.errors import AccessError, AnnbatchDaskError, StorageError
 from annbatch_dask.storage.objects import is_s3, object_ranges
 from annbatch_dask.storage.secrets import shown
-from annbatch_dask.storage.transient import status_of
+from annbatch_dask.storage.transient import NEVER_ANSWERED, is_unanswered, status_of
 from annbatch_dask.storage.web import is_web, web_range
 
 __all__ = [
@@ -244,18 +246,31 @@ def _get_version(fs: Any, path: str, start: int, stop: int, tag: str) -> bytes:
     return found
 
 
+_answered: WeakKeyDictionary[fsspec.AbstractFileSystem, set[str]] = WeakKeyDictionary()
+"""Hosts that have answered this process: of file systems of web servers, and "" of others."""
+
+
 @contextlib.contextmanager
 def name_refusals(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[None]:
-    """Where a store refuses access in the block, say to what, and what to do: its own error says neither.
+    """Where a store refuses access in the block, or nobody answers, say to what, and what to do: it says neither.
 
     Raises
     ------
     AccessError
         With the URL.
+    StorageError
+        With the URL, if nobody answers.
     """
+    host, answered = urlsplit(path).netloc if is_web(fs) else "", _answered.setdefault(fs, set())
     try:
         yield
+        answered.add(host)
     except Exception as e:
+        if is_unanswered(e) and not isinstance(e, AnnbatchDaskError):
+            number = errno.ECONNREFUSED if host in answered else NEVER_ANSWERED
+            msg = f"nobody answers ({e}): check the address, also of an endpoint, and the network, and call again"
+            raise StorageError(number, msg, shown(fs.unstrip_protocol(path))) from e
+        answered.add(host)
         is_refusal = isinstance(e, PermissionError) or _error_code(e) == _BAD_REQUEST or status_of(e) in _REFUSALS
         if not is_refusal or isinstance(e, AnnbatchDaskError) or isinstance(fs, LocalFileSystem):
             raise

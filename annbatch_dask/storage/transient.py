@@ -6,14 +6,24 @@ import contextlib
 import errno
 import logging
 import re
+import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from annbatch_dask.errors import AnnbatchDaskError, StorageError
 
-__all__ = ["PAUSES_S", "is_transient", "patiently", "raise_not_found", "seen_before", "status_of"]
+__all__ = [
+    "NEVER_ANSWERED",
+    "PAUSES_S",
+    "is_transient",
+    "is_unanswered",
+    "patiently",
+    "raise_not_found",
+    "seen_before",
+    "status_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +40,7 @@ _PASSING = frozenset(
         *("ENETDOWN", "ENETUNREACH", "ENETRESET", "EHOSTDOWN", "EHOSTUNREACH"),
     )
     if hasattr(errno, name)
-)
+) | {socket.EAI_AGAIN}
 _PASSING_STATUS = (408, 425, 429)
 _SERVER_ERROR = 500
 _NUMBER = re.compile(r"(?:\berrno = |\bos error )(\d+)")
@@ -44,13 +54,22 @@ _CLIENTS = (
     "google.auth.exceptions.TransportError",
 )
 """Errors of connections that are none of Python's, or have no errno."""
+_CONNECTING = (
+    *("aiohttp.ClientConnectorError", "httpx.ConnectError", "httpx2.ConnectError"),
+    *("botocore.exceptions.EndpointConnectionError", "botocore.exceptions.ConnectTimeoutError"),
+    "azure.core.exceptions.ServiceRequestError",
+)
+"""Those of connections that did not come to be."""
+NEVER_ANSWERED = errno.EHOSTUNREACH
+"""Errno of an error about a store that has not answered this process before: its address may be wrong."""
+_NEVER_ANSWERED_S = 5.0
 
 
 def is_transient(error: BaseException) -> bool:
     """True if an error, or what caused it, may be gone at the next try. A full disk and a damaged file stay."""
     chain = list(_causes(error))
     for e in chain:  # a store's status says more than the errno that fsspec made of it
-        if _is_of_client(e):  # aiohttp has a status for a body that is cut, too
+        if _is_of(e, _CLIENTS) and getattr(e, "errno", None) is None:  # aiohttp has a status for a cut body, too
             return True
         if (status := status_of(e)) is not None:
             return status in _PASSING_STATUS or status >= _SERVER_ERROR
@@ -78,33 +97,41 @@ def _is_passing(error: BaseException) -> bool:
         return False
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _PASSING
-    if isinstance(error, ConnectionError | TimeoutError) or _is_of_client(error):
+    if isinstance(error, ConnectionError | TimeoutError) or _is_of(error, _CLIENTS):
         return True
     return any(int(n) in _PASSING for n in _NUMBER.findall(str(error)))
 
 
-def _is_of_client(error: BaseException) -> bool:
-    for name in _CLIENTS:
+def is_unanswered(error: BaseException) -> bool:
+    """True if there was no connection: the address is wrong, or nobody is there."""
+    return any(isinstance(e, ConnectionRefusedError) or _is_of(e, _CONNECTING) for e in _causes(error))
+
+
+def _is_of(error: BaseException, names: Sequence[str]) -> bool:
+    for name in names:
         module, _, cls = name.rpartition(".")
         if (kind := getattr(sys.modules.get(module), cls, None)) is not None and isinstance(error, kind):
             return True
     return False
 
 
-def patiently(fn: Callable[..., T], *args: Any) -> T:
+def patiently(fn: Callable[..., T], *args: Any, is_first: bool = False) -> T:
     """Call a function that may be called again, after a pause, while it fails for a reason that passes.
+
+    ``is_first``: nothing is lost if it is given up after some seconds because a store has never answered.
 
     Raises
     ------
     StorageError
         If it failed so for two minutes. Whatever else it raised comes through at once.
     """
-    pauses = iter(PAUSES_S)
+    pauses, since = iter(PAUSES_S), time.monotonic()
     while True:
         try:
             return fn(*args)
         except Exception as e:
-            if not is_transient(e):
+            is_lost = is_first and getattr(e, "errno", None) == NEVER_ANSWERED
+            if not is_transient(e) or (is_lost and time.monotonic() - since > _NEVER_ANSWERED_S):
                 raise
             if (pause := next(pauses, None)) is None:
                 raise _given_up(e) from e

@@ -2,10 +2,12 @@
 
 import errno
 import os
+import socket
 
 import aiohttp
 import pytest
 import requests
+from aiohttp.client_reqrep import ConnectionKey
 from botocore.exceptions import ClientError, ConnectTimeoutError, EndpointConnectionError, ReadTimeoutError
 from s3fs.errors import translate_boto_error
 from yarl import URL
@@ -29,6 +31,11 @@ def of_http(status):
     return aiohttp.ClientResponseError(about, (), status=status)
 
 
+def no_name(number):
+    about = ConnectionKey("here", 80, is_ssl=False, ssl=False, proxy=None, proxy_auth=None, proxy_headers_hash=None)
+    return aiohttp.ClientConnectorDNSError(about, socket.gaierror(number, "in name resolution"))
+
+
 def caused(error, by):
     error.__cause__ = by
     return error
@@ -49,6 +56,8 @@ def caused(error, by):
         of_http(429),
         aiohttp.ServerDisconnectedError(),
         aiohttp.ClientPayloadError(),
+        caused(aiohttp.ClientPayloadError("cut"), aiohttp.http_exceptions.ContentLengthError("4 of 8 bytes")),
+        no_name(socket.EAI_AGAIN),
         *(error(endpoint_url="http://here/a", error="") for error in (EndpointConnectionError, ConnectTimeoutError)),
         ReadTimeoutError(endpoint_url="http://here/a", error=""),
         requests.exceptions.ConnectionError("refused"),
@@ -76,6 +85,7 @@ def test_it_passes(error):
         of_s3("PreconditionFailed", 412),
         of_s3("SomethingNew", 400),
         of_http(404),
+        no_name(socket.EAI_NONAME),
         SourceNotFoundError("a.h5ad does not exist"),
         caused(StorageError("a.h5ad cannot be written: 0 bytes are free"), os_error(errno.ENOSPC)),
     ],

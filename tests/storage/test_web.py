@@ -1,6 +1,7 @@
 """Inputs of web servers that fail, know no ranges, or send something else: the rows of the files, or an error."""
 
 import re
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -11,9 +12,9 @@ import pytest
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import AccessError, StorageError
 from annbatch_dask.storage import transient
-from annbatch_dask.storage.filesystems import cat_range
+from annbatch_dask.storage.filesystems import cat_range, name_refusals
 from annbatch_dask.storage.folder import Folder
-from annbatch_dask.storage.transient import is_transient
+from annbatch_dask.storage.transient import PAUSES_S, is_transient, patiently
 from tests.tools import rows_of
 
 CONTENT = bytes(range(200))
@@ -130,6 +131,44 @@ def test_a_build_has_the_rows_of_the_file(web, h5ad_pair, tmp_path, monkeypatch,
     assert web.n > 12
     assert rows_of(there).keys() == rows_of(here).keys()
     assert [row[0] for row in rows_of(there).values()] == [row[0] for row in rows_of(here).values()]
+
+
+@pytest.fixture
+def nobody():
+    """An address where nobody answers."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}/a.h5ad"
+
+
+def test_an_address_where_nobody_has_answered_is_given_up_soon(nobody, tmp_path, monkeypatch):
+    """It may be misspelled, and nothing is lost."""
+    monkeypatch.setattr(transient, "_NEVER_ANSWERED_S", 0)
+    monkeypatch.setattr(transient, "sleep", lambda _: pytest.fail("it is waited for"))
+    with (
+        dask.config.set(scheduler="synchronous"),
+        pytest.raises(StorageError, match=rf"nobody answers \(.*\): check the address, .*{nobody}") as found,
+    ):
+        DatasetCollection(tmp_path / "o.zarr").add_adatas([nobody])
+    assert is_transient(found.value)  # for a task on a worker
+
+
+def test_a_host_that_has_answered_is_waited_for(web, nobody, monkeypatch):
+    tries = []
+    monkeypatch.setattr(transient, "sleep", tries.append)
+    monkeypatch.setattr(transient, "_NEVER_ANSWERED_S", 0)
+    assert get(web, 0, 8) == CONTENT[:8]
+
+    def refused(url):
+        with name_refusals(fsspec.filesystem("http"), url):
+            raise ConnectionRefusedError
+
+    with pytest.raises(StorageError, match=f"nobody answers .*{web.url}/f': so it was in 8 tries over 127 s"):
+        patiently(refused, f"{web.url}/f", is_first=True)
+    assert tries == list(PAUSES_S)
+    with pytest.raises(StorageError, match=f"nobody answers .*{nobody}'$"):
+        patiently(refused, nobody, is_first=True)
+    assert tries == list(PAUSES_S)
 
 
 def test_an_input_that_is_refused_midway_says_which(web, h5ad_pair, tmp_path):
