@@ -31,6 +31,9 @@ __all__ = ["client_at", "connect", "local_client", "workers_process"]
 
 CONNECT_TIMEOUT_S = 10
 START_TIMEOUT_S = 120
+_START_WORKERS = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); import annbatch_dask.engines.workers as w; w.main()"
+)
 
 
 @contextlib.contextmanager
@@ -88,10 +91,14 @@ class _LateDashboard:
 
 @contextlib.contextmanager
 def workers_process() -> Iterator[subprocess.Popen[str]]:
-    """The process of a local cluster's workers, which imports what they need; killed at the end."""
+    """The process of a local cluster's workers, which imports what they need; killed at the end.
+
+    It finds modules where this process does: functions of users may be of modules beside their script. Nothing is
+    looked for in the current folder, unless it is here: it may have a ``random.py`` of somebody's.
+    """
     environ = dask.config.get("distributed.nanny.pre-spawn-environ")  # which must be set before numpy is imported
     process = subprocess.Popen(
-        [sys.executable, "-m", "annbatch_dask.engines.workers"],
+        [sys.executable, "-P", "-c", _START_WORKERS, json.dumps([p for p in sys.path if isinstance(p, str)])],
         stdin=subprocess.PIPE,
         text=True,
         env=os.environ | {k: str(v) for k, v in environ.items()},

@@ -1,4 +1,4 @@
-"""The workers of a local cluster: ``python -m annbatch_dask.engines.workers``, then a line on standard input.
+"""The workers of a local cluster: a process of ``main``, which takes a line on standard input.
 
 All nannies share this process. On Linux their workers are forked from a server that has the imports behind it: these
 take seconds, which is one server's work instead of each worker's, and begins before the nannies' own imports. Both
@@ -34,7 +34,3 @@ def main() -> None:
     signal.signal(signal.SIGINT, handler)
     with dask.config.set({"distributed.worker.multiprocessing-method": method}):
         run_spec([scheduler, "--spec", json.dumps(spec)])
-
-
-if __name__ == "__main__":
-    main()

@@ -466,12 +466,35 @@ def test_workers_start_while_inputs_are_scanned(tmp_path, h5ad_pair, monkeypatch
     prepare = start.prepare
 
     def prepared(*args):
-        seen.extend(c.cmdline()[-1] for c in psutil.Process().children())
+        seen.extend(" ".join(c.cmdline()) for c in psutil.Process().children())
         return prepare(*args)
 
     monkeypatch.setattr(start, "prepare", prepared)
     DatasetCollection(tmp_path / "o.zarr").add_adatas(h5ad_pair, seed=0)
-    assert "annbatch_dask.engines.workers" in seen
+    assert any("annbatch_dask.engines.workers" in command for command in seen)
+
+
+_SCRIPT = """
+import sys
+from beside import load
+from annbatch_dask import DatasetCollection
+
+print(DatasetCollection(sys.argv[1]).add_adatas([sys.argv[2]], load_adata=load).n_obs)
+"""
+
+
+def test_workers_find_modules_where_the_script_does(tmp_path, h5ad_pair):
+    """In the folder of the script, and not in the one where it was started, which has modules of other kinds."""
+    script, here = tmp_path / "script", tmp_path / "here"
+    script.mkdir()
+    here.mkdir()
+    (script / "run.py").write_text(_SCRIPT)
+    (script / "beside.py").write_text("import anndata as ad\n\ndef load(path):\n    return ad.read_h5ad(path)[:5]\n")
+    for name in ("random", "queue", "dask", "zarr"):
+        (here / f"{name}.py").write_text("raise SystemExit('this is another module of that name')")
+    command = [sys.executable, str(script / "run.py"), str(tmp_path / "o.zarr"), str(h5ad_pair[0])]
+    run = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    assert run.stdout == "5\n", run.stderr
 
 
 def test_a_worker_that_leaves_takes_nothing_with_it_that_is_done(client):
