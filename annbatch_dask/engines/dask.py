@@ -24,7 +24,7 @@ from distributed.scheduler import KilledWorker, NoValidWorkerError, NoWorkerErro
 
 from annbatch_dask.engines.attempt import Failed, Unfit, attempt, leave_thread
 from annbatch_dask.engines.base import Describe, OnResult, OnRetry
-from annbatch_dask.engines.ends import DEATHS, what_ended, workers_died
+from annbatch_dask.engines.ends import DEATHS, check_modules, what_ended, workers_died
 from annbatch_dask.engines.needs import NFS_PAUSES_S, Needs, workers_lacking
 from annbatch_dask.engines.waiting import Left, missing_workers_said
 from annbatch_dask.errors import (
@@ -392,6 +392,7 @@ class _ClusterRun:
         except Exception as e:  # of a worker that cannot read what it is sent
             lacks = {} if self.needs is None else workers_lacking(self.client, self.needs)
             if not lacks:
+                check_modules(self.name, e)
                 raise
             for address, lack in lacks.items():
                 self._send_away(address, lack)

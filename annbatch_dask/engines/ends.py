@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from distributed.comm.core import CommClosedError
 
-from annbatch_dask.errors import WorkersDiedError
+from annbatch_dask.errors import MissingPackageError, WorkersDiedError
 from annbatch_dask.formatting import format_bytes
 from annbatch_dask.plan.memory import Budget
 
 if TYPE_CHECKING:
     from distributed import CancelledError, Client
 
-__all__ = ["DEATHS", "what_ended", "workers_died"]
+__all__ = ["DEATHS", "check_modules", "what_ended", "workers_died"]
 
 DEATHS = 8
 """So many workers may die on a task that had the cluster to itself, until they are taken to die of it."""
@@ -30,6 +30,23 @@ def what_ended(client: Client, error: CancelledError | CommClosedError) -> tuple
     if client.status != "running":
         return f"the client is {client.status} (it was closed, or lost its scheduler)", "call again with a new client"
     return "tasks were cancelled", "call again"
+
+
+def check_modules(name: str, error: Exception) -> None:
+    """Say which module a cluster does not find, where that is an error's cause: Dask's own may blame the graph.
+
+    Raises
+    ------
+    MissingPackageError
+        With what to do.
+    """
+    missing = error if isinstance(error, ModuleNotFoundError) else error.__cause__
+    if isinstance(missing, ModuleNotFoundError) and missing.name is not None:
+        msg = (
+            f"{name}: the cluster does not find the module {missing.name!r}, of which a function of yours is, as "
+            "load_adata; send it there (client.upload_file), install it, or define the function in your script itself"
+        )
+        raise MissingPackageError(msg) from error
 
 
 def workers_died(name: str, deaths: Mapping[str, int], budget: Budget) -> WorkersDiedError:

@@ -1,6 +1,7 @@
 """A real cluster: scheduler and workers started by their command lines, used through the scheduler's address."""
 
 import contextlib
+import importlib
 import io
 import json
 import logging
@@ -22,6 +23,7 @@ from distributed import Client
 
 from annbatch_dask import DatasetCollection
 from annbatch_dask.cli import main
+from annbatch_dask.errors import MissingPackageError
 from tests.etl.inputs import dense_x
 from tests.lazy.files import assert_shuffled, preprocessed
 from tests.lazy.files import write as write_three
@@ -238,6 +240,20 @@ def test_an_error_on_a_worker_names_the_file_and_reaches_the_caller(tmp_path, h5
     with Client(scheduler, set_as_default=False) as client, pytest.raises(SourceNotFoundError) as caught:
         DatasetCollection(tmp_path / "a.zarr").add_adatas([tmp_path / "elsewhere.h5ad"], client=client, seed=0)
     assert re.fullmatch(r"on worker tcp://.*: workers must see inputs under the same .*", caught.value.__notes__[-1])
+
+
+def test_a_module_that_the_cluster_does_not_find_is_named(tmp_path, h5ad_pair, scheduler, monkeypatch):
+    (tmp_path / "module_of_mine.py").write_text(
+        "import anndata\n\n\ndef load(path):\n    return anndata.read_h5ad(path)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    load = importlib.import_module("module_of_mine").load
+    with Client(scheduler, set_as_default=False) as client:
+        with pytest.raises(MissingPackageError, match="does not find the module 'module_of_mine'.*upload_file"):
+            DatasetCollection(tmp_path / "a.zarr").add_adatas(h5ad_pair[:1], load_adata=load, client=client)
+    with Client(scheduler, set_as_default=False) as client:  # Dask closes the other's connection
+        client.upload_file(str(tmp_path / "module_of_mine.py"))
+        assert DatasetCollection(tmp_path / "a.zarr").add_adatas(h5ad_pair[:1], load_adata=load, client=client).n_obs
 
 
 def test_nobody_answers(tmp_path, h5ad_pair, capsys, monkeypatch):

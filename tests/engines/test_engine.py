@@ -258,6 +258,7 @@ def build_in_a_task(path, inputs):
     collection = DatasetCollection(path)
     for seed in (0, 1):  # of which the second finds that the thread was given back
         collection.add_adatas(inputs, client=get_client(), seed=seed, on_duplicate_source="warn")
+    get_client().close()  # the worker is in this process, whose current client it would stay
     return collection.n_obs
 
 
