@@ -49,6 +49,9 @@ def check_rng(rng: Seed | None) -> np.random.Generator | None:
     if rng is None or isinstance(rng, np.random.Generator):
         return rng
     if _is_number(rng):
+        if rng < 0:
+            msg = f"rng is {rng}; give a numpy.random.Generator, or seed=, a number of 0 or more"
+            raise LayoutError(msg)
         msg = f"Passing a seed as rng is deprecated, pass numpy.random.default_rng({rng!r}), or seed={rng}"
         warn(msg, FutureWarning)
         return np.random.default_rng(rng)

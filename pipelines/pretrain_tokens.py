@@ -232,7 +232,10 @@ def train(
     unigram = unigram_loss(log_frequencies, held_out)
     if saved:
         training.restore(saved)
-        print(f"going on in epoch {len(training.history) + 1}, after {training.n_batches:,} of its batches")
+        if len(training.history) >= n_epochs:
+            print(f"{state} has {len(training.history)} epochs already; to go on, give --epochs a number above that")
+        else:
+            print(f"going on in epoch {len(training.history) + 1}, after {training.n_batches:,} of its batches")
     else:
         with torch.no_grad():  # what is known without a cell needs not be learnt
             training.model.decoder.bias.copy_(log_frequencies)

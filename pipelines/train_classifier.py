@@ -73,6 +73,9 @@ def open_loader(collection: DatasetCollection, column: str, **options: Any) -> L
 
 def hold_out(collection: DatasetCollection, column: str) -> HeldOut:
     """Load a tenth of the cells, which has all classes in equal shares."""
+    values = collection.obs([column], names=False)[column]
+    if pd.api.types.is_float_dtype(values) and (values.dropna() % 1 != 0).any():
+        sys.exit(f"train_classifier: {column} of obs holds fractions, which are no classes; name a column of labels")
     rows = np.flatnonzero(collection.split({"train": 0.9, "test": 0.1}, stratify=column, seed=0)["test"])
     rows = np.random.default_rng(0).permutation(rows)[:N_HELD_OUT]
     loader = open_loader(collection, column, batch_size=len(rows), chunk_size=len(rows), preload_nchunks=1, where=rows)

@@ -211,7 +211,10 @@ def train(collection: DatasetCollection, column: str, n_epochs: int, n_genes: in
     training = Training.of(collection, genes, splits["train"])
     if saved:
         training.restore(saved)
-        print(f"going on in epoch {len(training.history) + 1}, after {training.n_batches:,} batches")
+        if len(training.history) >= n_epochs:
+            print(f"{state} has {len(training.history)} epochs already; to go on, give --epochs a number above that")
+        else:
+            print(f"going on in epoch {len(training.history) + 1}, after {training.n_batches:,} batches")
     while len(training.history) < n_epochs:
         for batch in training.loader:
             training.learn(batch["X"])

@@ -118,8 +118,8 @@ def _epoch_line(n_obs: int, seconds: float, column: str, mixing: Mixing) -> str:
 
 def _mixing_line(column: str, mixing: Mixing) -> str:
     return (
-        f"{mixing.n_batches} batches with {mixing.mean_classes:.1f} distinct {column} on average, "
-        f"{mixing.share:.3f} of the ideal batch entropy"
+        f"{mixing.n_batches} {'batch' if mixing.n_batches == 1 else 'batches'} with {mixing.mean_classes:.1f} distinct "
+        f"{column} on average, {mixing.share:.3f} of the ideal batch entropy"
     )
 
 

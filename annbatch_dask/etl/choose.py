@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from annbatch_dask.errors import SelectionError
+from annbatch_dask.formatting import plural
 from annbatch_dask.plan.kept import KeptRows
 from annbatch_dask.plan.schema import ColumnSchema
 from annbatch_dask.sources.columns import to_pandas
@@ -65,7 +66,7 @@ def check_any_kept(kept: list[KeptRows | None]) -> None:
     if len(chosen) == len(kept) and n_rows and not any(k.n_kept for k in chosen):
         texts = " and ".join(repr(text) for text in dict.fromkeys(k.where for k in chosen))
         msg = (
-            f"where={texts} is met by none of the {n_rows:,} cells of the {len(kept)} inputs; compare it with the "
-            "values in obs"
+            f"where={texts} is met by none of the {plural(n_rows, 'cell')} of {plural(len(kept), 'input')}; compare it "
+            "with the values in obs"
         )
         raise SelectionError(msg)

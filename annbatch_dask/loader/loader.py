@@ -289,8 +289,7 @@ class Loader(Resumable, AddedData[BackingArray_T], IterableDataset, Generic[Back
         self._where_columns = Condition.parse(where).columns if isinstance(where, str) else ()
         self._return_index = check_flag("return_index", return_index)
         self._prefetch_nbytes = parse_nbytes("prefetch_bytes", prefetch_bytes)
-        check_positive("max_requests", max_requests)
-        self._max_requests = check_whole("max_requests", max_requests)
+        self._max_requests = check_whole("max_requests", max_requests, 1)
         cache_nbytes = parse_nbytes("cache_bytes", cache_bytes)
         self._cache = None if cache_dir is None else RangeCache(_cache_path(cache_dir), cache_nbytes)
         if self._cache is not None:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SelectionError
+from annbatch_dask.formatting import plural
 from annbatch_dask.plan.build import place_rows
 from annbatch_dask.plan.kept import KeptRows
 from annbatch_dask.plan.layout import Block, Layout
@@ -102,8 +103,8 @@ def _nothing_left(inputs: Sequence[SourceSchema]) -> SelectionError:
     rules = ", ".join(f"{rule} drops {n:,}" for rule, n in dropped.items())
     n_rows = sum(s.kept.n_rows for s in inputs if s.kept is not None)
     return SelectionError(
-        f"qc keeps none of the {n_rows:,} cells of the {len(inputs)} inputs: {rules}; loosen that, or see with counts "
-        "whether X holds the counts"
+        f"qc keeps none of the {plural(n_rows, 'cell')} of {plural(len(inputs), 'input')}: {rules}; loosen that, or "
+        "see with counts whether X holds the counts"
     )
 
 

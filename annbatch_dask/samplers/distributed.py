@@ -8,7 +8,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
-from operator import index
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +20,7 @@ from annbatch_dask.order.share import Even, by_rank, slice_batches
 from annbatch_dask.samplers.base import SeededSampler
 from annbatch_dask.samplers.runs import RandomSampler
 from annbatch_dask.samplers.sampler import Sampler
+from annbatch_dask.sizes import check_whole
 from annbatch_dask.types import LoadRequest
 from annbatch_dask.warn import warn
 
@@ -309,7 +309,7 @@ def _resolve(dist_info: DistInfo) -> tuple[int, int]:
         msg = f"Unknown dist_info {dist_info!r}: give 'torch', 'jax', 'env', a pair (rank, world size), or a function"
         raise ValueError(msg)
     try:
-        rank, world_size = map(index, given)
+        rank, world_size = (check_whole("a rank", number) for number in given)
     except (TypeError, ValueError) as error:
         msg = f"dist_info says {given!r}; it must be a pair of whole numbers, (rank, world size)"
         raise TypeError(msg) from error

@@ -204,7 +204,7 @@ def test_groups_are_those_of_chosen_rows(tmp_path):
 @pytest.mark.parametrize(
     ("where", "match"),
     [
-        ("n > 500", r"where='n > 500' is met by none of the 360 cells of the 3 inputs"),
+        ("n > 500", r"where='n > 500' is met by none of the 360 cells of 3 inputs"),
         ("nope == 1", r"obs of .*[0-2].h5ad has no column 'nope'; it has cell_type, n, "),
         ("n >", r"where='n >' cannot be read"),
         ("cell_type > 3", r"cannot be worked out"),

@@ -318,7 +318,7 @@ def test_a_plan_says_what_has_to_be_decided_and_runs_once(tmp_path):
 
 def test_rules_that_keep_nothing_leave_nothing_behind(tmp_path):
     paths = files(tmp_path)
-    with pytest.raises(SelectionError, match=r"qc keeps none of the 300 cells of the 3 inputs: min_counts drops 300"):
+    with pytest.raises(SelectionError, match=r"qc keeps none of the 300 cells of 3 inputs: min_counts drops 300"):
         build(tmp_path / "a.zarr", paths, qc=QC(min_counts=10**6))
     assert not [*tmp_path.glob("a.zarr/*"), *tmp_path.glob("a.zarr.scratch/*")]
     collection = build(tmp_path / "b.zarr", paths[:1])

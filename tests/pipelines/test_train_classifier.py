@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from annbatch_dask import DatasetCollection
+from annbatch_dask.testing import make_adata
 
 pytest.importorskip("torch", reason="torch is not installed")
 import train_classifier  # noqa: E402
@@ -100,3 +101,13 @@ def test_three_processes_of_torchrun(atlas):
     assert done.returncode == 0, done.stderr
     assert len(accuracies(done.stdout)) == 1  # of rank 0
     assert "after 3,150 cells" in done.stdout
+
+
+def test_fractions_are_no_classes(run, tmp_path):
+    adata = make_adata(60, [f"gene_{g}" for g in range(20)], seed=0)
+    adata.obs["share"] = np.linspace(0, 1, 60)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with dask.config.set(scheduler="synchronous"):
+        DatasetCollection(tmp_path / "o.zarr").add_adatas([tmp_path / "a.h5ad"])
+    with pytest.raises(SystemExit, match="share of obs holds fractions, which are no classes"):
+        run(tmp_path / "o.zarr", "share")

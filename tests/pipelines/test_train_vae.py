@@ -76,6 +76,17 @@ def test_a_run_that_is_interrupted_goes_on_with_the_same_batches_to_the_same_mod
         torch.testing.assert_close(models[1][name], values, rtol=0, atol=0)
 
 
+def test_a_state_of_as_many_epochs_says_that_nothing_is_left(atlas, tmp_path, run, capsys):
+    options = (atlas / "shuffled.zarr", "cell_type", "--genes", 50, "--state", tmp_path / "state.pt", "--epochs")
+    run(*options, 2)
+    capsys.readouterr()
+    assert run(*options, 1) == 0
+    assert (
+        capsys.readouterr().out
+        == f"{tmp_path}/state.pt has 2 epochs already; to go on, give --epochs a number above that\n"
+    )
+
+
 def test_a_state_of_other_genes_is_refused(atlas, tmp_path, run):
     options = (atlas / "shuffled.zarr", "cell_type", "--epochs", 1, "--state", tmp_path / "s.pt")
     run(*options, "--genes", 50)

@@ -105,6 +105,8 @@ def test_rng_is_annbatchs_name(take):
     assert [w.filename for w in said] == [__file__]
     with pytest.raises(TypeError, match=r"rng must be a numpy.random.Generator"):
         take(rng="3")
+    with pytest.raises(ValueError, match="rng is -1; give"):
+        take(rng=-1)
     with pytest.raises(ValueError, match="seed=1 and rng are both given; give one"):
         take(seed=1, rng=np.random.default_rng(3))
 

@@ -486,6 +486,9 @@ def test_where_ranks_come_from(monkeypatch):
         assert (ranked.rank, ranked.world_size) == (1, 2)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         DistributedSampler(sampler, dist_info=(2, 2))
+    for pair in ((True, 2), (0, 2.0), ("0", "2"), (0, 1, 2)):
+        with pytest.raises(TypeError, match="must be a pair of whole numbers"):
+            DistributedSampler(sampler, dist_info=pair)
     with pytest.raises(ValueError, match="Unknown dist_info"):
         DistributedSampler(sampler, dist_info="mpi")
     with pytest.raises(ValueError, match="even must be"):
