@@ -100,7 +100,8 @@ class RunnablePlan(Plan, Generic[C]):
     @property
     def title(self) -> str:
         """Title of the plan: inputs and outputs in one line."""
-        return words.title(self)
+        title = words.title(self)
+        return f"Done already; anew it would be: {title}" if self.is_done else title
 
     def figures(self) -> list[tuple[str, str]]:
         """Named figures of the plan: tasks, bytes, peak memory and others."""
@@ -108,13 +109,13 @@ class RunnablePlan(Plan, Generic[C]):
 
     def summary(self) -> str:
         """The plan in words: tasks, bytes and peak memory."""
-        return words.summary(self, self._notes)
+        return words.summary(self, self._notes, self.title)
 
     __repr__ = summary
 
     def _repr_html_(self) -> str:
         """The plan for a notebook, with the genes that inputs share."""
-        return words.as_html(self, self._notes)
+        return words.as_html(self, self._notes, self.title)
 
 
 def _values(plan: Plan) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from annbatch_dask.manifest import (
     SourceRecord,
 )
 from annbatch_dask.mixing import Mixing, measure_mixing
+from annbatch_dask.storage.filesystems import name_errors
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.frames import n_rows, unite_categories
 from annbatch_dask.storage.metadata import METADATA
@@ -237,7 +238,8 @@ class Report:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the page to a local file."""
-        Path(path).write_text(self.html, encoding="utf-8")
+        with name_errors(os.fspath(path)):
+            Path(path).write_text(self.html, encoding="utf-8")
 
     def _repr_html_(self) -> str:
         """The page, in a frame: its styles stay its own."""

@@ -200,7 +200,10 @@ def build(config: dict[str, Any], cluster: dict[str, Any], *, plan_only: bool) -
     collection = DatasetCollection(config["output"])
     if plan_only:
         taken = inspect.signature(collection.plan_adatas).parameters
-        print(collection.plan_adatas(files, **{name: options[name] for name in options if name in taken}).summary())
+        options = {name: options[name] for name in options if name in taken}
+        with ExitStack() as stack:  # no jobs are submitted to look at the memory that their workers would have
+            client = connect(cluster, stack) if cluster.get("kind", "local") in ("local", "scheduler") else None
+            print(collection.plan_adatas(files, **options, client=client).summary())
         return
     means = {name: config.get(name) for name in ("scratch", "performance_report")}
     with ExitStack() as stack:

@@ -10,7 +10,7 @@ from annbatch_dask.cli.options import add_collection, add_command, add_json, add
 from annbatch_dask.cli.output import say, say_json, visible
 from annbatch_dask.errors import AnnbatchDaskError
 from annbatch_dask.formatting import format_bytes, plural
-from annbatch_dask.storage.filesystems import check_parent
+from annbatch_dask.storage.filesystems import check_parent, name_errors
 
 if TYPE_CHECKING:
     import argparse
@@ -211,11 +211,14 @@ def _stats(args: argparse.Namespace) -> None:
     _check_fit(args)
     collection = open_collection(args)
     if args.highly_variable is None:
-        collection.gene_stats(args.by).to_csv(args.output)
+        table = collection.gene_stats(args.by)
+        with name_errors(args.output):
+            table.to_csv(args.output)
         what = plural(collection.n_vars, "gene") + ("" if args.by is None else f" by {args.by}")
     else:
         flavor: Any = args.flavor or "seurat"
         found = collection.highly_variable(args.highly_variable, flavor=flavor, batch_key=args.batch_key)
-        Path(args.output).write_text("".join(f"{name}\n" for name in found), encoding="utf-8")
+        with name_errors(args.output):
+            Path(args.output).write_text("".join(f"{name}\n" for name in found), encoding="utf-8")
         what = f"{plural(len(found), 'highly variable gene')}, {flavor}"
     say(f"{args.output}: {what}, of {collection.n_obs:,} cells")

@@ -7,6 +7,7 @@ import sys
 from typing import IO, Any
 
 import annbatch_dask
+from annbatch_dask.errors import StorageError
 
 __all__ = ["ReaderGoneError", "say", "say_aside", "say_json", "visible"]
 
@@ -41,6 +42,11 @@ def _print(text: str, file: IO[str] | None) -> None:
         print(text, file=file, flush=True)
     except BrokenPipeError:
         raise ReaderGoneError from None
+    except OSError as e:
+        if file is sys.stderr:  # nor could that be told
+            return
+        msg = f"the output cannot be written: {e.strerror}; make room, or send it elsewhere"
+        raise StorageError(msg) from e
 
 
 def visible(text: str) -> str:

@@ -275,7 +275,9 @@ def contents_of(target: Folder, keep_last: int | None = None) -> FolderContents:
             files += [] if link in kept else [name]
         elif name in held or (match := UNFINISHED.fullmatch(name)) and _is_our_file(match["name"]):
             files.append(name)
-        elif name not in {c.name for c in claims}:
+        elif name in {c.name for c in claims} or (CLAIM_NAME.fullmatch(name) and target.find(name) is None):
+            continue  # a store's listing may name a claim that was given up
+        else:
             strangers.append(name)
     return FolderContents(
         target=target,

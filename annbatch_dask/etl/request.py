@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, Literal, get_args
 
-from annbatch_dask.errors import LayoutError
+from annbatch_dask.errors import LayoutError, SourceError
 from annbatch_dask.etl.genes import AskedNames, ask_names
 from annbatch_dask.plan.elements import Elements
 from annbatch_dask.plan.naming import first_fit
@@ -17,6 +17,7 @@ from annbatch_dask.seeds import resolve_seed
 from annbatch_dask.sizes import check_positive, parse_rows_or_nbytes
 from annbatch_dask.sources.open import SourceRef
 from annbatch_dask.sources.references import by_path, check_portable, references
+from annbatch_dask.storage.secrets import no_text
 from annbatch_dask.storage.shards import compressor_json
 from annbatch_dask.where import Condition
 
@@ -84,6 +85,8 @@ def make_request(given: Mapping[str, Any]) -> Request:
         Where one of them makes no sense.
     """
     refs = references(given["adata_paths"], given["load_adata"], given["storage_options"], given["counts"])
+    if unnamed := next(filter(None, (no_text(ref.label) for ref in refs)), ""):
+        raise SourceError(unnamed)
     check_portable(refs)
     refs = with_conditions(refs, given["where"])
     plain = {n: given[n] for n in ("merge", "mode", "genes", "on_duplicate_source", "layout", "gene_order")}

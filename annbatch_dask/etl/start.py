@@ -34,6 +34,7 @@ from annbatch_dask.storage.conditions import check_takes_files
 from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.lock import check_unchanged, exclusive
 from annbatch_dask.storage.root import Root
+from annbatch_dask.storage.secrets import no_text
 from annbatch_dask.warn import warn
 
 __all__ = ["Means", "plan_and_run", "run_prepared"]
@@ -116,6 +117,8 @@ def run_prepared(root: Root, prepared: Prepared, means: Means) -> None:
 @contextlib.contextmanager
 def _locked(root: Root, means: Means) -> Iterator[FolderContents]:
     """Hold the collection's lock, and see what is in its folder."""
+    if unnamed := no_text(root.target.url):
+        raise CollectionError(unnamed)
     if not means.scratch.is_local:
         check_takes_files(means.scratch.fs, means.scratch.url)
     with exclusive(root.target):

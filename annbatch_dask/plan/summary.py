@@ -82,16 +82,16 @@ def figures(plan: Plan, notes: Sequence[tuple[str, str]] = ()) -> list[tuple[str
     ]
 
 
-def summary(plan: Plan, notes: Sequence[tuple[str, str]] = ()) -> str:
+def summary(plan: Plan, notes: Sequence[tuple[str, str]] = (), first: str = "") -> str:
     """The plan in words: tasks, bytes and peak memory."""
-    return "\n".join([title(plan), *(f"  {name:<8} {text}" for name, text in figures(plan, notes))])
+    return "\n".join([first or title(plan), *(f"  {name:<8} {text}" for name, text in figures(plan, notes))])
 
 
-def as_html(plan: Plan, notes: Sequence[tuple[str, str]] = ()) -> str:
+def as_html(plan: Plan, notes: Sequence[tuple[str, str]] = (), first: str = "") -> str:
     """The plan for a notebook, with the genes that inputs share."""
     inputs = [(s.path, s.n_obs, plan.n_genes_of(k)) for k, s in enumerate(plan.sources) if not s.is_dataset]
     genes = overlap_rows(plan.gene_overlaps, len(inputs))
-    return render("plan.html", title=title(plan), figures=figures(plan, notes), inputs=inputs, genes=genes)
+    return render("plan.html", title=first or title(plan), figures=figures(plan, notes), inputs=inputs, genes=genes)
 
 
 def _stored(plan: Plan) -> list[tuple[str, str]]:

@@ -302,7 +302,7 @@ def name_errors(path: str) -> Iterator[None]:
         raise OSError(e.errno, e.strerror, path) from e
 
 
-_FULL = "", "make room, or give another scratch folder"
+_FULL = "", "make room, or give another folder"
 _NO_WRITES = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
+import sys
 import traceback
 from collections.abc import Iterator
 
 from annbatch_dask.errors import AnnbatchDaskError, StorageError
 from annbatch_dask.storage.transient import is_transient
 
-__all__ = ["hiding_secrets", "shown", "without_secrets"]
+__all__ = ["hiding_secrets", "no_text", "shown", "without_secrets"]
 
 
 def shown(url: str) -> str:
@@ -38,6 +39,20 @@ _AZURE = ("abfs", "abfss", "wasb", "wasbs", "az")
 """Schemes with a container where others have a user."""
 _ANY_NAMES = ("file", "local", "memory", "s3", "s3a", "gs", "gcs", "hf", "zip", "tar", "simplecache", "filecache")
 """Schemes without queries: files may be called what one looks like."""
+
+
+def no_text(path: str) -> str:
+    """Why a path cannot be named in a document, in words; empty where it can."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return (
+            f"{path!a} is no text in this process's encoding, {sys.getfilesystemencoding()}: set LC_ALL=C.UTF-8, or "
+            "where it is no UTF-8 either, rename it"
+        )
+    return ""
+
+
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>)\]]+")
 
 

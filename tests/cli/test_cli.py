@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -532,3 +533,21 @@ def test_the_page_says_every_field(collection, h5ad_pair, capsys):
         assert run(*command, "--json") == 0
         _, found = said(capsys)
         assert [name for name in found if f"`{name}`" not in page] == [], command
+
+
+@pytest.mark.parametrize("command", ["info", "versions", "status", "mixing"])
+def test_output_that_cannot_be_written(collection, capsys, monkeypatch, command):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert run(command, collection) == 1
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    assert "error: the output cannot be written: No space left on device; make room" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["report"], ["stats"], ["stats", "--highly-variable", "3"]])
+def test_a_page_that_cannot_be_written(collection, capsys, command):
+    name, *options = command
+    assert run(name, collection, "-o", "/dev/full", *options) == 1
+    assert "error: /dev/full cannot be written: " in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Bad input fails before any work, with a message that says what to do, and touches nothing."""
 
 import fcntl
+import os
 
 import anndata as ad
 import h5py
@@ -73,6 +74,16 @@ def test_a_file_that_may_not_be_read(out, h5ad_pair, monkeypatch):
     monkeypatch.setattr(h5py, "File", refused)
     with pytest.raises(SourceError, match=r"may not be read by this user .*Permission denied"):
         add(out, h5ad_pair)
+
+
+def test_names_that_are_no_text(out, h5ad_pair, tmp_path):
+    """As those of other letters where the locale knows ASCII alone."""
+    path = tmp_path / os.fsdecode(b"\xff.h5ad")
+    path.write_bytes(h5ad_pair[0].read_bytes())
+    with pytest.raises(SourceError, match=r"\\udcff.h5ad' is no text .* set LC_ALL=C\.UTF-8, or .* rename it"):
+        add(out, [path])
+    with pytest.raises(CollectionError, match=r"\\udcff.zarr' is no text .* rename it"):
+        add(out.with_name(os.fsdecode(b"\xff.zarr")), h5ad_pair)
 
 
 def test_a_file_that_another_process_writes(out, h5ad_pair, monkeypatch):

@@ -15,9 +15,10 @@ from annbatch_dask.errors import CollectionError, StorageError
 from annbatch_dask.etl import build as run_module
 from annbatch_dask.etl import gather as gather_module
 from annbatch_dask.etl import spilled as spilled_module
-from annbatch_dask.etl.ours import dataset_attributes
+from annbatch_dask.etl.ours import contents_of, dataset_attributes
 from annbatch_dask.events import Callback
 from annbatch_dask.manifest import Manifest
+from annbatch_dask.storage.folder import Folder
 from annbatch_dask.storage.scratch import ScratchGoneError
 from annbatch_dask.storage.spill import SpillReader
 from annbatch_dask.testing import make_adata
@@ -464,3 +465,10 @@ def test_a_manifest_says_what_it_inherited(tmp_path, paths):
     lease.close()
     assert {"dataset_0", "dataset_1"} < set(DatasetCollection(out).gc())
     assert add(out, paths[2:3]).manifest.inherited == ()
+
+
+def test_a_claim_that_was_given_up_may_still_be_listed(tmp_path, monkeypatch):
+    """By a store whose listings are late."""
+    folder = Folder(str(tmp_path))
+    monkeypatch.setattr(Folder, "names", lambda self: [".claim-0", "mine.txt"] if self == folder else [])
+    assert contents_of(folder).strangers == ("mine.txt",)

@@ -69,7 +69,9 @@ def test_a_plan_of_the_last_build_says_so_and_does_nothing(tmp_path, paths):
         plan = collection.plan_adatas(paths, seed=3)
         assert plan.run() is collection
     assert plan.is_done
-    assert "  done     the last build was this very call" in repr(plan)
+    assert repr(plan).startswith(
+        f"Done already; anew it would be: {plan.title.partition(': ')[2]}\n  done     the last"
+    )
     assert "the last build was this very call" in plan._repr_html_()
     assert replace(plan, left_out={}).run().n_obs == 600
     assert len(collection.manifest.builds) == 1

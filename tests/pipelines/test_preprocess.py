@@ -165,6 +165,12 @@ def test_a_scheduler_that_does_not_answer_is_named(tmp_path, h5ad_pair, call, mo
         call(preprocess, config(tmp_path, h5ad_pair, cluster=cluster))
 
 
+def test_a_plan_is_made_for_the_memory_of_the_cluster(tmp_path, h5ad_pair, call, capsys):
+    cluster = {"kind": "local", "workers": 1, "options": {"memory_limit": "5MB", "processes": False}}
+    with pytest.raises(SystemExit, match="largest scatter task needs .* start workers with more memory"):
+        call(preprocess, config(tmp_path, h5ad_pair, cluster=cluster), "--plan")
+
+
 def test_a_plan_needs_no_package_of_the_cluster(tmp_path, h5ad_pair, call, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
     assert call(preprocess, config(tmp_path, h5ad_pair, cluster={"kind": "slurm", "workers": 2}), "--plan") == 0

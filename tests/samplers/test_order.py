@@ -236,6 +236,7 @@ def test_a_class_pass_has_exactly_num_samples_rows():
         ({"class_weights": np.array([0, 0, 1]), "mask": slice(0, 20)}, ValueError, "positive weight is present"),
         ({"class_weights": pd.Series([1, 1, 1])}, TypeError, "not a pandas Series"),
         ({"num_samples": 0}, ValueError, "num_samples must be greater than 1"),
+        ({"num_samples": 10**30}, ValueError, "num_samples must be 281474976710656 or less, got 10"),
     ],
 )
 def test_classes_that_cannot_be_drawn(arguments, error, message):
