@@ -8,6 +8,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import anndata as ad
+import dask
 import pytest
 import yaml
 
@@ -166,8 +167,12 @@ def test_a_scheduler_that_does_not_answer_is_named(tmp_path, h5ad_pair, call, mo
 
 
 def test_a_plan_is_made_for_the_memory_of_the_cluster(tmp_path, h5ad_pair, call, capsys):
-    cluster = {"kind": "local", "workers": 1, "options": {"memory_limit": "5MB", "processes": False}}
-    with pytest.raises(SystemExit, match="largest scatter task needs .* start workers with more memory"):
+    options = {"memory_limit": "5MB", "processes": False, "dashboard_address": "127.0.0.1:0"}
+    cluster = {"kind": "local", "workers": 1, "options": options}
+    with (
+        dask.config.set({"distributed.worker.memory.pause": False}),
+        pytest.raises(SystemExit, match="largest scatter task needs .* start workers with more memory"),
+    ):
         call(preprocess, config(tmp_path, h5ad_pair, cluster=cluster), "--plan")
 
 
