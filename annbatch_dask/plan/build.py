@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annbatch_dask.errors import SchemaError
-from annbatch_dask.formatting import first_few, plural
+from annbatch_dask.formatting import first_few
 from annbatch_dask.manifest import SRC_PATH
 from annbatch_dask.plan.columns import texts_of, unite_columns, unite_tags
 from annbatch_dask.plan.dtypes import common_dtype, sum_dtype
@@ -70,7 +70,7 @@ def build_plan(
     """
     n_kept, n_old = (0, 0) if extension is None else (extension.n_kept, extension.n_datasets)
     if not any(s.n_obs for s in sources[n_old:]):
-        msg = f"no cell is in {plural(len(sources) - n_old, 'input')}; give at least one file that has cells"
+        msg = "no input has a cell; give at least one file that has cells"
         raise SchemaError(msg)
     sources = [s if s.is_dataset else options.elements.select(s) for s in sources]
     renamed = tuple(s.path for s in sources if not s.is_dataset and _has_own_tag(s))
