@@ -23,7 +23,7 @@ from annbatch_dask.chunks.cache import RangeCache, RemoteFile
 from annbatch_dask.errors import CollectionError, IntegrityError
 from annbatch_dask.storage.filesystems import RemoteRanges
 from annbatch_dask.storage.folder import Folder, folder_of
-from annbatch_dask.storage.stores import WholeFileStore
+from annbatch_dask.storage.stores import CheckedRangesStore, WholeFileStore
 from annbatch_dask.storage.threads import unlocked_property
 from annbatch_dask.storage.versions import Listing, Version, changed, list_files, version_on_disk
 
@@ -117,7 +117,7 @@ def chunk_files(
     They are as in the ``listing`` of a folder above, or else as they are now.
     """
     is_local = type(array.store) is zarr.storage.LocalStore and hasattr(os, "preadv")
-    if not is_local and type(array.store) not in (zarr.storage.FsspecStore, WholeFileStore):
+    if not is_local and type(array.store) not in (zarr.storage.FsspecStore, CheckedRangesStore, WholeFileStore):
         return None
     try:
         folder = folder_of(array)

@@ -40,7 +40,7 @@ from annbatch_dask.storage.filesystems import (
     version_of,
 )
 from annbatch_dask.storage.secrets import shown
-from annbatch_dask.storage.stores import WholeFileStore
+from annbatch_dask.storage.stores import store_class
 from annbatch_dask.storage.uploads import upload
 
 if TYPE_CHECKING:
@@ -133,8 +133,7 @@ class Folder:
         """The folder as a zarr store."""
         if self.is_local:
             return zarr.storage.LocalStore(self.path, read_only=read_only)
-        kind = WholeFileStore if "s3" in protocols(self.fs) else zarr.storage.FsspecStore
-        return kind.from_url(self.url, storage_options=self.options or None, read_only=read_only)
+        return store_class(self.fs).from_url(self.url, storage_options=self.options or None, read_only=read_only)
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where there is none."""

@@ -12,7 +12,7 @@ import fsspec.asyn
 from annbatch_dask.errors import StorageError
 from annbatch_dask.storage.secrets import shown
 
-__all__ = ["is_web", "web_range"]
+__all__ = ["get_web_range", "is_web", "web_range"]
 
 _PART, _BEYOND = 206, 416
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
@@ -33,11 +33,12 @@ def web_range(fs: Any, url: str, start: int, stop: int) -> bytes:
     StorageError
         If the server sends another part of it, or fewer bytes than there are, which may pass: its errno says so.
     """
-    found: bytes = fsspec.asyn.sync(fs.loop, _get, fs, url, start, stop)
+    found: bytes = fsspec.asyn.sync(fs.loop, get_web_range, fs, url, start, stop)
     return found
 
 
-async def _get(fs: Any, url: str, start: int, stop: int) -> bytes:
+async def get_web_range(fs: Any, url: str, start: int, stop: int) -> bytes:
+    """The same as :func:`web_range`, in the event loop of its file system."""
     session = await fs.set_session()
     headers = {**fs.kwargs.get("headers", {}), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
     async with session.get(fs.encode_url(url), **{**fs.kwargs, "headers": headers}) as answer:

@@ -7,7 +7,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import dask
 import fsspec
+import numpy as np
 import pytest
+import zarr
 
 from annbatch_dask import DatasetCollection
 from annbatch_dask.errors import AccessError, StorageError
@@ -103,6 +105,32 @@ def test_an_answer_that_is_cut_may_be_whole_at_the_next_try(web, fault):
     with pytest.raises(Exception, match=r"500|503|4 of 8") as found:
         get(web, 10, 18)
     assert is_transient(found.value)
+
+
+@pytest.fixture
+def sharded(web, tmp_path):
+    """Values, and their array in a store on the server, without compression or checksums of chunks."""
+    values = np.arange(96, dtype=np.int32)
+    zarr.create_array(tmp_path / "x.zarr", data=values, chunks=(8,), shards=(48,), compressors=None)
+    web.files |= {f"/{p.relative_to(tmp_path)}": p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    return values, zarr.open_array(Folder(f"{web.url}/x.zarr").zarr_store(read_only=True), mode="r")
+
+
+def test_parts_of_shards_are_what_was_asked_for(web, sharded):
+    values, array = sharded
+    np.testing.assert_array_equal(array[:], values)
+    np.testing.assert_array_equal(array[20:30], values[20:30])
+    web.fault = lambda _: "another"
+    with pytest.raises(
+        StorageError, match=r"x.zarr/c/0: the web server sends bytes from 191 on where .* those from 192"
+    ):
+        array[20:30]
+    web.fault = lambda _: "short"
+    with pytest.raises(StorageError, match=r"the web server sent \d+ of \d+ bytes"):
+        array[20:30]
+    web.files.pop("/x.zarr/c/1")
+    web.fault = lambda _: ""
+    assert not array[50:60].any()  # as zarr's format has it
 
 
 @pytest.mark.parametrize("status", [401, 403])
