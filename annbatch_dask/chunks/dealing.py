@@ -44,8 +44,13 @@ class Fill:
 
     def __call__(self) -> None:
         """Make all of them."""
-        for task in _Fills.of([self], 1).tasks:
+        for task in deal([self], 1):
             task()
+
+    def one_by_one(self) -> None:
+        """Make all of them with one file open at a time."""
+        for number in range(len(self.plan.reads)):
+            place_read(self.plan, self.how, number)
 
 
 def deal(tasks: Sequence[Task], n_threads: int) -> list[Task]:
@@ -54,7 +59,10 @@ def deal(tasks: Sequence[Task], n_threads: int) -> list[Task]:
     others = [task for task in tasks if not isinstance(task, Fill)]
     n_parts = _PARTS_PER_THREAD * n_threads
     dealt = [part for task in others for part in (task.cut(n_parts) if isinstance(task, Divisible) else [task])]
-    return [*dealt, *_Fills.of(fills, n_threads).tasks] if fills else dealt
+    opened = [(fill, Opened.of(fill.plan.index, fill.plan.planned)) for fill in fills]
+    dealt += [fill.one_by_one for fill, files in opened if files is None]
+    together = [(fill, files) for fill, files in opened if files is not None]
+    return [*dealt, *_Fills.of(together, n_threads).tasks] if together else dealt
 
 
 @dataclass(frozen=True)
@@ -72,9 +80,9 @@ class _Fills:
     room: tuple[int, int]
 
     @classmethod
-    def of(cls, fills: Sequence[Fill], n_threads: int) -> _Fills:
+    def of(cls, together: Sequence[tuple[Fill, Opened]], n_threads: int) -> _Fills:
+        fills, found = [fill for fill, _ in together], [opened for _, opened in together]
         plans = [fill.plan.planned for fill in fills]
-        found = [Opened.of(fill.plan.index, fill.plan.planned) for fill in fills]
         reads = np.concatenate([part.reads for part in found])
         hows, n_reads, n_chunks, n_pieces = [], 0, 0, 0
         for number, (fill, plan) in enumerate(zip(fills, plans, strict=True)):

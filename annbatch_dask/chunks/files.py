@@ -6,6 +6,7 @@ rather than give bytes of another one.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -36,7 +37,7 @@ _MAX_OPEN = 4096
 
 
 def _n_permits() -> int:
-    """Number of files that may be kept open: a fourth of the process's limit."""
+    """A fourth of the files that the process may have open."""
     try:
         import resource
     except ImportError:  # not on this system
@@ -45,8 +46,10 @@ def _n_permits() -> int:
     return _MAX_OPEN if allowed == resource.RLIM_INFINITY else min(allowed // 4, _MAX_OPEN)
 
 
-_free = deque(range(_n_permits()))
+_to_keep = deque(range(_n_permits()))
 """Permits to keep a file open, of the whole process. Its ends may change in any thread or finalizer, without a lock."""
+_to_use = deque(range(_n_permits()))
+"""Those to have a file open for a single use, once the others are given out."""
 
 
 class ChunkFiles(Protocol):
@@ -132,20 +135,30 @@ def chunk_files(
 
 
 class Held:
-    """A file that is kept open until no reference is left; ``fd`` is its descriptor."""
+    """A file that is open until no reference is left; ``fd`` is its descriptor."""
 
-    def __init__(self, fd: int, permit: int | None) -> None:
-        self.fd, self._permit = fd, permit
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._permit: int | None = None
+        for self._pool in (_to_keep, _to_use):
+            with contextlib.suppress(IndexError):
+                self._permit = self._pool.popleft()
+                break
+
+    @property
+    def is_permitted(self) -> bool:
+        """True if it may be open while others are opened."""
+        return self._permit is not None
 
     @property
     def is_kept(self) -> bool:
         """True if it may stay open."""
-        return self._permit is not None
+        return self._permit is not None and self._pool is _to_keep
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # the module may be gone by then
         close(self.fd)
         if self._permit is not None:
-            _free.append(self._permit)
+            self._pool.append(self._permit)
 
 
 class OpenFiles:
@@ -161,12 +174,17 @@ class OpenFiles:
         self.table = np.full((n_files, 3), -1, np.int64)
         self._held: list[Held] = []
 
-    def having(self, files: ChunkFiles, keys: Mapping[int, str]) -> OpenFiles:
-        """These, and some more by their numbers; another object, for a single use, where they may not stay open."""
+    def having(self, files: ChunkFiles, keys: Mapping[int, str]) -> OpenFiles | None:
+        """These, and some more by their numbers; another object, for a single use, where they may not stay open.
+
+        None where too many are open: these are to be read one after the other.
+        """
         mine = self
         for number, key in keys.items():
             file, version = files.hold(key), files.version(key)
             assert version is not None  # nothing is read of a file that was not there
+            if not file.is_permitted:
+                return None
             if mine is self and not file.is_kept:
                 mine = OpenFiles(0)
                 mine.table, mine._held = self.table.copy(), [*self._held]
@@ -234,11 +252,7 @@ class _LocalFiles:
             fd = os.open(self.name(key), os.O_RDONLY)
         except FileNotFoundError:
             raise changed(self.name(key), self.version(key), None) from None
-        try:
-            permit = _free.popleft()
-        except IndexError:
-            permit = None
-        held = Held(fd, permit)
+        held = Held(fd)
         return self._held.setdefault(key, held) if held.is_kept else held
 
     def close(self) -> None:

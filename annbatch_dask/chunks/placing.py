@@ -124,13 +124,15 @@ class Opened(NamedTuple):
     files: OpenFiles
 
     @classmethod
-    def of(cls, index: ShardIndex, planned: ReadPlan) -> Opened:
-        """Open the files of a plan, those that are not open yet."""
+    def of(cls, index: ShardIndex, planned: ReadPlan) -> Opened | None:
+        """Open the files of a plan, those that are not open yet; None where too many are open already."""
         if planned.n_bytes >= 0:
             return cls(planned.described, planned.n_bytes, planned.largest, planned.files)
         shards = files_of(planned.reads).tolist()
         missing = [shard for shard in shards if planned.files.table[shard, 0] < 0]
         files = planned.files.having(index.layout.files, {shard: index.keys[shard] for shard in missing})
+        if files is None:
+            return None
         reads, n_bytes, largest = describe_reads(planned.reads, files.table)
         return cls(reads, n_bytes, largest, files)
 

@@ -167,7 +167,8 @@ class RangeReader:
     def local_chunks(self, spans: Ints) -> LocalChunks | None:
         """Locations of the values of some runs, in the order of the array; None if one call cannot read them.
 
-        It can where the array has one dimension and is in local files, and all chunks were written, in order.
+        It can where the array has one dimension and is in local files, of which not too many are open, and all chunks
+        were written, in order.
         """
         if self._index is None or len(self.shape) != 1 or self._index.layout.files.is_remote or not len(spans):
             return None
@@ -180,7 +181,8 @@ class RangeReader:
         chunks = planned.chunks
         if len(planned.missing) or (chunks[1:, 2] < chunks[:-1, 2]).any():
             return None
-        found = Opened.of(self._index, planned)
+        if (found := Opened.of(self._index, planned)) is None:
+            return None
         return LocalChunks(found.reads, chunks[:, 2:4], planned.pieces, way.how[:4], found.files)
 
     def close(self) -> None:

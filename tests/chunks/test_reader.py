@@ -348,16 +348,23 @@ def test_a_reader_that_was_closed_opens_its_files_again(opened):
         assert not open_files(opened.path)
 
 
-def test_files_are_closed_with_their_reader_and_when_there_are_too_many(tmp_path, monkeypatch):
-    monkeypatch.setattr(chunk_files, "_free", deque([0, 1]))
+@pytest.mark.parametrize("n_to_use", [20, 3, 0])
+def test_files_are_closed_with_their_reader_and_when_there_are_too_many(n_to_use, tmp_path, monkeypatch):
+    """Those that may not stay open are read together, or one after the other where so many may not be open at all."""
+    monkeypatch.setattr(chunk_files, "_to_keep", deque([0, 1]))
+    monkeypatch.setattr(chunk_files, "_to_use", deque(range(n_to_use)))
     array = create(tmp_path / "a")  # of nine shards
+    most = []
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *args: most.append(len(open_files(tmp_path))) or preadv(*args))
     reader, out = RangeReader(array), np.empty(1000, np.uint16)
     reader.read(np.array([[0, 1000]]), out)
     np.testing.assert_array_equal(out, array[:])
+    assert max(most) <= 2 + n_to_use + 1
     assert len(open_files(tmp_path)) == 2
     del reader
     assert not open_files(tmp_path)
-    assert len(chunk_files._free) == 2
+    assert (len(chunk_files._to_keep), len(chunk_files._to_use)) == (2, n_to_use)
 
 
 def test_neighbouring_chunks_come_in_one_read(random_access):
