@@ -14,6 +14,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +32,8 @@ __all__ = ["client_at", "connect", "local_client", "workers_process"]
 
 CONNECT_TIMEOUT_S = 10
 START_TIMEOUT_S = 120
+_LOOK_S = 2
+"""After so long it is seen that the process of the workers has ended."""
 _START_WORKERS = (
     "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); import annbatch_dask.engines.workers as w; w.main()"
 )
@@ -192,12 +195,21 @@ def local_client(
     ):
         cluster.scheduler.http_application.add_application(_LateDashboard(cluster.scheduler))
         importlib.import_module("cryptography.hazmat.primitives.ciphers.aead")  # for later, while workers start
-        try:
-            client.wait_for_workers(n_workers, timeout=START_TIMEOUT_S)
-        except TimeoutError as e:
-            msg = (
-                f"of {n_workers} workers only {len(client.scheduler_info(n_workers=-1)['workers'])} started within "
-                f"{START_TIMEOUT_S} s; what they print above says why"
-            )
-            raise SchedulerError(msg) from e
+        _wait_for(n_workers, client, started)
         yield client
+
+
+def _wait_for(n_workers: int, client: Client, started: subprocess.Popen[str]) -> None:
+    """Wait until workers are there, as long as their process is."""
+    since = time.monotonic()
+    while True:
+        try:
+            client.wait_for_workers(n_workers, timeout=_LOOK_S)
+            return
+        except TimeoutError as e:
+            passed = time.monotonic() - since
+            if started.poll() is None and passed < START_TIMEOUT_S:
+                continue
+            n_there = len(client.scheduler_info(n_workers=-1)["workers"])
+            msg = f"of {n_workers} workers {n_there} started within {passed:.0f} s; what they print above says why"
+            raise SchedulerError(msg) from e

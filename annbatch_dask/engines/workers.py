@@ -12,13 +12,16 @@ import json
 import multiprocessing.forkserver
 import signal
 import sys
+from tempfile import gettempdir
 
 _PRELOAD = ["annbatch_dask.engines.shared"]
+_LONGEST = 70
+"""Of the name of the folder for temporary files: the server's socket is in it, whose name has 107 bytes at most."""
 
 
 def main() -> None:
     """Run the workers until they are told to stop."""
-    method = "forkserver" if sys.platform == "linux" else "spawn"
+    method = "forkserver" if sys.platform == "linux" and len(gettempdir()) <= _LONGEST else "spawn"
     if method == "forkserver":
         multiprocessing.forkserver.set_forkserver_preload(_PRELOAD)
         multiprocessing.forkserver.ensure_running()

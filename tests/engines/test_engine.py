@@ -498,6 +498,26 @@ def test_workers_find_modules_where_the_script_does(tmp_path, h5ad_pair):
     assert run.stdout == "5\n", run.stderr
 
 
+def test_workers_start_where_temporary_files_have_long_names(tmp_path, h5ad_pair):
+    """The folder of a job may have one that no socket can have."""
+    folder = tmp_path / ("a_folder_of_a_job_" * 6)
+    folder.mkdir()
+    code = f"from annbatch_dask import DatasetCollection as C; C('a.zarr').add_adatas([{str(h5ad_pair[0])!r}])"
+    environment = os.environ | {"TMPDIR": str(folder)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert DatasetCollection(tmp_path / "a.zarr").n_obs
+
+
+def test_workers_that_end_at_once_are_not_waited_for(tmp_path, h5ad_pair, monkeypatch):
+    monkeypatch.setattr("annbatch_dask.engines.local_cluster._START_WORKERS", "raise SystemExit(1)")
+    monkeypatch.setattr("annbatch_dask.engines.local_cluster.START_TIMEOUT_S", 10_000)
+    with pytest.raises(SchedulerError, match="workers 0 started within"):
+        DatasetCollection(tmp_path / "a.zarr").add_adatas(h5ad_pair, seed=0)
+
+
 def test_a_worker_that_leaves_takes_nothing_with_it_that_is_done(client):
     """Results that stayed in its memory would be computed again."""
     engine = ClusterEngine(client, BUDGET)
