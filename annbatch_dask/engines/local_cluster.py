@@ -32,6 +32,8 @@ __all__ = ["client_at", "connect", "local_client", "workers_process"]
 
 CONNECT_TIMEOUT_S = 10
 START_TIMEOUT_S = 120
+_HOST = "127.0.0.1"
+_IN_THREADS = "to build in this process, use dask.config.set(scheduler='threads')"
 _LOOK_S = 2
 """After so long it is seen that the process of the workers has ended."""
 _START_WORKERS = (
@@ -169,12 +171,8 @@ def local_client(
     SchedulerError
         If workers do not start.
     """
-    scheduler = {
-        "cls": Scheduler,
-        "options": {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"},
-    }
     options = {
-        "host": "127.0.0.1",
+        "host": _HOST,
         "nthreads": threads_per_worker,
         "memory_limit": memory_limit,
         "death_timeout": START_TIMEOUT_S,  # a worker that starts as its client dies would wait for a scheduler for ever
@@ -185,18 +183,28 @@ def local_client(
         workers_process() if process is None else contextlib.nullcontext(process) as started,
         # The cluster ends its own silence before its last connections, which then tell of their end with a traceback.
         silence_logging_cmgr(logging.WARNING),
-        SpecCluster(
-            workers={0: {"cls": _Workers, "options": {"started": started, "n_workers": n_workers, "options": options}}},
-            scheduler=scheduler,
-            name="annbatch-dask",
-            silence_logs=logging.WARNING,
-        ) as cluster,
+        _cluster({"started": started, "n_workers": n_workers, "options": options}) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         cluster.scheduler.http_application.add_application(_LateDashboard(cluster.scheduler))
         importlib.import_module("cryptography.hazmat.primitives.ciphers.aead")  # for later, while workers start
         _wait_for(n_workers, client, started)
         yield client
+
+
+def _cluster(options: dict[str, Any]) -> SpecCluster:
+    """A cluster whose only part has these options, as :class:`_Workers` takes them."""
+    scheduler = {"host": _HOST, "port": 0, "dashboard": False, "dashboard_address": f"{_HOST}:0"}
+    try:
+        return SpecCluster(
+            workers={0: {"cls": _Workers, "options": options}},
+            scheduler={"cls": Scheduler, "options": scheduler},
+            name="annbatch-dask",
+            silence_logs=logging.WARNING,
+        )
+    except (OSError, RuntimeError) as e:  # no network at all, not even to this machine
+        msg = f"no cluster can be started on {_HOST} ({e}); {_IN_THREADS}"
+        raise SchedulerError(msg) from e
 
 
 def _wait_for(n_workers: int, client: Client, started: subprocess.Popen[str]) -> None:
@@ -211,5 +219,8 @@ def _wait_for(n_workers: int, client: Client, started: subprocess.Popen[str]) ->
             if started.poll() is None and passed < START_TIMEOUT_S:
                 continue
             n_there = len(client.scheduler_info(n_workers=-1)["workers"])
-            msg = f"of {n_workers} workers {n_there} started within {passed:.0f} s; what they print above says why"
+            msg = (
+                f"of {n_workers} workers {n_there} started within {passed:.0f} s; what they print above says why; "
+                f"{_IN_THREADS}"
+            )
             raise SchedulerError(msg) from e

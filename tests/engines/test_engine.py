@@ -518,6 +518,18 @@ def test_workers_that_end_at_once_are_not_waited_for(tmp_path, h5ad_pair, monkey
         DatasetCollection(tmp_path / "a.zarr").add_adatas(h5ad_pair, seed=0)
 
 
+def test_a_machine_without_a_network_is_named(tmp_path, h5ad_pair, monkeypatch):
+    """Not even to itself, as in a sandbox."""
+
+    def fail(**_):
+        message = "Cluster failed to start: Timed out"
+        raise RuntimeError(message)
+
+    monkeypatch.setattr("annbatch_dask.engines.local_cluster.SpecCluster", fail)
+    with pytest.raises(SchedulerError, match=r"no cluster .* on 127.0.0.1 .*Timed out.; .*scheduler='threads'"):
+        DatasetCollection(tmp_path / "a.zarr").add_adatas(h5ad_pair, seed=0)
+
+
 def test_a_worker_that_leaves_takes_nothing_with_it_that_is_done(client):
     """Results that stayed in its memory would be computed again."""
     engine = ClusterEngine(client, BUDGET)
