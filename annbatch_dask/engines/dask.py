@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import dask
 import fsspec
 from dask.base import compute, tokenize
 from dask.callbacks import Callback as DaskCallback
@@ -42,6 +43,7 @@ __all__ = ["ClusterEngine", "LocalEngine"]
 
 logger = logging.getLogger(__name__)
 
+_PLAIN_LINK = "{scheme}://{host}:{port}/status"
 RETRIES = 2
 """How often a task that failed is handed out again, perhaps to another worker; our own errors last, and are not."""
 UNFIT = 8
@@ -167,7 +169,11 @@ class ClusterEngine:
     @property
     def dashboard(self) -> str | None:
         """Address of the dashboard."""
-        return self.client.dashboard_link or None
+        try:
+            return self.client.dashboard_link or None
+        except KeyError:  # dask's configuration makes it of a variable that is not set, as those of JupyterHub in a job
+            with dask.config.set({"distributed.dashboard.link": _PLAIN_LINK}):
+                return self.client.dashboard_link or None
 
     def needing(self, needs: Needs) -> ClusterEngine:
         """An engine for tasks that need this of their workers, once all that are there have it.

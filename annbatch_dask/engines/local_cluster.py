@@ -203,7 +203,10 @@ def _cluster(options: dict[str, Any]) -> SpecCluster:
             silence_logs=logging.WARNING,
         )
     except (OSError, RuntimeError) as e:  # no network at all, not even to this machine
-        msg = f"no cluster can be started on {_HOST} ({e}); {_IN_THREADS}"
+        first: BaseException = e
+        while first.__cause__ is not None:  # Dask's own say less and less
+            first = first.__cause__
+        msg = f"no cluster can be started on {_HOST} ({first}); {_IN_THREADS}"
         raise SchedulerError(msg) from e
 
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -518,12 +519,17 @@ def test_workers_that_end_at_once_are_not_waited_for(tmp_path, h5ad_pair, monkey
         DatasetCollection(tmp_path / "a.zarr").add_adatas(h5ad_pair, seed=0)
 
 
+def test_a_link_to_the_dashboard_of_a_variable_that_is_not_set():
+    """As the configuration of a JupyterHub has it, in a job beside."""
+    with config.set({"distributed.dashboard.link": "{PREFIX_OF_NO_HUB}/proxy/{port}/status"}), cluster() as (_, client):
+        assert re.fullmatch(r"http://.*:\d+/status", ClusterEngine(client, BUDGET).dashboard)
+
+
 def test_a_machine_without_a_network_is_named(tmp_path, h5ad_pair, monkeypatch):
     """Not even to itself, as in a sandbox."""
 
     def fail(**_):
-        message = "Cluster failed to start: Timed out"
-        raise RuntimeError(message)
+        raise RuntimeError from OSError("Timed out")
 
     monkeypatch.setattr("annbatch_dask.engines.local_cluster.SpecCluster", fail)
     with pytest.raises(SchedulerError, match=r"no cluster .* on 127.0.0.1 .*Timed out.; .*scheduler='threads'"):
