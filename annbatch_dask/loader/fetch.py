@@ -150,7 +150,7 @@ class Pipeline:
         try:
             for thread in self._threads:
                 thread.start()
-        except RuntimeError:  # no more threads are allowed
+        except BaseException:  # no more threads are allowed, or the user interrupts
             self.stop()
             raise
 

@@ -138,9 +138,9 @@ class Iteration(Iterator[LoaderOutput]):
     def _end(self) -> None:
         self._is_over = True
         self._passes.discard(self._mark)
-        pipeline, self._pipeline = self._pipeline, None
-        if pipeline is not None:
-            pipeline.close()
+        if self._pipeline is not None:
+            self._pipeline.close()
+            self._pipeline = None  # not before: where closing is interrupted, threads are still to be ended
         requests, self._requests = self._requests, iter(())
         close = getattr(requests, "close", None)
         if close is not None:

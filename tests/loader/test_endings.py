@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
 import pytest
+
+from annbatch_dask.loader.helpers import Helpers, LoaderThread
+from tests.loader.loaders import check_epoch, make
 
 pytestmark = pytest.mark.timeout(600)  # interpreters start here
 
@@ -217,3 +221,32 @@ def test_an_open_iterator_does_not_keep_the_interpreter_alive(ending):
         assert done.stderr.strip().splitlines()[-1] in ("ValueError: nan", "KeyboardInterrupt")
     if ending == "thread":  # its epoch is not cut short because the main thread is done
         assert done.stdout == "400 batches\n"
+
+
+# --- interrupted by the user
+
+
+def interrupted(method, *, at):
+    """A method, after whose call of some number the user has pressed Ctrl-C."""
+    numbers = itertools.count(1)
+
+    def called(*args, **kwargs):
+        method(*args, **kwargs)
+        if next(numbers) == at:
+            raise KeyboardInterrupt
+
+    return called
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "at"),
+    [(LoaderThread, "start", 1), (LoaderThread, "start", 2), (Helpers, "stop", 1), (LoaderThread, "join", 1)],
+)
+def test_an_interrupt_leaves_no_thread(owner, name, at, collection, monkeypatch):
+    """As its threads start, and as they are told to end: that none is left is seen at each test's end."""
+    loader = make(collection, batch_size=8)
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, interrupted(getattr(owner, name), at=at))
+        with pytest.raises(KeyboardInterrupt):
+            list(loader)
+    check_epoch(loader, collection)
