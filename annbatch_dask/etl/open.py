@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zarr
 
@@ -12,8 +11,12 @@ from annbatch_dask.errors import CollectionError
 from annbatch_dask.etl.ours import check_new
 from annbatch_dask.storage.folder import Folder, folder_at
 from annbatch_dask.storage.history import open_version
+from annbatch_dask.storage.paths import is_path
 from annbatch_dask.storage.root import H5adRoot, Root, open_group
 from annbatch_dask.warn import warn
+
+if TYPE_CHECKING:
+    import os
 
 __all__ = ["open_root"]
 
@@ -42,7 +45,7 @@ def open_root(
             msg = "Do not set `is_collection_h5ad` to True with a zarr group: give the folder's path"
             raise ValueError(msg)
         return Root(place) if version is None else _open_version(Root(place).folder, version)
-    if not isinstance(place, str | os.PathLike):
+    if not is_path(place):
         msg = f"a collection is a path or a zarr.Group, not {type(place).__name__}"
         raise TypeError(msg)
     folder = folder_at(place, storage_options)

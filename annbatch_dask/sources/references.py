@@ -19,6 +19,7 @@ from annbatch_dask.plan.naming import check_fit, first_fit
 from annbatch_dask.sources.identity import function_identity, where_of
 from annbatch_dask.sources.open import SourceRef
 from annbatch_dask.storage.folder import Folder, StorageOptions, folder_of
+from annbatch_dask.storage.paths import is_path, located
 from annbatch_dask.storage.secrets import shown, without_secrets
 
 if TYPE_CHECKING:
@@ -85,15 +86,15 @@ def _refuse_twice(refs: Sequence[SourceRef]) -> None:
 
 
 def _reference(item: Any, load_adata: Callable[[Any], ad.AnnData] | None, options: StorageOptions) -> SourceRef:
-    if isinstance(item, str | os.PathLike):
-        path = os.fspath(item)
+    if is_path(item):
+        path, its_options = located(item, options)
         if not path:
             msg = "an input's path is empty, which would be the current folder; give its path, or '.'"
             raise SourceError(msg)
-        folder = Folder(path, options)
+        folder = Folder(path, StorageOptions(its_options))
         if folder.is_local:
             return SourceRef(path, os.path.abspath(folder.path), load_adata)
-        return SourceRef(shown(path), path, load_adata, options=options)
+        return SourceRef(shown(path), path, load_adata, options=folder.options)
     if isinstance(item, zarr.Group) and load_adata is None:
         try:
             folder = folder_of(item)

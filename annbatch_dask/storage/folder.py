@@ -39,6 +39,7 @@ from annbatch_dask.storage.filesystems import (
     protocols,
     version_of,
 )
+from annbatch_dask.storage.paths import located
 from annbatch_dask.storage.secrets import shown
 from annbatch_dask.storage.stores import store_class
 from annbatch_dask.storage.uploads import upload
@@ -427,14 +428,14 @@ def folder_of(group: zarr.Group | zarr.Array[Any]) -> Folder:
 
 def folder_at(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> Folder:
     """The folder at a path or URL, which must hold no credentials."""
-    url = os.fspath(path)
+    url, options = located(path, storage_options)
     if not url:
         msg = "the path is empty, which would be the current folder; give a path, or '.'"
         raise CollectionError(msg)
     if shown(url) != url:
         msg = f"{shown(url)} was given with a user, a password or a query; give credentials in storage_options"
         raise CollectionError(msg)
-    return Folder(url, StorageOptions(storage_options or {}))
+    return Folder(url, StorageOptions(options))
 
 
 def anchored(folder: Folder) -> Folder:
