@@ -53,3 +53,16 @@ def test_kernels_run_where_nothing_can_be_kept_and_say_so_once(package):
 def test_a_folder_of_numba_s_own_setting_is_used(package, tmp_path):
     assert run(package, NUMBA_CACHE_DIR=str(tmp_path / "kept")) == ""
     assert list((tmp_path / "kept").rglob("*.nbi"))
+
+
+def test_kernels_are_compiled_anew_after_any_file_of_kernels_changed(package, tmp_path):
+    """They hold what they call; numba looks at the file of the kernel alone."""
+
+    def kept():
+        run(package, NUMBA_CACHE_DIR=str(tmp_path / "kept"))
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*.nbi")}
+
+    first = kept()
+    assert kept() == first
+    os.utime(package / "kernels" / "shared.py")
+    assert kept() != first
