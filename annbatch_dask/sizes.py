@@ -8,17 +8,19 @@ from annbatch_dask.errors import LayoutError
 
 __all__ = ["check_positive", "check_whole", "parse_nbytes", "parse_rows_or_nbytes"]
 
-
 _MOST = 2**48
 """No collection has so many rows."""
 
 
 def check_positive(name: str, value: object) -> None:
     """ValueError for a number below 1, in which are annbatch's words, or too large; TypeError for no whole number."""
-    if value is not None and check_whole(name, value) > _MOST:
+    if value is None:
+        return
+    number = check_whole(name, value)
+    if number > _MOST:
         msg = f"{name} must be {_MOST} or less, got {value}"
         raise ValueError(msg)
-    if value is not None and check_whole(name, value) < 1:
+    if number < 1:
         msg = f"{name} must be 1 or more (as annbatch says it: {name} must be greater than 1, got {value})"
         raise ValueError(msg)
 

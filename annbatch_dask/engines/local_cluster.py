@@ -27,6 +27,7 @@ from distributed.http.utils import get_handlers
 from distributed.utils import silence_logging_cmgr
 
 from annbatch_dask.errors import SchedulerError
+from annbatch_dask.storage.transient import causes
 
 __all__ = ["client_at", "connect", "local_client", "workers_process"]
 
@@ -203,9 +204,7 @@ def _cluster(options: dict[str, Any]) -> SpecCluster:
             silence_logs=logging.WARNING,
         )
     except (OSError, RuntimeError) as e:  # no network at all, not even to this machine
-        first: BaseException = e
-        while first.__cause__ is not None:  # Dask's own say less and less
-            first = first.__cause__
+        *_, first = causes(e)  # Dask's own say less and less
         msg = f"no cluster can be started on {_HOST} ({first}); {_IN_THREADS}"
         raise SchedulerError(msg) from e
 

@@ -17,6 +17,7 @@ from annbatch_dask.errors import AnnbatchDaskError, StorageError
 __all__ = [
     "NEVER_ANSWERED",
     "PAUSES_S",
+    "causes",
     "is_transient",
     "is_unanswered",
     "patiently",
@@ -67,7 +68,7 @@ _NEVER_ANSWERED_S = 5.0
 
 def is_transient(error: BaseException) -> bool:
     """True if an error, or what caused it, may be gone at the next try. A full disk and a damaged file stay."""
-    chain = list(_causes(error))
+    chain = list(causes(error))
     for e in chain:  # a store's status says more than the errno that fsspec made of it
         if _is_of(e, _CLIENTS) and getattr(e, "errno", None) is None:  # aiohttp has a status for a cut body, too
             return True
@@ -76,7 +77,8 @@ def is_transient(error: BaseException) -> bool:
     return any(map(_is_passing, chain))
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what caused it, to the first."""
     while error is not None:
         yield error
         error = error.__cause__
@@ -104,7 +106,7 @@ def _is_passing(error: BaseException) -> bool:
 
 def is_unanswered(error: BaseException) -> bool:
     """True if there was no connection: the address is wrong, or nobody is there."""
-    return any(isinstance(e, ConnectionRefusedError) or _is_of(e, _CONNECTING) for e in _causes(error))
+    return any(isinstance(e, ConnectionRefusedError) or _is_of(e, _CONNECTING) for e in causes(error))
 
 
 def _is_of(error: BaseException, names: Sequence[str]) -> bool:
@@ -153,8 +155,8 @@ def _given_up(error: Exception) -> StorageError:
 
 def _first(error: BaseException) -> tuple[str, list[str]]:
     """The cause in its own words, not what an error above it took it for; and where it was met."""
-    first = next(e for e in _causes(error) if status_of(e) is not None or _is_passing(e))
-    notes = [note for e in _causes(error) for note in getattr(e, "__notes__", ())]
+    first = next(e for e in causes(error) if status_of(e) is not None or _is_passing(e))
+    notes = [note for e in causes(error) for note in getattr(e, "__notes__", ())]
     return " ".join(f"{type(first).__name__}: {first}".split()), notes
 
 
